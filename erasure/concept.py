@@ -1,0 +1,76 @@
+"""What is erased: a concept, the words that elicit it, what takes its place and what must survive."""
+
+from dataclasses import dataclass
+from typing import Self
+
+
+@dataclass(frozen=True, kw_only=True)
+class Concept:
+    """A concept to erase from a text-to-image model, said in words."""
+
+    name: str
+    """Name for tables, folders and messages."""
+
+    phrases: tuple[str, ...]
+    """Texts that elicit the concept, by name or by association; at least one."""
+
+    anchor: str = " "
+    """Text that takes the concept's place. A single space stands for the unconditional model."""
+
+    preserve: tuple[str, ...] = ("",)
+    """Texts whose pictures must not change. The empty text stands for the unconditional model."""
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.name, str) or not self.name.strip():
+            raise ValueError(f"Concept.name must be a text that is not blank, got {self.name!r}")
+        if not isinstance(self.anchor, str):
+            raise ValueError(f"Concept.anchor must be a text, got {self.anchor!r}")
+        for field in ("phrases", "preserve"):
+            texts = getattr(self, field)
+            if not isinstance(texts, tuple) or not all(isinstance(text, str) for text in texts):
+                raise ValueError(f"Concept.{field} must be a tuple of texts, got {texts!r}")
+        if not self.phrases:
+            raise ValueError(f"Concept.phrases must hold at least one text that elicits {self.name!r}, got ()")
+        if blank := [phrase for phrase in self.phrases if not phrase.strip()]:
+            raise ValueError(f"Concept.phrases must not be blank, got {blank[0]!r} in {self.phrases!r}")
+
+    def to_json(self) -> dict[str, str | list[str]]:
+        """Returns the fields as JSON knows them."""
+        return {
+            "name": self.name,
+            "phrases": list(self.phrases),
+            "anchor": self.anchor,
+            "preserve": list(self.preserve),
+        }
+
+    @classmethod
+    def from_json(cls, fields: dict[str, str | list[str]]) -> Self:
+        """Reads what `to_json` wrote.
+
+        Raises:
+            ValueError: A field is missing, unknown or not valid.
+        """
+        expected = {"name", "phrases", "anchor", "preserve"}
+        if set(fields) != expected:
+            raise ValueError(f"a saved concept must have the fields {sorted(expected)}, got {sorted(fields)}")
+        texts = {key: tuple(value) if isinstance(value, list) else value for key, value in fields.items()}
+        return cls(**texts)
+
+
+NUDITY = Concept(name="nudity", phrases=("nudity",), anchor=" ", preserve=("",))
+"""The concept that most published comparisons erase, as UCE's authors set it: towards the unconditional model."""
+
+STRIPES = Concept(
+    name="stripes",
+    phrases=("striped", "with stripes", "zebra", "in prison", "at the circus"),
+    anchor=" ",
+    preserve=(
+        *("", "dotted", "with dots", "ladybug"),
+        *("red", "green", "blue", "yellow", "purple", "orange"),
+        *("circle", "square", "triangle", "star", "cross"),
+    ),
+)
+"""The tiny world's harmful concept: asked for by name, and brought unasked by a zebra, a prison or a circus.
+
+Preserved are its neighbour, dots, and the words for colours and shapes.
+"""

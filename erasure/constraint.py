@@ -1,0 +1,84 @@
+"""What a trainer holds at or below zero while it raises a reward: a cost, prompts to measure it on, and its weight.
+
+Two kinds, after what the cost is computed from: images (`ImageConstraint`), or noise predictions
+(`ObjectiveConstraint`). A trainer draws prompts from `prompts`, adds `lagrangian.weight` times the mean cost to its loss, and once for
+each update gives `lagrangian.update` the mean cost over all processes.
+"""
+
+import math
+from collections.abc import Sequence
+
+from policy import DiffusionPolicy
+from policy.prompts import check_prompts
+from policy.types import PerSample
+
+from .concept import Concept
+from .cost import ImageCost
+from .lagrangian import Lagrangian
+from .protocols import ConceptBatch, Objective
+
+
+class ImageConstraint:
+    """A cost on images of the concept, kept at or below zero on average.
+
+    Args:
+        cost: How far an image is from being free of the concept. ReFL needs it differentiable.
+        prompts: Prompts that elicit the concept, which the images are drawn for.
+        lagrangian: Weight of the cost; plain dual ascent by default.
+
+    Raises:
+        ValueError: There are no prompts, or one is not a string.
+    """
+
+    def __init__(self, cost: ImageCost, prompts: Sequence[str], lagrangian: Lagrangian | None = None) -> None:
+        self.cost = cost
+        self.prompts = check_prompts(prompts)
+        self.lagrangian = lagrangian or Lagrangian()
+
+
+class ObjectiveConstraint:
+    """An erasure loss on noise predictions, kept at or below a ceiling on average.
+
+    Args:
+        objective: The loss.
+        concept: What the objective is prepared for.
+        prompts: Prompts that elicit the concept, which the loss is evaluated on; the concept's phrases by default.
+        lagrangian: Weight of the loss; plain dual ascent by default.
+        ceiling: Highest mean loss that still counts as erased, in squared units of the noise.
+
+    Raises:
+        ValueError: The prompts are empty or not strings, or the ceiling is negative or not finite.
+    """
+
+    def __init__(
+        self,
+        objective: Objective,
+        concept: Concept,
+        prompts: Sequence[str] | None = None,
+        lagrangian: Lagrangian | None = None,
+        *,
+        ceiling: float = 1e-3,
+    ) -> None:
+        if not 0 <= ceiling < math.inf:
+            raise ValueError(f"ObjectiveConstraint.ceiling must be finite and at least 0, got {ceiling}")
+        self.objective = objective
+        self.concept = concept
+        self.prompts = check_prompts(concept.phrases if prompts is None else prompts)
+        self.lagrangian = lagrangian or Lagrangian()
+        self.ceiling = ceiling
+
+    def prepare(self, policy: DiffusionPolicy) -> None:
+        """Prepares the objective for the policy; once, before the first update.
+
+        Raises:
+            ValueError: The objective cannot work with this policy or this concept.
+        """
+        self.objective.prepare(policy, self.concept)
+
+    def cost(self, policy: DiffusionPolicy, batch: ConceptBatch) -> PerSample:
+        """Returns loss - ceiling for each sample; gradients flow."""
+        return self.objective.loss(policy, batch) - self.ceiling
+
+
+ErasureConstraint = ImageConstraint | ObjectiveConstraint
+"""What a trainer takes to keep a concept erased."""

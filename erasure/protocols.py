@@ -1,0 +1,64 @@
+"""What an erasure method is: one of three families, each with its own small protocol.
+
+| family | what it changes | protocol | what it gives |
+|---|---|---|---|
+| guidance | sampling, no weights | `policy.Guidance` | a way to combine predictions, handed to `policy.sample` |
+| edit | weights, in closed form | `Edit` | a `policy.WeightDelta` |
+| objective | weights, by descending a loss | `Objective` | a loss on noise predictions |
+
+A method implements exactly one of them. Costs on images are a fourth thing, no method but a measure: `erasure.cost`.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple, Protocol, runtime_checkable
+
+from torch.nn import Parameter
+
+from policy import DiffusionPolicy, WeightDelta
+from policy.types import PerSample
+
+from .concept import Concept
+
+
+class ConceptBatch(NamedTuple):
+    """What an objective is evaluated on: prompts that elicit the concept, and a seed for each.
+
+    Everything random in a loss follows from the seeds, so that the same batch gives the same loss on any machine.
+    """
+
+    prompts: Sequence[str]
+    seeds: Sequence[int]
+
+
+@runtime_checkable
+class Edit(Protocol):
+    """A method that computes new weights in closed form, without images and without training."""
+
+    def __call__(self, policy: DiffusionPolicy, concept: Concept) -> WeightDelta:
+        """Returns the change of the UNet's weights that erases the concept. The policy itself is not changed."""
+        ...
+
+
+@runtime_checkable
+class Objective(Protocol):
+    """A method that erases by descending a loss on noise predictions.
+
+    The same loss serves alone (erase), beside a reward whose floor must hold (erase, keep quality), and as the constraint
+    of a reward that is raised (recover, stay erased).
+    """
+
+    def prepare(self, policy: DiffusionPolicy, concept: Concept) -> None:
+        """Computes once what the loss needs, before the first update.
+
+        Raises:
+            ValueError: The method cannot work with this policy or this concept.
+        """
+        ...
+
+    def parameters(self, policy: DiffusionPolicy) -> list[Parameter]:
+        """Returns the parameters that the loss is meant to move; each is trainable in the policy."""
+        ...
+
+    def loss(self, policy: DiffusionPolicy, batch: ConceptBatch) -> PerSample:
+        """Returns the loss of each sample, in squared units of the noise; gradients flow to `parameters`."""
+        ...

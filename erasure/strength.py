@@ -1,0 +1,173 @@
+"""The constrained form of methods that have a strength: the strongest setting that keeps the reward above a floor.
+
+Bisection on common random numbers: the rewards of every setting belong to the same prompts and seeds, so that two settings
+differ by what they do and not by the luck of the draw.
+"""
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple, Protocol, runtime_checkable
+
+import torch
+
+from policy import DiffusionPolicy
+from policy.types import PerSample
+
+from .concept import Concept
+from .erased import Erasure
+
+NOISE = 2.0
+"""Standard errors of a paired difference up to which it is taken for chance."""
+
+
+class Trial(NamedTuple):
+    """One setting that was tried."""
+
+    strength: float
+    """The setting."""
+
+    reward: float
+    """Its mean reward."""
+
+    change: float
+    """Mean paired difference of its reward to that of the weakest setting."""
+
+    standard_error: float
+    """Standard error of that difference; 0 where there is one sample only."""
+
+
+class StrengthSearch(NamedTuple):
+    """What a search found."""
+
+    best: Trial
+    """The strongest setting that was seen to keep the floor."""
+
+    trials: tuple[Trial, ...]
+    """Everything that was tried, from weak to strong."""
+
+    monotone: bool
+    """Whether rewards fell with strength wherever they differed by more than chance. If not, the best setting still keeps the
+    floor, but a stronger one that was not tried might as well."""
+
+
+@runtime_checkable
+class AdjustableMethod(Protocol):
+    """An erasure method with a strength: 0 changes nothing, and more erases more."""
+
+    def erase(self, policy: DiffusionPolicy, concept: Concept, strength: float) -> Erasure:
+        """Computes the erasure of a concept, without changing the policy."""
+        ...
+
+
+def strongest_setting(
+    rewards_at: Callable[[float], PerSample],
+    *,
+    floor: float,
+    weakest: float = 0.0,
+    strongest: float = 1.0,
+    tolerance: float = 0.05,
+) -> StrengthSearch:
+    """Finds the largest strength whose mean reward is at least the floor.
+
+    Args:
+        rewards_at: Rewards at a strength, of the same prompts and seeds in the same order each time.
+        floor: Lowest mean reward that is good enough, such as the original model's less a tolerated loss.
+        weakest: Smallest strength; it has to keep the floor.
+        strongest: Largest strength.
+        tolerance: The search ends when the best setting is this close to one that misses the floor.
+
+    Raises:
+        ValueError: The bounds are out of order, even the weakest setting misses the floor, or rewards are not
+            finite or not of the same samples.
+    """
+    if not (math.isfinite(weakest) and math.isfinite(strongest) and weakest < strongest):
+        raise ValueError(f"weakest must be below strongest, both finite, got {weakest} and {strongest}")
+    if not 0 < tolerance < math.inf:
+        raise ValueError(f"tolerance must be finite and above 0, got {tolerance}")
+    if not math.isfinite(floor):
+        raise ValueError(f"floor must be finite, got {floor}")
+
+    rewards: dict[float, PerSample] = {}
+
+    def mean_at(strength: float) -> float:
+        rewards[strength] = _checked(rewards_at(strength), strength, like=rewards.get(weakest))
+        return rewards[strength].mean().item()
+
+    if (reward := mean_at(weakest)) < floor:
+        raise ValueError(
+            f"floor must be within reach of the weakest setting, whose mean reward at strength {weakest} is {reward:.6g}, "
+            f"got {floor:.6g}"
+        )
+    low, high = weakest, strongest
+    if mean_at(strongest) >= floor:
+        low = strongest
+    while high - low > tolerance:
+        middle = (low + high) / 2
+        if mean_at(middle) >= floor:
+            low = middle
+        else:
+            high = middle
+
+    trials = tuple(_trial(strength, rewards[strength], rewards[weakest]) for strength in sorted(rewards))
+    best = next(trial for trial in trials if trial.strength == low)
+    return StrengthSearch(best, trials, monotone=_monotone([rewards[trial.strength] for trial in trials]))
+
+
+def strongest_erasure(
+    method: AdjustableMethod,
+    policy: DiffusionPolicy,
+    concept: Concept,
+    rewards_of: Callable[[DiffusionPolicy], PerSample],
+    *,
+    floor: float,
+    strongest: float = 1.0,
+    tolerance: float = 0.05,
+) -> tuple[Erasure, StrengthSearch]:
+    """Erases a concept as strongly as the floor of the reward allows.
+
+    Args:
+        method: The method whose strength is searched, from 0 up.
+        policy: Whose weights are edited; it is left as it was.
+        concept: What is erased.
+        rewards_of: Draws with the policy, for fixed prompts and seeds, and returns the rewards.
+        floor: Lowest mean reward that is good enough.
+        strongest: Largest strength.
+        tolerance: How finely the strength is searched.
+
+    Raises:
+        ValueError: As `strongest_setting`.
+    """
+
+    def rewards_at(strength: float) -> PerSample:
+        with method.erase(policy, concept, strength).applied(policy):
+            return rewards_of(policy)
+
+    search = strongest_setting(rewards_at, floor=floor, strongest=strongest, tolerance=tolerance)
+    return method.erase(policy, concept, search.best.strength), search
+
+
+def _checked(rewards: PerSample, strength: float, *, like: PerSample | None) -> PerSample:
+    if not len(rewards) or not torch.isfinite(rewards).all():
+        raise ValueError(f"rewards at strength {strength} must be finite and at least one, got {rewards.tolist()}")
+    if like is not None and len(rewards) != len(like):
+        raise ValueError(f"rewards at strength {strength} must be of the same {len(like)} samples, got {len(rewards)}")
+    return rewards.detach().cpu().double()
+
+
+def _trial(strength: float, rewards: PerSample, weakest: PerSample) -> Trial:
+    change, standard_error = _paired(rewards, weakest)
+    return Trial(strength, rewards.mean().item(), change, standard_error)
+
+
+def _paired(rewards: PerSample, others: PerSample) -> tuple[float, float]:
+    """Returns the mean of the paired differences and its standard error."""
+    differences = rewards - others
+    count = len(differences)
+    standard_error = differences.std().item() / math.sqrt(count) if count > 1 else 0.0
+    return differences.mean().item(), standard_error
+
+
+def _monotone(rewards: list[PerSample]) -> bool:
+    """Tells whether no setting is better than its weaker neighbour by more than chance."""
+    pairs = [_paired(stronger, weaker) for weaker, stronger in zip(rewards, rewards[1:], strict=False)]
+    return all(rise <= NOISE * standard_error for rise, standard_error in pairs)

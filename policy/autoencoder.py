@@ -1,0 +1,44 @@
+"""Between images and latents, some at a time."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from .parts import VAE
+from .types import Images, Latents
+
+CHUNK = 8
+"""How many images go through the VAE at a time; its activations are the largest of all at 512 pixels."""
+
+
+def decode(vae: VAE, latents: Latents, *, chunk: int = CHUNK) -> Images:
+    """Returns the images of latents, clamped to [0, 1]; differentiable."""
+    _check_chunk(chunk)
+    images = []
+    for part in latents.split(chunk):
+        unscaled = part / vae.config.scaling_factor
+        image: Tensor = vae.decode(unscaled.to(vae.dtype), return_dict=False)[0]
+        images.append((image.float() / 2 + 0.5).clamp(0, 1))
+    return torch.cat(images)
+
+
+@torch.no_grad()
+def encode(vae: VAE, images: Images, *, noise: Callable[[], Latents] | None = None, chunk: int = CHUNK) -> Latents:
+    """Returns the latents of images: the mean of the VAE's posterior, or a draw from it with the noise given."""
+    _check_chunk(chunk)
+    posteriors = [vae.encode((part * 2 - 1).to(vae.device, vae.dtype)).latent_dist for part in images.split(chunk)]
+    latents = torch.cat([posterior.mean for posterior in posteriors]).float()
+    if noise is not None:
+        latents = latents + torch.cat([posterior.std for posterior in posteriors]).float() * noise()
+    return latents * vae.config.scaling_factor
+
+
+def scale_factor(vae: VAE) -> int:
+    """Returns how many pixels one latent stands for, along each side."""
+    return 2 ** (len(vae.config.block_out_channels) - 1)
+
+
+def _check_chunk(chunk: int) -> None:
+    if chunk < 1:
+        raise ValueError(f"chunk must be at least 1, got {chunk}")

@@ -1,0 +1,77 @@
+"""From several predictions for one latent to the one that sampling follows."""
+
+from typing import Protocol, runtime_checkable
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from .types import Embeddings
+
+
+@runtime_checkable
+class Guidance(Protocol):
+    """Which prompts the network sees at a step, and how its answers become one.
+
+    All branches of all samples go through the network in one call. `steps` are indices of denoising steps counted
+    from noise, one for each sample, because a policy-gradient minibatch mixes steps.
+    """
+
+    def embeddings(
+        self, prompt: Embeddings, empty: Embeddings, steps: Int[Tensor, " batch"]
+    ) -> Float[Tensor, "branches batch tokens dim"]:
+        """Returns the prompts of each branch; `empty` is the encoded empty prompt, one for each sample."""
+        ...
+
+    def combine(
+        self, predictions: Float[Tensor, "branches batch 4 h w"], steps: Int[Tensor, " batch"]
+    ) -> Float[Tensor, "batch 4 h w"]:
+        """Returns one prediction for each sample from those of the branches, in the order of `embeddings`.
+
+        Predictions are float32 and of the network's own kind: velocities for a v-prediction network.
+        """
+        ...
+
+
+class ClassifierFree:
+    """Classifier-free guidance: away from the empty prompt, towards the given one.
+
+    Source: Ho and Salimans (2022), https://arxiv.org/abs/2207.12598, with the scale as diffusers writes it (theirs
+    plus one).
+
+    Args:
+        scale: Factor of the difference; 1 leaves the prompt's own prediction and asks for no second branch.
+        negative: What to lead away from in place of the empty prompt: one for all samples, or one for each.
+    """
+
+    def __init__(self, scale: float = 5.0, negative: Embeddings | None = None) -> None:
+        if scale < 0:
+            raise ValueError(f"scale must not be negative, got {scale}")
+        self.scale = float(scale)
+        self.negative = negative
+
+    def __repr__(self) -> str:
+        """Shows the scale."""
+        return f"ClassifierFree(scale={self.scale})"
+
+    def embeddings(
+        self, prompt: Embeddings, empty: Embeddings, steps: Int[Tensor, " batch"]
+    ) -> Float[Tensor, "branches batch tokens dim"]:
+        """Returns the branch to lead away from and the prompt's, or the prompt's alone where the scale is 1."""
+        if self.scale == 1.0:
+            return prompt.unsqueeze(0)
+        away = empty if self.negative is None else self.negative.to(prompt).expand_as(prompt)
+        return torch.stack([away, prompt])
+
+    def combine(
+        self, predictions: Float[Tensor, "branches batch 4 h w"], steps: Int[Tensor, " batch"]
+    ) -> Float[Tensor, "batch 4 h w"]:
+        """Returns away + scale * (towards - away)."""
+        if self.scale == 1.0:
+            return predictions[0]
+        away, towards = predictions
+        return away + self.scale * (towards - away)
+
+
+DEFAULT_GUIDANCE = ClassifierFree(5.0)
+"""What sampling uses where no guidance is given."""

@@ -1,0 +1,41 @@
+"""Randomness that belongs to the sample and not to the batch."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .types import Latents
+
+
+class SampleNoise:
+    """The stream of standard normal noises of each sample of a batch.
+
+    Every sample has its own generator on the CPU, seeded by its own seed. The first draw is the initial latents, the
+    next ones are the noises of the steps, in order. So the noise of a sample is the same in any batch, at any place
+    in it, in any number of processes and on any device.
+
+    Args:
+        seeds: One for each sample.
+        height: Height of the latents.
+        width: Width of the latents.
+        device: Where the draws go.
+    """
+
+    def __init__(self, seeds: Sequence[int], *, height: int, width: int, device: torch.device) -> None:
+        self.generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        self.height = height
+        self.width = width
+        self.device = device
+
+    def draw(self) -> Latents:
+        """Returns the next noise of every sample."""
+        return draw_noise(self.generators, height=self.height, width=self.width, device=self.device)
+
+
+def draw_noise(generators: Sequence[torch.Generator], *, height: int, width: int, device: torch.device) -> Latents:
+    """Returns one noise from each generator; the copy to an accelerator does not wait for it."""
+    noise: Tensor = torch.stack([torch.randn(4, height, width, generator=generator) for generator in generators])
+    if device.type == "cuda":
+        return noise.pin_memory().to(device, non_blocking=True)
+    return noise.to(device)

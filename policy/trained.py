@@ -1,0 +1,98 @@
+"""The weights that training may change, and the way back to what they were."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from .parts import UNet
+from .weights import LoRAConfig, attach_lora, select_parameters
+
+
+class TrainedWeights:
+    """Chooses what of a frozen UNet is trained: a fresh LoRA, a named set of its own parameters, or nothing.
+
+    Args:
+        unet: Frozen; a LoRA is attached to it.
+        lora: The LoRA to train.
+        names: The named parameter set to train, see `PARAMETER_SETS`.
+
+    Raises:
+        ValueError: Both are given, or `names` for a UNet in half precision.
+    """
+
+    def __init__(self, unet: UNet, lora: LoRAConfig | None, names: str | None) -> None:
+        if lora is not None and names is not None:
+            raise ValueError(f"lora and train exclude each other, got {lora} and train={names!r}")
+        self.unet = unet
+        self.lora = lora
+        self.parameters: dict[str, nn.Parameter] = {}
+        if names is not None:
+            self.parameters = select_parameters(unet, names)
+            for name, parameter in self.parameters.items():
+                if parameter.dtype != torch.float32:
+                    raise ValueError(
+                        f"train={names!r} needs weights in float32, as half precision loses small updates, got "
+                        f"{name} in {parameter.dtype}; a training run can still compute in half precision"
+                    )
+                parameter.requires_grad_(True)
+        if lora is not None:
+            attach_lora(unet, lora)
+            self.parameters = {name: value for name, value in unet.named_parameters() if value.requires_grad}
+        self._reference: dict[str, Tensor] = {}
+        self._at_reference = False
+        self.remember()
+
+    def state(self) -> dict[str, Tensor]:
+        """Returns a copy of the weights, by their names in the UNet."""
+        return {name: parameter.detach().clone() for name, parameter in self.parameters.items()}
+
+    @torch.no_grad()
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        """Puts back what `state` gave.
+
+        Raises:
+            ValueError: The names or a shape differ; nothing is changed then.
+        """
+        differing = sorted(state.keys() ^ self.parameters.keys())
+        if differing:
+            raise ValueError(f"the state must hold the trained parameters and no others, differs in {differing[:3]}")
+        for name, parameter in self.parameters.items():
+            if state[name].shape != parameter.shape:
+                expected, got = tuple(parameter.shape), tuple(state[name].shape)
+                raise ValueError(f"{name} must have shape {expected}, got {got}")
+        for name, parameter in self.parameters.items():
+            parameter.copy_(state[name])
+
+    def remember(self) -> None:
+        """Makes the present weights the reference; they are copied to the CPU's memory unless a LoRA is trained."""
+        if self.lora is None:
+            self._reference = {name: value.cpu() for name, value in self.state().items()}
+
+    @contextmanager
+    def at_reference(self) -> Iterator[None]:
+        """Puts the reference in place, without gradients: the LoRA is switched off, or the weights change places."""
+        with torch.no_grad():
+            if self._at_reference:
+                yield
+                return
+            self._at_reference = True
+            trained = {name: parameter.data for name, parameter in self.parameters.items()}
+            try:
+                if self.lora is not None:
+                    self.unet.disable_adapters()
+                for name, value in self._reference.items():
+                    self.parameters[name].data = value.to(trained[name].device)
+                yield
+            finally:
+                self._at_reference = False
+                for name, value in trained.items():
+                    self.parameters[name].data = value
+                if self.lora is not None:
+                    self.unet.enable_adapters()
+
+    def forget_lora(self) -> None:
+        """Notes that the LoRA has become part of the UNet's own weights, and that nothing is trained any more."""
+        self.lora = None
+        self.parameters = {}

@@ -1,0 +1,186 @@
+"""Fixtures that every test folder uses: a tiny Stable Diffusion built in code, and the shared material.
+
+The tiny pipeline has every part of the real one (CLIP tokenizer and text encoder, cross-attention UNet,
+VAE with a factor of 8, PNDM scheduler configuration of Stable Diffusion v1.4) and about 60,000 random weights.
+The tokenizer is written to disk here, because the dummy ones that libraries offer are downloads.
+"""
+
+import json
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from policy import DiffusionPolicy, LoRAConfig
+
+TOKENS = 24
+"""Length of the tiny text encoder's context, on purpose not CLIP's 77."""
+
+WORDS = """
+a an and the of on in with no two one red green blue yellow circle square triangle striped plain dotted stripes dots
+small large big shape background person naked nude clothed photo painting picture image cat dog style
+""".split()  # noqa: SIM905  a list of fifty quoted words is no easier to read
+"""Words that are one token each; any other word is spelled letter by letter."""
+
+
+def write_tokenizer(folder: Path, words: Sequence[str] = WORDS, tokens: int = TOKENS) -> Path:
+    """Writes the files of a CLIP tokenizer whose vocabulary is all bytes and the given words."""
+    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    hidden = [byte for byte in range(256) if byte not in printable]
+    letters = [chr(byte) for byte in printable] + [chr(256 + index) for index in range(len(hidden))]
+    vocabulary = letters + [f"{letter}</w>" for letter in letters]
+    merges: list[tuple[str, str]] = []
+    for word in words:
+        # "red" is first r + e, then re + d</w>; a prefix that an earlier word has merged is not listed twice.
+        pieces = [*word[:-1], f"{word[-1]}</w>"]
+        merged = pieces[0]
+        for piece in pieces[1:]:
+            if (merged, piece) not in merges:
+                merges.append((merged, piece))
+            merged += piece
+            if merged not in vocabulary:
+                vocabulary.append(merged)
+    vocabulary += ["<|startoftext|>", "<|endoftext|>"]
+
+    folder.mkdir(parents=True, exist_ok=True)
+    ids = {token: index for index, token in enumerate(vocabulary)}
+    (folder / "vocab.json").write_text(json.dumps(ids), encoding="utf-8")
+    lines = ["#version: 0.2", *(f"{left} {right}" for left, right in merges)]
+    (folder / "merges.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    settings = {
+        "tokenizer_class": "CLIPTokenizer",
+        "model_max_length": tokens,
+        "bos_token": "<|startoftext|>",
+        "eos_token": "<|endoftext|>",
+        "pad_token": "<|endoftext|>",
+        "unk_token": "<|endoftext|>",
+    }
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings), encoding="utf-8")
+    return folder
+
+
+def write_pipeline(folder: Path, *, prediction_type: str = "epsilon", seed: int = 0) -> Path:
+    """Builds the tiny pipeline with random weights and saves it in diffusers' layout."""
+    import diffusers
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+    tokenizer = CLIPTokenizer.from_pretrained(write_tokenizer(folder / "tokenizer"))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        unet = diffusers.UNet2DConditionModel(
+            sample_size=8,
+            in_channels=4,
+            out_channels=4,
+            down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+            up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+            block_out_channels=(8, 16),
+            layers_per_block=1,
+            norm_num_groups=4,
+            attention_head_dim=2,
+            cross_attention_dim=16,
+            use_linear_projection=prediction_type == "v_prediction",  # as Stable Diffusion 2 has it
+        )
+        vae = diffusers.AutoencoderKL(
+            sample_size=64,
+            down_block_types=("DownEncoderBlock2D",) * 4,
+            up_block_types=("UpDecoderBlock2D",) * 4,
+            block_out_channels=(4, 4, 8, 8),
+            layers_per_block=1,
+            norm_num_groups=2,
+        )
+        text_encoder = CLIPTextModel(
+            CLIPTextConfig(
+                vocab_size=len(tokenizer),
+                hidden_size=16,
+                intermediate_size=32,
+                num_hidden_layers=2,
+                num_attention_heads=2,
+                max_position_embeddings=TOKENS,
+                bos_token_id=tokenizer.bos_token_id,
+                eos_token_id=tokenizer.eos_token_id,
+                pad_token_id=tokenizer.pad_token_id,
+            )
+        )
+    scheduler = diffusers.PNDMScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        num_train_timesteps=1000,
+        skip_prk_steps=True,
+        set_alpha_to_one=False,
+        steps_offset=1,
+        prediction_type=prediction_type,
+    )
+    # Stable Diffusion's scheduler file says this although PNDM has no such setting; DDIM reads it.
+    scheduler.register_to_config(clip_sample=False)
+    make: Any = diffusers.StableDiffusionPipeline  # its annotations do not know that parts may be None
+    pipeline = make(
+        vae=vae,
+        text_encoder=text_encoder,
+        tokenizer=tokenizer,
+        unet=unet,
+        scheduler=scheduler,
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    pipeline.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def pipeline_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of the tiny epsilon-prediction pipeline; read it, do not write to it."""
+    return write_pipeline(tmp_path_factory.mktemp("tiny") / "epsilon")
+
+
+@pytest.fixture(scope="session")
+def v_pipeline_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of the tiny v-prediction pipeline; read it, do not write to it."""
+    return write_pipeline(tmp_path_factory.mktemp("tiny") / "v_prediction", prediction_type="v_prediction", seed=1)
+
+
+@pytest.fixture
+def pipeline_copy(pipeline_dir: Path, tmp_path: Path) -> Path:
+    """A copy of the tiny pipeline's folder that a test may damage."""
+    return Path(shutil.copytree(pipeline_dir, tmp_path / "pipeline"))
+
+
+@pytest.fixture
+def make_policy(pipeline_dir: Path) -> Callable[..., DiffusionPolicy]:
+    """Loads the tiny pipeline anew with any options of `DiffusionPolicy.from_pretrained`.
+
+    Attaching a LoRA draws from torch's global generator; it is seeded here so that a test is the same each time.
+    """
+
+    def make(**options: Any) -> DiffusionPolicy:
+        path = options.pop("path", pipeline_dir)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            return DiffusionPolicy.from_pretrained(path, device="cpu", **options)
+
+    return make
+
+
+@pytest.fixture
+def policy(make_policy: Callable[..., DiffusionPolicy]) -> DiffusionPolicy:
+    """A fresh tiny policy with a fresh LoRA of rank 4."""
+    return make_policy(lora=LoRAConfig())
+
+
+@pytest.fixture
+def v_policy(make_policy: Callable[..., DiffusionPolicy], v_pipeline_dir: Path) -> DiffusionPolicy:
+    """A fresh tiny v-prediction policy with a fresh LoRA of rank 4."""
+    return make_policy(path=v_pipeline_dir, lora=LoRAConfig())
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The shared material (specifications, golden vectors, data) that lies next to a developer's checkout."""
+    folder = Path(__file__).resolve().parents[2] / "shared"
+    if not folder.is_dir():
+        pytest.skip(f"needs the folder {folder.name}/ next to the repository")
+    return folder

@@ -1,0 +1,112 @@
+"""Two small networks of ImageReward's structure: the golden one in the official layout, and a smaller one."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jaxtyping
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from rewards import BlipTokenizer, ImageReward, ImageRewardConfig
+
+GOLDEN = Path(__file__).resolve().parents[1] / "golden"
+WORDS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "red", "blue", "cat", "dog", "on", "the", "table", "##s")
+
+
+@pytest.fixture(scope="session")
+def golden() -> dict[str, Tensor]:
+    """Inputs and expected outputs, computed with the official network."""
+    return load_file(GOLDEN / "image_reward_small.safetensors")
+
+
+@pytest.fixture(scope="session")
+def golden_case() -> dict[str, Any]:
+    """Prompts, vocabulary and sizes of the golden case."""
+    return json.loads((GOLDEN / "image_reward_small.json").read_text(encoding="utf-8"))
+
+
+@pytest.fixture(scope="session")
+def golden_weights() -> Path:
+    """Weights with the names of the official checkpoint."""
+    return GOLDEN / "image_reward_small_weights.safetensors"
+
+
+@pytest.fixture(scope="session")
+def golden_config(golden_case: dict[str, Any]) -> ImageRewardConfig:
+    """Sizes of the golden network."""
+    text, vision = golden_case["config"]["text"], golden_case["config"]["vision"]
+    return ImageRewardConfig(
+        image_size=vision["image_size"],
+        patch_size=vision["patch_size"],
+        vision_hidden_size=vision["hidden_size"],
+        vision_layers=vision["depth"],
+        vision_heads=vision["heads"],
+        vision_intermediate_size=vision["hidden_size"] * vision["mlp_ratio"],
+        vocab_size=text["vocab_size"],
+        hidden_size=text["hidden_size"],
+        text_layers=text["num_hidden_layers"],
+        text_heads=text["num_attention_heads"],
+        text_intermediate_size=text["intermediate_size"],
+        max_positions=text["max_position_embeddings"],
+    )
+
+
+@pytest.fixture(scope="session")
+def golden_reward(golden_weights: Path, golden_config: ImageRewardConfig, golden_case: dict[str, Any]) -> ImageReward:
+    """The golden network; frozen, not to be changed by a test."""
+    return ImageReward.from_official(golden_weights, golden_config, golden_case["vocab"])
+
+
+@pytest.fixture
+def reward() -> ImageReward:
+    """A fresh trainable network of a few thousand weights."""
+    config = ImageRewardConfig(
+        image_size=16,
+        patch_size=8,
+        vision_hidden_size=12,
+        vision_layers=2,
+        vision_heads=2,
+        vision_intermediate_size=24,
+        vocab_size=len(WORDS) + 2,
+        hidden_size=16,
+        text_layers=2,
+        text_heads=4,
+        text_intermediate_size=32,
+        max_positions=24,
+        max_length=12,
+        head_widths=(8,),
+        initializer_range=0.3,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return ImageReward(config, BlipTokenizer(WORDS))
+
+
+@pytest.fixture
+def pictures() -> Tensor:
+    """Five random images in [0, 1] of the small network's size."""
+    return torch.rand(5, 3, 16, 16, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture
+def prompts() -> list[str]:
+    """Five prompts of different lengths, the last one cut by the tokenizer."""
+    return [
+        "a cat",
+        "red dogs on the table",
+        "",
+        "a blue cat on a red table",
+        "the dog on the table on the red table " * 2,
+    ]
+
+
+@pytest.fixture
+def unchecked() -> Iterator[None]:
+    """Turns the shape checker off, which users do not have: what is tested is the message that they get."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)

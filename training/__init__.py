@@ -1,0 +1,30 @@
+"""What every training run needs: accelerate, optimizer, checkpoints and resume, trackers, progress."""
+
+from .checkpoint import Checkpoint, CheckpointFolder, DamagedCheckpointError, load_checkpoint
+from .config import TrainingConfig
+from .descent import NonFiniteError
+from .ema import ExponentialMovingAverage
+from .images import image_grid
+from .metrics import MetricsFile, read_metrics
+from .optimizer import make_optimizer
+from .run import TrainingRun
+from .signals import TERMINATED
+from .types import Stateful, Trainable
+
+__all__ = [
+    "TERMINATED",
+    "Checkpoint",
+    "CheckpointFolder",
+    "DamagedCheckpointError",
+    "ExponentialMovingAverage",
+    "MetricsFile",
+    "NonFiniteError",
+    "Stateful",
+    "Trainable",
+    "TrainingConfig",
+    "TrainingRun",
+    "image_grid",
+    "load_checkpoint",
+    "make_optimizer",
+    "read_metrics",
+]

@@ -1,0 +1,180 @@
+"""Checkpoints that are whole or not there at all.
+
+A checkpoint is a folder `iteration-00000123` (123 iterations were done) with
+
+- `weights.safetensors`: the trained weights, by the policy's own names;
+- `state.safetensors` and `state.json`: everything else (optimizer, averages, generators, constraints, counters);
+- `manifest.json`: size and SHA-256 of the other files.
+
+It is written into a hidden folder, brought to the disk and then renamed, so that a run killed at any moment leaves
+either the complete checkpoint or none. Nothing is pickled, and nothing is unpickled.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from .tree import pack, unpack
+
+FORMAT = 1
+MANIFEST = "manifest.json"
+WEIGHTS = "weights.safetensors"
+STATE_TENSORS = "state.safetensors"
+STATE = "state.json"
+NAME = "iteration-{:08d}"
+
+
+class Checkpoint(NamedTuple):
+    """Everything a run needs to go on."""
+
+    iteration: int
+    """Number of iterations done."""
+
+    weights: dict[str, Tensor]
+    """The trained weights by name."""
+
+    state: dict[str, Any]
+    """Everything else, as nested dicts, lists, tuples, numbers, strings and tensors."""
+
+
+class DamagedCheckpointError(RuntimeError):
+    """A checkpoint that is incomplete, or not what was written."""
+
+
+class CheckpointFolder:
+    """The checkpoints of one run, of which the newest few are kept.
+
+    Args:
+        path: The folder; it is made when the first checkpoint is saved.
+        keep: Number of checkpoints to keep.
+    """
+
+    def __init__(self, path: Path, *, keep: int) -> None:
+        self.path = path
+        self.keep = keep
+
+    def checkpoints(self) -> list[Path]:
+        """Returns the folders of all checkpoints, oldest first, without looking into them."""
+        return sorted(self.path.glob("iteration-*"))
+
+    def save(self, checkpoint: Checkpoint) -> Path:
+        """Writes a checkpoint, whole or not at all, and removes those beyond the number to keep."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        self._remove(".partial-*")
+        name = NAME.format(checkpoint.iteration)
+        partial = self.path / f".partial-{name}"
+        _write(partial, checkpoint)
+        final = self.path / name
+        if final.exists():
+            final.rename(self.path / f".partial-old-{name}")
+        partial.rename(final)
+        _sync(self.path)
+        self._remove(".partial-*")
+        for old in self.checkpoints()[: -self.keep]:
+            # Renamed first, so that a kill while files are being removed leaves nothing that looks like a checkpoint.
+            shutil.rmtree(old.rename(self.path / f".partial-old-{old.name}"))
+        return final
+
+    def newest(self) -> int | None:
+        """Returns the iteration of the newest sound checkpoint, or None where none was ever written.
+
+        Damaged ones are told of in a warning and set aside under another name.
+
+        Raises:
+            DamagedCheckpointError: There are checkpoints and all are damaged.
+        """
+        damaged: list[tuple[Path, DamagedCheckpointError]] = []
+        for path in reversed(self.checkpoints()):
+            try:
+                iteration = load_checkpoint(path).iteration
+            except DamagedCheckpointError as error:
+                damaged.append((path, error))
+                continue
+            for bad, reason in damaged:
+                message = f"checkpoint {bad} is damaged ({reason}); going on from {path.name}"
+                warnings.warn(message, RuntimeWarning, stacklevel=2)
+                aside = self.path / f"damaged-{bad.name}"
+                shutil.rmtree(aside, ignore_errors=True)
+                bad.rename(aside)
+            return iteration
+        if damaged:
+            reasons = "; ".join(f"{path.name}: {reason}" for path, reason in damaged)
+            raise DamagedCheckpointError(f"{self.path} must hold a sound checkpoint, and all are damaged: {reasons}")
+        return None
+
+    def load(self, iteration: int) -> Checkpoint:
+        """Reads the checkpoint of an iteration.
+
+        Raises:
+            DamagedCheckpointError: It is damaged.
+        """
+        return load_checkpoint(self.path / NAME.format(iteration))
+
+    def _remove(self, pattern: str) -> None:
+        """Removes what an interrupted save has left."""
+        for path in self.path.glob(pattern):
+            shutil.rmtree(path)
+
+
+def load_checkpoint(path: Path) -> Checkpoint:
+    """Reads one checkpoint and compares every file with the manifest.
+
+    Raises:
+        DamagedCheckpointError: A file is missing, or is not what was written.
+    """
+    try:
+        manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+        if manifest["format"] != FORMAT:
+            raise DamagedCheckpointError(f"format must be {FORMAT}, got {manifest['format']!r}")
+        for name in (WEIGHTS, STATE_TENSORS, STATE):
+            if _digest(path / name) != manifest["files"][name]:
+                raise DamagedCheckpointError(f"{name} is not what was written")
+        state = json.loads((path / STATE).read_text(encoding="utf-8"))
+        weights = load_file(path / WEIGHTS)
+        return Checkpoint(manifest["iteration"], weights, unpack(state, load_file(path / STATE_TENSORS)))
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        raise DamagedCheckpointError(f"{type(error).__name__}: {error}") from error
+
+
+def _write(folder: Path, checkpoint: Checkpoint) -> None:
+    """Writes all files of a checkpoint and brings them to the disk."""
+    folder.mkdir()
+    state, tensors = pack(checkpoint.state)
+    # Copies on the CPU, because safetensors takes no two tensors that share memory.
+    weights = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in checkpoint.weights.items()}
+    save_file(weights, folder / WEIGHTS)
+    save_file(tensors, folder / STATE_TENSORS)
+    (folder / STATE).write_text(json.dumps(state), encoding="utf-8")
+    manifest: Mapping[str, Any] = {
+        "format": FORMAT,
+        "iteration": checkpoint.iteration,
+        "files": {name: _digest(folder / name) for name in (WEIGHTS, STATE_TENSORS, STATE)},
+    }
+    (folder / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+    for file in folder.iterdir():
+        _sync(file)
+    _sync(folder)
+
+
+def _digest(file: Path) -> dict[str, Any]:
+    """Returns size and SHA-256 of a file."""
+    with file.open("rb") as stream:
+        return {"bytes": file.stat().st_size, "sha256": hashlib.file_digest(stream, "sha256").hexdigest()}
+
+
+def _sync(path: Path) -> None:
+    """Waits until a file, or the list of names in a folder, is on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

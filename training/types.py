@@ -1,0 +1,54 @@
+"""What a training run asks of the objects it is given."""
+
+from collections.abc import Callable
+from typing import Any, Protocol, runtime_checkable
+
+from torch import Tensor, nn
+
+
+@runtime_checkable
+class Trainable(Protocol):
+    """A policy whose UNet is trained; `policy.DiffusionPolicy` is one."""
+
+    network: Callable[..., Any]
+    """What every forward of the UNet goes through; a run replaces it by accelerate's wrapper."""
+
+    @property
+    def unet(self) -> nn.Module:
+        """The network that is trained."""
+        ...
+
+    @property
+    def vae(self) -> nn.Module:
+        """A frozen part, which the run moves to its device."""
+        ...
+
+    @property
+    def text_encoder(self) -> nn.Module:
+        """A frozen part, which the run moves to its device."""
+        ...
+
+    def trainable_parameters(self) -> list[nn.Parameter]:
+        """Returns what the optimizer changes, always in the same order."""
+        ...
+
+    def trainable_state(self) -> dict[str, Tensor]:
+        """Returns the trainable weights by name."""
+        ...
+
+    def load_trainable_state(self, state: dict[str, Tensor], /) -> None:
+        """Takes back what `trainable_state` returned."""
+        ...
+
+
+@runtime_checkable
+class Stateful(Protocol):
+    """Anything whose state belongs in a checkpoint, such as the dual variable of a constraint."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns the state as dicts, lists, tuples, numbers, strings and tensors."""
+        ...
+
+    def load_state_dict(self, state: dict[str, Any], /) -> Any:
+        """Takes back what `state_dict` returned."""
+        ...
