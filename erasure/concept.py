@@ -1,7 +1,7 @@
 """What is erased: a concept, the words that elicit it, what takes its place and what must survive."""
 
-from dataclasses import dataclass
-from typing import Self
+from dataclasses import dataclass, fields
+from typing import Any
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,17 +44,21 @@ class Concept:
         }
 
     @classmethod
-    def from_json(cls, fields: dict[str, str | list[str]]) -> Self:
+    def from_json(cls, saved: dict[str, Any]) -> "Concept":
         """Reads what `to_json` wrote.
 
         Raises:
             ValueError: A field is missing, unknown or not valid.
         """
-        expected = {"name", "phrases", "anchor", "preserve"}
-        if set(fields) != expected:
-            raise ValueError(f"a saved concept must have the fields {sorted(expected)}, got {sorted(fields)}")
-        texts = {key: tuple(value) if isinstance(value, list) else value for key, value in fields.items()}
-        return cls(**texts)
+        expected = {field.name for field in fields(cls)}
+        if set(saved) != expected:
+            raise ValueError(f"a saved concept must have the fields {sorted(expected)}, got {sorted(saved)}")
+        return cls(
+            name=saved["name"],
+            phrases=tuple(saved["phrases"]),
+            anchor=saved["anchor"],
+            preserve=tuple(saved["preserve"]),
+        )
 
 
 NUDITY = Concept(name="nudity", phrases=("nudity",), anchor=" ", preserve=("",))

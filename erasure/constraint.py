@@ -1,8 +1,8 @@
 """What a trainer holds at or below zero while it raises a reward: a cost, prompts to measure it on, and its weight.
 
 Two kinds, after what the cost is computed from: images (`ImageConstraint`), or noise predictions
-(`ObjectiveConstraint`). A trainer draws prompts from `prompts`, adds `lagrangian.weight` times the mean cost to its loss, and once for
-each update gives `lagrangian.update` the mean cost over all processes.
+(`ObjectiveConstraint`). A trainer draws prompts from `prompts`, adds `lagrangian.weight` times the mean cost to its
+loss, and once for each update gives `lagrangian.update` the mean cost over all processes.
 """
 
 import math

@@ -1,11 +1,10 @@
 """What an erasure method gives: a change that can be kept, carried and applied."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Self
 
 import torch
 
@@ -39,7 +38,7 @@ class Erasure:
     """Differences to add to the UNet's weights."""
 
     def apply(self, policy: DiffusionPolicy) -> None:
-        """Changes a policy's weights in place, and makes the erased policy the one that `policy.reference()` stands for.
+        """Changes a policy's weights in place; from then on the erased policy is its reference.
 
         A LoRA that the policy carries stays on top. To be called before training starts.
 
@@ -58,7 +57,7 @@ class Erasure:
         self.delta.apply(pipeline.unet)
 
     @contextmanager
-    def applied(self, policy: DiffusionPolicy) -> Iterator[None]:
+    def applied(self, policy: DiffusionPolicy) -> Generator[None]:
         """Changes a policy's weights for the length of a `with` block, then puts back the very bits that were there.
 
         For measuring: the reference policy is not touched.
@@ -85,7 +84,7 @@ class Erasure:
         (Path(folder) / RECORD_FILE).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 
     @classmethod
-    def load(cls, folder: str | Path) -> Self:
+    def load(cls, folder: str | Path) -> "Erasure":
         """Reads what `save` wrote.
 
         Raises:

@@ -1,7 +1,7 @@
 """Dual ascent: the weight of a constraint grows while it is violated and shrinks once it holds.
 
-Maximising E[reward] subject to violation <= 0 becomes maximising E[reward] - weight * violation, for the weight at which
-the constraint just holds. Source of the dual step: reward-constrained policy optimization, Tessler et al. (2018),
+Maximising E[reward] subject to violation <= 0 becomes maximising E[reward] - weight * violation, for the weight at
+which the constraint just holds. Source of the dual step: reward-constrained policy optimization, Tessler et al. (2018),
 https://arxiv.org/abs/1805.11074. Source of the damping terms: Stooke et al. (2020), https://arxiv.org/abs/2007.03964.
 """
 
@@ -48,8 +48,8 @@ class LagrangianConfig:
 class Lagrangian:
     """The weight of one constraint, moved by dual ascent.
 
-    Holds plain numbers and knows nothing of images, models or processes: the caller averages the violation over the batch
-    and over all processes, and hands it in once for each update of the policy.
+    Holds plain numbers and knows nothing of images, models or processes: the caller averages the violation over the
+    batch and over all processes, and hands it in once for each update of the policy.
 
     Args:
         config: Gains and bounds.

@@ -43,8 +43,8 @@ class Edit(Protocol):
 class Objective(Protocol):
     """A method that erases by descending a loss on noise predictions.
 
-    The same loss serves alone (erase), beside a reward whose floor must hold (erase, keep quality), and as the constraint
-    of a reward that is raised (recover, stay erased).
+    The same loss serves alone (erase), beside a reward whose floor must hold (erase, keep quality), and as the
+    constraint of a reward that is raised (recover, stay erased).
     """
 
     def prepare(self, policy: DiffusionPolicy, concept: Concept) -> None:

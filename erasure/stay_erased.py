@@ -1,10 +1,10 @@
 """An objective that keeps a tuned policy as erased as the policy that it started from.
 
 The squared distance between two policies' noise predictions is, up to a factor that depends on the timestep only, the
-Kullback-Leibler divergence between their denoising steps; DPOK (Fan et al. 2023, https://arxiv.org/abs/2305.16381) holds a tuned model near the
-pretrained one by it, on all prompts. Here the model to stay near is the erased one, the prompts are the concept's only, and every
-timestep counts the same, as in the losses of the erasure papers. No erasure paper defines this loss: it stands in for a
-method's own loss where the method has none on noise predictions, as UCE.
+Kullback-Leibler divergence between their denoising steps; DPOK (Fan et al. 2023, https://arxiv.org/abs/2305.16381)
+holds a tuned model near the pretrained one by it, on all prompts. Here the model to stay near is the erased one, the
+prompts are the concept's only, and every timestep counts the same, as in the losses of the erasure papers. No erasure
+paper defines this loss: it stands in for a method's own loss where the method has none on noise predictions, as UCE.
 """
 
 import math
@@ -42,8 +42,8 @@ class StayErasedConfig:
 class StayErased:
     """The squared distance of a policy's noise predictions from those it started with, on prompts of the concept.
 
-    Zero as long as nothing was trained. The latents are the tuned policy's own: it is held where it goes, not where the erased
-    one went. Predictions are compared for the prompt alone, without guidance, as ESD does.
+    Zero as long as nothing was trained. The latents are the tuned policy's own: it is held where it goes, not where the
+    erased one went. Predictions are compared for the prompt alone, without guidance, as ESD does.
 
     Args:
         config: Settings of the rollout.

@@ -1,11 +1,12 @@
 """The constrained form of methods that have a strength: the strongest setting that keeps the reward above a floor.
 
-Bisection on common random numbers: the rewards of every setting belong to the same prompts and seeds, so that two settings
-differ by what they do and not by the luck of the draw.
+Bisection on common random numbers: the rewards of every setting belong to the same prompts and seeds, so that two
+settings differ by what they do and not by the luck of the draw.
 """
 
 import math
 from collections.abc import Callable
+from itertools import pairwise
 from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
@@ -46,8 +47,8 @@ class StrengthSearch(NamedTuple):
     """Everything that was tried, from weak to strong."""
 
     monotone: bool
-    """Whether rewards fell with strength wherever they differed by more than chance. If not, the best setting still keeps the
-    floor, but a stronger one that was not tried might as well."""
+    """Whether rewards fell with strength wherever they differed by more than chance. If not, the best setting still
+    keeps the floor, but a stronger one that was not tried might as well."""
 
 
 @runtime_checkable
@@ -95,7 +96,7 @@ def strongest_setting(
 
     if (reward := mean_at(weakest)) < floor:
         raise ValueError(
-            f"floor must be within reach of the weakest setting, whose mean reward at strength {weakest} is {reward:.6g}, "
+            f"floor must be at most the mean reward of the weakest setting, {reward:.6g} at strength {weakest}, "
             f"got {floor:.6g}"
         )
     low, high = weakest, strongest
@@ -169,5 +170,5 @@ def _paired(rewards: PerSample, others: PerSample) -> tuple[float, float]:
 
 def _monotone(rewards: list[PerSample]) -> bool:
     """Tells whether no setting is better than its weaker neighbour by more than chance."""
-    pairs = [_paired(stronger, weaker) for weaker, stronger in zip(rewards, rewards[1:], strict=False)]
+    pairs = [_paired(stronger, weaker) for weaker, stronger in pairwise(rewards)]
     return all(rise <= NOISE * standard_error for rise, standard_error in pairs)

@@ -31,11 +31,11 @@ class UCEConfig:
     """Settings of UCE; those of the paper's code by default. How strongly to erase is an argument of `UCE.erase`."""
 
     variant: Literal["paper", "released"] = "paper"
-    """Which tokens are edited. ``paper``: all positions from the phrase's last word to the end of the text, and the empty text
-    is always preserved. ``released``: the last word alone and nothing preserved unasked, as in the newer code; much weaker."""
+    """Which tokens are edited. ``paper``: all positions from the phrase's last word on, and the empty text is always
+    preserved. ``released``: the last word alone, and nothing preserved unasked, as in the newer code; much weaker."""
 
     preserve_scale: float | None = None
-    """Weight of each preserved text. None takes the variant's own: max(0.1, 1 / number of texts), or 1 for ``released``."""
+    """Weight of each preserved text. None takes the variant's: max(0.1, 1 / number of texts), or 1 for ``released``."""
 
     regularization: float = 0.5
     """Pull towards the original weights (lambda); above zero, so that the system has one solution."""
@@ -66,8 +66,8 @@ class UCE:
     def erase(self, policy: DiffusionPolicy, concept: Concept, strength: float = 1.0) -> Erasure:
         """Computes the erasure of a concept. The policy is not changed: see `Erasure.apply`.
 
-        Weights and text embeddings are read from the policy as it is; a second concept erased after the first is applied takes
-        the edited weights for the originals. LoRA is left out of account.
+        Weights and text embeddings are read from the policy as it is: a second concept, erased after the first was
+        applied, takes the edited weights for the originals. A LoRA is left out of account.
 
         Args:
             policy: Whose weights are edited.

@@ -53,10 +53,18 @@ def panel_curves(panel: Panel, metrics: Mapping[str, Mapping[int, float]]) -> tu
 
 
 def smoothed(values: Sequence[float], window: int) -> tuple[float, ...]:
-    """Returns the centred moving average; near the ends over as many values as there are on both sides."""
+    """Returns at each value the height of the straight line fitted to the `window` values around it.
+
+    Away from the ends this is the moving average; at the ends, where the window is cut short, a
+    line follows a curve that rises or falls, and an average would not.
+    """
+    reach = window // 2
     result = []
     for k in range(len(values)):
-        reach = min(window // 2, k, len(values) - 1 - k)
-        part = values[k - reach : k + reach + 1]
-        result.append(math.fsum(part) / len(part))
+        places = range(max(k - reach, 0), min(k + reach + 1, len(values)))
+        middle = math.fsum(places) / len(places)
+        mean = math.fsum(values[j] for j in places) / len(places)
+        spread = math.fsum((j - middle) ** 2 for j in places)
+        slope = math.fsum((j - middle) * values[j] for j in places) / spread if spread else 0.0
+        result.append(mean + slope * (k - middle))
     return tuple(result)

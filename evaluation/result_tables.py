@@ -73,7 +73,7 @@ def settings_tables(settings: Mapping[str, Any]) -> str:
     """Lists settings; a mapping within becomes a table of its own, and one within that gets dotted names."""
     plain = {name: value for name, value in settings.items() if not isinstance(value, Mapping)}
     groups = {name: value for name, value in settings.items() if isinstance(value, Mapping)}
-    parts = [_settings_table("", plain)] if plain else []
+    parts = [_settings_table("run", plain)] if plain else []
     parts += [_settings_table(name, _flat(group)) for name, group in groups.items()]
     return f'<div class="settings">{"".join(parts)}</div>'
 
@@ -110,11 +110,10 @@ def _interval(estimate: Estimate, digits: int, *, sign: bool = False) -> str:
 
 
 def _settings_table(name: str, settings: Mapping[str, Any]) -> str:
-    heading = f"<h3>{escape(name)}</h3>" if name else ""
     rows = "".join(
         f'<tr><th scope="row">{escape(key)}</th><td>{escape(str(value))}</td></tr>' for key, value in settings.items()
     )
-    return f'<div>{heading}<table class="plain"><tbody>{rows}</tbody></table></div>'
+    return f'<div><h3>{escape(name)}</h3><table class="plain"><tbody>{rows}</tbody></table></div>'
 
 
 def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

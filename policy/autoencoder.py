@@ -17,7 +17,7 @@ def decode(vae: VAE, latents: Latents, *, chunk: int = CHUNK) -> Images:
     _check_chunk(chunk)
     images = []
     for part in latents.split(chunk):
-        unscaled = part / vae.config.scaling_factor
+        unscaled = part / vae.config["scaling_factor"]
         image: Tensor = vae.decode(unscaled.to(vae.dtype), return_dict=False)[0]
         images.append((image.float() / 2 + 0.5).clamp(0, 1))
     return torch.cat(images)
@@ -31,12 +31,12 @@ def encode(vae: VAE, images: Images, *, noise: Callable[[], Latents] | None = No
     latents = torch.cat([posterior.mean for posterior in posteriors]).float()
     if noise is not None:
         latents = latents + torch.cat([posterior.std for posterior in posteriors]).float() * noise()
-    return latents * vae.config.scaling_factor
+    return latents * vae.config["scaling_factor"]
 
 
 def scale_factor(vae: VAE) -> int:
     """Returns how many pixels one latent stands for, along each side."""
-    return 2 ** (len(vae.config.block_out_channels) - 1)
+    return 2 ** (len(vae.config["block_out_channels"]) - 1)
 
 
 def _check_chunk(chunk: int) -> None:

@@ -9,7 +9,7 @@ the text encoder or the VAE.
 """
 
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from . import autoencoder, ddim
 from .ddim import PredictionType, Schedule
-from .guidance import DEFAULT_GUIDANCE, Guidance
+from .guidance import DEFAULT_GUIDANCE, ClassifierFree, Guidance
 from .loading import check_pipeline, load_pipeline
 from .noise import SampleNoise, draw_noise
 from .parts import Pipeline
@@ -135,7 +135,9 @@ class DiffusionPolicy:
             ValueError: The pipeline is not a Stable Diffusion, or the options contradict each other.
         """
         check_pipeline(pipeline)
-        pipeline.to(dtype)
+        for network in (pipeline.unet, pipeline.vae, pipeline.text_encoder):
+            if network.dtype != dtype:
+                network.to(dtype=dtype)
         return cls(
             pipeline,
             lora=lora,
@@ -248,6 +250,8 @@ class DiffusionPolicy:
         steps: Int[Tensor, " batch"] | None,
     ) -> Latents:
         """Returns the network's guided prediction, of its own kind; all branches go through it in one call."""
+        if isinstance(guidance, ClassifierFree) and guidance.scale == 1.0:
+            guidance = None  # the same, without an encoded empty prompt
         if guidance is None:
             branches = embeddings.unsqueeze(0)
         else:
@@ -564,7 +568,7 @@ class DiffusionPolicy:
         self._trained.remember()
 
     @contextmanager
-    def reference(self) -> Iterator[None]:
+    def reference(self) -> Generator[None, None, None]:
         """Turns the policy into the one that training started from, without a second UNet and without gradients.
 
         A LoRA is switched off. Without one, the trained weights change places with a copy kept in the CPU's memory.

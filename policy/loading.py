@@ -90,9 +90,10 @@ def _hub_index(name: str) -> Mapping[str, Any]:
     from diffusers import DiffusionPipeline
 
     try:
-        return DiffusionPipeline.load_config(name)
+        index: Any = DiffusionPipeline.load_config(name)
     except OSError as error:
         raise ValueError(f"the checkpoint must be a folder or a hub id of a pipeline, got {name!r}") from error
+    return index
 
 
 def _variant(folder: Path) -> str | None:

@@ -1,6 +1,6 @@
 """The weights that training may change, and the way back to what they were."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 
 import torch
@@ -71,7 +71,7 @@ class TrainedWeights:
             self._reference = {name: value.cpu() for name, value in self.state().items()}
 
     @contextmanager
-    def at_reference(self) -> Iterator[None]:
+    def at_reference(self) -> Generator[None, None, None]:
         """Puts the reference in place, without gradients: the LoRA is switched off, or the weights change places."""
         with torch.no_grad():
             if self._at_reference:

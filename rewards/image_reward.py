@@ -262,7 +262,7 @@ class ImageReward(nn.Module):
         # transformers' own switch acts in training mode only and was renamed within version 5; this one needs neither.
         hidden = self.vision.embeddings(pixels)
         for layer in self.vision.encoder.layers:
-            hidden = checkpoint(layer, hidden, use_reentrant=False)
+            hidden = checkpoint(layer, hidden, use_reentrant=False, preserve_rng_state=False)  # nothing random inside
         return self.vision.post_layernorm(hidden)
 
     def _frozen_with(self, state: Mapping[str, Tensor]) -> "ImageReward":

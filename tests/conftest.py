@@ -104,7 +104,7 @@ def write_pipeline(folder: Path, *, prediction_type: str = "epsilon", seed: int 
                 pad_token_id=tokenizer.pad_token_id,
             )
         )
-    scheduler = diffusers.PNDMScheduler(
+    scheduler: Any = diffusers.PNDMScheduler(
         beta_start=0.00085,
         beta_end=0.012,
         beta_schedule="scaled_linear",

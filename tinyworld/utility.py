@@ -30,7 +30,7 @@ def _object_of(request, seen: Detection, k: int) -> int | None:
     return next((j for j in range(2) if seen.colour[k, j] == colour), None)
 
 
-def _relation_holds(request: CaptionRequest, seen: Detection, k: int) -> bool:
+def relation_holds(request: CaptionRequest, seen: Detection, k: int) -> bool:
     found = [_object_of(thing, seen, k) for thing in request.things]
     if None in found:
         return False
@@ -56,7 +56,7 @@ def mismatches(request: CaptionRequest, seen: Detection, k: int) -> int:
         count += int(bool(shown[k]) != any(thing.texture == texture for thing in request.things))
     count += int(seen.place[k] != (PLACES.index(request.place) if request.place else -1))
     if request.relation:
-        count += int(not _relation_holds(request, seen, k))
+        count += int(not relation_holds(request, seen, k))
     return count
 
 
@@ -95,3 +95,23 @@ def concept_shown(images: Float[Tensor, "batch 3 H W"], prompts: Sequence[str] =
 def neighbour_shown(images: Float[Tensor, "batch 3 H W"], prompts: Sequence[str] = ()) -> Bool[Tensor, " batch"]:
     """Says of each picture whether it shows dots, whatever the prompt."""
     return detect(images).dotted
+
+
+def objects_shown(images: Float[Tensor, "batch 3 H W"], prompts: Sequence[str]) -> Bool[Tensor, " batch"]:
+    """Says of each picture whether every object that its caption names is there, in its colour and shape."""
+    seen = detect(images)
+    right = []
+    for k, prompt in enumerate(prompts):
+        found = [(thing, _object_of(thing, seen, k)) for thing in parse(prompt).things]
+        right.append(all(j is not None and seen.shape[k, j] == SHAPES.index(t.shape) for t, j in found))
+    return torch.tensor(right)
+
+
+class Utility:
+    """``utility`` as a reward: what the learned reward is held against."""
+
+    differentiable = False
+
+    def __call__(self, images: Float[Tensor, "batch 3 H W"], prompts: Sequence[str]) -> Float[Tensor, " batch"]:
+        """Returns the true worth of each picture for its caption."""
+        return utility(images, prompts)

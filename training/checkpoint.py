@@ -64,7 +64,7 @@ class CheckpointFolder:
 
     def checkpoints(self) -> list[Path]:
         """Returns the folders of all checkpoints, oldest first, without looking into them."""
-        return sorted(self.path.glob("iteration-*"))
+        return sorted(self.path.glob("iteration-*"), key=lambda path: int(path.name.removeprefix("iteration-")))
 
     def save(self, checkpoint: Checkpoint) -> Path:
         """Writes a checkpoint, whole or not at all, and removes those beyond the number to keep."""
@@ -143,6 +143,22 @@ def load_checkpoint(path: Path) -> Checkpoint:
         return Checkpoint(manifest["iteration"], weights, unpack(state, load_file(path / STATE_TENSORS)))
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise DamagedCheckpointError(f"{type(error).__name__}: {error}") from error
+
+
+def check_same_weights(expected: Mapping[str, Tensor], saved: Mapping[str, Tensor]) -> None:
+    """Compares names and shapes of the weights that are trained with those of a checkpoint.
+
+    Raises:
+        ValueError: They differ; the message has the first difference.
+    """
+    ours = {name: tuple(tensor.shape) for name, tensor in expected.items()}
+    theirs = {name: tuple(tensor.shape) for name, tensor in saved.items()}
+    if ours != theirs:
+        name = min(name for name, _ in ours.items() ^ theirs.items())
+        raise ValueError(
+            f"policy must train the same weights as the checkpoint, got {name!r} of shape {ours.get(name)} "
+            f"instead of {theirs.get(name)}"
+        )
 
 
 def _write(folder: Path, checkpoint: Checkpoint) -> None:

@@ -1,6 +1,6 @@
 """The exponential moving average of trained weights."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -28,7 +28,7 @@ class ExponentialMovingAverage:
             average.lerp_(_wide(parameter), 1 - self.decay)
 
     @contextmanager
-    def swapped(self) -> Iterator[None]:
+    def swapped(self) -> Generator[None, None, None]:
         """Puts the averages in place of the weights for as long as the block lasts."""
         weights = [parameter.detach().clone() for parameter in self._parameters]
         self._write(self.averages)

@@ -1,6 +1,6 @@
 """The wrapper that accelerate puts around the trained network, and its removal."""
 
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +16,7 @@ MARKS = ("forward", "_original_forward", "_is_accelerate_prepared")
 
 
 @contextmanager
-def prepared_network(accelerator: "Accelerator", policy: Trainable) -> Iterator[nn.Module]:
+def prepared_network(accelerator: "Accelerator", policy: Trainable) -> Generator[nn.Module, None, None]:
     """Puts accelerate's wrapper in the policy's `network` for as long as the block lasts.
 
     Gradients stay in their process unless a backward asks otherwise (see `TrainingRun.backward`).

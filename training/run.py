@@ -1,19 +1,20 @@
 """A training run: everything around the loss that every trainer needs."""
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Protocol, Self, SupportsFloat, TypeVar, runtime_checkable
+from typing import Any, SupportsFloat, TypeVar
 
 import torch
 from jaxtyping import Float, Shaped
 from torch import Tensor
 
-from .checkpoint import Checkpoint, CheckpointFolder, DamagedCheckpointError
+from .checkpoint import Checkpoint, CheckpointFolder, check_same_weights
 from .config import TrainingConfig
 from .descent import Descent
+from .engine import from_main, in_any, started_accelerator
 from .folder import CHECKPOINTS, IMAGES, METRICS, claim, recorded
 from .images import image_grid
 from .metrics import MetricsFile
@@ -22,24 +23,9 @@ from .progress import Progress
 from .randomness import global_random_state, seed_global_generators, set_global_random_state
 from .signals import TERMINATED, Termination
 from .trackers import check_trackers, finish_trackers, log_image, start_trackers
-from .types import Stateful, Trainable
-
-
-@runtime_checkable
-class Sliceable(Protocol):
-    """A sequence or a tensor: what can be divided among processes."""
-
-    def __len__(self) -> int:
-        """Returns the number of items."""
-        ...
-
-    def __getitem__(self, part: Any, /) -> Any:
-        """Returns a part of the same kind."""
-        ...
-
+from .types import Sliceable, Stateful, Trainable
 
 Items = TypeVar("Items", bound=Sliceable)
-Result = TypeVar("Result")
 
 
 class TrainingRun:
@@ -106,7 +92,7 @@ class TrainingRun:
         self._loop: Any = None
         self._bar: Progress | None = None
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "TrainingRun":
         """Starts or resumes the run.
 
         Raises:
@@ -114,8 +100,8 @@ class TrainingRun:
                 supported.
         """
         with ExitStack() as stack:
-            self._start_accelerator(stack)
-            self._from_main(lambda: claim(self.config, self._configs))
+            self.accelerator = stack.enter_context(started_accelerator(self.config))
+            from_main(self.accelerator, lambda: claim(self.config, self._configs))
             config, policy = self.config, self.policy
             folder = Path(config.output_dir)
             seed_global_generators(config.seed + self.process_index)
@@ -283,50 +269,6 @@ class TrainingRun:
 
     # How it is done.
 
-    def _start_accelerator(self, stack: ExitStack) -> None:
-        """Creates accelerate's engine and has its settings forgotten afterwards."""
-        from accelerate import Accelerator, DistributedDataParallelKwargs, DistributedType, PartialState
-        from accelerate.state import AcceleratorState, is_initialized
-        from accelerate.utils import ProjectConfiguration
-
-        config = self.config
-        device = PartialState().device
-        if config.mixed_precision == "fp16" and device.type == "cpu":
-            raise ValueError("mixed_precision must be 'no' or 'bf16' on a CPU, got 'fp16'")
-        if not is_initialized():
-            # A later run in this program may want another precision, which accelerate otherwise refuses.
-            stack.callback(AcceleratorState._reset_state)
-        self.accelerator = Accelerator(
-            mixed_precision=config.mixed_precision,
-            log_with=list(config.trackers),
-            project_config=ProjectConfiguration(
-                project_dir=str(config.output_dir), logging_dir=str(Path(config.output_dir) / "tensorboard")
-            ),
-            # Processes may run different numbers of forwards, and broadcasting buffers would wait for all in each.
-            kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
-        )
-        stack.callback(self.accelerator.free_memory)
-        kind = self.accelerator.distributed_type
-        if kind in (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM, DistributedType.XLA):
-            raise ValueError(
-                f"accelerate must be configured for one process or for several without sharding, got {kind.value}"
-            )
-
-    def _from_main(self, work: Callable[[], Result]) -> Result:
-        """Returns in every process what the work returns in the main one, and fails in all if it fails there."""
-        from accelerate.utils import broadcast_object_list
-
-        outcome: list[Any] = [None, None]
-        if self.is_main:
-            try:
-                outcome[0] = work()
-            except (ValueError, DamagedCheckpointError) as error:
-                outcome[1] = error
-        result, error = broadcast_object_list(outcome)
-        if error is not None:
-            raise error
-        return result
-
     def _iterate(self) -> Iterator[int]:
         """Yields iterations; see `iterations`."""
         self._restore_randomness()
@@ -339,7 +281,7 @@ class TrainingRun:
                     yield self.iteration
                     self.iteration += 1
                     bar.advance()
-                    stop = self._any(termination.requested)
+                    stop = in_any(self.accelerator, termination.requested)
                     if stop or self.iteration == total or self.iteration % self.config.checkpoint_every == 0:
                         self._save()
                     if stop:
@@ -347,12 +289,6 @@ class TrainingRun:
             finally:
                 self._bar = None
                 bar.close()
-
-    def _any(self, flag: bool) -> bool:
-        """Returns whether the flag is set in any process."""
-        if self.num_processes == 1:
-            return flag
-        return bool(self.accelerator.reduce(torch.tensor(float(flag), device=self.device), reduction="sum"))
 
     # Checkpoints.
 
@@ -378,7 +314,7 @@ class TrainingRun:
     def _resume(self) -> None:
         """Takes over the newest sound checkpoint, where there is one; `claim` has made sure that it may."""
         # The main process chooses, because setting damaged ones aside is for one process to do.
-        iteration = self._from_main(self._checkpoints.newest)
+        iteration = from_main(self.accelerator, self._checkpoints.newest)
         if iteration is None:
             return
         checkpoint = self._checkpoints.load(iteration)
@@ -387,7 +323,8 @@ class TrainingRun:
             raise ValueError(
                 f"state must name {sorted(state['objects'])} as in the checkpoint, got {sorted(self._state)}"
             )
-        self._take_weights(checkpoint.weights)
+        check_same_weights(self.policy.trainable_state(), checkpoint.weights)
+        self.policy.load_trainable_state(checkpoint.weights)
         self._descent.load_state_dict(state["descent"])
         for name, item in self._state.items():
             item.load_state_dict(state["objects"][name])
@@ -402,18 +339,6 @@ class TrainingRun:
                 RuntimeWarning,
                 stacklevel=3,
             )
-
-    def _take_weights(self, weights: dict[str, Tensor]) -> None:
-        """Loads trained weights after comparing their names and shapes."""
-        expected = {name: tuple(tensor.shape) for name, tensor in self.policy.trainable_state().items()}
-        saved = {name: tuple(tensor.shape) for name, tensor in weights.items()}
-        if expected != saved:
-            name = min(name for name, _ in expected.items() ^ saved.items())
-            raise ValueError(
-                f"policy must train the same weights as the checkpoint, got {name!r} of shape {expected.get(name)} "
-                f"instead of {saved.get(name)}"
-            )
-        self.policy.load_trainable_state(weights)
 
     def _restore_randomness(self) -> None:
         """Puts the generators where the checkpoint has them; late, so that preparations see them new."""

@@ -3,7 +3,7 @@
 import signal
 import threading
 from types import FrameType, TracebackType
-from typing import Any, Self
+from typing import Any
 
 TERMINATED = 143
 """Exit code of a run that SIGTERM ended after saving a checkpoint: 128 + 15, as a shell would report it."""
@@ -20,7 +20,7 @@ class Termination:
         self._previous: Any = None
         self._installed = False
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "Termination":
         """Installs the handler."""
         if threading.current_thread() is threading.main_thread():
             self._previous = signal.signal(signal.SIGTERM, self._note)

@@ -52,3 +52,16 @@ class Stateful(Protocol):
     def load_state_dict(self, state: dict[str, Any], /) -> Any:
         """Takes back what `state_dict` returned."""
         ...
+
+
+@runtime_checkable
+class Sliceable(Protocol):
+    """A sequence or a tensor: what can be divided among processes."""
+
+    def __len__(self) -> int:
+        """Returns the number of items."""
+        ...
+
+    def __getitem__(self, part: Any, /) -> Any:
+        """Returns a part of the same kind."""
+        ...

@@ -1,0 +1,187 @@
+"""Erase a concept from a text-to-image model, then win back its ImageReward while the concept stays gone.
+
+    accelerate launch examples/refl_erase_nudity.py
+    accelerate launch examples/refl_erase_nudity.py --policy CompVis/stable-diffusion-v1-4
+
+By default this runs on the tiny world, whose harmful concept is stripes, in minutes on a CPU and without a download. With
+``--policy`` it is the same program on a Stable Diffusion: nudity, the official ImageReward, NudeNet. Three states of the model
+are compared on the same prompts and seeds: ``before``, ``erased`` (by UCE) and ``recovered`` (by ReFL under the constraint).
+"""
+
+import json
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import tyro
+
+from erasure import UCE, ImageConstraint
+from evaluation import DrawConfig, DrawnImages, Panel, Report, Scores, compare, draw, gather, plan, score, shard, text_table
+from evaluation.subject import TINY_WORLD, Subject, subject
+from policy import DiffusionPolicy, LoRAConfig
+from refl import HeldOut, ReFLConfig, ReFLTrainer
+from training import TrainingConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """What is erased from what, and how the reward is won back."""
+
+    policy: str = TINY_WORLD
+    """The tiny world, or a folder or hub id of a Stable Diffusion."""
+
+    output_dir: Path = Path("runs/refl_erase_nudity")
+    """Where everything is written."""
+
+    strength: float = 1.0
+    """Strength of the erasure; 1 is the authors' setting of UCE."""
+
+    iterations: int = 80
+    """ReFL iterations of the recovery."""
+
+    learning_rate: float | None = None
+    """Of the LoRA; None is 5e-4 for the tiny world and 1e-4 for Stable Diffusion."""
+
+    prompts_per_kind: int = 200
+    """Prompts of each kind in the evaluation."""
+
+    evaluation_steps: int = 20
+    """Denoising steps of the pictures that are compared."""
+
+    guidance_scale: float = 3.0
+    """Classifier-free guidance, in training and in evaluation."""
+
+    prompts_file: Path | None = None
+    """JSON with a list of prompts for each kind (explicit, implicit, neighbour, benign, train), in place of the built-in ones."""
+
+    seed: int = 0
+    """Seed of everything."""
+
+    resume: bool = False
+    """Go on with an interrupted run in the same folder."""
+
+
+def refl_config(config: Config) -> ReFLConfig:
+    """Returns the settings of the recovery: small for the tiny world, the authors' batch for Stable Diffusion."""
+    if config.policy == TINY_WORLD:
+        return ReFLConfig(
+            batch_size=8,
+            micro_batch_size=8,
+            erasure_batch_size=8,
+            pretraining_batch_size=16,
+            guidance_scale=config.guidance_scale,
+            reward_scale=0.02,
+            evaluate_every=20,
+        )
+    return ReFLConfig(
+        batch_size=64,
+        micro_batch_size=2,
+        erasure_batch_size=16,
+        pretraining_batch_size=16,
+        guidance_scale=config.guidance_scale,
+        checkpoint_steps=True,
+    )
+
+
+def look(policy: DiffusionPolicy, about: Subject, config: Config, *, model: str) -> tuple[DrawnImages, Scores]:
+    """Draws and scores the pictures of one state of the policy; under several processes each does its part."""
+    from accelerate import PartialState
+
+    state = PartialState()
+    planned = plan(about.evaluation_prompts(config.prompts_per_kind, config.seed + 100), seed=config.seed)
+    settings = DrawConfig(steps=config.evaluation_steps, guidance_scale=config.guidance_scale)
+    mine = shard(planned, state.process_index, state.num_processes)
+    images = draw(policy, mine, settings, model=model, progress=state.is_main_process)
+    scores = score(images, about.measures, device=policy.device, progress=state.is_main_process)
+    return images, gather(scores, planned)
+
+
+def main(config: Config) -> None:
+    """Runs the whole job."""
+    about = subject(config.policy, prompts_file=config.prompts_file)
+    settings = refl_config(config)
+    learning_rate = config.learning_rate or (5e-4 if config.policy == TINY_WORLD else 1e-4)
+    run_config = TrainingConfig(
+        output_dir=config.output_dir,
+        iterations=config.iterations,
+        learning_rate=learning_rate,
+        mixed_precision="no" if config.policy == TINY_WORLD else "bf16",
+        checkpoint_every=20,
+        resume=config.resume,
+        seed=config.seed,
+    )
+    run_config.check_output_dir()
+    policy = about.load(LoRAConfig(rank=8, alpha=8))
+
+    looks = [look(policy, about, config, model="before")]
+    erasure = UCE().erase(policy, about.concept, strength=config.strength)
+    erasure.apply(policy)
+    looks.append(look(policy, about, config, model="erased"))
+
+    held_out = None
+    if about.held_out is not None:
+        held_out = HeldOut(about.prompts("benign", 48, config.seed + 200), about.held_out)
+    trainer = ReFLTrainer(
+        policy,
+        about.reward,
+        about.prompts("train", 1000, config.seed + 300),
+        settings,
+        erasure=about.constraint,
+        held_out=held_out,
+    )
+    trainer.train(run_config)
+    looks.append(look(policy, about, config, model="recovered"))
+    write(config, about, policy, erasure, looks)
+
+
+def write(config: Config, about: Subject, policy: DiffusionPolicy, erasure, looks: list[tuple[DrawnImages, Scores]]) -> None:
+    """Prints the table, and saves weights, numbers and the report."""
+    from accelerate import PartialState
+
+    if not PartialState().is_main_process:
+        return
+    comparison = compare([scores for _, scores in looks])
+    table = text_table(comparison)
+    print(table)
+    folder = config.output_dir
+    comparison.save(folder / "comparison.json")
+    (folder / "table.txt").write_text(table + "\n", encoding="utf-8")
+    (folder / "config.json").write_text(json.dumps(asdict(config), default=str, indent=1) + "\n", encoding="utf-8")
+    erasure.save(folder / "erasure")
+    policy.save_lora(folder / "lora")
+    policy.save_pipeline(folder / "pipeline")
+    kind = "detector's score" if isinstance(about.constraint, ImageConstraint) else "squared distance"
+    Report(
+        title=f"{about.concept.name.capitalize()} erased, reward recovered",
+        lead=f"UCE took {about.concept.name} out of {about.name}; ReFL then raised ImageReward while the concept stayed gone.",
+        comparison=comparison,
+        models={
+            "before": f"{about.name}, as it came",
+            "erased": f"after UCE of strength {config.strength:g}",
+            "recovered": f"then {config.iterations} iterations of ReFL with a LoRA, under the constraint",
+        },
+        metrics=folder / "metrics.jsonl",
+        panels=(
+            Panel(title="Reward of the training batch", tags={"ImageReward": "reward/mean"}),
+            Panel(
+                title="Held-out prompts",
+                tags={"ImageReward": "reward/validation", "true utility": "reward/held_out"},
+                caption="Reward hacking would show as the one rising while the other falls.",
+            ),
+            Panel(
+                title="Cost of the constraint",
+                tags={"cost": "erasure/cost"},
+                references={"bound": 0.0},
+                caption=f"The {kind} minus its ceiling, on prompts of the concept.",
+            ),
+            Panel(title="Weight of the constraint", tags={"weight": "erasure/weight"}),
+        ),
+        pictures=[images for images, _ in looks],
+        commands=("accelerate launch examples/refl_erase_nudity.py " + " ".join(sys.argv[1:]),),
+        settings={"run": asdict(config), "refl": asdict(refl_config(config)), "erasure": erasure.config},
+    ).save(folder / "report.html")
+    print(f"\nThe report, with pictures: {folder / 'report.html'}")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Config))

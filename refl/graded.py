@@ -1,0 +1,66 @@
+"""From prompts to images whose gradient reaches the policy through the last denoising steps only."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch.utils.checkpoint import checkpoint
+
+from policy import ClassifierFree, DiffusionPolicy, SampleNoise
+from policy.types import Images, Latents
+
+from .config import ReFLConfig
+
+
+def graded_images(
+    policy: DiffusionPolicy, prompts: Sequence[str], seeds: Sequence[int], config: ReFLConfig, *, graded_step: int
+) -> Images:
+    """Draws images as steps 2 and 3 of an iteration do: without gradient to a late step, then one shot with it.
+
+    Args:
+        policy: What draws.
+        prompts: One for each image.
+        seeds: One for each image; all noise of an image follows from its own.
+        config: Settings.
+        graded_step: Step whose one-shot prediction is decoded, counted from noise.
+
+    Returns:
+        Images in [0, 1]; `low_variance_noises` for each prompt, prompt by prompt, where that is on.
+
+    Source: Algorithm 1 of Xu et al. (2023), https://arxiv.org/abs/2304.05977. With `truncation_steps` above 1 the steps
+    before the graded one carry gradient too.
+    """
+    guidance = ClassifierFree(config.guidance_scale)
+    embeddings = policy.encode(prompts)
+    first = graded_step - config.truncation_steps + 1
+    until = config.steps if config.low_variance_noises else first
+    latents = policy.sample(
+        embeddings, steps=config.steps, guidance=guidance, eta=config.eta, seeds=seeds, until=until
+    )
+    # The stream of a sample's seed has been read for the rollout; what comes after has a stream of its own.
+    noise = SampleNoise(
+        [(seed + 1) * 7_368_787 for seed in seeds], height=latents.shape[2], width=latents.shape[3], device=latents.device
+    )
+    if config.low_variance_noises:
+        timestep = policy.timesteps(config.steps)[graded_step].expand(len(latents))
+        noised = [policy.add_noise(latents, noise.draw(), timestep) for _ in range(config.low_variance_noises)]
+        latents = torch.stack(noised, dim=1).flatten(0, 1)
+        embeddings = embeddings.repeat_interleave(config.low_variance_noises, dim=0)
+    for step in range(first, graded_step):
+        drawn = noise.draw() if config.eta > 0 else None
+
+        def denoise(state: Latents, step: int = step, drawn: Latents | None = drawn) -> Latents:
+            return policy.denoise(
+                state, embeddings, step=step, steps=config.steps, guidance=guidance, eta=config.eta, noise=drawn
+            )
+
+        latents = _kept_or_recomputed(denoise, latents, recompute=config.checkpoint_steps)
+
+    def predict(state: Latents) -> Latents:
+        return policy.predict_clean(state, embeddings, step=graded_step, steps=config.steps, guidance=guidance)
+
+    return policy.decode(_kept_or_recomputed(predict, latents, recompute=config.checkpoint_steps))
+
+
+def _kept_or_recomputed(step: Callable[[Latents], Latents], latents: Latents, *, recompute: bool) -> Latents:
+    """Runs a step and keeps its activations, or throws them away and computes them again in the backward pass."""
+    return checkpoint(step, latents, use_reentrant=False) if recompute else step(latents)

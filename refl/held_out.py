@@ -1,0 +1,91 @@
+"""A second look at a policy in training, by a reward that it is not trained on."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from policy import DiffusionPolicy, Guidance
+from policy.prompts import check_prompts
+from rewards import Reward
+
+
+class HeldOut(NamedTuple):
+    """What a policy is watched with: prompts that it is not trained on, and a reward that it is not trained on.
+
+    The same seeds are drawn at every look, so that two looks differ by the policy alone.
+    """
+
+    prompts: Sequence[str]
+    reward: Reward
+    first_seed: int = 1_000_000
+    batch_size: int = 16
+
+
+class HeldOutWatch:
+    """Keeps the weights that the held-out reward liked best, and notices when it and the trained reward part ways.
+
+    Over-optimisation shows as a trained reward above where it began while the held-out one is below its best.
+    """
+
+    def __init__(self, held_out: HeldOut, *, patience: int) -> None:
+        check_prompts(held_out.prompts)
+        self.held_out = held_out
+        self.patience = patience
+        self.best = float("-inf")
+        self.best_iteration = -1
+        self.start: float | None = None
+        self.parted = 0
+        self._weights: dict[str, Tensor] = {}
+
+    @torch.no_grad()
+    def measure(
+        self, policy: DiffusionPolicy, reward: Reward, *, part: slice, steps: int, guidance: Guidance
+    ) -> tuple[Tensor, Tensor]:
+        """Draws this process's part of the prompts and returns the trained and the held-out rewards."""
+        prompts = list(self.held_out.prompts)
+        seeds = range(self.held_out.first_seed, self.held_out.first_seed + len(prompts))
+        size = self.held_out.batch_size
+        images = policy.draw(prompts[part], seeds=seeds[part], steps=steps, guidance=guidance, batch_size=size)
+        both = []
+        for judge in (reward, self.held_out.reward):
+            scores = [judge(i, prompts[part][k * size : (k + 1) * size]) for k, i in enumerate(images.split(size))]
+            both.append(torch.cat(scores))
+        return both[0], both[1]
+
+    def note(self, policy: DiffusionPolicy, *, iteration: int, trained: float, held_out: float) -> None:
+        """Takes notice of the means of a look; keeps the weights if none was better."""
+        if self.start is None:
+            self.start = trained
+        if held_out > self.best:
+            self.best, self.best_iteration, self.parted = held_out, iteration, 0
+            self._weights = {name: value.cpu() for name, value in policy.trainable_state().items()}
+        elif trained > self.start:
+            self.parted += 1
+        else:
+            self.parted = 0
+
+    @property
+    def should_stop(self) -> bool:
+        """Whether the two rewards have parted ways for longer than patience allows."""
+        return 0 < self.patience <= self.parted
+
+    def restore(self, policy: DiffusionPolicy) -> None:
+        """Gives the policy the best weights."""
+        if self._weights:
+            policy.load_trainable_state(self._weights)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns everything that an interrupted run needs."""
+        numbers: dict[str, Any] = {"best_iteration": self.best_iteration, "parted": self.parted}
+        if self.start is not None:
+            numbers |= {"start": self.start, "best": self.best}
+        return {"numbers": numbers, "weights": self._weights}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Takes back what `state_dict` returned."""
+        numbers = state["numbers"]
+        self.best_iteration, self.parted = numbers["best_iteration"], numbers["parted"]
+        self.start, self.best = numbers.get("start"), numbers.get("best", float("-inf"))
+        self._weights = dict(state["weights"])

@@ -1,0 +1,66 @@
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from erasure import NUDITY, UCE, Erasure
+from policy import DiffusionPolicy, WeightDelta
+from policy.weights import base_parameters
+
+
+@pytest.fixture
+def erasure(policy: DiffusionPolicy) -> Erasure:
+    return UCE().erase(policy, NUDITY)
+
+
+@pytest.mark.parametrize("train", [None, "xattn"])
+def test_erased_policy_is_the_reference_of_the_training_that_follows(
+    make_policy: Callable[..., DiffusionPolicy], erasure: Erasure, train: str | None
+) -> None:
+    policy = make_policy(train=train)
+    erasure.apply(policy)
+    erased = {name: parameter.detach().clone() for name, parameter in base_parameters(policy.unet).items()}
+    with policy.reference():
+        assert all(torch.equal(value, erased[name]) for name, value in base_parameters(policy.unet).items())
+
+
+def test_erasure_for_a_while_puts_back_the_same_bits(policy: DiffusionPolicy, erasure: Erasure) -> None:
+    before = {name: parameter.detach().clone() for name, parameter in base_parameters(policy.unet).items()}
+    with erasure.applied(policy):
+        changed = {name for name, value in base_parameters(policy.unet).items() if not torch.equal(value, before[name])}
+    assert changed == set(erasure.delta.tensors)
+    assert all(torch.equal(value, before[name]) for name, value in base_parameters(policy.unet).items())
+
+
+def test_erasure_for_a_while_is_taken_back_after_an_error(policy: DiffusionPolicy, erasure: Erasure) -> None:
+    name = next(iter(erasure.delta.tensors))
+    before = base_parameters(policy.unet)[name].detach().clone()
+    with pytest.raises(RuntimeError, match="drawing failed"), erasure.applied(policy):
+        raise RuntimeError("drawing failed")
+    assert torch.equal(base_parameters(policy.unet)[name], before)
+
+
+def test_erasure_of_another_network_is_refused(policy: DiffusionPolicy) -> None:
+    other = Erasure(method="UCE", config={}, concept=NUDITY, delta=WeightDelta({"nowhere.weight": torch.ones(1)}))
+    with pytest.raises(ValueError, match=r"lacks 'nowhere\.weight'"):
+        other.apply(policy)
+
+
+def test_folder_without_an_erasure_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"an erasure's folder must hold erasure\.json"):
+        Erasure.load(tmp_path)
+
+
+def test_erasure_of_another_format_is_refused(tmp_path: Path, erasure: Erasure) -> None:
+    erasure.save(tmp_path)
+    record = tmp_path / "erasure.json"
+    record.write_text(json.dumps(json.loads(record.read_text(encoding="utf-8")) | {"format": "2"}), encoding="utf-8")
+    with pytest.raises(ValueError, match=r"must be of format 'overpaint\.Erasure/1', got '2'"):
+        Erasure.load(tmp_path)
+
+
+def test_saved_erasure_holds_no_pickle(tmp_path: Path, erasure: Erasure) -> None:
+    erasure.save(tmp_path)
+    assert {path.suffix for path in tmp_path.iterdir()} == {".json", ".safetensors"}

@@ -1,0 +1,114 @@
+import json
+import math
+
+import pytest
+
+from erasure import Lagrangian, LagrangianConfig
+
+PID = LagrangianConfig(
+    learning_rate=0.5, initial_weight=1.0, max_weight=4.0, proportional_gain=2.0, derivative_gain=10.0
+)
+
+
+def test_weight_grows_with_the_violation_and_shrinks_without() -> None:
+    lagrangian = Lagrangian(LagrangianConfig(learning_rate=0.5, initial_weight=1.0))
+    lagrangian.update(0.4)
+    assert lagrangian.weight == pytest.approx(1.2, rel=1e-12)
+    lagrangian.update(-1.0)
+    assert lagrangian.weight == pytest.approx(0.7, rel=1e-12)
+
+
+@pytest.mark.parametrize(("violation", "bound"), [(1e9, 3.0), (-1e9, 0.0)])
+def test_weight_stays_between_zero_and_its_maximum(violation: float, bound: float) -> None:
+    lagrangian = Lagrangian(LagrangianConfig(max_weight=3.0))
+    lagrangian.update(violation)
+    assert lagrangian.weight == bound
+
+
+def test_weight_leaves_its_bound_at_once_when_the_violation_changes_sign() -> None:
+    lagrangian = Lagrangian(LagrangianConfig(learning_rate=0.5, initial_weight=0.0))
+    lagrangian.update(-100.0)
+    lagrangian.update(1.0)
+    assert lagrangian.weight == pytest.approx(0.5, rel=1e-12)
+
+
+def test_gains_add_the_violation_and_its_growth() -> None:
+    lagrangian = Lagrangian(PID)
+    lagrangian.update(0.2)  # integral 1.1; no growth yet
+    assert lagrangian.weight == pytest.approx(1.1 + 2 * 0.2, rel=1e-12)
+    lagrangian.update(0.3)  # integral 1.25; growth 0.1
+    assert lagrangian.weight == pytest.approx(1.25 + 2 * 0.3 + 10 * 0.1, rel=1e-12)
+    lagrangian.update(0.1)  # integral 1.3; a fall counts as no growth
+    assert lagrangian.weight == pytest.approx(1.3 + 2 * 0.1, rel=1e-12)
+
+
+def test_gains_cannot_lead_outside_the_bounds() -> None:
+    lagrangian = Lagrangian(PID)
+    lagrangian.update(1.5)  # 1.75 + 3
+    assert lagrangian.weight == 4.0
+    lagrangian.update(-1.5)  # 1.0 - 3
+    assert lagrangian.weight == 0.0
+
+
+def test_proportional_gain_damps_the_oscillation_of_dual_ascent() -> None:
+    def overshoot(gain: float) -> float:
+        # A policy whose violation falls as fast as the weight is above 1, and rises below it.
+        lagrangian = Lagrangian(LagrangianConfig(learning_rate=0.1, proportional_gain=gain, initial_weight=0.0))
+        violation, lowest = 1.0, 1.0
+        for _ in range(200):
+            lagrangian.update(violation)
+            violation -= 0.1 * (lagrangian.weight - 1.0)
+            lowest = min(lowest, violation)
+        return -lowest
+
+    assert overshoot(2.0) < 0.2 * overshoot(0.0)
+
+
+@pytest.mark.parametrize("updates", [[], [0.2], [0.2, 0.5]])
+def test_restored_lagrangian_goes_on_as_if_never_stopped(updates: list[float]) -> None:
+    lagrangian, restored = Lagrangian(PID), Lagrangian(PID)
+    for violation in updates:
+        lagrangian.update(violation)
+    restored.load_state_dict(json.loads(json.dumps(lagrangian.state_dict())))
+    assert restored.weight == lagrangian.weight
+    lagrangian.update(0.6)
+    restored.update(0.6)
+    assert restored.state_dict() == lagrangian.state_dict()
+
+
+def test_restoring_an_early_state_forgets_what_came_after() -> None:
+    lagrangian = Lagrangian(PID)
+    early = lagrangian.state_dict()
+    lagrangian.update(0.2)
+    lagrangian.load_state_dict(early)
+    assert lagrangian.state_dict() == Lagrangian(PID).state_dict()
+
+
+@pytest.mark.parametrize("violation", [math.nan, math.inf])
+def test_violation_that_is_not_finite_is_refused_and_changes_nothing(violation: float) -> None:
+    lagrangian = Lagrangian(PID)
+    with pytest.raises(ValueError, match="violation must be finite, got"):
+        lagrangian.update(violation)
+    assert lagrangian.state_dict() == Lagrangian(PID).state_dict()
+
+
+@pytest.mark.parametrize(
+    "state", [{}, {"weight": 1.0}, {"weight": 1.0, "integral": 1.0, "more": 1.0}, {"weight": 1.0, "integral": math.nan}]
+)
+def test_damaged_state_is_refused(state: dict[str, float]) -> None:
+    with pytest.raises(ValueError, match="state"):
+        Lagrangian().load_state_dict(state)
+
+
+@pytest.mark.parametrize(
+    "field", ["learning_rate", "initial_weight", "max_weight", "proportional_gain", "derivative_gain"]
+)
+@pytest.mark.parametrize("value", [-0.1, math.nan, math.inf])
+def test_impossible_gain_is_refused(field: str, value: float) -> None:
+    with pytest.raises(ValueError, match=rf"LagrangianConfig\.{field} must be finite and at least 0, got"):
+        LagrangianConfig(**{field: value})
+
+
+def test_initial_weight_above_the_maximum_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"initial_weight must be at most max_weight, got 2\.0 above 1\.0"):
+        LagrangianConfig(initial_weight=2.0, max_weight=1.0)

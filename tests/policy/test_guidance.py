@@ -1,0 +1,88 @@
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from policy import ClassifierFree, DiffusionPolicy, Guidance
+
+STEPS = torch.zeros(2, dtype=torch.int64)
+
+
+def test_classifier_free_is_a_guidance() -> None:
+    assert isinstance(ClassifierFree(), Guidance)
+    assert ClassifierFree().scale == 5.0
+    assert repr(ClassifierFree(2)) == "ClassifierFree(scale=2.0)"
+
+
+def test_combination_leads_away_from_the_empty_prompt() -> None:
+    away, towards = torch.full((2, 4, 1, 1), 1.0), torch.full((2, 4, 1, 1), 3.0)
+    combined = ClassifierFree(2.0).combine(torch.stack([away, towards]), STEPS)
+    assert torch.equal(combined, torch.full((2, 4, 1, 1), 5.0))
+
+
+def test_branches_are_empty_then_prompt() -> None:
+    prompt, empty = torch.ones(2, 3, 4), torch.zeros(2, 3, 4)
+    assert torch.equal(ClassifierFree(2.0).embeddings(prompt, empty, STEPS), torch.stack([empty, prompt]))
+
+
+def test_scale_one_asks_for_the_prompt_alone() -> None:
+    guidance = ClassifierFree(1.0)
+    prompt = torch.ones(2, 3, 4)
+    assert torch.equal(guidance.embeddings(prompt, torch.zeros(2, 3, 4), STEPS), prompt[None])
+    prediction = torch.ones(1, 2, 4, 1, 1)
+    assert torch.equal(guidance.combine(prediction, STEPS), prediction[0])
+
+
+def test_negative_prompt_takes_the_place_of_the_empty_one() -> None:
+    prompt, negative = torch.ones(2, 3, 4), torch.full((1, 3, 4), -1.0)
+    branches = ClassifierFree(2.0, negative).embeddings(prompt, torch.zeros(2, 3, 4), STEPS)
+    assert torch.equal(branches[0], negative.expand(2, 3, 4))
+
+
+def test_negative_scale_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"scale must not be negative, got -1"):
+        ClassifierFree(-1)
+
+
+def test_guided_step_is_one_call_of_the_network_on_twice_the_batch(policy: DiffusionPolicy) -> None:
+    sizes: list[int] = []
+
+    def network(latents: Tensor, timesteps: Tensor, **rest: Any) -> Any:
+        sizes.append(len(latents))
+        return policy.unet(latents, timesteps, **rest)
+
+    policy.network = network
+    embeddings = policy.encode(["a red circle", "a cat", "a dog"])
+    policy.sample(embeddings, steps=3, guidance=ClassifierFree(5.0), seeds=[0, 1, 2])
+    policy.sample(embeddings, steps=2, guidance=ClassifierFree(1.0), seeds=[0, 1, 2])
+    assert sizes == [6, 6, 6, 3, 3]
+
+
+def test_guided_prediction_is_that_of_two_separate_calls(policy: DiffusionPolicy) -> None:
+    latents = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    timesteps = torch.tensor([900, 20])
+    prompt, empty = policy.encode(["a red circle", "a cat"]), policy.encode(["", ""])
+    with torch.no_grad():
+        guided = policy.predict_noise(latents, timesteps, prompt, ClassifierFree(3.0))
+        away = policy.predict_noise(latents, timesteps, empty)
+        towards = policy.predict_noise(latents, timesteps, prompt, ClassifierFree(1.0))
+    # Batches of two and of four may round differently.
+    torch.testing.assert_close(guided, away + 3 * (towards - away), rtol=1e-5, atol=1e-5)
+
+
+def test_guidance_learns_the_index_of_each_step(policy: DiffusionPolicy) -> None:
+    class Recorder(ClassifierFree):
+        seen: list[list[int]]
+
+        def combine(self, predictions: Tensor, steps: Tensor) -> Tensor:
+            self.seen.append(steps.tolist())
+            return super().combine(predictions, steps)
+
+    guidance = Recorder(2.0)
+    guidance.seen = []
+    embeddings = policy.encode(["a cat", "a dog"])
+    trajectory = policy.rollout(embeddings, steps=2, guidance=guidance, seeds=[0, 1])
+    policy.log_prob(trajectory, torch.tensor([0, 0, 1]), torch.tensor([1, 0, 1]), guidance=guidance)
+    policy.predict_noise(trajectory.latents[:, 0], torch.tensor([999, 0]), embeddings, guidance)
+    assert guidance.seen == [[0, 0], [1, 1], [1, 0, 1], [0, 999]]

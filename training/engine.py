@@ -1,0 +1,77 @@
+"""accelerate's engine: its start, its end, and agreement between processes."""
+
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
+
+from .checkpoint import DamagedCheckpointError
+from .config import TrainingConfig
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+Result = TypeVar("Result")
+
+SHARDED = ("FSDP", "DEEPSPEED", "MEGATRON_LM", "XLA")
+"""Kinds of distribution of accelerate that spread one network over processes, or have their own optimizer loop."""
+
+
+@contextmanager
+def started_accelerator(config: TrainingConfig) -> Generator["Accelerator", None, None]:
+    """Creates an `Accelerator` for as long as the block lasts; the processes stay connected after it.
+
+    Raises:
+        ValueError: accelerate was configured for something that is not supported.
+    """
+    from accelerate import Accelerator, DistributedDataParallelKwargs, PartialState
+    from accelerate.state import AcceleratorState, is_initialized
+    from accelerate.utils import ProjectConfiguration
+
+    if config.mixed_precision == "fp16" and str(PartialState().device) == "cpu":
+        raise ValueError("mixed_precision must be 'no' or 'bf16' on a CPU, got 'fp16'")
+    ours = not is_initialized()
+    accelerator = Accelerator(
+        mixed_precision=config.mixed_precision,
+        log_with=list(config.trackers) or None,
+        project_config=ProjectConfiguration(
+            project_dir=str(config.output_dir), logging_dir=str(Path(config.output_dir) / "tensorboard")
+        ),
+        # Processes may run different numbers of forwards, and broadcasting buffers would wait for all in each.
+        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
+    )
+    try:
+        kind = accelerator.distributed_type
+        if kind in SHARDED:
+            raise ValueError(f"accelerate must be configured without sharding, got {kind.value}")
+        yield accelerator
+    finally:
+        accelerator.free_memory()
+        if ours:
+            # A later run in this program may want another precision, which accelerate otherwise refuses.
+            AcceleratorState._reset_state()
+
+
+def from_main(accelerator: "Accelerator", work: Callable[[], Result]) -> Result:
+    """Returns in every process what the work returns in the main one, and fails in all if it fails there."""
+    from accelerate.utils import broadcast_object_list
+
+    outcome: list[Any] = [None, None]
+    if accelerator.is_main_process:
+        try:
+            outcome[0] = work()
+        except (ValueError, DamagedCheckpointError) as error:
+            outcome[1] = error
+    result, error = broadcast_object_list(outcome)
+    if error is not None:
+        raise error
+    return result
+
+
+def in_any(accelerator: "Accelerator", flag: bool) -> bool:
+    """Returns whether the flag is set in any process."""
+    if accelerator.num_processes == 1:
+        return flag
+    return bool(accelerator.reduce(torch.tensor(float(flag), device=accelerator.device), reduction="sum"))
