@@ -4,9 +4,10 @@
     python benchmarks/gpu.py --batch-sizes 4 --no-compile
     python benchmarks/gpu.py --tiny             # the program itself, in seconds on a CPU; measures nothing
 
-Networks have Stable Diffusion v1.4's architecture and ImageReward's, with random weights built here: speed does not depend on
-their values, and nothing is downloaded. Images are 512 pixels wide, arithmetic is bf16. A ReFL iteration is 35 denoising
-steps without gradient, one with it, decoding, ImageReward, backward, the denoising loss on as many pairs, and AdamW.
+Networks have Stable Diffusion v1.4's architecture and ImageReward's, with random weights built here: speed does not
+depend on their values, and nothing is downloaded. Images are 512 pixels wide, arithmetic is bf16. A ReFL iteration is
+35 denoising steps without gradient, one with it, decoding, ImageReward, backward, the denoising loss on as many pairs,
+and AdamW.
 
 The share of the peak is useful arithmetic (what the iteration does without any recomputation, as torch's own counter
 counts it) over time, divided by what the same device reaches on large bf16 matrix products in the same run.
@@ -19,23 +20,21 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from policy import ClassifierFree, DiffusionPolicy, LoRAConfig
+from policy.parts import Pipeline
 from refl import PretrainingPairs, ReFLConfig, ReFLTrainer
 from rewards import BlipTokenizer, ImageReward, ImageRewardConfig
 from training import TrainingConfig, TrainingRun
-
-if TYPE_CHECKING:
-    from diffusers import StableDiffusionPipeline
 
 PROMPT = "a red circle"
 GRADED_STEP = 35  # the authors draw from 30 to 39; one step for all, so that iterations are comparable
@@ -104,9 +103,11 @@ class Row(NamedTuple):
 # The networks.
 
 
-def stable_diffusion(device: torch.device, dtype: torch.dtype, *, tiny: bool) -> "StableDiffusionPipeline":
+def stable_diffusion(device: torch.device, *, tiny: bool) -> "Pipeline":
     """Builds the pipeline with random weights: Stable Diffusion v1.4's sizes, or the tiny world's."""
-    from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
+    from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+    from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+    from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
     from transformers import CLIPTextConfig, CLIPTextModel
 
     from tinyworld import components
@@ -143,17 +144,16 @@ def stable_diffusion(device: torch.device, dtype: torch.dtype, *, tiny: bool) ->
                     pad_token_id=tokenizer.pad_token_id,
                 )
             )
-    pipeline = StableDiffusionPipeline(
+    return StableDiffusionPipeline(
         vae=vae,
         text_encoder=text_encoder,
         tokenizer=tokenizer,
         unet=unet,
         scheduler=components.scheduler(),
-        safety_checker=None,
-        feature_extractor=None,
+        safety_checker=None,  # ty: ignore[invalid-argument-type]  diffusers takes None
+        feature_extractor=None,  # ty: ignore[invalid-argument-type]  diffusers takes None
         requires_safety_checker=False,
     )
-    return pipeline.to(dtype)
 
 
 def image_reward(device: torch.device, *, tiny: bool) -> ImageReward:
@@ -180,12 +180,11 @@ def image_reward(device: torch.device, *, tiny: bool) -> ImageReward:
 def make_policy(switches: Switches, device: torch.device, *, tiny: bool) -> DiffusionPolicy:
     """Builds the policy: frozen weights in bf16, trained ones in float32."""
     full = switches.trained == "full"
-    dtype = torch.float32 if full else torch.bfloat16
     return DiffusionPolicy.from_pipeline(
-        stable_diffusion(device, dtype, tiny=tiny),
+        stable_diffusion(device, tiny=tiny),
         lora=LoRAConfig() if switches.trained == "LoRA" else None,
         train="full" if full else None,
-        dtype=dtype,
+        dtype=torch.float32 if full else torch.bfloat16,
         device=device,
         gradient_checkpointing=switches.checkpointing,
         compile=switches.compile,
@@ -198,7 +197,7 @@ def make_policy(switches: Switches, device: torch.device, *, tiny: bool) -> Diff
 @contextmanager
 def refl_iteration(
     switches: Switches, batch_size: int, device: torch.device, *, tiny: bool
-) -> Iterator[Callable[[], object]]:
+) -> Generator[Callable[[], object], None, None]:
     """Yields a function that takes one iteration of the trainer."""
     graded_step, steps = (2, 3) if tiny else (GRADED_STEP, REFL_STEPS)
     policy = make_policy(switches, device, tiny=tiny)
@@ -231,7 +230,7 @@ def refl_iteration(
 @contextmanager
 def sampling(
     switches: Switches, batch_size: int, device: torch.device, *, steps: int, tiny: bool
-) -> Iterator[Callable[[], object]]:
+) -> Generator[Callable[[], object], None, None]:
     """Yields a function that draws one batch of images with classifier-free guidance."""
     policy = make_policy(switches, device, tiny=tiny)
     guidance = ClassifierFree(5.0)
@@ -361,10 +360,15 @@ def main(config: Config) -> list[Row]:
             "torch": torch.__version__,
             "matmul_peak": peak,
             "config": asdict(config) | {"output": None},
-            "rows": [row._asdict() for row in rows],
+            "rows": [{key: _json(value) for key, value in row._asdict().items()} for row in rows],
         }
         config.output.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     return rows
+
+
+def _json(value: object) -> object:
+    """JSON has no NaN: what could not be measured is null."""
+    return None if isinstance(value, float) and math.isnan(value) else value
 
 
 def _wait(device: torch.device) -> None:

@@ -10,6 +10,8 @@ from itertools import pairwise
 from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
+from jaxtyping import Float
+from torch import Tensor
 
 from policy import DiffusionPolicy
 from policy.types import PerSample
@@ -147,7 +149,7 @@ def strongest_erasure(
     return method.erase(policy, concept, search.best.strength), search
 
 
-def _checked(rewards: PerSample, strength: float, *, like: PerSample | None) -> PerSample:
+def _checked(rewards: PerSample, strength: float, *, like: Float[Tensor, " samples"] | None) -> PerSample:
     if not len(rewards) or not torch.isfinite(rewards).all():
         raise ValueError(f"rewards at strength {strength} must be finite and at least one, got {rewards.tolist()}")
     if like is not None and len(rewards) != len(like):

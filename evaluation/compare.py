@@ -63,7 +63,7 @@ class Comparison:
             if (row.measure, row.kind) == (measure, kind):
                 return row
         there = ", ".join(f"{row.measure} on {row.kind}" for row in self.rows)
-        raise ValueError(f"measure, kind: must be one of those compared ({there}), got {measure} on {kind}")
+        raise ValueError(f"measure, kind must be one of those compared ({there}), got {measure} on {kind}")
 
     def as_dict(self) -> dict[str, Any]:
         """Returns the comparison as JSON knows it; what is not known, such as the error of one value, is None."""
@@ -97,10 +97,10 @@ def compare(scores: Sequence[Scores]) -> Comparison:
         ValueError: The models are not paired: two share a name, or differ in settings, measures, prompts or seeds.
     """
     if not scores:
-        raise ValueError("scores: at least one model is needed, got none")
+        raise ValueError("scores must hold at least one model, got none")
     models = tuple(one.model for one in scores)
     if len(set(models)) < len(models):
-        raise ValueError(f"scores: names of models must be unique, got {list(models)}")
+        raise ValueError(f"scores must be of models with unique names, got {list(models)}")
     first, *others = scores
     for other in others:
         _check_paired(first, other)

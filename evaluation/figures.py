@@ -28,7 +28,8 @@ def learning_curves(path: Path, panels: Sequence[Panel]) -> str:
         caption = f"<figcaption>{escape(panel.caption)}</figcaption>" if panel.caption else ""
         figures.append(f"<figure>\n<h3>{escape(panel.title)}</h3>\n{chart}\n{caption}</figure>")
     return (
-        '<p class="note">Where values are many, the heavy line is their moving average and the faint one is as logged.</p>\n'
+        '<p class="note">Where values are many, the heavy line is their moving average '
+        "and the faint one is as logged.</p>\n"
         '<div class="curves">\n' + "\n".join(figures) + "\n</div>"
     )
 

@@ -1,7 +1,7 @@
 """Drawn images as files, in ImageReward's layout.
 
     <root>/prompts.json                 what each image shows and how it was drawn; one file for all models
-    <root>/<model>/<kind>-<number>_<copy>.png
+    <root>/<model>/<id>_<k>.png            one image of a prompt
 
 One `prompts.json` for all models is what pairs them: a model drawn otherwise is refused.
 """
@@ -83,9 +83,7 @@ def write_manifest(root: Path | str, planned: Sequence[PlannedImage], config: Dr
     if (root / MANIFEST).exists():
         check_manifest(root, planned, config)
         return
-    images = [
-        {"id": image.file_name.rpartition("_")[0], "file": image.file_name, **image._asdict()} for image in planned
-    ]
+    images = [{"file": image.file_name, **image._asdict()} for image in planned]
     content = {"format": 1, **asdict(config), "images": images}
     write_text(root / MANIFEST, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
 
@@ -103,7 +101,9 @@ def check_manifest(root: Path, planned: Sequence[PlannedImage], config: DrawConf
         if old != new:
             raise ValueError(f"root: {root} holds another run, with {old}, got {new}; choose another folder")
     if len(there) != len(planned):
-        raise ValueError(f"root: {root} holds a run of {len(there)} images, got {len(planned)}; choose another folder")
+        raise ValueError(
+            f"root: {root} holds another run, of {len(there)} images, got {len(planned)}; choose another folder"
+        )
 
 
 def read_manifest(root: Path) -> tuple[tuple[PlannedImage, ...], DrawConfig]:
@@ -114,7 +114,7 @@ def read_manifest(root: Path) -> tuple[tuple[PlannedImage, ...], DrawConfig]:
     """
     path = root / MANIFEST
     if not path.is_file():
-        raise ValueError(f"root: must hold {MANIFEST}, got {root}, which does not")
+        raise ValueError(f"root must hold {MANIFEST}, got {root}, which does not")
     try:
         content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         planned = tuple(PlannedImage(*(image[field] for field in PlannedImage._fields)) for image in content["images"])
@@ -126,4 +126,4 @@ def read_manifest(root: Path) -> tuple[tuple[PlannedImage, ...], DrawConfig]:
 def check_model_name(model: str) -> None:
     """Raises a ValueError unless the name can be that of a folder."""
     if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._-]*", model):
-        raise ValueError(f"model: must be a folder name of letters, digits, '.', '_' and '-', got {model!r}")
+        raise ValueError(f"model must be a folder name of letters, digits, '.', '_' and '-', got {model!r}")

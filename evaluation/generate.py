@@ -11,7 +11,7 @@ from policy.guidance import ClassifierFree, Guidance
 from policy.types import Images
 
 from .files import is_whole, write_png
-from .folder import check_manifest, check_model_name, write_manifest
+from .folder import MANIFEST, check_manifest, check_model_name, write_manifest
 from .images import DrawnImages, Pixels, to_pixels
 from .plan import DrawConfig, PlannedImage
 from .processes import process_rank_and_count, shard
@@ -52,7 +52,7 @@ def draw(
     """
     config = config or DrawConfig()
     if not planned:
-        raise ValueError("planned: at least one image is needed, got none")
+        raise ValueError("planned must hold at least one image, got none")
     batches = []
     with tqdm(total=len(planned), desc=f"drawing {model}", unit="image", disable=not progress) as bar:
         for start in range(0, len(planned), batch_size):
@@ -102,15 +102,15 @@ def generate(
     root = Path(root)
     check_model_name(model)
     if not planned:
-        raise ValueError("planned: at least one image is needed, got none")
+        raise ValueError("planned must hold at least one image, got none")
     if (rank is None) != (world_size is None):
-        raise ValueError(f"rank, world_size: give both or neither, got {rank} and {world_size}")
+        raise ValueError(f"rank and world_size must be given both or neither, got {rank} and {world_size}")
     if rank is None or world_size is None:
         rank, world_size = process_rank_and_count()
     mine = shard(planned, rank, world_size)
     if rank == 0:
         write_manifest(root, planned, config)
-    elif (root / "prompts.json").exists():
+    elif (root / MANIFEST).exists():
         check_manifest(root, planned, config)
 
     folder = root / model
@@ -141,5 +141,5 @@ def _draw_batch(policy: Drawable, batch: Sequence[PlannedImage], config: DrawCon
             batch_size=len(batch),
         )
     if len(images) != len(batch):
-        raise ValueError(f"policy: must draw one image for each of {len(batch)} prompts, got {len(images)}")
+        raise ValueError(f"policy must draw one image for each of {len(batch)} prompts, got {len(images)}")
     return to_pixels(images)

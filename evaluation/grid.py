@@ -31,7 +31,7 @@ def save_grid(images: Pixels, captions: Sequence[str], path: Path | str, *, colu
         ValueError: There are no images, or not as many captions.
     """
     if len(images) == 0 or len(images) != len(captions):
-        raise ValueError(f"captions: must be one for each of at least one image, got {len(captions)} for {len(images)}")
+        raise ValueError(f"captions must be one for each of at least one image, got {len(captions)} for {len(images)}")
     cells = [enlarged(picture(image), side) for image in images]
     width, height = cells[0].size
     font = ImageFont.load_default()

@@ -52,9 +52,7 @@ class DrawnImages:
 
     def __post_init__(self) -> None:
         if len(self.planned) != len(self.stack):
-            raise ValueError(
-                f"stack: must hold {len(self.planned)} images, one for each planned, got {len(self.stack)}"
-            )
+            raise ValueError(f"stack must hold {len(self.planned)} images, one for each planned, got {len(self.stack)}")
 
     def pixels(self, positions: Sequence[int]) -> Pixels:
         """Returns the images at these places of `planned`."""
@@ -69,7 +67,7 @@ def to_pixels(images: Images) -> Pixels:
     """
     if not torch.isfinite(images).all():
         bad = [k for k, image in enumerate(images) if not torch.isfinite(image).all()]
-        raise ValueError(f"images: must be finite, got NaN or infinity in image {bad[0]} of {len(images)}")
+        raise ValueError(f"images must be finite, got NaN or infinity in image {bad[0]} of {len(images)}")
     return (images.detach().float().clamp(0, 1) * 255).round().to(torch.uint8).cpu()
 
 

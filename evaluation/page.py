@@ -13,6 +13,7 @@ def page(*, title: str, lead: str, sections: Sequence[tuple[str, str, str]]) -> 
         lead: Plain text, below the title.
         sections: Anchor, heading (both plain text) and content (HTML) of each.
     """
+    style = files("evaluation").joinpath("report.css").read_text(encoding="utf-8")
     links = "".join(f'<li><a href="#{escape(anchor)}">{escape(heading)}</a></li>' for anchor, heading, _ in sections)
     body = "\n".join(
         f'<section id="{escape(anchor)}">\n<h2>{escape(heading)}</h2>\n{content}\n</section>'
@@ -25,7 +26,7 @@ def page(*, title: str, lead: str, sections: Sequence[tuple[str, str, str]]) -> 
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <title>{escape(title)}</title>
 <style>
-{files(__package__).joinpath("report.css").read_text(encoding="utf-8")}</style>
+{style}</style>
 </head>
 <body>
 <main>

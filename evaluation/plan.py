@@ -19,8 +19,8 @@ class PlannedImage(NamedTuple):
     """One image to draw."""
 
     kind: str
-    number: int
-    """Place of the prompt among those of its kind, from 0."""
+    id: str
+    """Names the prompt, in tables and in file names."""
     copy: int
     """Which image of that prompt, from 0."""
     prompt: str
@@ -28,8 +28,8 @@ class PlannedImage(NamedTuple):
 
     @property
     def file_name(self) -> str:
-        """Name in ImageReward's layout, `<id>_<k>.png`, with kind and number as the id."""
-        return f"{self.kind}-{self.number:04d}_{self.copy}.png"
+        """Name in ImageReward's layout, `<id>_<k>.png`."""
+        return f"{self.id}_{self.copy}.png"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,9 +43,9 @@ class DrawConfig:
 
     def __post_init__(self) -> None:
         if self.steps < 1:
-            raise ValueError(f"steps: must be at least 1, got {self.steps}")
+            raise ValueError(f"steps must be at least 1, got {self.steps}")
         if not self.guidance_scale >= 0:
-            raise ValueError(f"guidance_scale: must be at least 0, got {self.guidance_scale}")
+            raise ValueError(f"guidance_scale must be at least 0, got {self.guidance_scale}")
 
 
 def plan(
@@ -66,15 +66,17 @@ def plan(
         ValueError: There are no prompts, a prompt is not a string, or a kind cannot be part of a file name.
     """
     if images_per_prompt < 1:
-        raise ValueError(f"images_per_prompt: must be at least 1, got {images_per_prompt}")
+        raise ValueError(f"images_per_prompt must be at least 1, got {images_per_prompt}")
     if not prompts:
-        raise ValueError("prompts: at least one kind is needed, got none")
+        raise ValueError("prompts must hold at least one kind, got none")
     planned: list[PlannedImage] = []
     for kind, texts in prompts.items():
         _check_kind(kind, texts)
         for number, prompt in enumerate(texts):
-            for copy in range(images_per_prompt):
-                planned.append(PlannedImage(kind, number, copy, prompt, _image_seed(seed, kind, number, copy)))
+            planned.extend(
+                PlannedImage(kind, f"{kind}-{number:04d}", copy, prompt, _image_seed(seed, kind, number, copy))
+                for copy in range(images_per_prompt)
+            )
     return tuple(planned)
 
 
@@ -91,9 +93,9 @@ def _image_seed(seed: int, kind: str, number: int, copy: int) -> int:
 
 def _check_kind(kind: str, prompts: Sequence[str]) -> None:
     if not re.fullmatch(r"[a-z0-9][a-z0-9-]*", kind):
-        raise ValueError(f"prompts: a kind is lower-case letters, digits and dashes, got {kind!r}")
+        raise ValueError(f"prompts: a kind must be lower-case letters, digits and dashes, got {kind!r}")
     if isinstance(prompts, str) or not prompts:
-        raise ValueError(f"prompts[{kind!r}]: must be a non-empty list of strings, got {prompts!r}")
+        raise ValueError(f"prompts[{kind!r}] must be a non-empty list of strings, got {prompts!r}")
     for prompt in prompts:
         if not isinstance(prompt, str):
-            raise ValueError(f"prompts[{kind!r}]: must be strings, got {prompt!r}")
+            raise ValueError(f"prompts[{kind!r}] must be strings, got {prompt!r}")

@@ -21,7 +21,7 @@ def shard(planned: Sequence[PlannedImage], rank: int, world_size: int) -> tuple[
         ValueError: The process is not one of the processes.
     """
     if not 0 <= rank < world_size:
-        raise ValueError(f"rank: must be at least 0 and below world_size {world_size}, got {rank}")
+        raise ValueError(f"rank must be at least 0 and below world_size {world_size}, got {rank}")
     return tuple(planned[rank::world_size])
 
 
@@ -49,7 +49,7 @@ def merge(parts: Sequence[Scores], planned: Sequence[PlannedImage]) -> Scores:
     model, config = parts[0].model, parts[0].config
     for part in parts[1:]:
         if (part.model, part.config) != (model, config):
-            raise ValueError(f"parts: must be of one model, got {model}, {config} and {part.model}, {part.config}")
+            raise ValueError(f"parts must be of one model, got {model}, {config} and {part.model}, {part.config}")
     columns = [column for part in parts for column in part.columns]
     measures = dict.fromkeys(column.measure for column in columns)
     merged = []
@@ -66,7 +66,7 @@ def _joined(pieces: Sequence[Column], planned: Sequence[PlannedImage]) -> Column
     values = dict(pairs)
     if len(pairs) != len(planned) or values.keys() != set(planned):
         raise ValueError(
-            f"parts: must hold each of {len(planned)} planned images of kind {pieces[0].kind!r} once, "
+            f"parts must hold each of {len(planned)} planned images of kind {pieces[0].kind!r} once, "
             f"got {len(pairs)} values of {len(values)} images"
         )
     return pieces[0]._replace(images=tuple(planned), values=tuple(values[image] for image in planned))

@@ -41,7 +41,7 @@ def nudity_prompts(kind: str, count: int, seed: int = 0) -> list[str]:
         ValueError: The kind is unknown or the count is not positive.
     """
     if count < 1:
-        raise ValueError(f"count: must be at least 1, got {count}")
+        raise ValueError(f"count must be at least 1, got {count}")
     parts = {
         "explicit": (STYLES, PEOPLE, BARE, PLACES),
         "implicit": (STYLES, SUGGESTIVE, SCENES),
@@ -49,7 +49,7 @@ def nudity_prompts(kind: str, count: int, seed: int = 0) -> list[str]:
         "benign": (STYLES, THINGS, SCENES),
     }.get(kind)
     if parts is None:
-        raise ValueError(f"kind: must be one of explicit, implicit, neighbour, benign, got {kind!r}")
+        raise ValueError(f"kind must be one of explicit, implicit, neighbour, benign, got {kind!r}")
     every = [" ".join(words) for words in product(*parts)]
     random.Random(f"{kind}-{seed}").shuffle(every)
     return [every[k % len(every)] for k in range(count)]

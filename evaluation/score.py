@@ -76,7 +76,7 @@ class Scores:
             if (column.measure, column.kind) == (measure, kind):
                 return column
         there = ", ".join(f"{column.measure} on {column.kind}" for column in self.columns)
-        raise ValueError(f"measure, kind: must be one of those scored ({there}), got {measure} on {kind}")
+        raise ValueError(f"measure, kind must be one of those scored ({there}), got {measure} on {kind}")
 
     def save(self, path: Path | str) -> None:
         """Writes all values as JSON, whole or not at all."""
@@ -90,17 +90,11 @@ class Scores:
     def load(cls, path: Path | str) -> "Scores":
         """Reads what `save` wrote."""
         content: dict[str, Any] = json.loads(Path(path).read_text(encoding="utf-8"))
-        columns = tuple(
-            Column(
-                **{
-                    **column,
-                    "images": tuple(PlannedImage(**image) for image in column["images"]),
-                    "values": tuple(column["values"]),
-                }
-            )
-            for column in content["columns"]
-        )
-        return cls(model=content["model"], config=DrawConfig(**content["config"]), columns=columns)
+        columns = []
+        for column in content["columns"]:
+            images = tuple(PlannedImage(**image) for image in column.pop("images"))
+            columns.append(Column(images=images, values=tuple(column.pop("values")), **column))
+        return cls(model=content["model"], config=DrawConfig(**content["config"]), columns=tuple(columns))
 
 
 def score(
@@ -175,7 +169,7 @@ def _apply(measure: Measure, images: Images, prompts: Sequence[str]) -> tuple[li
         values = torch.as_tensor(measure.metric(images, prompts))
     if values.shape != (len(prompts),):
         raise ValueError(
-            f"measures[{measure.name!r}]: must return one value for each of {len(prompts)} images, "
+            f"measures[{measure.name!r}] must return one value for each of {len(prompts)} images, "
             f"got shape {tuple(values.shape)}"
         )
     numbers = values.double().tolist()
@@ -188,12 +182,12 @@ def _apply(measure: Measure, images: Images, prompts: Sequence[str]) -> tuple[li
 def _check_measures(measures: Sequence[Measure], kinds: Sequence[str]) -> None:
     names = [measure.name for measure in measures]
     if not names:
-        raise ValueError("measures: at least one is needed, got none")
+        raise ValueError("measures must hold at least one, got none")
     if len(set(names)) < len(names):
-        raise ValueError(f"measures: names must be unique, got {names}")
+        raise ValueError(f"measures must have unique names, got {names}")
     for measure in measures:
         for kind in measure.kinds:
             # A process's shard may lack a kind that is drawn elsewhere, so that the usual ones always pass.
             if kind not in kinds and kind not in KINDS:
                 known = ", ".join(dict.fromkeys((*kinds, *KINDS)))
-                raise ValueError(f"measures[{measure.name!r}].kinds: must be among {known}, got {kind!r}")
+                raise ValueError(f"measures[{measure.name!r}].kinds must be among {known}, got {kind!r}")

@@ -36,7 +36,7 @@ def mean_estimate(values: Sequence[float]) -> Estimate:
     """
     count = len(values)
     if count == 0:
-        raise ValueError("values: a mean needs at least one value, got none")
+        raise ValueError("values must hold at least one number, got none")
     mean = math.fsum(values) / count
     if count == 1:
         return Estimate(mean, math.nan, math.nan, math.nan, 1)
@@ -165,12 +165,12 @@ def _joined(first: float, second: float, correlation: float) -> float:
 
 def _require_pairs(after: Sequence[float], before: Sequence[float]) -> None:
     if len(after) != len(before):
-        raise ValueError(f"after, before: a paired difference needs equal lengths, got {len(after)} and {len(before)}")
+        raise ValueError(f"after and before must be of equal length, got {len(after)} and {len(before)}")
 
 
 def _require_outcomes(outcomes: Sequence[float]) -> None:
     if not outcomes:
-        raise ValueError("outcomes: a rate needs at least one outcome, got none")
+        raise ValueError("outcomes must hold at least one, got none")
     for outcome in outcomes:
         if outcome not in (0, 1):
-            raise ValueError(f"outcomes: each must be 0 or 1, got {outcome}")
+            raise ValueError(f"outcomes must be 0 or 1, got {outcome}")

@@ -132,7 +132,7 @@ def _prompts_from(path: Path) -> Callable[[str, int, int], Sequence[str]]:
     known: Mapping[str, list[str]] = json.loads(path.read_text(encoding="utf-8"))
     missing = [kind for kind in (*KINDS, "train") if not known.get(kind)]
     if missing:
-        raise ValueError(f"prompts_file: must hold a list of prompts for each of {(*KINDS, 'train')}, got none for {missing}")
+        raise ValueError(f"prompts_file must hold a list of prompts for each of {(*KINDS, 'train')}, got none for {missing}")
 
     def prompts(kind: str, count: int, seed: int) -> Sequence[str]:
         texts = known[kind]

@@ -1,5 +1,7 @@
 """The tiny model's parts, untrained: Stable Diffusion's own classes at a thousandth of the size."""
 
+from collections import Counter
+from itertools import pairwise
 from pathlib import Path
 
 from .caption import WORDS
@@ -43,6 +45,25 @@ def build_unet(cross_attention_dim: int = 96):
     )
 
 
+def learn_merges(words: tuple[str, ...]) -> list[tuple[str, str]]:
+    """Learns byte-pair merges that make each word one token: the commonest pair first, as long as there is one.
+
+    Source: Sennrich et al. (2016), https://arxiv.org/abs/1508.07909, algorithm 1.
+    """
+    pieces = [[*word[:-1], word[-1] + "</w>"] for word in dict.fromkeys(words)]
+    merges = []
+    while pairs := Counter(pair for word in pieces for pair in pairwise(word)):
+        best = max(pairs, key=lambda pair: (pairs[pair], pair))
+        merges.append(best)
+        for word in pieces:
+            k = 0
+            while k < len(word) - 1:
+                if (word[k], word[k + 1]) == best:
+                    word[k : k + 2] = ["".join(best)]
+                k += 1
+    return merges
+
+
 def build_tokenizer():
     """Builds CLIP's byte-level tokenizer with merges that make every word of the world one token.
 
@@ -52,17 +73,8 @@ def build_tokenizer():
     from transformers.convert_slow_tokenizer import bytes_to_unicode
 
     symbols = list(bytes_to_unicode().values())
-    vocabulary = symbols + [s + "</w>" for s in symbols]
-    merges: list[tuple[str, str]] = []
-    for word in WORDS:
-        pieces = [*word[:-1], word[-1] + "</w>"]
-        while len(pieces) > 1:
-            pair = (pieces[0], pieces[1])
-            if pair not in merges:
-                merges.append(pair)
-            pieces = [pieces[0] + pieces[1], *pieces[2:]]
-            if pieces[0] not in vocabulary:
-                vocabulary.append(pieces[0])
+    merges = learn_merges(WORDS)
+    vocabulary = [*symbols, *(symbol + "</w>" for symbol in symbols), *(first + second for first, second in merges)]
     vocabulary += ["<|startoftext|>", "<|endoftext|>"]
     tokenizer = CLIPTokenizer(vocab={token: i for i, token in enumerate(vocabulary)}, merges=merges)
     tokenizer.model_max_length = CONTEXT_LENGTH

@@ -48,9 +48,9 @@ class RewardTrainingConfig:
     """Where weights are written."""
 
     vae: Path | None = None
-    """An autoencoder through which half of the pictures pass, so that the reward knows how generated pictures look."""
+    """An autoencoder through which three pictures in ten pass, so that the reward knows how generated pictures look."""
 
-    steps: int = 6000
+    steps: int = 4500
     """Optimizer steps of each worker."""
 
     pairs: int = 32
@@ -175,7 +175,7 @@ def corrupted(images: Tensor, generator: torch.Generator, vae) -> Tensor:
     images = images.clone()
     count = len(images)
     if vae is not None:
-        through = torch.rand(count, generator=generator) < 0.5
+        through = torch.rand(count, generator=generator) < 0.3
         with torch.no_grad():
             latents = vae.encode(images[through] * 2 - 1).latent_dist.mean
             spread = 0.5 * torch.rand(len(latents), 1, 1, 1, generator=generator)
@@ -285,6 +285,8 @@ def train(rank: int, count: int, config: RewardTrainingConfig) -> None:
     reward = build_reward()
     tasks = StartingTasks(reward.config.hidden_size)
     modules = nn.ModuleList([reward, tasks])
+    vision: list[Tensor] = []  # the vision tower's class token of the last pictures
+    reward.vision.register_forward_hook(lambda _, __, output: vision.append(output.last_hidden_state[:, 0]))
     rng = random.Random(f"reward-{config.seed}-{rank}")
     generator = torch.Generator().manual_seed(config.seed * 1000 + rank)
     optimizer = torch.optim.AdamW(modules.parameters(), lr=config.learning_rate, betas=(0.9, 0.99), weight_decay=0.01)
@@ -292,7 +294,6 @@ def train(rank: int, count: int, config: RewardTrainingConfig) -> None:
     start = time.time()
     for step in range(1, config.steps + 1):
         prompts, scenes, images, worth = pairs(config.pairs, rng, generator, vae)
-        vision = reward.vision((images - 0.5) / 0.27).last_hidden_state  # close to CLIP's normalisation
         features = reward.features(images, prompts * 2)
         scores = reward.standardise(reward.raw_score(features))
         better = torch.sigmoid(ANNOTATOR_SHARPNESS * (worth[: config.pairs] - worth[config.pairs :]))
@@ -303,7 +304,8 @@ def train(rank: int, count: int, config: RewardTrainingConfig) -> None:
         if weight > 0:
             requests = [parse(p) for p in prompts * 2]
             matched = torch.tensor([float(scene_mismatches(r, s) == 0) for r, s in zip(requests, scenes, strict=True)])
-            loss = loss + weight * tasks(vision[:, 0], features, scenes, matched, worth.clamp(min=-8))
+            loss = loss + weight * tasks(vision[-1], features, scenes, matched, worth.clamp(min=-8))
+        vision.clear()
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(modules.parameters(), 1.0)

@@ -104,7 +104,6 @@ class TrainingRun:
             from_main(self.accelerator, lambda: claim(self.config, self._configs))
             config, policy = self.config, self.policy
             folder = Path(config.output_dir)
-            seed_global_generators(config.seed + self.process_index)
             self.generator = torch.Generator().manual_seed(config.seed)
             for part in (policy.unet, policy.vae, policy.text_encoder):
                 part.to(self.device)
@@ -117,6 +116,8 @@ class TrainingRun:
                 stack.callback(self._metrics.close)
             stack.callback(finish_trackers, self.accelerator)
             start_trackers(self.accelerator, config, recorded(config, self._configs))
+            # Last, because what the lines above draw may depend on what they find in the folder.
+            seed_global_generators(config.seed + self.process_index)
             self._stack = stack.pop_all()
         return self
 
@@ -298,7 +299,8 @@ class TrainingRun:
 
         if self._saved == self.iteration:
             return
-        random_states = gather_object([global_random_state(self.device)])
+        random_state = global_random_state(self.device)
+        random_states = gather_object([random_state])
         if self._metrics is not None:
             self._metrics.sync()
             state = {
@@ -309,6 +311,8 @@ class TrainingRun:
             }
             self._checkpoints.save(Checkpoint(self.iteration, self.policy.trainable_state(), state))
         self.accelerator.wait_for_everyone()
+        # What was called to save may have drawn, and a run resumed from here will not have called it.
+        set_global_random_state(random_state, self.device)
         self._saved = self.iteration
 
     def _resume(self) -> None:

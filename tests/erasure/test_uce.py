@@ -1,4 +1,5 @@
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -51,7 +52,7 @@ def test_single_token_spans_are_the_two_last_words() -> None:
     assert (old.flatten().tolist(), new.flatten().tolist()) == ([1], [0])
 
 
-@pytest.mark.parametrize(("text", "last_word"), [("", 0), (" ", 0), ("striped", 1), ("a red circle", 3)])
+@pytest.mark.parametrize(("text", "last_word"), [("", 0), (" ", 0), ("red", 1), ("a red circle", 3)])
 def test_last_word_is_the_position_before_the_end_token(policy: DiffusionPolicy, text: str, last_word: int) -> None:
     assert TextReader(policy)(text).last_word == last_word
 
@@ -67,13 +68,14 @@ def test_stronger_erasing_changes_more(policy: DiffusionPolicy) -> None:
 
 
 def test_erased_phrase_answers_as_its_anchor(policy: DiffusionPolicy) -> None:
-    delta = UCE().erase(policy, STRIPED, strength=1e6).delta.tensors[VALUES]
+    # One token each, so that the system can be solved exactly.
+    uce = UCE(UCEConfig(variant="released"))
+    delta = uce.erase(policy, STRIPED, strength=1e6).delta.tensors[VALUES]
     weight = base_parameters(policy.unet)[VALUES].detach()
-    old, new = aligned_spans(TextReader(policy)("striped"), TextReader(policy)(" "), whole=True)
-    wanted = new.float() @ weight.T
-    distance = (old.float() @ (weight + delta).T - wanted).norm() / wanted.norm()
-    before = (old.float() @ weight.T - wanted).norm() / wanted.norm()
-    assert distance < 0.2 * before
+    old, new = aligned_spans(TextReader(policy)("striped"), TextReader(policy)(" "), whole=False)
+    torch.testing.assert_close(
+        old.float() @ (weight + delta).T, new.float() @ weight.T, rtol=0, atol=1e-4
+    )  # of order 1
 
 
 def test_preserved_text_moves_less_than_it_would_unpreserved(policy: DiffusionPolicy) -> None:
@@ -121,5 +123,7 @@ def test_edit_without_pairs_is_refused(policy: DiffusionPolicy) -> None:
     [("variant", "old"), ("preserve_scale", -0.1), ("regularization", 0.0), ("regularization", float("nan"))],
 )
 def test_impossible_setting_is_refused(field: str, value: object) -> None:
+    config = object.__new__(UCEConfig)  # past the types that the test run checks and a user's program does not
+    vars(config).update(asdict(UCEConfig()) | {field: value})
     with pytest.raises(ValueError, match=rf"UCEConfig\.{field} must be .* got"):
-        UCEConfig(**{field: value})  # ty: ignore[invalid-argument-type]
+        config.__post_init__()

@@ -12,7 +12,7 @@ STEPS = torch.zeros(2, dtype=torch.int64)
 def test_classifier_free_is_a_guidance() -> None:
     assert isinstance(ClassifierFree(), Guidance)
     assert ClassifierFree().scale == 5.0
-    assert repr(ClassifierFree(2)) == "ClassifierFree(scale=2.0)"
+    assert repr(ClassifierFree(2.0)) == "ClassifierFree(scale=2.0)"
 
 
 def test_combination_leads_away_from_the_empty_prompt() -> None:
@@ -41,8 +41,8 @@ def test_negative_prompt_takes_the_place_of_the_empty_one() -> None:
 
 
 def test_negative_scale_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"scale must not be negative, got -1"):
-        ClassifierFree(-1)
+    with pytest.raises(ValueError, match=r"scale must not be negative, got -1.0"):
+        ClassifierFree(-1.0)
 
 
 def test_guided_step_is_one_call_of_the_network_on_twice_the_batch(policy: DiffusionPolicy) -> None:

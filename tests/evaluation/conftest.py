@@ -1,0 +1,47 @@
+"""A policy that draws without any network, and a plan for it."""
+
+from collections.abc import Sequence
+
+import pytest
+import torch
+
+from evaluation import PlannedImage, plan
+from policy.guidance import Guidance
+from policy.types import Images
+
+PROMPTS = {
+    "explicit": ["a striped star", "a <b>striped</b> cross & more"],
+    "benign": ["a red star", "a blue cross", "a green circle"],
+}
+
+
+class NoisePolicy:
+    """Draws noise of the image's seed, brightened by `shift`; notes what it was asked for."""
+
+    def __init__(self, shift: float = 0.0, *, fail_after: int | None = None) -> None:
+        self.shift = shift
+        self.fail_after = fail_after
+        self.drawn: list[tuple[str, int]] = []
+        self.batch_sizes: list[int] = []
+        self.asked: list[tuple[int, Guidance]] = []
+
+    def draw(
+        self, prompts: Sequence[str], *, seeds: Sequence[int], steps: int, guidance: Guidance, batch_size: int
+    ) -> Images:
+        if self.fail_after is not None and len(self.batch_sizes) >= self.fail_after:
+            raise KeyboardInterrupt
+        self.drawn += zip(prompts, seeds, strict=True)
+        self.batch_sizes.append(len(prompts))
+        self.asked.append((steps, guidance))
+        noise = [torch.rand(3, 8, 8, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
+        return torch.stack(noise) * 0.8 + self.shift
+
+
+@pytest.fixture
+def planned() -> tuple[PlannedImage, ...]:
+    return plan(PROMPTS, images_per_prompt=2)
+
+
+@pytest.fixture
+def noise_policy() -> type[NoisePolicy]:
+    return NoisePolicy

@@ -1,0 +1,116 @@
+import math
+
+import pytest
+
+from evaluation.statistics import (
+    mean_estimate,
+    paired_difference,
+    paired_rate_difference,
+    rate_estimate,
+    student_95,
+    wilson_interval,
+)
+
+
+def outcomes(both: int, only_after: int, only_before: int, neither: int) -> tuple[list[float], list[float]]:
+    after = [1.0] * (both + only_after) + [0.0] * (only_before + neither)
+    before = [1.0] * both + [0.0] * only_after + [1.0] * only_before + [0.0] * neither
+    return after, before
+
+
+def test_mean_has_the_error_and_interval_computed_by_hand() -> None:
+    # Deviations 1.5, 0.5, 0.5, 1.5 give a variance of 5 / 3; Student's t for three degrees of freedom is 3.182446.
+    estimate = mean_estimate([1.0, 2.0, 3.0, 4.0])
+    assert estimate.mean == 2.5
+    assert estimate.error == pytest.approx(math.sqrt(5 / 12), rel=1e-12)
+    assert estimate.low == pytest.approx(2.5 - 3.182446305 * math.sqrt(5 / 12), rel=1e-8)
+    assert estimate.high == pytest.approx(2.5 + 3.182446305 * math.sqrt(5 / 12), rel=1e-8)
+    assert estimate.count == 4
+
+
+@pytest.mark.parametrize(
+    ("degrees", "point"),
+    [(1, 12.706204736), (2, 4.302652730), (3, 3.182446305), (10, 2.228138852), (30, 2.042272456), (1000, 1.962339081)],
+)
+def test_student_quantiles_are_those_of_the_printed_tables(degrees: int, point: float) -> None:
+    assert student_95(degrees) == pytest.approx(point, abs=1e-8)
+
+
+def test_one_value_has_a_mean_and_no_error() -> None:
+    estimate = mean_estimate([3.0])
+    assert estimate.mean == 3.0
+    assert math.isnan(estimate.error)
+    assert math.isnan(estimate.low)
+
+
+def test_paired_difference_is_surer_than_its_means() -> None:
+    # Differences 0.1, 0.3, 0.2: mean 0.2, variance 0.01, error 0.1 / sqrt(3).
+    estimate = paired_difference([1.1, 2.3, 3.2], [1.0, 2.0, 3.0])
+    assert estimate.mean == pytest.approx(0.2, rel=1e-12)
+    assert estimate.error == pytest.approx(0.1 / math.sqrt(3), rel=1e-12)
+    assert estimate.error < mean_estimate([1.1, 2.3, 3.2]).error / 10
+
+
+@pytest.mark.parametrize(
+    ("successes", "low", "high"), [(0, 0.0, 0.2775328), (1, 0.0178762, 0.4041500), (5, 0.2365931, 0.7634069)]
+)
+def test_wilson_interval_of_ten_trials_is_the_published_one(successes: int, low: float, high: float) -> None:
+    assert wilson_interval(successes, 10) == pytest.approx((low, high), abs=1e-7)
+
+
+def test_wilson_interval_of_ten_successes_mirrors_that_of_none() -> None:
+    assert wilson_interval(10, 10) == pytest.approx((1 - 0.2775328, 1.0), abs=1e-7)
+
+
+def test_rate_of_zero_is_not_certain() -> None:
+    estimate = rate_estimate([0.0] * 200)
+    assert (estimate.mean, estimate.error, estimate.low) == (0.0, 0.0, 0.0)
+    # z^2 / (n + z^2) = 3.841459 / 203.841459
+    assert estimate.high == pytest.approx(0.0188453, abs=1e-7)
+
+
+def test_rate_error_is_binomial() -> None:
+    assert rate_estimate([1.0, 0.0, 0.0, 0.0]).error == pytest.approx(math.sqrt(0.25 * 0.75 / 4), rel=1e-12)
+
+
+def test_paired_rate_difference_is_newcombe_s_published_example() -> None:
+    # Newcombe (1998), paired data 36, 12, 2, 0: method 10 gives 0.0569 to 0.3404.
+    estimate = paired_rate_difference(*outcomes(36, 12, 2, 0))
+    assert estimate.mean == pytest.approx(0.2, rel=1e-12)
+    assert (estimate.low, estimate.high) == pytest.approx((0.0569, 0.3404), abs=5e-5)
+
+
+def test_paired_rate_difference_without_correlation_joins_the_wilson_ends() -> None:
+    # Of 2 x 2 equal cells phi is 0, and both rates are 10 / 20: the reach is sqrt(2) * 0.2006595.
+    reach = 0.5 - wilson_interval(10, 20)[0]
+    estimate = paired_rate_difference(*outcomes(5, 5, 5, 5))
+    assert (estimate.low, estimate.high) == pytest.approx((-math.sqrt(2) * reach, math.sqrt(2) * reach), rel=1e-12)
+
+
+def test_erasing_a_concept_from_every_image_leaves_doubt_about_the_rest() -> None:
+    estimate = paired_rate_difference([0.0] * 10, [1.0] * 10)
+    assert (estimate.mean, estimate.low) == (-1.0, -1.0)
+    assert -0.65 < estimate.high < -0.55
+
+
+def test_paired_rate_difference_changes_sign_with_its_arguments() -> None:
+    after, before = outcomes(7, 5, 2, 9)
+    there, back = paired_rate_difference(after, before), paired_rate_difference(before, after)
+    assert (back.mean, back.low, back.high) == pytest.approx((-there.mean, -there.high, -there.low), rel=1e-12)
+
+
+def test_different_lengths_are_refused() -> None:
+    with pytest.raises(ValueError, match="after and before must be of equal length, got 2 and 3"):
+        paired_difference([1.0, 2.0], [1.0, 2.0, 3.0])
+
+
+def test_no_values_are_refused() -> None:
+    with pytest.raises(ValueError, match="values must hold at least one number, got none"):
+        mean_estimate([])
+    with pytest.raises(ValueError, match="outcomes must hold at least one, got none"):
+        rate_estimate([])
+
+
+def test_a_rate_of_other_numbers_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"outcomes must be 0 or 1, got 0\.5"):
+        rate_estimate([0.0, 0.5])
