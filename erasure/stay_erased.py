@@ -9,12 +9,16 @@ paper defines this loss: it stands in for a method's own loss where the method h
 
 import math
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
+from jaxtyping import Int
+from torch import Tensor
 from torch.nn import Parameter
 
 from policy import ClassifierFree, DiffusionPolicy
-from policy.types import PerSample
+from policy.types import Embeddings, Latents, PerSample
 
 from .concept import Concept
 from .protocols import ConceptBatch
@@ -73,19 +77,31 @@ class StayErased:
     def loss(self, policy: DiffusionPolicy, batch: ConceptBatch) -> PerSample:
         """Returns the mean squared difference of the two predictions for each sample; gradients reach the tuned policy.
 
-        One denoising step serves the whole batch, drawn from its seeds.
+        The denoising step of each sample follows from its own seed, whatever else is in the batch.
         """
         embeddings = policy.encode(batch.prompts)
-        step = random.Random(f"step for seeds {list(batch.seeds)}").randrange(self.config.steps)
-        latents = policy.sample(
-            embeddings,
-            steps=self.config.steps,
-            guidance=ClassifierFree(self.config.guidance_scale),
-            seeds=batch.seeds,
-            until=step,
-        )
-        timesteps = policy.timesteps(self.config.steps)[step].expand(len(latents))
+        stops = [self._stop(seed) for seed in batch.seeds]
+        latents = self._roll(policy, embeddings, batch.seeds, torch.tensor(stops, device=embeddings.device))
+        timesteps = policy.timesteps(self.config.steps)[stops]
         with policy.reference():
             target = policy.predict_noise(latents, timesteps, embeddings)
         prediction = policy.predict_noise(latents, timesteps, embeddings)
         return (prediction - target).square().flatten(1).mean(dim=1)
+
+    def _stop(self, seed: int) -> int:
+        """Returns the step at which the sample of this seed is compared."""
+        return random.Random(f"step of {seed}").randrange(self.config.steps)
+
+    @torch.no_grad()
+    def _roll(
+        self, policy: DiffusionPolicy, embeddings: Embeddings, seeds: Sequence[int], stops: Int[Tensor, " batch"]
+    ) -> Latents:
+        """Denoises each sample up to its own step; those that have arrived leave the batch."""
+        steps, guidance = self.config.steps, ClassifierFree(self.config.guidance_scale)
+        latents = policy.sample(embeddings, steps=steps, seeds=seeds, until=0)
+        for step in range(int(stops.max())):
+            going = stops > step
+            latents[going] = policy.denoise(
+                latents[going], embeddings[going], step=step, steps=steps, guidance=guidance
+            )
+        return latents

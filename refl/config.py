@@ -15,7 +15,8 @@ class ReFLConfig:
     """Prompts per iteration, over all processes."""
 
     micro_batch_size: int = 4
-    """Samples that a process holds in memory at a time; the gradient is the same for any."""
+    """Samples of a term that a process holds in memory at a time. The gradient is the same for any, but for an erasure
+    objective that draws one denoising step for each batch that it is given."""
 
     steps: int = 40
     """Denoising steps of a whole image."""
@@ -32,7 +33,8 @@ class ReFLConfig:
 
     low_variance_noises: int = 0
     """Times that a finished image is noised again to the graded step and its reward averaged; 0 is off. DRaFT-LV of
-    the same paper, which trains through the last step; needs truncation_steps = 1."""
+    the same paper, which trains through the last step; needs truncation_steps = 1. That many more samples are in memory
+    than micro_batch_size says."""
 
     eta: float = 1.0
     """Noise of the rollout in [0, 1]; 1 is the authors' ancestral sampling, 0 is deterministic."""
@@ -56,11 +58,11 @@ class ReFLConfig:
     """Prompts of the concept per iteration, over all processes; used only with an erasure constraint."""
 
     evaluate_every: int = 20
-    """Iterations between two evaluations on held-out prompts; used only with held-out prompts."""
+    """Iterations between two looks, at the distance from the reference and at the held-out prompts if there are any."""
 
     patience: int = 0
-    """Evaluations in a row in which the trained reward is above its start and the held-out one below its best, after which
-    training stops; 0 never stops."""
+    """Looks in a row with the trained reward above its start and the held-out one below its best, after which training
+    stops; 0 never stops. Needs held-out prompts."""
 
     checkpoint_steps: bool = False
     """Recompute each graded denoising step in the backward pass instead of keeping its activations (AlignProp)."""
@@ -79,14 +81,12 @@ class ReFLConfig:
             _require(getattr(self, name) >= 1, name, "be at least 1", getattr(self, name))
         for name in ("low_variance_noises", "patience"):
             _require(getattr(self, name) >= 0, name, "not be negative", getattr(self, name))
-        last = self.last_graded_step
+        first, last, graded = self.first_graded_step, self.last_graded_step, self.truncation_steps
         _require(0 <= last < self.steps, "last_graded_step", f"lie in [0, steps={self.steps})", last)
-        first = self.first_graded_step
         _require(0 <= first <= last, "first_graded_step", f"lie in [0, last_graded_step={last}]", first)
-        rule = f"be at most first_graded_step + 1 = {first + 1}"
-        _require(self.truncation_steps <= first + 1, "truncation_steps", rule, self.truncation_steps)
+        _require(graded <= first + 1, "truncation_steps", f"be at most first_graded_step + 1 = {first + 1}", graded)
         if self.low_variance_noises:
-            _require(self.truncation_steps == 1, "truncation_steps", "be 1 with low_variance_noises", self.truncation_steps)
+            _require(graded == 1, "truncation_steps", "be 1 with low_variance_noises", graded)
         _require(0 <= self.eta <= 1, "eta", "lie in [0, 1]", self.eta)
         for name in ("guidance_scale", "pretraining_weight"):
             value = getattr(self, name)

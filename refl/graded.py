@@ -16,10 +16,13 @@ def graded_images(
 ) -> Images:
     """Draws images as steps 2 and 3 of an iteration do: without gradient to a late step, then one shot with it.
 
+    All noise of an image follows from its own seed, in the order in which a rollout draws it: how many of the steps
+    carry gradient does not change the image.
+
     Args:
         policy: What draws.
         prompts: One for each image.
-        seeds: One for each image; all noise of an image follows from its own.
+        seeds: One for each image.
         config: Settings.
         graded_step: Step whose one-shot prediction is decoded, counted from noise.
 
@@ -31,29 +34,27 @@ def graded_images(
     """
     guidance = ClassifierFree(config.guidance_scale)
     embeddings = policy.encode(prompts)
+    repeats = config.low_variance_noises
     first = graded_step - config.truncation_steps + 1
-    until = config.steps if config.low_variance_noises else first
-    latents = policy.sample(
-        embeddings, steps=config.steps, guidance=guidance, eta=config.eta, seeds=seeds, until=until
-    )
-    # The stream of a sample's seed has been read for the rollout; what comes after has a stream of its own.
-    noise = SampleNoise(
-        [(seed + 1) * 7_368_787 for seed in seeds], height=latents.shape[2], width=latents.shape[3], device=latents.device
-    )
-    if config.low_variance_noises:
-        timestep = policy.timesteps(config.steps)[graded_step].expand(len(latents))
-        noised = [policy.add_noise(latents, noise.draw(), timestep) for _ in range(config.low_variance_noises)]
+    until = config.steps if repeats else first
+    latents = policy.sample(embeddings, steps=config.steps, guidance=guidance, eta=config.eta, seeds=seeds, until=until)
+    if repeats:
+        noise = _noise_after(1 + until if config.eta > 0 else 1, seeds, latents)
+        timesteps = policy.timesteps(config.steps)[graded_step].expand(len(latents))
+        noised = [policy.add_noise(latents, noise.draw(), timesteps) for _ in range(repeats)]
         latents = torch.stack(noised, dim=1).flatten(0, 1)
-        embeddings = embeddings.repeat_interleave(config.low_variance_noises, dim=0)
-    for step in range(first, graded_step):
-        drawn = noise.draw() if config.eta > 0 else None
+        embeddings = embeddings.repeat_interleave(repeats, dim=0)
+    elif first < graded_step:
+        noise = _noise_after(1 + until, seeds, latents) if config.eta > 0 else None
+        for step in range(first, graded_step):
+            drawn = None if noise is None else noise.draw()
 
-        def denoise(state: Latents, step: int = step, drawn: Latents | None = drawn) -> Latents:
-            return policy.denoise(
-                state, embeddings, step=step, steps=config.steps, guidance=guidance, eta=config.eta, noise=drawn
-            )
+            def denoise(state: Latents, step: int = step, drawn: Latents | None = drawn) -> Latents:
+                return policy.denoise(
+                    state, embeddings, step=step, steps=config.steps, guidance=guidance, eta=config.eta, noise=drawn
+                )
 
-        latents = _kept_or_recomputed(denoise, latents, recompute=config.checkpoint_steps)
+            latents = _kept_or_recomputed(denoise, latents, recompute=config.checkpoint_steps)
 
     def predict(state: Latents) -> Latents:
         return policy.predict_clean(state, embeddings, step=graded_step, steps=config.steps, guidance=guidance)
@@ -61,6 +62,16 @@ def graded_images(
     return policy.decode(_kept_or_recomputed(predict, latents, recompute=config.checkpoint_steps))
 
 
+def _noise_after(draws: int, seeds: Sequence[int], latents: Latents) -> SampleNoise:
+    """Returns the noises of the samples, without the first draws, which the rollout has used."""
+    noise = SampleNoise(seeds, height=latents.shape[2], width=latents.shape[3], device=latents.device)
+    for _ in range(draws):
+        noise.draw()
+    return noise
+
+
 def _kept_or_recomputed(step: Callable[[Latents], Latents], latents: Latents, *, recompute: bool) -> Latents:
     """Runs a step and keeps its activations, or throws them away and computes them again in the backward pass."""
-    return checkpoint(step, latents, use_reentrant=False) if recompute else step(latents)
+    if not recompute:
+        return step(latents)
+    return checkpoint(step, latents, use_reentrant=False, preserve_rng_state=False)  # nothing random inside

@@ -1,5 +1,6 @@
 """A second look at a policy in training, by a reward that it is not trained on."""
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -8,6 +9,7 @@ from torch import Tensor
 
 from policy import DiffusionPolicy, Guidance
 from policy.prompts import check_prompts
+from policy.types import Images, PerSample
 from rewards import Reward
 
 
@@ -23,36 +25,51 @@ class HeldOut(NamedTuple):
     batch_size: int = 16
 
 
+class Look(NamedTuple):
+    """What a process saw of its part of the held-out prompts."""
+
+    images: Images
+    trained: PerSample
+    """By the reward that is trained."""
+    held_out: PerSample
+    """By the one that is not."""
+
+
 class HeldOutWatch:
     """Keeps the weights that the held-out reward liked best, and notices when it and the trained reward part ways.
 
     Over-optimisation shows as a trained reward above where it began while the held-out one is below its best.
+
+    Args:
+        held_out: Prompts and reward.
+        patience: Looks in a row at which the two have parted, after which training should stop; 0 never stops.
+
+    Raises:
+        ValueError: There are no prompts, or one is not a string.
     """
 
     def __init__(self, held_out: HeldOut, *, patience: int) -> None:
-        check_prompts(held_out.prompts)
-        self.held_out = held_out
+        self.held_out = held_out._replace(prompts=check_prompts(held_out.prompts))
         self.patience = patience
-        self.best = float("-inf")
+        self.best = -math.inf
         self.best_iteration = -1
         self.start: float | None = None
         self.parted = 0
         self._weights: dict[str, Tensor] = {}
 
     @torch.no_grad()
-    def measure(
-        self, policy: DiffusionPolicy, reward: Reward, *, part: slice, steps: int, guidance: Guidance
-    ) -> tuple[Tensor, Tensor]:
-        """Draws this process's part of the prompts and returns the trained and the held-out rewards."""
-        prompts = list(self.held_out.prompts)
-        seeds = range(self.held_out.first_seed, self.held_out.first_seed + len(prompts))
-        size = self.held_out.batch_size
-        images = policy.draw(prompts[part], seeds=seeds[part], steps=steps, guidance=guidance, batch_size=size)
-        both = []
-        for judge in (reward, self.held_out.reward):
-            scores = [judge(i, prompts[part][k * size : (k + 1) * size]) for k, i in enumerate(images.split(size))]
-            both.append(torch.cat(scores))
-        return both[0], both[1]
+    def measure(self, policy: DiffusionPolicy, reward: Reward, *, part: slice, steps: int, guidance: Guidance) -> Look:
+        """Draws a part of the prompts, without noise in the steps, and scores it by both rewards."""
+        prompts, first, size = self.held_out.prompts, self.held_out.first_seed, self.held_out.batch_size
+        seeds = range(first, first + len(prompts))[part]
+        prompts = prompts[part]
+        images = policy.draw(prompts, seeds=seeds, steps=steps, guidance=guidance, batch_size=size)
+
+        def scores(judge: Reward) -> PerSample:
+            parts = enumerate(images.split(size))
+            return torch.cat([judge(some, prompts[k * size : (k + 1) * size]) for k, some in parts])
+
+        return Look(images, scores(reward), scores(self.held_out.reward))
 
     def note(self, policy: DiffusionPolicy, *, iteration: int, trained: float, held_out: float) -> None:
         """Takes notice of the means of a look; keeps the weights if none was better."""
@@ -61,18 +78,18 @@ class HeldOutWatch:
         if held_out > self.best:
             self.best, self.best_iteration, self.parted = held_out, iteration, 0
             self._weights = {name: value.cpu() for name, value in policy.trainable_state().items()}
-        elif trained > self.start:
+        elif held_out < self.best and trained > self.start:
             self.parted += 1
         else:
             self.parted = 0
 
     @property
     def should_stop(self) -> bool:
-        """Whether the two rewards have parted ways for longer than patience allows."""
+        """Whether the two rewards have parted ways for as long as patience allows."""
         return 0 < self.patience <= self.parted
 
     def restore(self, policy: DiffusionPolicy) -> None:
-        """Gives the policy the best weights."""
+        """Gives the policy the best weights; does nothing where no look was taken."""
         if self._weights:
             policy.load_trainable_state(self._weights)
 
@@ -87,5 +104,5 @@ class HeldOutWatch:
         """Takes back what `state_dict` returned."""
         numbers = state["numbers"]
         self.best_iteration, self.parted = numbers["best_iteration"], numbers["parted"]
-        self.start, self.best = numbers.get("start"), numbers.get("best", float("-inf"))
+        self.start, self.best = numbers.get("start"), numbers.get("best", -math.inf)
         self._weights = dict(state["weights"])

@@ -1,4 +1,4 @@
-"""The pairs of image and caption that the pretraining term denoises, as latents."""
+"""The pairs of image and caption that the pretraining term denoises, as latents, and the loss on them."""
 
 import json
 from collections.abc import Sequence
@@ -7,11 +7,12 @@ from typing import NamedTuple
 
 import torch
 
-from policy import DiffusionPolicy, Guidance
+from policy import DiffusionPolicy, Guidance, SampleNoise
 from policy.prompts import check_prompts
-from policy.types import Latents
+from policy.types import Embeddings, Latents, PerSample
 
 IMAGE_ENDINGS = (".png", ".jpg", ".jpeg", ".webp")
+CAPTIONS_FILE = "metadata.jsonl"
 
 
 class PretrainingPairs(NamedTuple):
@@ -19,6 +20,20 @@ class PretrainingPairs(NamedTuple):
 
     latents: Latents
     captions: list[str]
+
+
+def check_pretraining(pairs: PretrainingPairs) -> PretrainingPairs:
+    """Returns the pairs.
+
+    Raises:
+        ValueError: There are none, or not as many captions as latents.
+    """
+    if not pairs.captions or len(pairs.captions) != len(pairs.latents):
+        raise ValueError(
+            "pretraining must hold at least one pair and a caption for each of its latents, got "
+            f"{len(pairs.latents)} latents and {len(pairs.captions)} captions"
+        )
+    return pairs
 
 
 def pairs_from_policy(
@@ -43,60 +58,112 @@ def pairs_from_policy(
         guidance: None is classifier-free guidance of 5.
         seed: Seed of the first image; the next ones follow.
         batch_size: Images at a time.
+
+    Raises:
+        ValueError: There are no prompts, one is not a string, or `count` or `batch_size` is below 1.
     """
     known = check_prompts(prompts)
-    if count < 1:
-        raise ValueError(f"count must be at least 1, got {count}")
+    for name, value in (("count", count), ("batch_size", batch_size)):
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}")
     captions = [known[k % len(known)] for k in range(count)]
+    seeds = range(seed, seed + count)
     parts = []
     with policy.reference():
         for start in range(0, count, batch_size):
-            part = captions[start : start + batch_size]
-            seeds = [seed + start + k for k in range(len(part))]
-            parts.append(policy.sample(policy.encode(part), steps=steps, guidance=guidance, seeds=seeds))
+            part = slice(start, start + batch_size)
+            embeddings = policy.encode(captions[part])
+            parts.append(policy.sample(embeddings, steps=steps, guidance=guidance, seeds=seeds[part]))
     return PretrainingPairs(torch.cat(parts), captions)
 
 
 def pairs_from_folder(policy: DiffusionPolicy, folder: str | Path, *, batch_size: int = 8) -> PretrainingPairs:
-    """Reads pairs from a folder: images, and captions in `metadata.jsonl` or in a `.txt` beside each image.
+    """Reads pairs from a folder and its subfolders: images, each with a caption.
 
-    `metadata.jsonl` has a line `{"file_name": ..., "text": ...}` for each image, as Hugging Face's image folders do. Images are
-    scaled and centre-cropped to the size that the policy was trained on.
+    Captions are in `metadata.jsonl`, which has a line `{"file_name": ..., "text": ...}` for each image as image folders
+    of Hugging Face have it, or in a `.txt` beside the image. Images are scaled and centre-cropped to the size that the
+    policy was trained on. The latents, the means of the VAE's posterior, stay in the CPU's memory.
 
     Raises:
-        ValueError: The folder has no images, or an image has no caption.
+        ValueError: The folder has no images, an image has no caption, or `metadata.jsonl` is not what it should be.
     """
     from PIL import Image
 
     from rewards.preprocess import pil_to_square
 
-    folder = Path(folder)
-    captions = _captions(folder)
+    captions = _captions(Path(folder))
+    files = list(captions)
     parts = []
-    files = sorted(captions)
     for start in range(0, len(files), batch_size):
         squares = []
         for file in files[start : start + batch_size]:
-            with Image.open(folder / file) as image:
+            with Image.open(Path(folder) / file) as image:
                 squares.append(pil_to_square(image.convert("RGB"), policy.image_size))
-        parts.append(policy.encode_images(torch.stack(squares)))
+        parts.append(policy.encode_images(torch.stack(squares)).cpu())
     return PretrainingPairs(torch.cat(parts), [captions[file] for file in files])
 
 
+def denoising_loss(
+    policy: DiffusionPolicy, latents: Latents, embeddings: Embeddings, *, seeds: Sequence[int]
+) -> PerSample:
+    """Returns the loss of pretraining for each sample: the mean squared error of the network's own prediction.
+
+    The same as `policy.denoising_loss`, but that timestep and noise of a sample come from its own seed: its loss is
+    then the same in any batch and any process.
+    """
+    noise = SampleNoise(seeds, height=latents.shape[2], width=latents.shape[3], device=policy.device)
+    levels = len(policy.alphas)
+    drawn = [torch.randint(levels, (), generator=generator) for generator in noise.generators]
+    timesteps, true_noise = torch.stack(drawn).to(policy.device), noise.draw()
+    noised = policy.add_noise(latents, true_noise, timesteps)
+    error = policy.predict_noise(noised, timesteps, embeddings) - true_noise
+    # What the network predicts instead of the noise has an error proportional to the noise's at a given timestep.
+    alphas = policy.alphas[timesteps]
+    scale = {"epsilon": 1.0, "v_prediction": 1 / alphas, "sample": (1 - alphas) / alphas}[policy.prediction_type]
+    return error.square().flatten(1).mean(dim=1) * scale
+
+
 def _captions(folder: Path) -> dict[str, str]:
-    """Reads the caption of each image of a folder."""
-    images = sorted(p.name for p in folder.glob("*") if p.suffix.lower() in IMAGE_ENDINGS) if folder.is_dir() else []
+    """Returns the caption of each image of a folder, by its path below the folder, in the order of the paths."""
+    images = sorted(
+        path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.suffix.lower() in IMAGE_ENDINGS
+    )
     if not images:
         raise ValueError(f"folder must hold images ({', '.join(IMAGE_ENDINGS)}), got {str(folder)!r} without any")
-    listed: dict[str, str] = {}
-    if (folder / "metadata.jsonl").is_file():
-        for line in (folder / "metadata.jsonl").read_text(encoding="utf-8").splitlines():
-            entry = json.loads(line)
-            listed[entry["file_name"]] = entry["text"]
+    listed = _listed_captions(folder / CAPTIONS_FILE)
+    if missing := sorted(listed.keys() - set(images)):
+        raise ValueError(f"{CAPTIONS_FILE} must name images of its folder, got {missing[0]!r}, which is not there")
     captions = {}
     for name in images:
         beside = (folder / name).with_suffix(".txt")
-        if name not in listed and not beside.is_file():
-            raise ValueError(f"every image must have a caption in metadata.jsonl or a .txt beside it, got none for {name!r}")
-        captions[name] = listed[name] if name in listed else beside.read_text(encoding="utf-8").strip()
+        if name in listed:
+            captions[name] = listed[name]
+        elif beside.is_file():
+            captions[name] = beside.read_text(encoding="utf-8").strip()
+        else:
+            raise ValueError(
+                f"every image must have a caption in {CAPTIONS_FILE} or in a .txt beside it, got none for {name!r}"
+            )
+    return captions
+
+
+def _listed_captions(path: Path) -> dict[str, str]:
+    """Reads metadata.jsonl, if there is one."""
+    if not path.is_file():
+        return {}
+    captions = {}
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+        if not line.strip():
+            continue
+        try:
+            entry = json.loads(line)
+            name, text = entry["file_name"], entry["text"]
+        except (json.JSONDecodeError, KeyError, TypeError):
+            name = text = None
+        if not isinstance(name, str) or not isinstance(text, str):
+            raise ValueError(
+                f'{path.name} must have {{"file_name": ..., "text": ...}}, two strings, on every line, got {line!r} on '
+                f"line {number}"
+            )
+        captions[name] = text
     return captions

@@ -1,32 +1,42 @@
 """The ReFL trainer.
 
-Algorithm 1 of Xu et al. (2023), https://arxiv.org/abs/2304.05977, with two additions: an optional constraint that keeps an erased
-concept erased, and a second, held-out reward that is watched. What is not here: the engine (`training`), the denoising (`policy`), the
-constraint's arithmetic (`erasure`). See docs/refl.md for each departure from the authors' code, and for results.
+Algorithm 1 of Xu et al. (2023), https://arxiv.org/abs/2304.05977, with two additions: an optional constraint that keeps
+an erased concept erased, and a second, held-out reward that is watched. What is not here: the engine (`training`), the
+denoising (`policy`), the constraint's arithmetic (`erasure`). See docs/refl.md for each departure from the authors'
+code, and for results.
 """
 
+import math
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from contextlib import AbstractContextManager, nullcontext
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
-from erasure import ErasureConstraint, ImageConstraint
+from erasure import ErasureConstraint, ImageConstraint, ObjectiveConstraint
 from erasure.protocols import ConceptBatch
 from policy import ClassifierFree, DiffusionPolicy
 from policy.prompts import check_prompts
 from policy.types import PerSample
 from rewards import Reward
-from training import TrainingConfig, TrainingRun
+from training import Stateful, TrainingConfig, TrainingRun
 
 from .config import ReFLConfig
+from .distance import distance_to_reference
 from .graded import graded_images
 from .held_out import HeldOut, HeldOutWatch
+from .judge import check_gradient, not_differentiable, scores_of
 from .loss import hinge
-from .pretraining import PretrainingPairs, pairs_from_policy
+from .pretraining import PretrainingPairs, check_pretraining, denoising_loss, pairs_from_policy
 
-Term = Callable[[], Tensor]
-"""A part of the loss that is computed, differentiated and forgotten before the next."""
+Item = TypeVar("Item", str, int)
+
+POOL_BATCHES = 4
+"""Size of the pool of pairs that is drawn where none are given, in batches of the pretraining term."""
+
+PICTURES = 16
+"""Images of a look that are logged."""
 
 
 class ReFLMetrics(NamedTuple):
@@ -50,7 +60,7 @@ class ReFLTrainer:
 
     Args:
         policy: What is tuned, in place; needs a LoRA or `train=`.
-        reward: What is raised. Must be differentiable in the images.
+        reward: What is raised, on the policy's device. Must be differentiable in the images.
         prompts: What images are drawn for.
         config: Settings; those of the authors' code by default.
         erasure: What is kept erased: a cost on images of the concept, or an objective on noise predictions.
@@ -58,7 +68,8 @@ class ReFLTrainer:
         held_out: Prompts and a reward that are watched and not trained on; the weights that it liked best are kept.
 
     Raises:
-        ValueError: The reward has no gradient, there are no prompts, or the policy has nothing to train.
+        ValueError: The reward says that it has no gradient, there are no prompts or no pairs, the policy has nothing to
+            train, or there is patience without anything held out.
     """
 
     def __init__(
@@ -73,7 +84,7 @@ class ReFLTrainer:
         held_out: HeldOut | None = None,
     ) -> None:
         if not reward.differentiable:
-            raise ValueError(f"reward must be differentiable for ReFL, got {reward!r}; use DDPO, which needs no gradient")
+            raise not_differentiable("reward", reward)
         if not policy.trainable_parameters():
             raise ValueError("policy must have trainable weights: load it with lora= or train=, got none")
         self.policy = policy
@@ -81,95 +92,114 @@ class ReFLTrainer:
         self.prompts = check_prompts(prompts)
         self.config = config or ReFLConfig()
         self.erasure = erasure
-        self.pretraining = pretraining
-        self.watch = HeldOutWatch(held_out, patience=self.config.patience) if held_out else None
+        self.pretraining = None if pretraining is None else check_pretraining(pretraining)
+        if self.config.patience and held_out is None:
+            raise ValueError(f"ReFLConfig.patience must be 0 without held_out, got {self.config.patience}")
+        self.watch = None if held_out is None else HeldOutWatch(held_out, patience=self.config.patience)
 
     def train(self, run_config: TrainingConfig) -> ReFLMetrics | None:
-        """Trains, or goes on with an interrupted run, and ends with the weights that the held-out reward liked best.
+        """Trains, or goes on with an interrupted run.
+
+        The policy ends with the weights that the held-out reward liked best, or, where nothing is held out, with the
+        last ones. With `ema_decay` both are averaged weights, while checkpoints keep what training goes on from.
 
         Returns:
             What the last iteration measured; None where a resumed run had nothing left to do.
+
+        Raises:
+            ValueError: As `prepare`, or the run cannot be started or resumed.
         """
-        state = {} if self.erasure is None else {"lagrangian": self.erasure.lagrangian}
-        if self.watch:
+        state: dict[str, Stateful] = {}
+        if self.erasure is not None:
+            state["lagrangian"] = self.erasure.lagrangian
+        if self.watch is not None:
             state["held_out"] = self.watch
-        metrics = None
+        metrics = averages = None
         with TrainingRun(self.policy, run_config, state=state, configs={"refl": self.config}) as run:
             self.prepare(run)
             for iteration in run.iterations():
-                if self.watch and iteration % self.config.evaluate_every == 0:
-                    self._look(run, iteration)
-                    if self.watch.should_stop:
+                if iteration % self.config.evaluate_every == 0:
+                    self._look(run)
+                    if self.watch is not None and self.watch.should_stop:
                         break
                 metrics = self.step(run)
-                run.log(_tagged(metrics))
-            if self.watch and not self.watch.should_stop and metrics is not None:
-                self._look(run, run.iteration)
-        if self.watch:
+                run.log(self._tagged(metrics))
+            else:
+                self._look(run)
+            if self.watch is None and run_config.ema_decay is not None:
+                with run.ema_weights():
+                    averages = self.policy.trainable_state()
+        if self.watch is not None:
             self.watch.restore(self.policy)
+        elif averages is not None:
+            self.policy.load_trainable_state(averages)
         return metrics
 
     def prepare(self, run: TrainingRun) -> None:
-        """Draws the pairs of the pretraining term where none were given, and readies an erasure objective."""
+        """Checks what only a run can tell, draws pairs where none were given, and readies an erasure objective.
+
+        Raises:
+            ValueError: The reward or the erasure cost has no gradient to the images, a batch does not divide evenly
+                among the processes, or the objective cannot work with this policy.
+        """
         cfg = self.config
+        batches = {"batch_size": cfg.batch_size}
+        if cfg.pretraining_weight:
+            batches["pretraining_batch_size"] = cfg.pretraining_batch_size
+        if self.erasure is not None:
+            batches["erasure_batch_size"] = cfg.erasure_batch_size
+        if self.watch is not None:
+            batches["held_out.prompts"] = len(self.watch.held_out.prompts)
+        for name, count in batches.items():
+            if count % run.num_processes:
+                raise ValueError(f"{name} must divide evenly among {run.num_processes} processes, got {count}")
+
+        size = self.policy.image_size
+        grey = torch.full((1, 3, size, size), 0.5, device=self.policy.device)
+        check_gradient("reward", self.reward, grey, self.prompts[:1])
+        if isinstance(self.erasure, ImageConstraint):
+            check_gradient("erasure cost", self.erasure.cost, grey, self.erasure.prompts[:1])
+
         if cfg.pretraining_weight and self.pretraining is None:
-            self.pretraining = pairs_from_policy(
-                self.policy,
-                self.prompts,
-                count=cfg.pretraining_batch_size * 4,
-                steps=cfg.steps,
-                guidance=ClassifierFree(max(cfg.guidance_scale, 1.0)),
-                seed=2_000_000 + run.config.seed,
-            )
-        if self.erasure is not None and not isinstance(self.erasure, ImageConstraint):
+            self.pretraining = self._own_pairs(run)
+        if isinstance(self.erasure, ObjectiveConstraint):
             self.erasure.prepare(self.policy)
 
     def step(self, run: TrainingRun) -> ReFLMetrics:
         """Samples a batch, grades it and takes one gradient step.
 
         Raises:
-            ValueError: The reward gave no gradient, or not one number for each image.
+            ValueError: The reward or the erasure cost gave not one number for each image.
         """
-        cfg, erasure = self.config, self.erasure
+        cfg, erasure, pairs = self.config, self.erasure, self.pretraining
         graded_step = int(torch.randint(cfg.first_graded_step, cfg.last_graded_step + 1, (), generator=run.generator))
-        rewards: list[Tensor] = []
-        losses: list[Tensor] = []
-        costs: list[Tensor] = []
 
-        prompts, seeds = self._draw(run, self.prompts, cfg.batch_size)
-        reward_terms = [
-            lambda p=part: self._reward_term(prompts[p], seeds[p], graded_step, rewards) * _share(p, len(prompts))
-            for part in self._parts(len(prompts))
-        ]
-        erasure_terms: list[Term] = []
+        batch = _draw(run, self.prompts, cfg.batch_size)
+        rewards = self._descend(run, batch, lambda *part: self._reward_term(*part, graded_step))
+        costs, cosine = None, 0.0
         if erasure is not None:
-            concept, concept_seeds = self._draw(run, erasure.prompts, cfg.erasure_batch_size)
-            erasure_terms = [
-                lambda p=part: self._erasure_term(concept[p], concept_seeds[p], graded_step, costs) * _share(p, len(concept))
-                for part in self._parts(len(concept))
-            ]
-        pretraining_terms = [lambda: self._pretraining_term(run, losses)] if cfg.pretraining_weight else []
+            before = [gradient.clone() for gradient in self._gradients()]
+            batch = _draw(run, erasure.prompts, cfg.erasure_batch_size)
+            costs = self._descend(run, batch, lambda *part: self._erasure_term(*part, erasure, graded_step))
+            cosine = _cosine(before, self._gradients())
+        losses = None
+        if cfg.pretraining_weight and pairs is not None:
+            chosen = _draw(run, range(len(pairs.captions)), cfg.pretraining_batch_size)
+            losses = self._descend(run, chosen, lambda *part: self._pretraining_term(*part, pairs))
 
-        # The gradient adds up; only the very last backward averages it over the processes.
-        self._descend(run, reward_terms, sync=not erasure_terms and not pretraining_terms)
-        cosine = 0.0
-        if erasure_terms:
-            reward_gradient = self._gradient()
-            self._descend(run, erasure_terms, sync=not pretraining_terms)
-            cosine = _cosine(reward_gradient, self._gradient() - reward_gradient)
-        self._descend(run, pretraining_terms, sync=True)
+        # The terms have added up in each process; a last backward, of nothing, averages over the processes.
+        run.backward(torch.stack([0.0 * p.sum() for p in self.policy.trainable_parameters()]).sum(), sync=True)
         grad_norm = run.update()
 
         cost, weight = 0.0, 0.0
-        if erasure is not None:
-            weight = erasure.lagrangian.weight
-            cost = run.mean(torch.cat(costs))
-            erasure.lagrangian.update(cost)
-        seen = torch.cat(rewards)
+        if erasure is not None and costs is not None:
+            cost, weight = run.mean(costs), erasure.lagrangian.weight
+            if math.isfinite(cost):  # otherwise the update was skipped, and there is nothing to answer
+                erasure.lagrangian.update(cost)
         return ReFLMetrics(
-            reward=run.mean(seen),
-            reward_loss=run.mean(hinge(seen, margin=cfg.reward_margin)),
-            pretraining_loss=run.mean(torch.cat(losses)) if losses else 0.0,
+            reward=run.mean(rewards),
+            reward_loss=run.mean(hinge(rewards, margin=cfg.reward_margin)),
+            pretraining_loss=0.0 if losses is None else run.mean(losses),
             erasure_cost=cost,
             erasure_weight=weight,
             gradient_cosine=run.mean(cosine),
@@ -177,111 +207,130 @@ class ReFLTrainer:
             graded_step=graded_step,
         )
 
-    # The three terms of the loss.
+    # The three terms of the loss: each gives its mean over some samples, and what it measured of each.
 
-    def _reward_term(self, prompts: Sequence[str], seeds: Sequence[int], graded_step: int, seen: list[Tensor]) -> Tensor:
+    def _reward_term(self, prompts: list[str], seeds: list[int], graded_step: int) -> tuple[Tensor, PerSample]:
         cfg = self.config
         images = graded_images(self.policy, prompts, seeds, cfg, graded_step=graded_step)
-        rewards = self.reward(images, self._captions(prompts))
-        if rewards.shape != (len(images),):
-            raise ValueError(f"reward must give one number for each of {len(images)} images, got {tuple(rewards.shape)}")
-        if not rewards.requires_grad:
-            raise ValueError(f"reward must be differentiable for ReFL, got {self.reward!r} without a gradient; use DDPO")
-        seen.append(rewards.detach())
-        return cfg.reward_scale * hinge(rewards, margin=cfg.reward_margin).mean()
+        rewards = scores_of("reward", self.reward, images, self._captions(prompts))
+        return cfg.reward_scale * hinge(rewards, margin=cfg.reward_margin).mean(), rewards
 
-    def _erasure_term(self, prompts: Sequence[str], seeds: Sequence[int], graded_step: int, seen: list[Tensor]) -> Tensor:
-        cfg, erasure = self.config, self.erasure
+    def _erasure_term(
+        self, prompts: list[str], seeds: list[int], erasure: ErasureConstraint, graded_step: int
+    ) -> tuple[Tensor, PerSample]:
+        cfg = self.config
         if isinstance(erasure, ImageConstraint):
             images = graded_images(self.policy, prompts, seeds, cfg, graded_step=graded_step)
-            cost: PerSample = erasure.cost(images, self._captions(prompts))
-            if not cost.requires_grad:
-                raise ValueError(f"erasure cost must be differentiable for ReFL, got {erasure.cost!r} without a gradient")
+            cost = scores_of("erasure cost", erasure.cost, images, self._captions(prompts))
         else:
-            assert erasure is not None
             cost = erasure.cost(self.policy, ConceptBatch(prompts, seeds))
-        seen.append(cost.detach())
-        return cfg.reward_scale * erasure.lagrangian.weight * cost.mean()
+        return cfg.reward_scale * erasure.lagrangian.weight * cost.mean(), cost
 
-    def _pretraining_term(self, run: TrainingRun, seen: list[Tensor]) -> Tensor:
-        cfg, pairs = self.config, self.pretraining
-        assert pairs is not None
-        pick = torch.randint(len(pairs.captions), (cfg.pretraining_batch_size,), generator=run.generator)
-        chosen = run.shard(pick)
-        generator = torch.Generator().manual_seed(int(_seeds(run, 1)[0]) + run.process_index)
-        embeddings = self.policy.encode([pairs.captions[k] for k in chosen.tolist()])
-        latents = pairs.latents[chosen.to(pairs.latents.device)].to(self.policy.device)
-        loss = self.policy.denoising_loss(latents, embeddings, generator=generator)
-        seen.append(loss.detach())
-        return cfg.pretraining_weight * loss.mean()
+    def _pretraining_term(
+        self, indices: list[int], seeds: list[int], pairs: PretrainingPairs
+    ) -> tuple[Tensor, PerSample]:
+        embeddings = self.policy.encode([pairs.captions[k] for k in indices])
+        latents = pairs.latents[indices].to(self.policy.device)
+        loss = denoising_loss(self.policy, latents, embeddings, seeds=seeds)
+        return self.config.pretraining_weight * loss.mean(), loss
 
     # Small things.
 
-    def _draw(self, run: TrainingRun, prompts: Sequence[str], count: int) -> tuple[list[str], list[int]]:
-        """Draws prompts and seeds for the whole batch, and returns this process's part."""
-        pick = torch.randint(len(prompts), (count,), generator=run.generator)
-        seeds = run.shard(_seeds(run, count))
-        return [prompts[k] for k in run.shard(pick).tolist()], seeds.tolist()
+    def _descend(
+        self,
+        run: TrainingRun,
+        batch: Sequence[tuple[Item, int]],
+        term: Callable[[list[Item], list[int]], tuple[Tensor, PerSample]],
+    ) -> PerSample:
+        """Adds the gradient of a term's mean over a batch, some samples at a time, and returns what it measured."""
+        measured = []
+        for start in range(0, len(batch), self.config.micro_batch_size):
+            items, seeds = zip(*batch[start : start + self.config.micro_batch_size], strict=True)
+            with run.autocast():
+                loss, values = term(list(items), list(seeds))
+            run.backward(loss * (len(items) / len(batch)), sync=False)
+            measured.append(values.detach().float())
+        return torch.cat(measured)
 
-    def _parts(self, count: int) -> list[slice]:
-        size = self.config.micro_batch_size
-        return [slice(start, min(start + size, count)) for start in range(0, count, size)]
+    def _gradients(self) -> list[Tensor]:
+        """Returns the gradient of each trained weight as it has been added up so far."""
+        return [torch.zeros_like(p) if p.grad is None else p.grad for p in self.policy.trainable_parameters()]
 
-    def _captions(self, prompts: Sequence[str]) -> list[str]:
+    def _captions(self, prompts: list[str]) -> list[str]:
         """Repeats each prompt for the images that it stands for."""
         return [prompt for prompt in prompts for _ in range(max(1, self.config.low_variance_noises))]
 
-    def _descend(self, run: TrainingRun, terms: Sequence[Term], *, sync: bool) -> None:
-        """Adds the gradient of each term; `sync` says whether the last of them ends the iteration."""
-        for k, term in enumerate(terms, start=1):
-            with run.autocast():
-                loss = term()
-            run.backward(loss, sync=sync and k == len(terms))
-
-    def _gradient(self) -> Tensor:
-        """Copies the gradient that has been added up so far."""
-        grads = [p.grad if p.grad is not None else torch.zeros_like(p) for p in self.policy.trainable_parameters()]
-        return torch.cat([g.flatten().float() for g in grads])
-
-    def _look(self, run: TrainingRun, iteration: int) -> None:
-        """Measures trained and held-out reward on the held-out prompts, and logs both."""
-        assert self.watch is not None
-        count = len(self.watch.held_out.prompts)
+    def _own_pairs(self, run: TrainingRun) -> PretrainingPairs:
+        """Draws the pairs of the pretraining term from the frozen policy, each process its part."""
+        cfg = self.config
+        count = POOL_BATCHES * cfg.pretraining_batch_size
+        captions = [self.prompts[k % len(self.prompts)] for k in range(count)]
         mine = run.shard(range(count))
-        trained, held_out = self.watch.measure(
+        part = pairs_from_policy(
             self.policy,
-            self.reward,
-            part=slice(mine.start, mine.stop),
-            steps=self.config.steps,
-            guidance=ClassifierFree(self.config.guidance_scale),
+            captions[mine.start : mine.stop],
+            count=len(mine),
+            steps=cfg.steps,
+            guidance=ClassifierFree(max(cfg.guidance_scale, 1.0)),
+            seed=2_000_000 + run.config.seed + mine.start,
         )
-        means = run.mean(trained), run.mean(held_out)
-        self.watch.note(self.policy, iteration=iteration, trained=means[0], held_out=means[1])
-        run.log({"reward/validation": means[0], "reward/held_out": means[1]})
+        return PretrainingPairs(run.gather(part.latents), captions)
+
+    def _look(self, run: TrainingRun) -> None:
+        """Looks at the policy from outside: its distance from the reference, and the held-out prompts."""
+        with _averaged(run):
+            run.log({"train/distance": distance_to_reference(self.policy)})
+            if self.watch is None:
+                return
+            mine = run.shard(range(len(self.watch.held_out.prompts)))
+            part = slice(mine.start, mine.stop)
+            look = self.watch.measure(
+                self.policy,
+                self.reward,
+                part=part,
+                steps=self.config.steps,
+                guidance=ClassifierFree(self.config.guidance_scale),
+            )
+            trained, held_out = run.mean(look.trained), run.mean(look.held_out)
+            self.watch.note(self.policy, iteration=run.iteration, trained=trained, held_out=held_out)
+        run.log({"reward/validation": trained, "reward/held_out": held_out})
+        run.log_images("held_out", look.images[:PICTURES], self.watch.held_out.prompts[part][:PICTURES])
+
+    def _tagged(self, metrics: ReFLMetrics) -> dict[str, float]:
+        """Returns what was measured under the tags that docs/refl.md defines, without what was switched off."""
+        values = {
+            "reward/mean": metrics.reward,
+            "train/reward_loss": metrics.reward_loss,
+            "train/grad_norm": metrics.grad_norm,
+            "train/graded_step": metrics.graded_step,
+        }
+        if self.config.pretraining_weight:
+            values["train/pretraining_loss"] = metrics.pretraining_loss
+        if self.erasure is not None:
+            values["erasure/cost"] = metrics.erasure_cost
+            values["erasure/weight"] = metrics.erasure_weight
+            values["erasure/gradient_cosine"] = metrics.gradient_cosine
+        return values
 
 
-def _seeds(run: TrainingRun, count: int) -> Tensor:
-    return torch.randint(2**31 - 1, (count,), generator=run.generator)
+def _draw(run: TrainingRun, population: Sequence[Item], count: int) -> list[tuple[Item, int]]:
+    """Draws items and a seed for each, for the batch of all processes, and returns this process's part."""
+    picks = torch.randint(len(population), (count,), generator=run.generator)
+    seeds = torch.randint(2**31 - 1, (count,), generator=run.generator)
+    mine = zip(run.shard(picks).tolist(), run.shard(seeds).tolist(), strict=True)
+    return [(population[pick], seed) for pick, seed in mine]
 
 
-def _share(part: slice, count: int) -> float:
-    """Returns what a micro-batch counts in the mean over its process's batch."""
-    return (part.stop - part.start) / count
+def _averaged(run: TrainingRun) -> AbstractContextManager[None]:
+    """Returns the block in which the policy has the averaged weights, where the run keeps an average."""
+    return nullcontext() if run.config.ema_decay is None else run.ema_weights()
 
 
-def _cosine(first: Tensor, second: Tensor) -> float:
-    return float(torch.nn.functional.cosine_similarity(first, second, dim=0))
-
-
-def _tagged(metrics: ReFLMetrics) -> dict[str, float]:
-    """Returns the metrics under the tags that docs/refl.md defines."""
-    return {
-        "reward/mean": metrics.reward,
-        "train/reward_loss": metrics.reward_loss,
-        "train/pretraining_loss": metrics.pretraining_loss,
-        "train/grad_norm": metrics.grad_norm,
-        "train/graded_step": metrics.graded_step,
-        "erasure/cost": metrics.erasure_cost,
-        "erasure/weight": metrics.erasure_weight,
-        "erasure/gradient_cosine": metrics.gradient_cosine,
-    }
+def _cosine(first: Sequence[Tensor], both: Sequence[Tensor]) -> float:
+    """Returns the cosine between a gradient and what was then added to it; 0 where either is zero."""
+    sums = torch.zeros(3, device=first[0].device)
+    for one, total in zip(first, both, strict=True):
+        a, b = one.flatten().float(), (total - one).flatten().float()
+        sums += torch.stack([a @ b, a @ a, b @ b])
+    product, squared, added = sums.tolist()
+    return product / math.sqrt(squared) / math.sqrt(added) if squared and added else 0.0

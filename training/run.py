@@ -242,7 +242,7 @@ class TrainingRun:
         """
         if self._metrics is None:
             return
-        numbers = {tag: float(value) for tag, value in values.items()}
+        numbers = {tag: float(v.detach() if isinstance(v, Tensor) else v) for tag, v in values.items()}
         self._metrics.write(self.iteration, numbers)
         self.accelerator.log(numbers, step=self.iteration)
         if self._bar is not None:

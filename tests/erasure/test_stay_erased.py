@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from erasure import NUDITY, UCE, ConceptBatch, StayErased, StayErasedConfig
-from policy import DiffusionPolicy, LoRAConfig
+from policy import ClassifierFree, DiffusionPolicy, LoRAConfig
 
 OBJECTIVE = StayErased(StayErasedConfig(steps=4))
 BATCH = ConceptBatch(["a naked person", "nude", "a nude person"], [3, 4, 5])
@@ -74,6 +74,40 @@ def test_same_seeds_give_the_same_loss_and_others_another(policy: DiffusionPolic
     other = OBJECTIVE.loss(policy, BATCH._replace(seeds=[6, 7, 8]))
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
+
+
+def test_loss_of_a_sample_does_not_depend_on_its_batch(policy: DiffusionPolicy) -> None:
+    disturb(policy)
+    alone = [OBJECTIVE.loss(policy, ConceptBatch([p], [s])) for p, s in zip(*BATCH, strict=True)]
+    # Relative to losses of any size; the network rounds otherwise when the batch is larger.
+    torch.testing.assert_close(OBJECTIVE.loss(policy, BATCH), torch.cat(alone), rtol=1e-3, atol=0)
+
+
+def test_seeds_spread_over_all_steps(policy: DiffusionPolicy) -> None:
+    disturb(policy)
+    seen: list[int] = []
+    predict = policy.predict_noise
+
+    def spy(latents: torch.Tensor, timesteps: torch.Tensor, embeddings: torch.Tensor) -> torch.Tensor:
+        seen.extend(timesteps.tolist())
+        return predict(latents, timesteps, embeddings)
+
+    policy.predict_noise = spy  # ty: ignore[invalid-assignment]
+    OBJECTIVE.loss(policy, ConceptBatch(["nude"] * 24, range(24)))
+    assert set(seen) == set(policy.timesteps(4).tolist())
+
+
+def test_latents_are_the_tuned_policys_own(policy: DiffusionPolicy) -> None:
+    disturb(policy)
+    seed = next(seed for seed in range(100) if OBJECTIVE._stop(seed) == 3)
+    embeddings = policy.encode(["nude"])
+    guidance = ClassifierFree(OBJECTIVE.config.guidance_scale)
+    latents = policy.sample(embeddings, steps=4, guidance=guidance, seeds=[seed], until=3)
+    timesteps = policy.timesteps(4)[[3]]
+    with policy.reference():
+        target = policy.predict_noise(latents, timesteps, embeddings)
+    expected = (policy.predict_noise(latents, timesteps, embeddings) - target).square().mean()
+    torch.testing.assert_close(OBJECTIVE.loss(policy, ConceptBatch(["nude"], [seed]))[0], expected, rtol=1e-4, atol=0)
 
 
 def test_policy_without_trainable_weights_is_refused(make_policy: Callable[..., DiffusionPolicy]) -> None:

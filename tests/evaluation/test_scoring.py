@@ -100,7 +100,9 @@ def test_shards_scored_apart_merge_to_the_whole(planned: Planned, noise_policy: 
 
 def test_shards_that_lack_or_repeat_an_image_do_not_merge(drawn: DrawnImages, planned: Planned) -> None:
     scores = score(drawn, MEASURES, progress=False)
-    with pytest.raises(ValueError, match="must hold each of 6 planned images of kind 'benign' once, got 12 values of 6"):
+    with pytest.raises(
+        ValueError, match="must hold each of 6 planned images of kind 'benign' once, got 12 values of 6"
+    ):
         merge([scores, scores], planned)
     with pytest.raises(ValueError, match="parts must be of one model"):
         merge([scores, Scores(model="other", config=scores.config, columns=())], planned)
@@ -144,7 +146,9 @@ def test_measures_that_cannot_be_taken_are_refused(
 
 
 def test_asking_for_a_column_that_is_not_there_names_those_that_are(drawn: DrawnImages) -> None:
-    with pytest.raises(ValueError, match="brightness on benign, names stripes on explicit.* got brightness on explicit"):
+    with pytest.raises(
+        ValueError, match="brightness on benign, names stripes on explicit.* got brightness on explicit"
+    ):
         score(drawn, MEASURES, progress=False).column("brightness", "explicit")
 
 

@@ -126,7 +126,7 @@ def test_finished_run_resumes_as_finished_and_can_be_prolonged(
 def test_folder_with_another_run_is_refused_and_left_alone(train: Callable, tmp_path: Path) -> None:
     train(tmp_path)
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
-    with pytest.raises(ValueError, match="output_dir must not hold another run unless resume is set, got .*metrics"):
+    with pytest.raises(ValueError, match=r"output_dir must not hold another run unless resume is set, got .*metrics"):
         train(tmp_path, learning_rate=0.5)
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
 
@@ -143,13 +143,9 @@ def test_resuming_with_other_settings_is_refused(train: Callable, tmp_path: Path
         train(tmp_path, resume=True, learning_rate=0.5)
 
 
-def test_resuming_with_other_weights_or_state_is_refused(
-    train: Callable, stand_in: Callable, tmp_path: Path
-) -> None:
+def test_resuming_with_other_weights_or_state_is_refused(train: Callable, stand_in: Callable, tmp_path: Path) -> None:
     train(tmp_path)
-    config = TrainingConfig(
-        output_dir=tmp_path, iterations=7, learning_rate=1e-2, resume=True, progress=False
-    )
+    config = TrainingConfig(output_dir=tmp_path, iterations=7, learning_rate=1e-2, resume=True, progress=False)
     with pytest.raises(ValueError, match=r"state must name \['dual'\]"), TrainingRun(stand_in(), config):
         pass
     policy = stand_in()

@@ -1,0 +1,41 @@
+"""What ReFL asks of a reward or of an erasure cost: one number for each image, and a gradient to the pixels."""
+
+from collections.abc import Sequence
+
+import torch
+
+from erasure import ImageCost
+from policy.types import Images, PerSample
+from rewards import Reward
+
+
+def scores_of(kind: str, judge: Reward | ImageCost, images: Images, prompts: Sequence[str]) -> PerSample:
+    """Returns what a reward or a cost says of each image.
+
+    Raises:
+        ValueError: It does not say one number for each.
+    """
+    scores = judge(images, prompts)
+    if scores.shape != (len(images),):
+        raise ValueError(f"{kind} must give one number for each of {len(images)} images, got {tuple(scores.shape)}")
+    return scores
+
+
+def check_gradient(kind: str, judge: Reward | ImageCost, image: Images, prompts: Sequence[str]) -> None:
+    """Checks on one image that a reward or a cost has a gradient with respect to the pixels.
+
+    Raises:
+        ValueError: It has none.
+    """
+    pixels = image.clone().requires_grad_()
+    scores = scores_of(kind, judge, pixels, prompts)
+    if not scores.requires_grad or torch.autograd.grad(scores.sum(), pixels, allow_unused=True)[0] is None:
+        raise not_differentiable(kind, judge)
+
+
+def not_differentiable(kind: str, judge: Reward | ImageCost) -> ValueError:
+    """Returns the error that names a reward or a cost without a gradient, and the way out."""
+    return ValueError(
+        f"{kind} must be differentiable in the images for ReFL, got {type(judge).__name__}, which has no gradient; "
+        "use DDPO, which needs none"
+    )

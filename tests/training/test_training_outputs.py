@@ -1,0 +1,229 @@
+"""What a run writes and shows."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from training import MetricsFile, TrainingConfig, TrainingRun, image_grid, read_metrics
+from training.progress import Progress, postfix
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainerConfig:
+    margin: float = 2.0
+    folder: Path = Path("somewhere")
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> TrainingConfig:
+    return TrainingConfig(output_dir=tmp_path / "run", iterations=2, progress=False)
+
+
+def test_every_run_writes_its_settings(stand_in: Callable, config: TrainingConfig) -> None:
+    with TrainingRun(stand_in(), config, configs={"refl": TrainerConfig()}):
+        record = json.loads((config.output_dir / "run_config.json").read_text())
+    assert record["training"]["learning_rate"] == 1e-5
+    assert record["training"]["output_dir"] == str(config.output_dir)
+    assert record["refl"] == {"margin": 2.0, "folder": "somewhere"}
+
+
+def test_resuming_with_other_settings_of_the_trainer_is_refused(stand_in: Callable, config: TrainingConfig) -> None:
+    with TrainingRun(stand_in(), config, configs={"refl": TrainerConfig()}) as run:
+        for _ in run.iterations():
+            pass
+    resumed = TrainingConfig(output_dir=config.output_dir, iterations=3, resume=True, progress=False)
+    run = TrainingRun(stand_in(), resumed, configs={"refl": TrainerConfig(margin=1.0)})
+    with pytest.raises(ValueError, match=r"refl\.margin 1.0 instead of 2.0"):
+        run.__enter__()
+
+
+def test_metrics_have_a_line_for_each_log_with_its_iteration(stand_in: Callable, config: TrainingConfig) -> None:
+    with TrainingRun(stand_in(), config) as run:
+        for iteration in run.iterations():
+            run.log({"train/loss": torch.tensor(0.5, requires_grad=True), "train/count": iteration})
+            run.log({"reward/mean": np.float32(0.25), "train/grad_norm": float("inf")})
+        run.log({"reward/final": 1.0})
+    assert read_metrics(config.output_dir / "metrics.jsonl") == [
+        {"iteration": 0, "train/loss": 0.5, "train/count": 0.0},
+        {"iteration": 0, "reward/mean": 0.25, "train/grad_norm": None},
+        {"iteration": 1, "train/loss": 0.5, "train/count": 1.0},
+        {"iteration": 1, "reward/mean": 0.25, "train/grad_norm": None},
+        {"iteration": 2, "reward/final": 1.0},
+    ]
+
+
+def test_metrics_lines_reach_the_file_at_once(tmp_path: Path) -> None:
+    file = MetricsFile(tmp_path / "metrics.jsonl", start=0)
+    file.write(0, {"a": 0.1})
+    assert read_metrics(file.path) == [{"iteration": 0, "a": 0.1}]
+    file.close()
+
+
+def test_image_grid_has_every_image_in_its_place() -> None:
+    images = torch.rand(5, 3, 4, 8, generator=torch.Generator().manual_seed(0)) * 1.2 - 0.1
+    grid = np.asarray(image_grid(images))
+    factor, margin = 16, 2  # eight pixels are enlarged to 128
+    assert grid.shape == (2 * (64 + margin) + margin, 3 * (128 + margin) + margin, 3)
+    expected = (images.clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).numpy()
+    for index in range(5):
+        row, column = divmod(index, 3)
+        top, left = margin + row * (64 + margin), margin + column * (128 + margin)
+        tile = grid[top : top + 64, left : left + 128]
+        np.testing.assert_array_equal(tile[::factor, ::factor], expected[index])
+    assert (grid[-66:-2, -130:-2] == 255).all()  # the sixth place is empty
+
+
+def test_captions_stand_below_their_images_and_fit() -> None:
+    images = torch.zeros(2, 3, 128, 128)
+    plain = np.asarray(image_grid(images, ["", ""]))
+    grid = np.asarray(image_grid(images, ["a striped red circle, and a great deal more than fits", "éü\nß"]))
+    assert grid.shape == plain.shape == (128 + 16 + 4, 2 * 130 + 2, 3)
+    changed = (grid != plain).any(axis=2)
+    assert not changed[:130].any()
+    assert changed[130:, 2:130].any()
+    assert changed[130:, 132:260].any()
+    assert not changed[:, 130:132].any()
+
+
+@pytest.mark.parametrize(
+    ("count", "captions", "message"),
+    [(0, None, "images must hold"), (2, ["one"], "captions must be one for each of 2")],
+)
+def test_grid_of_nothing_or_with_missing_captions_is_refused(count: int, captions: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        image_grid(torch.zeros(count, 3, 8, 8), captions)
+
+
+def test_images_are_written_with_the_iteration_in_their_name(stand_in: Callable, config: TrainingConfig) -> None:
+    with TrainingRun(stand_in(), config) as run:
+        for _ in run.iterations():
+            run.log_images("samples/train", torch.rand(3, 3, 8, 8), ["a", "b", "c"])
+    names = sorted(path.name for path in (config.output_dir / "images").iterdir())
+    assert names == ["samples-train-000000.png", "samples-train-000001.png"]
+    with Image.open(config.output_dir / "images" / names[0]) as image:
+        assert image.size == (2 * 130 + 2, 2 * 146 + 2)
+
+
+def test_bar_shows_reward_then_constraint_and_keeps_the_latest(capsys: pytest.CaptureFixture) -> None:
+    bar = Progress(total=3, done=1, shown=True)
+    bar.show({"train/loss": 0.5, "erasure/cost": -0.02, "train/grad_norm": 1.0}, 0)
+    bar.show({"reward/mean": 0.51234}, 2)
+    bar.advance()
+    bar.close()
+    shown = capsys.readouterr().err
+    assert "reward/mean 0.512, erasure/cost -0.02, train/loss 0.5, skipped 2" in shown
+    assert "2/3" in shown
+    assert "grad_norm" not in shown
+    assert postfix({"train/other": 1.0}, 0) == ""
+
+
+@pytest.mark.parametrize("shown", [True, False])
+def test_bar_can_be_switched_off(
+    shown: bool, stand_in: Callable, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    config = TrainingConfig(output_dir=tmp_path, iterations=2, progress=shown)
+    with TrainingRun(stand_in(), config) as run:
+        for _ in run.iterations():
+            run.log({"reward/mean": 0.25})
+    assert ("reward/mean 0.25" in capsys.readouterr().err) == shown
+
+
+def test_missing_tracker_is_refused_at_once(
+    stand_in: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    config = TrainingConfig(output_dir=tmp_path, iterations=1, trackers=("tensorboard",))
+    with pytest.raises(ValueError, match="trackers must be installed, got 'tensorboard'"):
+        TrainingRun(stand_in(), config)
+
+
+def test_tracker_gets_settings_metrics_and_images(
+    stand_in: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tracking = pytest.importorskip("accelerate.tracking")
+    calls: list[tuple[Any, ...]] = []
+
+    class Recorder(tracking.GeneralTracker):
+        name = "wandb"
+        requires_logging_directory = False
+
+        def __init__(self, project: str, **options: Any) -> None:
+            super().__init__()
+            calls.append(("init", project, options))
+
+        tracker = None
+
+        def start(self) -> None:
+            calls.append(("start",))
+
+        def store_init_configuration(self, values: dict[str, Any]) -> None:
+            calls.append(("config", values))
+
+        def log(self, values: dict[str, Any], step: int | None, **options: Any) -> None:
+            calls.append(("log", values, step))
+
+        def log_images(self, values: dict[str, Any], step: int | None, **options: Any) -> None:
+            calls.append(("images", {name: array.shape for name, array in values.items()}, step))
+
+        def finish(self) -> None:
+            calls.append(("finish",))
+
+    monkeypatch.setitem(tracking.LOGGER_TYPE_TO_CLASS, "wandb", Recorder)
+    ids = []
+    for resume in (False, True):
+        calls.clear()
+        config = TrainingConfig(
+            output_dir=tmp_path, iterations=1 + resume, trackers=("wandb",), progress=False, resume=resume
+        )
+        with TrainingRun(stand_in(), config, configs={"refl": TrainerConfig()}) as run:
+            for _ in run.iterations():
+                run.log({"reward/mean": 0.5})
+                run.log_images("samples", torch.zeros(1, 3, 128, 128))
+        (_, project, options), _, (_, settings), *logged = calls
+        ids.append(options["id"])
+        assert project == "overpaint"
+        assert settings["training/learning_rate"] == 1e-5
+        assert settings["training/adam_betas"] == "[0.9, 0.999]"
+        assert settings["refl/margin"] == 2.0
+        step = int(resume)
+        assert logged == [
+            ("log", {"reward/mean": 0.5}, step),
+            ("images", {"samples": (1, 132, 132, 3)}, step),
+            ("finish",),
+        ]
+    assert ids[0] == ids[1]  # a resumed run goes on in the same curves
+
+
+def test_shard_and_gather_and_mean_in_one_process(stand_in: Callable, config: TrainingConfig) -> None:
+    with TrainingRun(stand_in(), config) as run:
+        assert run.shard(["a", "b"]) == ["a", "b"]
+        assert torch.equal(run.shard(torch.arange(3)), torch.arange(3))
+        with pytest.raises(ValueError, match="batch must divide evenly among 1 processes, got 0 items"):
+            run.shard([])
+        values = torch.arange(4.0, requires_grad=True)
+        gathered = run.gather(values)
+        assert torch.equal(gathered, values)
+        assert not gathered.requires_grad
+        assert run.mean(values) == 1.5
+        assert run.mean(2) == 2.0
+        assert (run.is_main, run.process_index, run.num_processes) == (True, 0, 1)
+
+
+def test_import_is_light() -> None:
+    code = (
+        "import sys, training; "
+        "heavy = {'accelerate', 'bitsandbytes', 'wandb', 'diffusers', 'transformers', 'peft', 'tensorboard'}; "
+        "sys.exit(', '.join(heavy & set(sys.modules)) or 0)"
+    )
+    root = Path(__file__).resolve().parents[2]
+    result = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, timeout=240)
+    assert (result.returncode, result.stderr) == (0, "")

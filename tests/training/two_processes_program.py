@@ -1,0 +1,75 @@
+"""A program that the tests start in one process and in two: the same batches, whole or shared out."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from conftest import KilledError, StandIn, small_training
+from safetensors.torch import save_file
+
+from training import TrainingConfig, TrainingRun
+
+
+def unequal_losses(folder: Path) -> None:
+    """Trains with several forwards before several backwards, and a loss that is not finite in one process only."""
+    policy = StandIn()
+    config = TrainingConfig(output_dir=folder, iterations=6, learning_rate=1e-2, progress=False, ema_decay=0.5)
+    facts: dict[str, Any] = {"norms": []}
+    with TrainingRun(policy, config) as run:
+        for iteration in run.iterations():
+            batch = torch.randn(8, 4, generator=run.generator)
+            weight = torch.ones(8)
+            if iteration == 3:
+                weight[6] = float("nan")  # in the second half
+            part, weight = run.shard(batch), run.shard(weight)
+            with torch.no_grad():
+                for _ in range(run.process_index):  # processes may draw different numbers of images
+                    policy.network(part)
+            first, second = policy.network(part), policy.network(-part)
+            third = policy.network(part + 1)
+            run.backward(first.square().mean(), sync=False)
+            run.backward(second.abs().mean(), sync=iteration % 2 == 0)  # averaging early does no harm
+            run.backward((third.sum(dim=1) * weight).mean())
+            norm = run.update()
+            if iteration != 3:
+                facts["norms"].append(norm)
+            run.log({"reward/mean": run.mean(first)})
+        facts["skipped"] = run.skipped
+        facts["gathered"] = run.gather(run.shard(torch.arange(8))).tolist()
+        facts["processes"] = run.num_processes
+        facts["main"] = run.is_main
+        with run.ema_weights():
+            average = policy.trainable_state()
+        if run.is_main:
+            save_file(policy.trainable_state(), folder / "weights.safetensors")
+            save_file(average, folder / "average.safetensors")
+            (folder / "facts.json").write_text(json.dumps(facts))
+        elif any(not torch.isfinite(tensor).all() for tensor in average.values()):
+            raise AssertionError("the second process has other weights")
+
+
+def interrupted(folder: Path) -> None:
+    """Trains to the end, and again with an interruption; then tries a folder that is taken."""
+    whole = small_training(folder / "whole", ema_decay=0.5)
+    try:
+        small_training(folder / "run", ema_decay=0.5, die_at=5)
+    except KilledError:
+        torch.manual_seed(9)
+    resumed = small_training(folder / "run", ema_decay=0.5, resume=True)
+    if resumed.dual != whole.dual or any(not torch.equal(resumed.weights[n], t) for n, t in whole.weights.items()):
+        raise AssertionError("the resumed run differs")
+    try:
+        small_training(folder / "run")
+    except ValueError as error:
+        if "output_dir must not hold another run" not in str(error):
+            raise
+    else:
+        raise AssertionError("a folder that is taken was accepted")
+
+
+if __name__ == "__main__":
+    output = Path(sys.argv[1])
+    unequal_losses(output / "unequal")
+    interrupted(output)
