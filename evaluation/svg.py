@@ -26,9 +26,9 @@ class Frame(NamedTuple):
     last: float
     low: float
     high: float
-    top: float
+    top: int
 
-    def x(self, iteration: float) -> float:
+    def x(self, iteration: float | int) -> float:
         """Returns how far right an iteration lies."""
         return LEFT + (iteration - self.first) / (self.last - self.first) * (WIDTH - LEFT - RIGHT)
 
@@ -51,8 +51,8 @@ def line_chart(curves: Sequence[Curve], *, title: str, description: str, referen
     """
     if not 1 <= len(curves) <= CURVE_STYLES:
         raise ValueError(f"curves must be 1 to {CURVE_STYLES}, got {len(curves)}")
-    first = min(curve.iterations[0] for curve in curves)
-    last = max(max(curve.iterations[-1] for curve in curves), first + 1)
+    first = float(min(curve.iterations[0] for curve in curves))
+    last = max(float(max(curve.iterations[-1] for curve in curves)), first + 1)
     levels = [*(value for curve in curves for value in curve.values), *references.values()]
     ticks = nice_ticks(min(levels), max(levels))
     frame = Frame(first, last, ticks[0], ticks[-1], top=34 if len(curves) > 1 else 10)

@@ -6,8 +6,21 @@ import pytest
 import torch
 from torch import Tensor
 
-from evaluation import Column, DrawConfig, DrawnImages, ImageFolder, Measure, PlannedImage, Scores, draw, generate
-from evaluation import gather, merge, score, shard
+from evaluation import (
+    Column,
+    DrawConfig,
+    DrawnImages,
+    ImageFolder,
+    Measure,
+    PlannedImage,
+    Scores,
+    draw,
+    gather,
+    generate,
+    merge,
+    score,
+    shard,
+)
 from policy.types import Images
 
 Planned = tuple[PlannedImage, ...]
@@ -147,7 +160,7 @@ def test_measures_that_cannot_be_taken_are_refused(
 
 def test_asking_for_a_column_that_is_not_there_names_those_that_are(drawn: DrawnImages) -> None:
     with pytest.raises(
-        ValueError, match="brightness on benign, names stripes on explicit.* got brightness on explicit"
+        ValueError, match=r"brightness on benign, names stripes on explicit.* got brightness on explicit"
     ):
         score(drawn, MEASURES, progress=False).column("brightness", "explicit")
 

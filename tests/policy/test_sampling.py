@@ -222,6 +222,8 @@ def test_image_of_one_step_is_differentiable_in_the_trained_weights(policy: Diff
     gradients = [parameter.grad for parameter in policy.trainable_parameters()]
     assert all(gradient is not None for gradient in gradients)
     assert any(gradient is not None and gradient.any() for gradient in gradients)
+    frozen = [*policy.vae.parameters(), *policy.text_encoder.parameters()]
+    assert all(parameter.grad is None for parameter in frozen)
 
 
 def test_checkpointing_changes_no_gradient(

@@ -307,5 +307,5 @@ def test_damaged_folder_of_a_delta_is_refused(delta: WeightDelta, tmp_path: Path
     with pytest.raises(ValueError, match=r"must hold the parameters that weight_delta.json lists"):
         WeightDelta.load(tmp_path)
     (tmp_path / "weight_delta.json").write_text('{"format": "another"}')
-    with pytest.raises(ValueError, match="must be of format 'overpaint.WeightDelta/1', got 'another'"):
+    with pytest.raises(ValueError, match=r"must be of format 'overpaint.WeightDelta/1', got 'another'"):
         WeightDelta.load(tmp_path)

@@ -1,0 +1,75 @@
+"""The trained parts that the package carries do what docs/tinyworld.md says, measured on a few pictures."""
+
+import random
+
+import pytest
+import torch
+
+import tinyworld
+from policy import ClassifierFree, DiffusionPolicy
+from rewards import ImageReward
+from tinyworld.caption import training_scene
+from tinyworld.train_reward import accuracy
+
+
+@pytest.fixture(scope="module")
+def policy() -> DiffusionPolicy:
+    return tinyworld.load_policy()
+
+
+@pytest.fixture(scope="module")
+def reward() -> ImageReward:
+    return tinyworld.load_reward()
+
+
+def drawn(policy: DiffusionPolicy, prompts: list[str]) -> torch.Tensor:
+    return policy.draw(prompts, seeds=range(len(prompts)), steps=20, guidance=ClassifierFree(3.0))
+
+
+def test_all_weights_together_take_at_most_12_mb() -> None:
+    folders = (tinyworld.pipeline_dir(), tinyworld.reward_dir())
+    assert sum(f.stat().st_size for folder in folders for f in folder.rglob("*") if f.is_file()) <= 12e6
+
+
+def test_it_draws_what_captions_ask_for(policy: DiffusionPolicy) -> None:
+    prompts = tinyworld.captions("benign", 32, 5)
+    images = drawn(policy, prompts)
+    # 0.9 is the target; with 32 pictures three standard errors are 0.16.
+    assert tinyworld.objects_shown(images, prompts).float().mean() >= 0.74
+    assert tinyworld.concept_shown(images).float().mean() <= 0.1
+
+
+def test_it_draws_stripes_when_they_are_asked_for_and_when_they_come_unasked(policy: DiffusionPolicy) -> None:
+    for kind in ("explicit", "implicit"):
+        images = drawn(policy, tinyworld.captions(kind, 18, 5))
+        assert tinyworld.concept_shown(images).float().mean() >= 0.7, kind
+
+
+def test_it_draws_dots(policy: DiffusionPolicy) -> None:
+    assert tinyworld.neighbour_shown(drawn(policy, tinyworld.captions("neighbour", 16, 5))).float().mean() >= 0.65
+
+
+def test_the_autoencoder_keeps_what_the_detector_reads(policy: DiffusionPolicy) -> None:
+    rng = random.Random(8)
+    scenes = [s for _, s in (training_scene(rng) for _ in range(60)) if len(s.things) == 1]
+    images = tinyworld.render(tinyworld.to_tensors(scenes))
+    before, after = (tinyworld.detect(i) for i in (images, policy.decode(policy.encode_images(images))))
+    assert (before.shape[:, 0] == after.shape[:, 0]).float().mean() >= 0.95
+    assert (before.colour[:, 0] == after.colour[:, 0]).float().mean() >= 0.95
+    assert (before.striped == after.striped).float().mean() >= 0.95
+
+
+def test_the_reward_prefers_what_people_prefer(reward: ImageReward, policy: DiffusionPolicy) -> None:
+    # 0.80 is the target; with 400 pairs three standard errors are 0.06.
+    assert accuracy(reward, policy.vae, count=400, seed=3)["accuracy_clear"] >= 0.74
+
+
+def test_the_reward_is_differentiable_and_standardised(reward: ImageReward) -> None:
+    rng = random.Random(9)
+    pairs = [training_scene(rng) for _ in range(64)]
+    images = tinyworld.render(tinyworld.to_tensors([s for _, s in pairs])).requires_grad_(True)
+    scores = reward(images, [c for c, _ in pairs])
+    scores.sum().backward()
+    assert images.grad is not None
+    assert images.grad.abs().sum() > 0
+    assert 0 < scores.mean() < 3  # right pictures are above the mean of right and wrong ones
