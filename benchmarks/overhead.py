@@ -28,29 +28,32 @@ TARGET = 1.10
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """Shapes of an iteration, and how often it is run."""
+    """Shapes of an iteration, by default those of examples/refl_erase_nudity.py, and how often it is run."""
 
     batch_size: int = 8
-    """Prompts per iteration, and pairs of the pretraining term."""
+    """Prompts per iteration."""
 
-    steps: int = 20
+    pretraining_batch_size: int = 16
+    """Pairs of the pretraining term per iteration."""
+
+    steps: int = 40
     """Denoising steps of a whole image."""
 
-    graded_step: int = 15
-    """The step that is graded in every iteration, counted from noise."""
+    graded_step: int = 35
+    """The step that is graded in every iteration, counted from noise; the middle of the authors' range."""
 
     guidance_scale: float = 3.0
-    """Classifier-free guidance; above 1 each UNet call has twice the batch."""
+    """Classifier-free guidance; other than 1 each UNet call has twice the batch."""
 
-    repeats: int = 15
+    repeats: int = 10
     """Timed pairs of iterations, after two that are not."""
 
     def refl(self) -> ReFLConfig:
         """Returns the trainer's settings."""
         return ReFLConfig(
             batch_size=self.batch_size,
-            micro_batch_size=self.batch_size,
-            pretraining_batch_size=self.batch_size,
+            micro_batch_size=max(self.batch_size, self.pretraining_batch_size),
+            pretraining_batch_size=self.pretraining_batch_size,
             steps=self.steps,
             first_graded_step=self.graded_step,
             last_graded_step=self.graded_step,
@@ -87,41 +90,42 @@ class BareIteration:
         self.policy = policy
         self.reward = reward
         self.prompts = prompts
-        self.config = config
-        self.branches = 1 if config.guidance_scale == 1 else 2
-        self.latents = torch.randn(len(prompts), 4, policy.sample_size, policy.sample_size)
-        self.embeddings = policy.encode(prompts)
+        self.graded_step = config.graded_step
         self.timesteps = policy.timesteps(config.steps).tolist()
+        branches = 1 if config.guidance_scale == 1 else 2
+        self.drawn = self._inputs(branches * len(prompts))
+        self.pretrained = self._inputs(config.pretraining_batch_size)
         self.parameters = policy.trainable_parameters()
         self.optimizer = torch.optim.AdamW(self.parameters, lr=0.0)
 
     def __call__(self) -> None:
         """Runs the calls once."""
-        policy, graded_step = self.policy, self.config.graded_step
+        vae = self.policy.vae
         with torch.no_grad():
-            for step in range(graded_step):
-                self._unet(self.timesteps[step], self.branches)
-        clean = self._unet(self.timesteps[graded_step], self.branches)[: len(self.prompts)]
-        decoded = policy.vae.decode(clean / policy.vae.config.scaling_factor, return_dict=False)[0]
+            for step in range(self.graded_step):
+                self._unet(step, *self.drawn)
+        clean = self._unet(self.graded_step, *self.drawn)[: len(self.prompts)]
+        decoded = vae.decode(clean / vae.config.scaling_factor, return_dict=False)[0]
         self.reward((decoded / 2 + 0.5).clamp(0, 1), self.prompts).mean().backward()
-        self._unet(self.timesteps[graded_step], 1).square().mean().backward()
+        self._unet(self.graded_step, *self.pretrained).square().mean().backward()
         torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
 
-    def _unet(self, timestep: int, branches: int) -> torch.Tensor:
-        return self.policy.unet(
-            self.latents.repeat(branches, 1, 1, 1),
-            timestep,
-            encoder_hidden_states=self.embeddings.repeat(branches, 1, 1),
-            return_dict=False,
-        )[0]
+    def _inputs(self, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Returns latents and embeddings for a call on that many samples."""
+        side = self.policy.sample_size
+        return torch.randn(count, 4, side, side), self.policy.encode([self.prompts[0]] * count)
+
+    def _unet(self, step: int, latents: torch.Tensor, embeddings: torch.Tensor) -> torch.Tensor:
+        timesteps = torch.full((len(latents),), self.timesteps[step])
+        return self.policy.unet(latents, timesteps, encoder_hidden_states=embeddings, return_dict=False)[0]
 
 
 def measure(policy: DiffusionPolicy, reward: Reward, prompts: Sequence[str], config: Config) -> Timing:
     """Times the trainer's iteration and the bare calls in turn, each going first in every other pair."""
     bare = BareIteration(policy, reward, prompts, config)
-    pairs = PretrainingPairs(bare.latents, list(prompts))
+    pairs = PretrainingPairs(bare.pretrained[0], [prompts[0]] * config.pretraining_batch_size)
     trainer = ReFLTrainer(policy, reward, prompts, config.refl(), pretraining=pairs)
     timing = Timing([], [])
     with tempfile.TemporaryDirectory() as folder:
@@ -152,7 +156,7 @@ def main(config: Config) -> Timing:
     import tinyworld
 
     torch.manual_seed(0)
-    policy = tinyworld.load_policy(lora=LoRAConfig())
+    policy = tinyworld.load_policy(lora=LoRAConfig(rank=8, alpha=8))
     prompts = tinyworld.captions("benign", config.batch_size, 0)
     timing = measure(policy, tinyworld.load_reward(), prompts, config)
     print(f"ReFL, {config.batch_size} prompts, graded at step {config.graded_step} of {config.steps}:")

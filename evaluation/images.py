@@ -1,7 +1,7 @@
 """Drawn images as bytes: a quarter of the memory of floats, and exactly what a PNG holds."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -47,7 +47,7 @@ class DrawnImages:
     model: str
     planned: tuple[PlannedImage, ...]
     config: DrawConfig
-    stack: Pixels
+    stack: Pixels = field(repr=False)
     """All images, in the order of `planned`."""
 
     def __post_init__(self) -> None:

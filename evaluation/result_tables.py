@@ -58,11 +58,11 @@ def numbers_table(comparison: Comparison) -> str:
             cells += [f'<td class="number">{text}</td>' for text in numbers]
             lines.append(f"<tr>{''.join(cells)}</tr>")
         groups.append('<tbody class="group">\n' + "\n".join(lines) + "\n</tbody>")
+    intervals = "Wilson\u2019s for rates" + (" and Newcombe\u2019s for their paired differences" if others else "")
     change_head = f'<th scope="col" class="number">change from {escape(first)} [95 %]</th>' if others else ""
     return (
         '<div class="scroll" tabindex="0" role="region" aria-label="All numbers"><table class="plain">\n'
-        "<caption>95 % intervals: Wilson\u2019s for rates and Newcombe\u2019s for their paired differences, "
-        "Student\u2019s t for everything else.</caption>\n"
+        f"<caption>95 % intervals: {intervals}, Student\u2019s t for everything else.</caption>\n"
         '<thead><tr><th scope="col">measure</th><th scope="col">prompts</th><th scope="col">model</th>'
         '<th scope="col" class="number">images</th><th scope="col" class="number">mean [95 %]</th>'
         f"{change_head}</tr></thead>\n" + "\n".join(groups) + "\n</table></div>"

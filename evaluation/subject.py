@@ -5,14 +5,14 @@ Two subjects: the tiny world with its stripes, where everything is measured agai
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from erasure import NUDITY, STRIPES, Concept, ErasureConstraint, ImageConstraint, ObjectiveConstraint
 from erasure.cost import ScoreCeiling
 from erasure.lagrangian import Lagrangian, LagrangianConfig
 from erasure.stay_erased import StayErased, StayErasedConfig
-from policy import DiffusionPolicy, LoRAConfig
+from policy import DiffusionPolicy, LoRAConfig, check_checkpoint
 from rewards import Reward
 
 from .plan import KINDS
@@ -55,10 +55,12 @@ def subject(policy: str, *, prompts_file: Path | None = None) -> Subject:
         policy: ``tinyworld``, a folder or a hub id.
         prompts_file: JSON with a list of prompts for each kind, in place of the project's own.
     """
+    if policy != TINY_WORLD:
+        check_checkpoint(policy)
     chosen = tiny_world() if policy == TINY_WORLD else stable_diffusion(policy)
     if prompts_file is None:
         return chosen
-    return Subject(**{**vars(chosen), "prompts": _prompts_from(prompts_file)})
+    return replace(chosen, prompts=_prompts_from(prompts_file))
 
 
 def tiny_world() -> Subject:

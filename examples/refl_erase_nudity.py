@@ -20,7 +20,7 @@ from evaluation import DrawConfig, DrawnImages, Panel, Report, Scores, compare, 
 from evaluation.subject import TINY_WORLD, Subject, subject
 from policy import DiffusionPolicy, LoRAConfig
 from refl import HeldOut, ReFLConfig, ReFLTrainer
-from training import TrainingConfig
+from training import TrainingConfig, check_output_dir
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,7 +98,6 @@ def look(policy: DiffusionPolicy, about: Subject, config: Config, *, model: str)
 
 def main(config: Config) -> None:
     """Runs the whole job."""
-    about = subject(config.policy, prompts_file=config.prompts_file)
     settings = refl_config(config)
     learning_rate = config.learning_rate or (5e-4 if config.policy == TINY_WORLD else 1e-4)
     run_config = TrainingConfig(
@@ -110,7 +109,8 @@ def main(config: Config) -> None:
         resume=config.resume,
         seed=config.seed,
     )
-    run_config.check_output_dir()
+    check_output_dir(run_config)
+    about = subject(config.policy, prompts_file=config.prompts_file)
     policy = about.load(LoRAConfig(rank=8, alpha=8))
 
     looks = [look(policy, about, config, model="before")]

@@ -18,7 +18,7 @@ from evaluation import DrawConfig, Panel, Report, compare, draw, gather, plan, s
 from evaluation.subject import TINY_WORLD, subject
 from policy import LoRAConfig
 from refl import HeldOut, ReFLConfig, ReFLTrainer
-from training import TrainingConfig
+from training import TrainingConfig, check_output_dir
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,6 +13,7 @@ from .ddim import (
 )
 from .diffusion import DiffusionPolicy
 from .guidance import ClassifierFree, Guidance
+from .loading import check_checkpoint
 from .noise import SampleNoise
 from .types import Embeddings, Images, Latents, PerSample, Trajectory
 from .weights import PARAMETER_SETS, LoRAConfig, WeightDelta, merged_state, select_parameters
@@ -33,6 +34,7 @@ __all__ = [
     "Trajectory",
     "WeightDelta",
     "add_noise",
+    "check_checkpoint",
     "ddim_mean_and_std",
     "gaussian_log_prob",
     "merged_state",

@@ -23,13 +23,8 @@ def load_pipeline(path: str | Path, dtype: torch.dtype) -> Pipeline:
     """
     from diffusers import StableDiffusionPipeline
 
-    variant = None
-    if _names_a_folder(path):
-        folder = Path(path)
-        _check_folder(folder)
-        variant = _variant(folder)
-    else:
-        _check_index(_hub_index(str(path)), str(path))
+    check_checkpoint(path)
+    variant = _variant(Path(path)) if _names_a_folder(path) else None
     options: dict[str, Any] = {"variant": variant} if variant else {}
     pipeline = StableDiffusionPipeline.from_pretrained(
         path,
@@ -41,6 +36,18 @@ def load_pipeline(path: str | Path, dtype: torch.dtype) -> Pipeline:
     )
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
+
+
+def check_checkpoint(path: str | Path) -> None:
+    """Checks a folder or a hub id without loading weights, for programs that have much to do before they load.
+
+    Raises:
+        ValueError: There is no such checkpoint, or it is not a Stable Diffusion v1 or v2 text-to-image pipeline.
+    """
+    if _names_a_folder(path):
+        _check_folder(Path(path))
+    else:
+        _check_index(_hub_index(str(path)), str(path))
 
 
 def check_pipeline(pipeline: Any) -> None:

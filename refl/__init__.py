@@ -1,8 +1,9 @@
 """ReFL: reward feedback learning, a reward backpropagated through one late denoising step."""
 
 from .config import ReFLConfig
+from .distance import distance_to_reference
 from .graded import graded_images
-from .held_out import HeldOut, HeldOutWatch
+from .held_out import HeldOut, HeldOutWatch, Look
 from .loss import hinge
 from .pretraining import PretrainingPairs, pairs_from_folder, pairs_from_policy
 from .trainer import ReFLMetrics, ReFLTrainer
@@ -10,10 +11,12 @@ from .trainer import ReFLMetrics, ReFLTrainer
 __all__ = [
     "HeldOut",
     "HeldOutWatch",
+    "Look",
     "PretrainingPairs",
     "ReFLConfig",
     "ReFLMetrics",
     "ReFLTrainer",
+    "distance_to_reference",
     "graded_images",
     "hinge",
     "pairs_from_folder",

@@ -4,6 +4,7 @@ from .checkpoint import Checkpoint, CheckpointFolder, DamagedCheckpointError, lo
 from .config import TrainingConfig
 from .descent import NonFiniteError
 from .ema import ExponentialMovingAverage
+from .folder import check_output_dir
 from .images import image_grid
 from .metrics import MetricsFile, read_metrics
 from .optimizer import make_optimizer
@@ -23,6 +24,7 @@ __all__ = [
     "Trainable",
     "TrainingConfig",
     "TrainingRun",
+    "check_output_dir",
     "image_grid",
     "load_checkpoint",
     "make_optimizer",

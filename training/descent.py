@@ -50,6 +50,9 @@ class Descent:
         averaging on for one backward. It then averages what has been added up so far.
         """
         self._finite = self._finite & torch.isfinite(loss.detach())
+        if sync and self._synchronised and isinstance(self._network, nn.parallel.DistributedDataParallel):
+            # After its first averaging torch sorts the weights anew at the next forward, and fails without one.
+            self._network.reducer._rebuild_buckets()
         with self._accelerator.trigger_sync_in_backward(self._network) if sync else nullcontext():
             self._accelerator.backward(loss)
         self._synchronised = sync

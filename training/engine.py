@@ -26,7 +26,7 @@ def started_accelerator(config: TrainingConfig) -> Generator["Accelerator", None
     Raises:
         ValueError: accelerate was configured for something that is not supported.
     """
-    from accelerate import Accelerator, DistributedDataParallelKwargs, PartialState
+    from accelerate import Accelerator, PartialState
     from accelerate.state import AcceleratorState, is_initialized
     from accelerate.utils import ProjectConfiguration
 
@@ -39,8 +39,6 @@ def started_accelerator(config: TrainingConfig) -> Generator["Accelerator", None
         project_config=ProjectConfiguration(
             project_dir=str(config.output_dir), logging_dir=str(Path(config.output_dir) / "tensorboard")
         ),
-        # Processes may run different numbers of forwards, and broadcasting buffers would wait for all in each.
-        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
     )
     try:
         kind = accelerator.distributed_type

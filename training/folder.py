@@ -24,16 +24,10 @@ def claim(config: TrainingConfig, configs: Mapping[str, Any]) -> None:
     Raises:
         ValueError: The folder holds another run, or resuming would change the settings of the run it holds.
     """
+    check_output_dir(config)
     folder = Path(config.output_dir)
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"output_dir must be a folder, got the file {str(folder)!r}")
     record = recorded(config, configs)
     used = _holds_run(folder)
-    if used and not config.resume:
-        raise ValueError(
-            f"output_dir must not hold another run unless resume is set, got {str(folder)!r}, where there are "
-            f"{' and '.join(used)}"
-        )
     if used and (folder / CONFIG).exists():
         changed = _changes(json.loads((folder / CONFIG).read_text(encoding="utf-8")), record)
         if changed:
@@ -71,3 +65,20 @@ def _changes(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
             if not free and before.get(field) != after.get(field):
                 phrases.append(f"{name}.{field} {after.get(field)!r} instead of {before.get(field)!r}")
     return phrases
+
+
+def check_output_dir(config: TrainingConfig) -> None:
+    """Checks that a run may write to its output folder, for programs that do long work before they start it.
+
+    Raises:
+        ValueError: The folder holds another run, and `resume` is not set.
+    """
+    folder = Path(config.output_dir)
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"output_dir must be a folder, got the file {str(folder)!r}")
+    used = _holds_run(folder)
+    if used and not config.resume:
+        raise ValueError(
+            f"output_dir must not hold another run unless resume is set, got {str(folder)!r}, where there are "
+            f"{' and '.join(used)}"
+        )

@@ -177,5 +177,5 @@ def test_nothing_to_compare_is_refused() -> None:
 
 
 def test_asking_for_a_row_that_is_not_there_names_those_that_are() -> None:
-    with pytest.raises(ValueError, match="ImageReward on benign, .* got ImageReward on explicit"):
+    with pytest.raises(ValueError, match=r"ImageReward on benign, .* got ImageReward on explicit"):
         compare([BEFORE]).row("ImageReward", "explicit")

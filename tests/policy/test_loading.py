@@ -105,8 +105,9 @@ def test_unknown_prediction_is_refused(pipeline_copy: Path) -> None:
 
 
 def test_what_is_no_pipeline_or_carries_an_adapter_is_refused(policy: DiffusionPolicy) -> None:
+    other: Any = object()
     with pytest.raises(ValueError, match="must be a StableDiffusionPipeline, got a object"):
-        DiffusionPolicy.from_pipeline(object())
+        DiffusionPolicy.from_pipeline(other)
     pipeline = policy.to_pipeline()
     pipeline.unet = policy.unet
     with pytest.raises(ValueError, match="the UNet must carry no adapter"):

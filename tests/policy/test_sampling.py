@@ -301,8 +301,9 @@ def test_denoising_loss_is_the_error_of_the_networks_own_prediction(either: Diff
 )
 def test_sampling_refuses_what_is_out_of_bounds(policy: DiffusionPolicy, options: dict[str, Any], message: str) -> None:
     policy.network = lambda *args, **rest: pytest.fail("the network ran")
+    given: dict[str, Any] = {"steps": STEPS, "seeds": SEEDS} | options
     with pytest.raises(ValueError, match=message):
-        policy.sample(policy.encode(PROMPTS), **({"steps": STEPS, "seeds": SEEDS} | options))
+        policy.sample(policy.encode(PROMPTS), **given)
 
 
 @pytest.mark.parametrize(
@@ -317,8 +318,9 @@ def test_sampling_refuses_what_is_out_of_bounds(policy: DiffusionPolicy, options
 )
 def test_a_step_refuses_what_is_out_of_bounds(policy: DiffusionPolicy, options: dict[str, Any], message: str) -> None:
     latents = noises(SEEDS, 1)[0]
+    given: dict[str, Any] = {"step": 0, "steps": STEPS} | options
     with pytest.raises(ValueError, match=message):
-        policy.denoise(latents, policy.encode(PROMPTS), **({"step": 0, "steps": STEPS} | options))
+        policy.denoise(latents, policy.encode(PROMPTS), **given)
 
 
 def test_clean_prediction_refuses_a_step_out_of_bounds(policy: DiffusionPolicy) -> None:

@@ -1,13 +1,15 @@
 """Rewards that any picture has, settings that take a moment, and a look at the gradient of an iteration."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import jaxtyping
 import pytest
 import torch
 from torch import Tensor
 
+from erasure import ImageConstraint, Lagrangian, LagrangianConfig, ScoreCeiling
 from policy import DiffusionPolicy
 from policy.types import Images, PerSample
 from refl import PretrainingPairs, ReFLConfig, ReFLTrainer
@@ -119,7 +121,7 @@ def gradients(tmp_path: Path) -> Callable[[ReFLTrainer], dict[str, Tensor]]:
                     taken[name] = parameter.grad.clone()
                 return update()
 
-            run.update = look_and_update  # ty: ignore[invalid-assignment]
+            run.update = look_and_update
             trainer.step(run)
         return taken
 
@@ -138,3 +140,40 @@ def assert_equal_gradients() -> Callable[[dict[str, Tensor], dict[str, Tensor]],
             torch.testing.assert_close(ours[name], gradient, rtol=1e-5, atol=1e-6 * largest, msg=name)
 
     return compare
+
+
+class Greenness:
+    """The mean of green, which the constraints of these tests keep down."""
+
+    differentiable = True
+
+    def __call__(self, images: Images, prompts: Sequence[str]) -> PerSample:
+        return images[:, 1].mean(dim=(1, 2))
+
+
+@pytest.fixture
+def make_constraint() -> Callable[..., ImageConstraint]:
+    """Makes a constraint on images of any cost, with its own prompts."""
+
+    def make(cost: Any, **settings: Any) -> ImageConstraint:
+        return ImageConstraint(cost, ["a plain circle", "a striped circle"], Lagrangian(LagrangianConfig(**settings)))
+
+    return make
+
+
+@pytest.fixture
+def green_constraint(make_constraint: Callable[..., ImageConstraint]) -> Callable[..., ImageConstraint]:
+    """Makes the constraint that green stays at or below a ceiling."""
+
+    def make(ceiling: float = 0.1, **settings: Any) -> ImageConstraint:
+        return make_constraint(ScoreCeiling(Greenness(), ceiling), **settings)
+
+    return make
+
+
+@pytest.fixture
+def unchecked() -> Iterator[None]:
+    """Turns the shape checker off, which users do not have: what is tested is the message that they get."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)

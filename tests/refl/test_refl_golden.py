@@ -98,7 +98,9 @@ class RecordedNoise:
 
 
 @pytest.fixture
-def recorded(golden: dict[str, Tensor], golden_policy: DiffusionPolicy, monkeypatch: pytest.MonkeyPatch) -> DiffusionPolicy:
+def recorded(
+    golden: dict[str, Tensor], golden_policy: DiffusionPolicy, monkeypatch: pytest.MonkeyPatch
+) -> DiffusionPolicy:
     """The golden policy, which draws the golden noises and encodes any two prompts as the golden embeddings."""
     monkeypatch.setattr(golden_policy, "_noise", lambda *_: RecordedNoise(golden))
     monkeypatch.setattr(golden_policy, "encode", lambda _: golden["encoder_hidden_states"])

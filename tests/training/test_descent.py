@@ -17,7 +17,7 @@ BATCH = torch.linspace(-1, 1, 32).reshape(8, 4)
 @pytest.fixture
 def settings(tmp_path: Path) -> Callable[..., TrainingConfig]:
     def make(**changes: Any) -> TrainingConfig:
-        fields = {"iterations": 4, "learning_rate": 1e-2, "progress": False} | changes
+        fields: dict[str, Any] = {"iterations": 4, "learning_rate": 1e-2, "progress": False} | changes
         return TrainingConfig(output_dir=tmp_path / "run", **fields)
 
     return make

@@ -1,0 +1,220 @@
+"""The pairs of the pretraining term, and its loss."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+
+from policy import ClassifierFree, DiffusionPolicy
+from policy.types import Latents
+from refl import PretrainingPairs, ReFLConfig, ReFLTrainer, pairs_from_folder, pairs_from_policy
+from refl.pretraining import denoising_loss
+from training import TrainingConfig, TrainingRun, read_metrics
+
+COLOURS = {"b.png": "red", "a.jpg": "green", "below/c.webp": "blue"}
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Three images of different sizes, one of them in a subfolder and with transparency."""
+    path = tmp_path / "images"
+    (path / "below").mkdir(parents=True)
+    for k, (name, colour) in enumerate(COLOURS.items()):
+        Image.new("RGBA" if name.endswith("webp") else "RGB", (70 + 40 * k, 100), colour).save(path / name)
+    return path
+
+
+def write_captions(folder: Path, *lines: Any) -> None:
+    text = "\n".join(line if isinstance(line, str) else json.dumps(line) for line in lines)
+    (folder / "metadata.jsonl").write_text(text + "\n", encoding="utf-8")
+
+
+# From a folder.
+
+
+def test_captions_come_from_metadata_and_images_at_the_policys_size(policy: DiffusionPolicy, folder: Path) -> None:
+    write_captions(folder, *({"file_name": name, "text": f"a {colour} picture"} for name, colour in COLOURS.items()))
+    pairs = pairs_from_folder(policy, folder, batch_size=2)
+    assert pairs.captions == ["a green picture", "a red picture", "a blue picture"]  # in the order of the paths
+    assert pairs.latents.shape == (3, 4, 8, 8)
+    plain = torch.zeros(2, 3, 64, 64)
+    plain[0, 0] = plain[1, 2] = 1.0  # red, blue
+    torch.testing.assert_close(pairs.latents[1:], policy.encode_images(plain), rtol=0, atol=2e-2)  # webp is lossy
+    torch.testing.assert_close(pairs.latents[1:2], policy.encode_images(plain[:1]), rtol=0, atol=1e-5)
+
+
+def test_captions_come_from_text_files_where_metadata_has_none(policy: DiffusionPolicy, folder: Path) -> None:
+    write_captions(folder, {"file_name": "b.png", "text": "listed"}, "")
+    for name in ("a.txt", "b.txt", "below/c.txt"):
+        (folder / name).write_text(f" {name}, written \n", encoding="utf-8")
+    assert pairs_from_folder(policy, folder).captions == ["a.txt, written", "listed", "below/c.txt, written"]
+
+
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        ([{"file_name": "b.png", "text": "red"}], "every image must have a caption .* got none for 'a.jpg'"),
+        (["{"], r"metadata.jsonl must have .* on every line, got '\{' on line 1"),
+        ([{"file_name": "b.png", "text": "red"}, {"file_name": "a.jpg"}], "two strings, on every line, .* on line 2"),
+        ([{"file_name": "b.png", "text": 3}], "two strings, on every line, .* on line 1"),
+        (['["b.png", "red"]'], "two strings, on every line, .* on line 1"),
+        ([{"file_name": "d.png", "text": "red"}], "must name images of its folder, got 'd.png', which is not there"),
+    ],
+)
+def test_bad_captions_are_refused(policy: DiffusionPolicy, folder: Path, lines: list[Any], message: str) -> None:
+    write_captions(folder, *lines)
+    with pytest.raises(ValueError, match=message):
+        pairs_from_folder(policy, folder)
+
+
+@pytest.mark.parametrize("name", ["empty", "nowhere"])
+def test_folder_without_images_is_refused(policy: DiffusionPolicy, tmp_path: Path, name: str) -> None:
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match=f"folder must hold images .*got .*{name}' without any"):
+        pairs_from_folder(policy, tmp_path / name)
+
+
+# From the frozen policy.
+
+
+@pytest.mark.parametrize("trained", [{}, {"train": "xattn"}], ids=["lora", "xattn"])
+def test_pairs_are_those_of_the_policy_before_training(
+    trained: dict[str, Any],
+    policy: DiffusionPolicy,
+    make_policy: Callable[..., DiffusionPolicy],
+    stir: Callable[[DiffusionPolicy], None],
+) -> None:
+    tuned = make_policy(**trained) if trained else policy
+
+    def draw() -> PretrainingPairs:
+        return pairs_from_policy(tuned, ["a cat", "a dog"], count=3, steps=3, seed=5, batch_size=2)
+
+    before = draw()
+    stir(tuned)
+    after = draw()
+    assert before.captions == after.captions == ["a cat", "a dog", "a cat"]
+    assert torch.equal(before.latents, after.latents)
+    alone = make_policy().sample(tuned.encode(["a cat"]), steps=3, seeds=[7])
+    torch.testing.assert_close(before.latents[2:], alone, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("changes", [{"count": 0}, {"batch_size": 0}])
+def test_numbers_below_one_are_refused(policy: DiffusionPolicy, changes: dict[str, int]) -> None:
+    name = next(iter(changes))
+    with pytest.raises(ValueError, match=f"{name} must be at least 1, got 0"):
+        pairs_from_policy(policy, ["a cat"], **({"count": 1} | changes))  # ty: ignore[invalid-argument-type]
+
+
+def test_trainer_draws_pairs_where_none_are_given(
+    policy: DiffusionPolicy,
+    redness: Any,
+    prompts: list[str],
+    small: Callable[..., ReFLConfig],
+    run_config: Callable[..., TrainingConfig],
+) -> None:
+    trainer = ReFLTrainer(policy, redness, prompts, small(pretraining_weight=1.0))
+    with TrainingRun(policy, run_config(seed=3)) as run:
+        trainer.prepare(run)
+    assert trainer.pretraining is not None
+    expected = pairs_from_policy(policy, prompts, count=16, steps=4, guidance=ClassifierFree(1.0), seed=2_000_003)
+    assert trainer.pretraining.captions == expected.captions
+    assert torch.equal(trainer.pretraining.latents, expected.latents)
+
+
+def test_weight_of_zero_skips_the_term(
+    policy: DiffusionPolicy,
+    redness: Any,
+    prompts: list[str],
+    small: Callable[..., ReFLConfig],
+    run_config: Callable[..., TrainingConfig],
+) -> None:
+    trainer = ReFLTrainer(policy, redness, prompts, small(pretraining_weight=0.0))
+    config = run_config(iterations=1)
+    metrics = trainer.train(config)
+    assert trainer.pretraining is None
+    assert metrics is not None
+    assert metrics.pretraining_loss == 0.0
+    assert not any("train/pretraining_loss" in line for line in read_metrics(config.output_dir / "metrics.jsonl"))
+
+
+@pytest.mark.parametrize(
+    ("latents", "captions"), [(torch.zeros(0, 4, 8, 8), []), (torch.zeros(2, 4, 8, 8), ["one"])], ids=["none", "one"]
+)
+def test_pairs_that_are_none_are_refused(
+    policy: DiffusionPolicy, redness: Any, prompts: list[str], latents: Latents, captions: list[str]
+) -> None:
+    with pytest.raises(ValueError, match=r"pretraining must hold at least one pair and a caption for each"):
+        ReFLTrainer(policy, redness, prompts, pretraining=PretrainingPairs(latents, captions))
+
+
+# The loss.
+
+
+def losses_one_by_one(policy: DiffusionPolicy, pairs: PretrainingPairs, seeds: list[int]) -> Tensor:
+    parts = [
+        policy.denoising_loss(
+            pairs.latents[k : k + 1],
+            policy.encode(pairs.captions[k : k + 1]),
+            generator=torch.Generator().manual_seed(seed),
+        )
+        for k, seed in enumerate(seeds)
+    ]
+    return torch.cat(parts)
+
+
+@pytest.mark.parametrize("kind", ["policy", "v_policy", "sample"])
+def test_loss_of_a_batch_is_the_policys_own_of_each_sample(
+    kind: str, request: pytest.FixtureRequest, pairs: PretrainingPairs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    policy: DiffusionPolicy = request.getfixturevalue("policy" if kind == "sample" else kind)
+    if kind == "sample":
+        monkeypatch.setattr(policy, "prediction_type", "sample")
+    seeds = [3, 4, 5, 6, 7, 8]
+    loss = denoising_loss(policy, pairs.latents, policy.encode(pairs.captions), seeds=seeds)
+    torch.testing.assert_close(loss, losses_one_by_one(policy, pairs, seeds), rtol=1e-4, atol=1e-6)
+
+
+def test_pretraining_loss_is_added_with_its_weight(
+    policy: DiffusionPolicy,
+    stir: Callable[[DiffusionPolicy], None],
+    redness: Any,
+    prompts: list[str],
+    pairs: PretrainingPairs,
+    small: Callable[..., ReFLConfig],
+    gradients: Callable[[ReFLTrainer], dict[str, Tensor]],
+    assert_equal_gradients: Callable,
+) -> None:
+    stir(policy)
+    start = policy.trainable_state()
+    taken = []
+    for weight in (0.5, 1.0, 2.0):
+        policy.load_trainable_state(start)
+        config = small(pretraining_weight=weight, pretraining_batch_size=8)
+        taken.append(gradients(ReFLTrainer(policy, redness, prompts, config, pretraining=pairs)))
+    half, once, twice = taken
+    expected = {name: once[name] + 2 * (once[name] - half[name]) for name in once}
+    assert_equal_gradients(expected, twice)
+    assert max(float((once[name] - half[name]).abs().max()) for name in half) > 0
+
+
+def test_pretraining_alone_brings_the_policy_back_to_the_frozen_one(
+    policy: DiffusionPolicy,
+    stir: Callable[[DiffusionPolicy], None],
+    redness: Any,
+    prompts: list[str],
+    small: Callable[..., ReFLConfig],
+    run_config: Callable[..., TrainingConfig],
+) -> None:
+    # A denoiser that predicts nothing is better on random weights' images than a stirred one: the loss falls.
+    stir(policy)
+    config = run_config(iterations=12, learning_rate=2e-2)
+    settings = small(reward_margin=0.0, pretraining_weight=1.0, pretraining_batch_size=16, micro_batch_size=16)
+    ReFLTrainer(policy, redness, prompts, settings).train(config)
+    lines = read_metrics(config.output_dir / "metrics.jsonl")
+    losses = [line["train/pretraining_loss"] for line in lines if "train/pretraining_loss" in line]
+    assert sum(losses[-4:]) < 0.98 * sum(losses[:4])

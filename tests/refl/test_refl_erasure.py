@@ -1,0 +1,188 @@
+"""ReFL under the constraint that a concept stays erased."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from erasure import NUDITY, UCE, Lagrangian, LagrangianConfig, ObjectiveConstraint, StayErased, StayErasedConfig
+from policy import ClassifierFree, DiffusionPolicy, LoRAConfig
+from policy.types import Images, PerSample
+from refl import ReFLConfig, ReFLTrainer
+from training import TrainingConfig, read_metrics
+
+
+class Minus:
+    """The opposite of a reward."""
+
+    differentiable = True
+
+    def __init__(self, reward: Callable[[Images, Sequence[str]], PerSample]) -> None:
+        self.reward = reward
+
+    def __call__(self, images: Images, prompts: Sequence[str]) -> PerSample:
+        return -self.reward(images, prompts)
+
+
+@pytest.fixture
+def stay_erased() -> ObjectiveConstraint:
+    """The constraint that predictions for the concept stay where they are."""
+    lagrangian = Lagrangian(LagrangianConfig(learning_rate=100.0))
+    return ObjectiveConstraint(StayErased(StayErasedConfig(steps=3)), NUDITY, lagrangian=lagrangian, ceiling=1e-4)
+
+
+def test_cost_falls_and_its_weight_follows(
+    policy: DiffusionPolicy,
+    redness: Any,
+    prompts: list[str],
+    small: Callable[..., ReFLConfig],
+    run_config: Callable[..., TrainingConfig],
+    green_constraint: Callable[..., Any],
+) -> None:
+    constraint = green_constraint(ceiling=0.3, initial_weight=3.0, learning_rate=1.0)
+
+    def cost() -> float:
+        wanted = constraint.prompts * 4
+        images = policy.draw(wanted, seeds=range(8), steps=4, guidance=ClassifierFree(1.0))
+        return float(constraint.cost(images, wanted).mean())
+
+    before = cost()
+    assert before > 0
+    config = run_config(iterations=12)
+    ReFLTrainer(policy, redness, prompts, small(), erasure=constraint).train(config)
+    assert cost() < before - 0.05
+
+    lines = [line for line in read_metrics(config.output_dir / "metrics.jsonl") if "erasure/weight" in line]
+    weights, costs = ([line[f"erasure/{tag}"] for line in lines] for tag in ("weight", "cost"))
+    assert weights[0] == 3.0
+    for k in range(11):  # plain dual ascent, once for each update
+        assert weights[k + 1] == pytest.approx(max(weights[k] + costs[k], 0.0), abs=1e-6)
+    assert constraint.lagrangian.weight == pytest.approx(max(weights[-1] + costs[-1], 0.0), abs=1e-6)
+
+
+def test_weight_scales_the_gradient_of_the_cost(
+    policy: DiffusionPolicy,
+    stir: Callable[[DiffusionPolicy], None],
+    redness: Any,
+    prompts: list[str],
+    small: Callable[..., ReFLConfig],
+    gradients: Callable[[ReFLTrainer], dict[str, Tensor]],
+    green_constraint: Callable[..., Any],
+    assert_equal_gradients: Callable,
+) -> None:
+    stir(policy)
+    start = policy.trainable_state()
+    taken = []
+    for weight in (0.0, 1.0, 3.0):
+        policy.load_trainable_state(start)
+        constraint = green_constraint(initial_weight=weight)
+        taken.append(gradients(ReFLTrainer(policy, redness, prompts, small(), erasure=constraint)))
+    none, once, thrice = taken
+    tripled = {name: none[name] + 3 * (once[name] - none[name]) for name in none}
+    assert_equal_gradients(tripled, thrice)
+    assert max(float((once[name] - none[name]).abs().max()) for name in none) > 0
+
+
+@pytest.mark.parametrize(("sign", "low", "high"), [(-1, 0.5, 1.0), (1, -1.0, -0.5)], ids=["same", "opposite"])
+def test_cosine_tells_whether_reward_and_cost_pull_the_same_way(
+    sign: int,
+    low: float,
+    high: float,
+    policy: DiffusionPolicy,
+    redness: Any,
+    small: Callable[..., ReFLConfig],
+    run_config: Callable[..., TrainingConfig],
+    make_constraint: Callable[..., Any],
+) -> None:
+    constraint = make_constraint(redness if sign > 0 else Minus(redness))
+    trainer = ReFLTrainer(policy, redness, constraint.prompts, small(), erasure=constraint)
+    metrics = trainer.train(run_config(iterations=1))
+    assert metrics is not None
+    assert low <= metrics.gradient_cosine <= high
+
+
+@pytest.mark.parametrize("trained", [{"lora": LoRAConfig()}, {"train": "xattn"}], ids=["lora", "xattn"])
+def test_objective_on_noise_predictions_is_a_constraint_too(
+    trained: dict[str, Any],
+    make_policy: Callable[..., DiffusionPolicy],
+    redness: Any,
+    prompts: list[str],
+    small: Callable[..., ReFLConfig],
+    run_config: Callable[..., TrainingConfig],
+    stay_erased: ObjectiveConstraint,
+) -> None:
+    policy = make_policy(**trained)
+    UCE().erase(policy, NUDITY).apply(policy)
+    config = run_config(iterations=6)
+    ReFLTrainer(policy, redness, prompts, small(), erasure=stay_erased).train(config)
+    lines = [line for line in read_metrics(config.output_dir / "metrics.jsonl") if "erasure/cost" in line]
+    assert lines[0]["erasure/cost"] == pytest.approx(-1e-4, rel=1e-5)  # nothing has moved yet: minus the ceiling
+    assert lines[0]["erasure/gradient_cosine"] == 0.0
+    assert lines[-1]["erasure/cost"] > 0
+    assert lines[1]["erasure/weight"] == pytest.approx(1.0 - 100 * 1e-4, rel=1e-5)
+    assert stay_erased.lagrangian.weight > lines[1]["erasure/weight"]
+
+
+def test_constraint_keeps_a_policy_where_it_was(
+    make_policy: Callable[..., DiffusionPolicy],
+    redness: Any,
+    prompts: list[str],
+    small: Callable[..., ReFLConfig],
+    run_config: Callable[..., TrainingConfig],
+) -> None:
+    distances = []
+    for name, weight in (("free", 0.0), ("held", 100.0)):
+        policy = make_policy(train="xattn-kv")
+        lagrangian = Lagrangian(LagrangianConfig(initial_weight=weight, learning_rate=0.0))
+        objective = StayErased(StayErasedConfig(steps=3))
+        constraint = ObjectiveConstraint(objective, NUDITY, ["nude"], lagrangian, ceiling=0.0)
+        config = run_config(name, iterations=6)
+        ReFLTrainer(policy, redness, prompts, small(), erasure=constraint).train(config)
+        lines = read_metrics(config.output_dir / "metrics.jsonl")
+        distances.append([line["erasure/cost"] for line in lines if "erasure/cost" in line][-1])
+    assert distances[1] < 0.5 * distances[0]
+
+
+def test_cost_without_a_gradient_is_refused(
+    policy: DiffusionPolicy,
+    redness: Any,
+    detached: Any,
+    prompts: list[str],
+    run_config: Callable[..., TrainingConfig],
+    make_constraint: Callable[..., Any],
+) -> None:
+    with pytest.raises(ValueError, match=r"erasure cost must be differentiable .* got Detached, .*use DDPO"):
+        ReFLTrainer(policy, redness, prompts, erasure=make_constraint(detached)).train(run_config())
+
+
+def test_low_variance_images_are_judged_with_the_prompt_they_were_drawn_for(
+    policy: DiffusionPolicy,
+    small: Callable[..., ReFLConfig],
+    run_config: Callable[..., TrainingConfig],
+    make_constraint: Callable[..., Any],
+) -> None:
+    class Listening:
+        differentiable = True
+
+        def __init__(self) -> None:
+            self.heard: list[list[str]] = []
+
+        def __call__(self, images: Images, prompts: Sequence[str]) -> PerSample:
+            self.heard.append(list(prompts))
+            assert len(prompts) == len(images)
+            return images.mean(dim=(1, 2, 3))
+
+    reward, cost = Listening(), Listening()
+    config = small(low_variance_noises=3, batch_size=2, erasure_batch_size=2)
+    metrics = ReFLTrainer(policy, reward, ["a cat", "a dog"], config, erasure=make_constraint(cost)).train(
+        run_config(iterations=1)
+    )
+    for judge in (reward, cost):
+        probe, heard = judge.heard
+        assert len(probe) == 1
+        assert heard == [prompt for prompt in heard[::3] for _ in range(3)]
+        assert len(heard) == 6
+    assert metrics is not None
+    assert torch.isfinite(torch.tensor(metrics)).all()

@@ -1,0 +1,107 @@
+"""Two processes with half the batch each take the same step as one with the whole."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+ROOT = Path(__file__).resolve().parents[2]
+
+PROGRAM = '''
+"""Takes two iterations with every term of the loss; the first process writes what they led to."""
+
+import sys
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from erasure import NUDITY, ImageConstraint, ObjectiveConstraint, ScoreCeiling, StayErased, StayErasedConfig
+from policy import DiffusionPolicy
+from refl import HeldOut, ReFLConfig, ReFLTrainer
+from training import TrainingConfig
+
+PROMPTS = ["a red circle", "a blue square", "a cat", "two dogs"]
+
+
+class Mean:
+    """The mean of a colour."""
+
+    differentiable = True
+
+    def __init__(self, channel):
+        self.channel = channel
+
+    def __call__(self, images, prompts):
+        return images[:, self.channel].mean(dim=(1, 2))
+
+
+pipeline, folder, kind = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]
+policy = DiffusionPolicy.from_pretrained(pipeline, train="xattn", device="cpu")
+config = ReFLConfig(
+    batch_size=4,
+    micro_batch_size=2,
+    steps=4,
+    first_graded_step=2,
+    last_graded_step=3,
+    reward_scale=1.0,
+    pretraining_weight=1.0 if kind == "all" else 0.0,
+    pretraining_batch_size=4,
+    erasure_batch_size=4,
+    truncation_steps=2,
+    checkpoint_steps=True,
+    evaluate_every=1,
+)
+erasure = ImageConstraint(ScoreCeiling(Mean(1), 0.3), PROMPTS) if kind == "all" else None
+held_out = HeldOut(PROMPTS, Mean(0))
+trainer = ReFLTrainer(policy, Mean(0), PROMPTS, config, erasure=erasure, held_out=held_out)
+# Plain gradient steps, as far as AdamW can take them: with a large epsilon its step is proportional to the gradient,
+# so that rounding is not blown up where a gradient is nearly zero.
+settings = TrainingConfig(
+    output_dir=folder, iterations=2, learning_rate=10.0, adam_epsilon=1.0, weight_decay=0.0, max_grad_norm=1e6, progress=False
+)
+metrics = trainer.train(settings)
+from accelerate import PartialState
+
+if PartialState().is_main_process:
+    assert PartialState().num_processes == int(sys.argv[4])
+    numbers = {"metrics": torch.tensor(metrics), "best": torch.tensor([trainer.watch.best])}
+    weight = {} if erasure is None else {"weight": torch.tensor(erasure.lagrangian.weight)}
+    save_file(policy.trainable_state() | numbers | weight, folder / "end.safetensors")
+'''
+
+
+def launch(program: Path, *arguments: object, processes: int) -> None:
+    """Runs the program as a user does, on CPUs connected by gloo."""
+    options = ["--cpu", "--num_processes", str(processes), "--num_machines", "1", "--mixed_precision", "no"]
+    options += ["--dynamo_backend", "no", "--main_process_port", "0"]
+    command = [sys.executable, "-m", "accelerate.commands.launch", *options, str(program), *map(str, arguments)]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(command, env=environment, cwd=program.parent, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stderr[-4000:]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["all", "reward-alone"])
+def test_two_processes_take_the_same_steps_as_one(kind: str, pipeline_dir: Path, tmp_path: Path) -> None:
+    program = tmp_path / "program.py"
+    program.write_text(PROGRAM, encoding="utf-8")
+    ends: list[dict[str, Any]] = []
+    for processes in (1, 2):
+        folder = tmp_path / f"run-{processes}"
+        launch(program, pipeline_dir, folder, kind, processes, processes=processes)
+        ends.append(load_file(folder / "end.safetensors"))
+    one, two = ends
+    assert one.keys() == two.keys()
+    # The cosine is each process's own before it is averaged, and the last but two of the numbers.
+    for end in ends:
+        end["metrics"][5] = 0.0
+    for name, value in one.items():
+        torch.testing.assert_close(
+            two[name], value, rtol=1e-4, atol=1e-6, msg=lambda text, name=name: f"{name}: {text}"
+        )
