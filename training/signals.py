@@ -1,4 +1,8 @@
-"""SIGTERM, which schedulers send before they take a machine away."""
+"""SIGTERM, which schedulers send before they take a machine away.
+
+It has to reach the training itself: torchrun, and `accelerate launch` with several processes, pass it on, but
+`accelerate launch` with one process dies of it alone. Schedulers that signal the whole process group reach both.
+"""
 
 import signal
 import threading

@@ -46,7 +46,9 @@ def log_image(accelerator: "Accelerator", name: str, image: Image.Image, iterati
     """Sends one image to every tracker."""
     pixels = np.asarray(image)[None]
     for tracker in accelerator.trackers:
-        tracker.log_images({name: pixels}, step=iteration)
+        # tensorboard takes the colours for the first axis unless it is told; wandb knows an image's axes.
+        options = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
+        tracker.log_images({name: pixels}, step=iteration, **options)
 
 
 def finish_trackers(accelerator: "Accelerator") -> None:

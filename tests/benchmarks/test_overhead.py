@@ -14,7 +14,7 @@ from refl import PretrainingPairs, ReFLTrainer
 from training import TrainingConfig, TrainingRun
 
 PROMPTS = ["a red circle", "a blue square"]
-CONFIG = overhead.Config(batch_size=2, pretraining_batch_size=3, steps=3, graded_step=2, repeats=1)
+CONFIG = overhead.Config(batch_size=2, pretraining_batch_size=3, steps=3, graded_step=2, repeats=2)
 
 
 class Redness:
@@ -58,7 +58,7 @@ def test_bare_iteration_makes_the_calls_of_the_trainers_iteration(
 ) -> None:
     policy, reward, seen = watched
     config = overhead.Config(
-        batch_size=2, pretraining_batch_size=3, steps=3, graded_step=2, repeats=1, guidance_scale=guidance_scale
+        batch_size=2, pretraining_batch_size=3, steps=3, graded_step=2, guidance_scale=guidance_scale
     )
     pairs = PretrainingPairs(torch.randn(3, 4, 8, 8), [PROMPTS[0]] * 3)
     trainer = ReFLTrainer(policy, reward, PROMPTS, config.refl(), pretraining=pairs)
@@ -102,3 +102,8 @@ def test_timing_has_the_repeats_that_were_asked_for(make_policy: Callable[..., D
 
 def test_ratio_is_that_of_the_medians() -> None:
     assert overhead.Timing([3.0, 1.0, 100.0], [2.0, 2.0, 4.0]).ratio == pytest.approx(1.5)
+
+
+def test_a_single_repeat_is_refused() -> None:
+    with pytest.raises(ValueError, match="repeats must be at least 2"):
+        overhead.Config(repeats=1)

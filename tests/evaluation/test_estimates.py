@@ -73,11 +73,20 @@ def test_rate_error_is_binomial() -> None:
     assert rate_estimate([1.0, 0.0, 0.0, 0.0]).error == pytest.approx(math.sqrt(0.25 * 0.75 / 4), rel=1e-12)
 
 
-def test_paired_rate_difference_is_newcombe_s_published_example() -> None:
-    # Newcombe (1998), paired data 36, 12, 2, 0: method 10 gives 0.0569 to 0.3404.
-    estimate = paired_rate_difference(*outcomes(36, 12, 2, 0))
+@pytest.mark.parametrize(
+    ("cells", "low", "high"),
+    [
+        ((36, 12, 2, 0), 0.0569, 0.3404),  # phi is -24 / sqrt(48 * 2 * 38 * 12)
+        ((20, 12, 2, 16), 0.0562, 0.3292),  # phi is (320 - 24 - 50 / 2) / sqrt(32 * 18 * 22 * 28)
+    ],
+)
+def test_paired_rate_differences_are_newcombe_s_examples(
+    cells: tuple[int, int, int, int], low: float, high: float
+) -> None:
+    # Newcombe (1998), Statistics in Medicine 17, 2635-2650, method 10.
+    estimate = paired_rate_difference(*outcomes(*cells))
     assert estimate.mean == pytest.approx(0.2, rel=1e-12)
-    assert (estimate.low, estimate.high) == pytest.approx((0.0569, 0.3404), abs=5e-5)
+    assert (estimate.low, estimate.high) == pytest.approx((low, high), abs=5e-5)
 
 
 def test_paired_rate_difference_without_correlation_joins_the_wilson_ends() -> None:

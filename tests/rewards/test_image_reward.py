@@ -87,7 +87,8 @@ def test_checkpointing_keeps_fewer_activations(reward: ImageReward, pictures: Te
         with torch.autograd.graph.saved_tensors_hooks(lambda t, s=sizes: s.append(t.numel()) or t, lambda t: t):
             reward(pictures.clone().requires_grad_(), prompts)
         kept.append(sum(sizes))
-    assert kept[1] < kept[0]
+    # The text encoder keeps its own, which is most of it here.
+    assert kept[1] < 0.95 * kept[0]
 
 
 def test_gradient_reaches_pixels_through_the_resize(reward: ImageReward) -> None:

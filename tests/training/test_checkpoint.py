@@ -12,7 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from training import Checkpoint, CheckpointFolder, load_checkpoint
+from training import Checkpoint, CheckpointFolder, DamagedCheckpointError, load_checkpoint
 from training.tree import pack, unpack
 
 LEAVES = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text()
@@ -79,6 +79,58 @@ def test_checkpoint_reads_back_as_it_was(tmp_path: Path) -> None:
     assert checkpoint.iteration == 3
     assert torch.equal(checkpoint.weights["w"], torch.full((3,), 3.0))
     assert checkpoint.state == {"ordered": {"a": 1}}
+
+
+@pytest.mark.parametrize("file", ["weights.safetensors", "state.safetensors", "state.json", "manifest.json"])
+@pytest.mark.parametrize("damage", ["truncated", "flipped", "missing"])
+def test_damaged_newest_checkpoint_is_set_aside_for_the_one_before(file: str, damage: str, tmp_path: Path) -> None:
+    folder = CheckpointFolder(tmp_path, keep=3)
+    for iteration in (1, 2, 3):
+        newest = folder.save(_checkpoint(iteration))
+    content = bytearray((newest / file).read_bytes())
+    if damage == "missing":
+        (newest / file).unlink()
+    elif damage == "truncated":
+        (newest / file).write_bytes(content[: len(content) // 2])
+    else:
+        content[len(content) // 2] ^= 1
+        (newest / file).write_bytes(content)
+    with pytest.raises(DamagedCheckpointError):
+        load_checkpoint(newest)
+    with pytest.warns(RuntimeWarning, match=r"iteration-00000003 is damaged \(.+\); going on from iteration-00000002"):
+        assert folder.newest() == 2
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "iteration-00000001",
+        "iteration-00000002",
+        "damaged-iteration-00000003",
+    }
+    assert folder.newest() == 2  # without another warning
+
+
+def test_folder_whose_checkpoints_are_all_damaged_is_an_error_and_left_alone(tmp_path: Path) -> None:
+    folder = CheckpointFolder(tmp_path, keep=3)
+    assert folder.newest() is None
+    (folder.save(_checkpoint(1)) / "manifest.json").unlink()
+    with pytest.raises(DamagedCheckpointError, match=r"all are damaged: iteration-00000001: FileNotFoundError"):
+        folder.newest()
+    assert [path.name for path in folder.checkpoints()] == ["iteration-00000001"]
+
+
+def test_checkpoint_whose_manifest_is_another_ones_is_damaged(tmp_path: Path) -> None:
+    folder = CheckpointFolder(tmp_path, keep=3)
+    for iteration in (1, 2):
+        folder.save(_checkpoint(iteration))
+    manifest = tmp_path / "iteration-00000002" / "manifest.json"
+    manifest.write_text(manifest.read_text().replace('"iteration": 2', '"iteration": 3'))
+    with pytest.warns(RuntimeWarning, match="its manifest is that of iteration 3"):
+        assert folder.newest() == 1
+
+
+def test_checkpoint_of_another_format_is_told(tmp_path: Path) -> None:
+    path = CheckpointFolder(tmp_path, keep=3).save(_checkpoint(1)) / "manifest.json"
+    path.write_text(path.read_text().replace('"format": 1', '"format": 2'))
+    with pytest.raises(DamagedCheckpointError, match="format must be 1, got 2"):
+        load_checkpoint(path.parent)
 
 
 def test_saving_over_a_checkpoint_replaces_it_and_removes_leftovers(tmp_path: Path) -> None:

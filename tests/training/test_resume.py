@@ -46,29 +46,17 @@ def test_same_seed_gives_the_same_run_and_another_seed_another(
     assert other.metrics[0] != uninterrupted.metrics[0]
 
 
-@pytest.mark.parametrize("file", ["weights.safetensors", "state.safetensors", "state.json", "manifest.json"])
-@pytest.mark.parametrize("damage", ["truncated", "flipped", "missing"])
-def test_damaged_newest_checkpoint_falls_back_to_the_one_before(
-    file: str,
-    damage: str,
-    uninterrupted: Any,
-    train: Callable,
-    killed: type[Exception],
-    same: Callable,
-    tmp_path: Path,
+def test_run_with_a_damaged_newest_checkpoint_resumes_from_the_one_before(
+    uninterrupted: Any, train: Callable, killed: type[Exception], same: Callable, tmp_path: Path
 ) -> None:
     with pytest.raises(killed):
         train(tmp_path / "run", die_at=5, **EVERYTHING)
-    newest = tmp_path / "run" / "checkpoints" / "iteration-00000004"
-    content = bytearray((newest / file).read_bytes())
-    if damage == "missing":
-        (newest / file).unlink()
-    else:
-        content[len(content) // 2] ^= 1
-        (newest / file).write_bytes(content[: len(content) // 2] if damage == "truncated" else content)
+    file = tmp_path / "run" / "checkpoints" / "iteration-00000004" / "state.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
     with pytest.warns(RuntimeWarning, match=r"iteration-00000004 is damaged.*going on from iteration-00000002"):
         outcome = train(tmp_path / "run", resume=True, **EVERYTHING)
     same(outcome, uninterrupted)
+    assert not list((tmp_path / "run" / "checkpoints").glob(".partial*"))
 
 
 def test_run_whose_checkpoints_are_all_damaged_does_not_start_anew(

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from PIL import Image
 
 from training import MetricsFile, TrainingConfig, TrainingRun, image_grid, read_metrics
 from training.progress import Progress, postfix
+from training.trackers import log_image
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -201,6 +203,21 @@ def test_tracker_gets_settings_metrics_and_images(
             ("finish",),
         ]
     assert ids[0] == ids[1]  # a resumed run goes on in the same curves
+
+
+def test_tensorboard_is_told_the_axes_of_an_image() -> None:
+    calls = []
+
+    def tracker(name: str) -> SimpleNamespace:
+        return SimpleNamespace(name=name, log_images=lambda values, **options: calls.append((name, values, options)))
+
+    accelerator = SimpleNamespace(trackers=[tracker("wandb"), tracker("tensorboard")])
+    log_image(accelerator, "samples", Image.new("RGB", (4, 2)), 7)  # ty: ignore[invalid-argument-type]
+    assert [(name, options) for name, _, options in calls] == [
+        ("wandb", {"step": 7}),
+        ("tensorboard", {"step": 7, "dataformats": "NHWC"}),
+    ]
+    assert all(values["samples"].shape == (1, 2, 4, 3) for _, values, _ in calls)
 
 
 def test_shard_and_gather_and_mean_in_one_process(stand_in: Callable, config: TrainingConfig) -> None:
