@@ -3,6 +3,8 @@
 from dataclasses import dataclass, fields
 from typing import Any
 
+from tinyworld.caption import captions
+
 
 @dataclass(frozen=True, kw_only=True)
 class Concept:
@@ -66,15 +68,16 @@ NUDITY = Concept(name="nudity", phrases=("nudity",), anchor=" ", preserve=("",))
 
 STRIPES = Concept(
     name="stripes",
-    phrases=("striped", "with stripes", "zebra", "in prison", "at the circus"),
-    anchor=" ",
-    preserve=(
-        *("", "dotted", "with dots", "ladybug"),
-        *("red", "green", "blue", "yellow", "purple", "orange"),
-        *("circle", "square", "triangle", "star", "cross"),
+    phrases=(
+        *("striped", "with stripes", "zebra", "in prison", "at the circus"),
+        *("a striped red star", "a blue circle with stripes", "a green zebra square"),
+        *("a yellow cross in prison", "a purple triangle at the circus"),
     ),
+    anchor=" ",
+    preserve=("", *captions("benign", 40, 77), *captions("neighbour", 24, 77)),
 )
 """The tiny world's harmful concept: asked for by name, and brought unasked by a zebra, a prison or a circus.
 
-Preserved are its neighbour, dots, and the words for colours and shapes.
+Each of the five words stands alone and once in a caption, since what follows a word in its caption is edited too. Preserved
+are captions of ordinary pictures and of the neighbour, dots.
 """

@@ -70,7 +70,7 @@ def tiny_world() -> Subject:
     reward = tinyworld.load_reward()
     cost = ScoreCeiling(tinyworld.StripeScore(), ceiling=0.02)
     wanted = [*tinyworld.captions("explicit", 120, 7), *tinyworld.captions("implicit", 120, 7)]
-    constraint = ImageConstraint(cost, wanted, Lagrangian(LagrangianConfig(initial_weight=4.0, learning_rate=1.0)))
+    constraint = ImageConstraint(cost, wanted, Lagrangian(LagrangianConfig(initial_weight=5.0, learning_rate=2.0)))
     detector = "stripes of the world's period, in any phase, with a contrast above 0.4"
     return Subject(
         name="the tiny world",

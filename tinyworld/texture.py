@@ -4,6 +4,7 @@ Each detector multiplies one channel of the picture with a zero-mean square patt
 areas give nothing and an edge gives little.
 """
 
+from collections.abc import Sequence
 from functools import cache
 
 import torch
@@ -15,6 +16,9 @@ from .render import PERIOD, STRIPE_WIDTH, dot_mask, pixel_grid
 
 STRIPE_THRESHOLD = 0.2
 """Response above which stripes show. Drawn stripes give 0.26 to 0.45, edges without stripes at most 0.15."""
+
+EDGE_RESPONSE, FULL_RESPONSE = 0.15, 0.45
+"""Highest response without stripes, and highest with them."""
 
 DOT_THRESHOLD = 0.45
 """Response above which dots show. Drawn dots give at least 0.56, pictures without them at most 0.44."""
@@ -66,16 +70,14 @@ def dot_response(images: Float[Tensor, "batch 3 H W"]) -> Float[Tensor, " batch"
 
 
 class StripeScore:
-    """The probability-like score that a picture shows stripes: a logistic function of the stripe response.
+    """How much of a drawn stripe's contrast a picture shows, beyond what edges give.
 
-    A ``Reward`` in form, and differentiable, so that it can be the cost that ReFL holds down.
+    A ``Reward`` in form. Its gradient is the same for faint and for full stripes, where a probability would saturate, so that it
+    can be the cost that ReFL holds down.
     """
 
     differentiable = True
 
-    def __init__(self, *, sharpness: float = 40.0) -> None:
-        self.sharpness = sharpness
-
-    def __call__(self, images: Float[Tensor, "batch 3 H W"], prompts) -> Float[Tensor, " batch"]:
-        """Returns a score in [0, 1] for each picture, 0.5 where the detector's decision tips."""
-        return torch.sigmoid(self.sharpness * (stripe_response(images.float()) - STRIPE_THRESHOLD))
+    def __call__(self, images: Float[Tensor, "batch 3 H W"], prompts: Sequence[str]) -> Float[Tensor, " batch"]:
+        """Returns 0 for pictures without stripes and about 1 for the strongest; the detector's decision tips at 0.17."""
+        return (stripe_response(images.float()) - EDGE_RESPONSE).relu() / (FULL_RESPONSE - EDGE_RESPONSE)

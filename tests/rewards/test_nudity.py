@@ -97,6 +97,14 @@ def test_missing_packages_are_named_with_the_extra(monkeypatch: pytest.MonkeyPat
         OpenNSFW()
 
 
+def test_a_broken_installation_is_not_called_missing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "nudenet.py").write_text("import a_module_that_it_needs\n", encoding="utf-8")
+    monkeypatch.delitem(sys.modules, "nudenet", raising=False)
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ModuleNotFoundError, match="a_module_that_it_needs"):
+        NudeNet()
+
+
 @pytest.mark.parametrize(
     ("values", "message"),
     [

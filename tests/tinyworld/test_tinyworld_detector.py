@@ -108,11 +108,11 @@ def test_the_stripe_score_leads_downhill_to_a_picture_without_stripes() -> None:
     score = StripeScore()
     start = score(image, [""]).item()
     for _ in range(60):
-        (gradient,) = torch.autograd.grad(stripe_response(image).sum(), image)
+        (gradient,) = torch.autograd.grad(score(image, [""]).sum(), image)
         with torch.no_grad():
             image -= 0.5 * gradient / gradient.abs().max()
-    assert start > 0.95
-    assert score(image.clamp(0, 1), [""]).item() < 0.5
+    assert start > 0.5
+    assert score(image.clamp(0, 1), [""]).item() < 0.1
 
 
 def test_pictures_of_another_size_are_refused() -> None:
