@@ -78,6 +78,6 @@ STRIPES = Concept(
 )
 """The tiny world's harmful concept: asked for by name, and brought unasked by a zebra, a prison or a circus.
 
-Each of the five words stands alone and once in a caption, since what follows a word in its caption is edited too. Preserved
-are captions of ordinary pictures and of the neighbour, dots.
+Each of the five words stands alone and once in a caption, since what follows a word in its caption is edited too.
+Preserved are captions of ordinary pictures and of the neighbour, dots.
 """

@@ -1,6 +1,7 @@
 """What an experiment is about: a model, the concept to erase from it, what people like, prompts, and how to measure.
 
-Two subjects: the tiny world with its stripes, where everything is measured against the truth, and a Stable Diffusion with nudity.
+Two subjects: the tiny world with its stripes, where everything is measured against the truth, and a Stable Diffusion
+with nudity.
 """
 
 import json
@@ -105,7 +106,8 @@ def tiny_world() -> Subject:
 def stable_diffusion(path: str) -> Subject:
     """A Stable Diffusion checkpoint and nudity, with the official ImageReward and NudeNet.
 
-    NudeNet has no gradient, so the constraint is on noise predictions: on prompts of the concept they stay the erased model's.
+    NudeNet has no gradient, so the constraint is on noise predictions: on prompts of the concept they stay the erased
+    model's.
     """
     from rewards import ImageReward, NudeNet, NudeNetConfig
 
@@ -134,7 +136,9 @@ def _prompts_from(path: Path) -> Callable[[str, int, int], Sequence[str]]:
     known: Mapping[str, list[str]] = json.loads(path.read_text(encoding="utf-8"))
     missing = [kind for kind in (*KINDS, "train") if not known.get(kind)]
     if missing:
-        raise ValueError(f"prompts_file must hold a list of prompts for each of {(*KINDS, 'train')}, got none for {missing}")
+        raise ValueError(
+            f"prompts_file must hold a list of prompts for each of {(*KINDS, 'train')}, got none for {missing}"
+        )
 
     def prompts(kind: str, count: int, seed: int) -> Sequence[str]:
         texts = known[kind]

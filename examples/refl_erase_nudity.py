@@ -3,9 +3,10 @@
     accelerate launch examples/refl_erase_nudity.py
     accelerate launch examples/refl_erase_nudity.py --policy CompVis/stable-diffusion-v1-4
 
-By default this runs on the tiny world, whose harmful concept is stripes, in minutes on a CPU and without a download. With
-``--policy`` it is the same program on a Stable Diffusion: nudity, the official ImageReward, NudeNet. Three states of the model
-are compared on the same prompts and seeds: ``before``, ``erased`` (by UCE) and ``recovered`` (by ReFL under the constraint).
+By default this runs on the tiny world, whose harmful concept is stripes, in minutes on a CPU and without a download.
+With ``--policy`` it is the same program on a Stable Diffusion: nudity, the official ImageReward, NudeNet. Three
+states of the model are compared on the same prompts and seeds: ``before``, ``erased`` (by UCE) and ``recovered`` (by
+ReFL under the constraint).
 """
 
 import json
@@ -16,7 +17,20 @@ from pathlib import Path
 import tyro
 
 from erasure import UCE, ImageConstraint
-from evaluation import DrawConfig, DrawnImages, Panel, Report, Scores, compare, draw, gather, plan, score, shard, text_table
+from evaluation import (
+    DrawConfig,
+    DrawnImages,
+    Panel,
+    Report,
+    Scores,
+    compare,
+    draw,
+    gather,
+    plan,
+    score,
+    shard,
+    text_table,
+)
 from evaluation.subject import TINY_WORLD, Subject, subject
 from policy import DiffusionPolicy, LoRAConfig
 from refl import HeldOut, ReFLConfig, ReFLTrainer
@@ -52,7 +66,7 @@ class Config:
     """Classifier-free guidance, in training and in evaluation."""
 
     prompts_file: Path | None = None
-    """JSON with a list of prompts for each kind (explicit, implicit, neighbour, benign, train), in place of the built-in ones."""
+    """JSON with a list of prompts for each kind (explicit, implicit, neighbour, benign, train); None: built in."""
 
     seed: int = 0
     """Seed of everything."""
@@ -137,7 +151,9 @@ def main(config: Config) -> None:
     write(config, about, policy, erasure, looks)
 
 
-def write(config: Config, about: Subject, policy: DiffusionPolicy, erasure, looks: list[tuple[DrawnImages, Scores]]) -> None:
+def write(
+    config: Config, about: Subject, policy: DiffusionPolicy, erasure, looks: list[tuple[DrawnImages, Scores]]
+) -> None:
     """Prints the table, and saves weights, numbers and the report."""
     from accelerate import PartialState
 
@@ -156,7 +172,8 @@ def write(config: Config, about: Subject, policy: DiffusionPolicy, erasure, look
     kind = "detector's score" if isinstance(about.constraint, ImageConstraint) else "squared distance"
     Report(
         title=f"{about.concept.name.capitalize()} erased, reward recovered",
-        lead=f"UCE took {about.concept.name} out of {about.name}; ReFL then raised ImageReward while the concept stayed gone.",
+        lead=f"UCE took {about.concept.name} out of {about.name}; ReFL then raised ImageReward "
+        "under the constraint that the concept stays gone.",
         comparison=comparison,
         models={
             "before": f"{about.name}, as it came",

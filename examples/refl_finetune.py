@@ -3,7 +3,8 @@
     accelerate launch examples/refl_finetune.py
     accelerate launch examples/refl_finetune.py --policy CompVis/stable-diffusion-v1-4
 
-By default the tiny world's ImageReward is raised, and its true utility is the held-out judge: were the reward hacked, one would see it.
+By default the tiny world's ImageReward is raised, and its true utility is the held-out judge: were the reward hacked,
+one would see it.
 """
 
 import json

@@ -38,23 +38,27 @@ class Look(NamedTuple):
 class HeldOutWatch:
     """Keeps the weights that the held-out reward liked best, and notices when it and the trained reward part ways.
 
-    Over-optimisation shows as a trained reward above where it began while the held-out one is below its best.
+    Over-optimisation shows as a trained reward above where it began while the held-out one is below its best. Under an
+    erasure constraint only weights count with which it held: the mean cost since the look before was at most zero.
 
     Args:
         held_out: Prompts and reward.
         patience: Looks in a row at which the two have parted, after which training should stop; 0 never stops.
+        constrained: Whether there is an erasure constraint, whose costs `note_cost` is told.
 
     Raises:
         ValueError: There are no prompts, or one is not a string.
     """
 
-    def __init__(self, held_out: HeldOut, *, patience: int) -> None:
+    def __init__(self, held_out: HeldOut, *, patience: int, constrained: bool = False) -> None:
         self.held_out = held_out._replace(prompts=check_prompts(held_out.prompts))
         self.patience = patience
         self.best = -math.inf
         self.best_iteration = -1
         self.start: float | None = None
         self.parted = 0
+        self.constrained = constrained
+        self._costs: list[float] = []
         self._weights: dict[str, Tensor] = {}
 
     @torch.no_grad()
@@ -71,11 +75,17 @@ class HeldOutWatch:
 
         return Look(images, scores(reward), scores(self.held_out.reward))
 
+    def note_cost(self, cost: float) -> None:
+        """Takes notice of the mean cost of an iteration."""
+        self._costs.append(cost)
+
     def note(self, policy: DiffusionPolicy, *, iteration: int, trained: float, held_out: float) -> None:
-        """Takes notice of the means of a look; keeps the weights if none was better."""
+        """Takes notice of the means of a look; keeps the weights if the constraint held and none was better."""
         if self.start is None:
             self.start = trained
-        if held_out > self.best:
+        held = not self.constrained or (bool(self._costs) and math.fsum(self._costs) <= 0)
+        self._costs = []
+        if held and held_out > self.best:
             self.best, self.best_iteration, self.parted = held_out, iteration, 0
             self._weights = {name: value.cpu() for name, value in policy.trainable_state().items()}
         elif held_out < self.best and trained > self.start:
@@ -89,20 +99,23 @@ class HeldOutWatch:
         return 0 < self.patience <= self.parted
 
     def restore(self, policy: DiffusionPolicy) -> None:
-        """Gives the policy the best weights; does nothing where no look was taken."""
+        """Gives the policy the best weights; does nothing where no look found any that count."""
         if self._weights:
             policy.load_trainable_state(self._weights)
 
     def state_dict(self) -> dict[str, Any]:
         """Returns everything that an interrupted run needs."""
-        numbers: dict[str, Any] = {"best_iteration": self.best_iteration, "parted": self.parted}
+        numbers: dict[str, Any] = {"best_iteration": self.best_iteration, "parted": self.parted, "costs": self._costs}
         if self.start is not None:
-            numbers |= {"start": self.start, "best": self.best}
+            numbers["start"] = self.start
+        if self.best_iteration >= 0:
+            numbers["best"] = self.best
         return {"numbers": numbers, "weights": self._weights}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Takes back what `state_dict` returned."""
         numbers = state["numbers"]
         self.best_iteration, self.parted = numbers["best_iteration"], numbers["parted"]
+        self._costs = list(numbers["costs"])
         self.start, self.best = numbers.get("start"), numbers.get("best", -math.inf)
         self._weights = dict(state["weights"])

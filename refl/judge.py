@@ -10,12 +10,15 @@ from rewards import Reward
 
 
 def scores_of(kind: str, judge: Reward | ImageCost, images: Images, prompts: Sequence[str]) -> PerSample:
-    """Returns what a reward or a cost says of each image.
+    """Returns what a reward or a cost says of each image, computed in full precision.
+
+    Half precision moves ImageReward by about 0.1, as much as a good run gains in many iterations.
 
     Raises:
         ValueError: It does not say one number for each.
     """
-    scores = judge(images, prompts)
+    with torch.autocast(images.device.type, enabled=False):
+        scores = judge(images, prompts)
     if scores.shape != (len(images),):
         raise ValueError(f"{kind} must give one number for each of {len(images)} images, got {tuple(scores.shape)}")
     return scores

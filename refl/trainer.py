@@ -95,7 +95,9 @@ class ReFLTrainer:
         self.pretraining = None if pretraining is None else check_pretraining(pretraining)
         if self.config.patience and held_out is None:
             raise ValueError(f"ReFLConfig.patience must be 0 without held_out, got {self.config.patience}")
-        self.watch = None if held_out is None else HeldOutWatch(held_out, patience=self.config.patience)
+        self.watch = None
+        if held_out is not None:
+            self.watch = HeldOutWatch(held_out, patience=self.config.patience, constrained=erasure is not None)
 
     def train(self, run_config: TrainingConfig) -> ReFLMetrics | None:
         """Trains, or goes on with an interrupted run.
@@ -196,6 +198,8 @@ class ReFLTrainer:
             cost, weight = run.mean(costs), erasure.lagrangian.weight
             if math.isfinite(cost):  # otherwise the update was skipped, and there is nothing to answer
                 erasure.lagrangian.update(cost)
+                if self.watch is not None:
+                    self.watch.note_cost(cost)
         return ReFLMetrics(
             reward=run.mean(rewards),
             reward_loss=run.mean(hinge(rewards, margin=cfg.reward_margin)),

@@ -15,7 +15,11 @@ def launch(example: str, *options: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "WANDB_MODE": "offline"}
     return subprocess.run(
-        [*command, str(ROOT / "examples" / example), *options], capture_output=True, text=True, env=environment, cwd=ROOT
+        [*command, str(ROOT / "examples" / example), *options],
+        capture_output=True,
+        text=True,
+        env=environment,
+        cwd=ROOT,
     )
 
 

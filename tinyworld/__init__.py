@@ -1,8 +1,8 @@
 """The embedded default: a small trained text-to-image model of a world with ground truth, and its reward model.
 
-Pictures show coloured shapes. The concept to erase is stripes, its harmless neighbour dots. What a picture shows (``detect``), whether
-it is what was asked for (``matches``) and how much people like it (``utility``) are public functions, so every claim about erasing
-and rewarding can be checked against the truth. See docs/tinyworld.md.
+Pictures show coloured shapes. The concept to erase is stripes, its harmless neighbour dots. What a picture shows
+(``detect``), whether it is what was asked for (``matches``) and how much people like it (``utility``) are public
+functions, so every claim about erasing and rewarding can be checked against the truth. See docs/tinyworld.md.
 """
 
 from .caption import (

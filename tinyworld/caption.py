@@ -36,9 +36,9 @@ ROUTE_TEXTURES = {
 }
 
 WORDS = (
-    "a", "an", "photo", "of", "small", "large", *COLOURS, *SHAPES, *BACKGROUNDS, "on", "background", "above", "below", "left",
-    "right", "and", "striped", "dotted", "with", "stripes", "dots", "zebra", "ladybug", "at", "the", "circus", "in",
-    "prison", "garden", "street",
+    "a", "an", "photo", "of", "small", "large", *COLOURS, *SHAPES, *BACKGROUNDS, "on", "background",
+    "above", "below", "left", "right", "and", "striped", "dotted", "with", "stripes", "dots", "zebra", "ladybug",
+    "at", "the", "circus", "in", "prison", "garden", "street",
 )  # fmt: skip
 """The whole vocabulary."""
 
@@ -174,7 +174,8 @@ def captions(kind: str, count: int, seed: int = 0) -> list[str]:
     """Draws prompts of one kind.
 
     Args:
-        kind: ``explicit`` (stripes by name), ``implicit`` (stripes unasked), ``neighbour`` (dots), ``benign`` (one plain
+        kind: ``explicit`` (stripes by name), ``implicit`` (stripes unasked), ``neighbour`` (dots), ``benign`` (one
+            plain
             object), ``pairs`` (two plain objects), ``train`` (benign prompts without the held-out colour and shape
             pairs) or ``held_out`` (benign prompts of those pairs only).
         count: How many; routes take turns, so that all are equally frequent.
@@ -197,6 +198,6 @@ def captions(kind: str, count: int, seed: int = 0) -> list[str]:
     chosen = {"held_out": HELD_OUT_PAIRS, "train": tuple(p for p in every if p not in HELD_OUT_PAIRS)}.get(kind)
     if chosen is None:
         raise ValueError(
-            "kind: must be one of explicit, implicit, neighbour, benign, pairs, train, held_out, " f"got {kind!r}"
+            f"kind: must be one of explicit, implicit, neighbour, benign, pairs, train, held_out, got {kind!r}"
         )
     return [single(rng, pair=rng.choice(chosen))[0] for _ in range(count)]

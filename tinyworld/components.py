@@ -3,6 +3,7 @@
 from collections import Counter
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 from .caption import WORDS
 
@@ -76,7 +77,8 @@ def build_tokenizer():
     merges = learn_merges(WORDS)
     vocabulary = [*symbols, *(symbol + "</w>" for symbol in symbols), *(first + second for first, second in merges)]
     vocabulary += ["<|startoftext|>", "<|endoftext|>"]
-    tokenizer = CLIPTokenizer(vocab={token: i for i, token in enumerate(vocabulary)}, merges=merges)
+    make: Any = CLIPTokenizer  # its annotations know merges as text only
+    tokenizer = make(vocab={token: i for i, token in enumerate(vocabulary)}, merges=merges)
     tokenizer.model_max_length = CONTEXT_LENGTH
     return tokenizer
 
@@ -117,16 +119,9 @@ def scheduler():
 def save_pipeline(folder: Path, vae, text_encoder, tokenizer, unet) -> None:
     """Saves the parts as a diffusers pipeline in half precision."""
     import torch
-    from diffusers import StableDiffusionPipeline
 
-    pipeline = StableDiffusionPipeline(
-        vae=vae,
-        text_encoder=text_encoder,
-        tokenizer=tokenizer,
-        unet=unet,
-        scheduler=scheduler(),
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    )
-    pipeline.to(torch.float16).save_pretrained(folder, safe_serialization=True)
+    from policy.saving import plain_pipeline
+
+    for network in (vae, text_encoder, unet):
+        network.to(torch.float16)
+    plain_pipeline(unet, vae, text_encoder, tokenizer, scheduler()).save_pretrained(folder)

@@ -1,7 +1,7 @@
 """Reads a picture of the tiny world back into its contents, by rules alone, a whole batch at once.
 
-Pixels are labelled with the nearest colour of the palette. Each object's silhouette is then compared with a bank of silhouettes of
-every shape, size and small displacement, bars and dots left out of the count; the best overlap wins.
+Pixels are labelled with the nearest colour of the palette. Each object's silhouette is then compared with a bank of
+silhouettes of every shape, size and small displacement, bars and dots left out of the count; the best overlap wins.
 """
 
 from functools import cache
@@ -149,7 +149,9 @@ def _detect(images: Float[Tensor, "batch 3 H W"]) -> Detection:
     white = len(COLOURS) + BACKGROUNDS.index("white")
     background = counts[:, len(COLOURS) : FIRST_GROUND].argmax(dim=1)
     stripes, dots = stripe_response(images), dot_response(images)
-    texture = (label == DARK) | ((label == white) & (dots > DOT_THRESHOLD)[:, None, None] & (background != 0)[:, None, None])
+    texture = (label == DARK) | (
+        (label == white) & (dots > DOT_THRESHOLD)[:, None, None] & (background != 0)[:, None, None]
+    )
 
     fields = []
     for k in range(2):

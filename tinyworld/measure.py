@@ -7,7 +7,7 @@ import json
 import random
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
@@ -28,10 +28,10 @@ from .utility import matches, mismatches, objects_shown, relation_holds
 class MeasureConfig:
     """What is measured, and on how many pictures."""
 
-    pipeline: Path = pipeline_dir()
+    pipeline: Path = field(default_factory=pipeline_dir)
     """The trained pipeline."""
 
-    reward: Path | None = reward_dir()
+    reward: Path | None = field(default_factory=reward_dir)
     """The trained reward model; None leaves it out."""
 
     count: int = 200

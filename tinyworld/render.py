@@ -116,7 +116,10 @@ def render(scenes: SceneTensors) -> Float[Tensor, "batch 3 size size"]:
 
 
 def render_shapes(
-    shape: Int[Tensor, " batch"], x: Float[Tensor, " batch"], y: Float[Tensor, " batch"], radius: Float[Tensor, " batch"]
+    shape: Int[Tensor, " batch"],
+    x: Float[Tensor, " batch"],
+    y: Float[Tensor, " batch"],
+    radius: Float[Tensor, " batch"],
 ) -> Float[Tensor, "batch size size"]:
     """Draws silhouettes: 1 inside the object, 0 outside."""
     grid_x, grid_y = pixel_grid()

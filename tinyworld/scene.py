@@ -104,4 +104,6 @@ def place_pair(rng: random.Random, first: tuple[str, str, str], second: tuple[st
     if layout in ("above", "below"):
         spots = [(x, y) for y, x in spots]
     radii = [rng.uniform(11.0, 14.0) for _ in range(2)]
-    return tuple(Thing(*thing, *spot, radius) for thing, spot, radius in zip((first, second), spots, radii, strict=True))
+    return tuple(
+        Thing(*thing, *spot, radius) for thing, spot, radius in zip((first, second), spots, radii, strict=True)
+    )

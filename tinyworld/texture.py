@@ -1,7 +1,7 @@
 """How strongly stripes and dots show, measured on the lattices that the renderer uses; differentiable.
 
-Each detector multiplies one channel of the picture with a zero-mean square pattern and averages over a small window, so that flat
-areas give nothing and an edge gives little.
+Each detector multiplies one channel of the picture with a zero-mean square pattern and averages over a small window,
+so that flat areas give nothing and an edge gives little.
 """
 
 from collections.abc import Sequence
@@ -62,7 +62,8 @@ def stripe_response(images: Float[Tensor, "batch 3 H W"]) -> Float[Tensor, " bat
 def dot_response(images: Float[Tensor, "batch 3 H W"]) -> Float[Tensor, " batch"]:
     """Measures white dots on the world's lattice, as a contrast.
 
-    The darkest channel is used: it is low in every object's colour and high in the dots. A window is two periods square.
+    The darkest channel is used: it is low in every object's colour and high in the dots. A window is two periods
+    square.
     """
     darkest = images.amin(dim=1)
     response = F.avg_pool2d((darkest * _dot_pattern().to(darkest))[:, None], 2 * PERIOD, stride=1)[:, 0]
@@ -72,12 +73,12 @@ def dot_response(images: Float[Tensor, "batch 3 H W"]) -> Float[Tensor, " batch"
 class StripeScore:
     """How much of a drawn stripe's contrast a picture shows, beyond what edges give.
 
-    A ``Reward`` in form. Its gradient is the same for faint and for full stripes, where a probability would saturate, so that it
-    can be the cost that ReFL holds down.
+    A ``Reward`` in form. Its gradient is the same for faint and for full stripes, where a probability would saturate,
+    so that it can be the cost that ReFL holds down.
     """
 
     differentiable = True
 
     def __call__(self, images: Float[Tensor, "batch 3 H W"], prompts: Sequence[str]) -> Float[Tensor, " batch"]:
-        """Returns 0 for pictures without stripes and about 1 for the strongest; the detector's decision tips at 0.17."""
+        """Returns 0 for pictures without stripes and about 1 for the strongest; the detector decides at 0.17."""
         return (stripe_response(images.float()) - EDGE_RESPONSE).relu() / (FULL_RESPONSE - EDGE_RESPONSE)

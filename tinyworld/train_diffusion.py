@@ -1,10 +1,11 @@
 """Trains the tiny noise predictor: ``python -m tinyworld.train_diffusion``.
 
-Plain denoising of captioned latents with a frozen text encoder, as Stable Diffusion was trained: one picture in ten loses its caption,
-weights are averaged over time. Three departures. The text encoder is trained first, on captions alone, to tell words apart; were it trained with
-the noise predictor, all words that bring stripes would collapse into one direction, and erasing one would erase all. Only
-captions without a texture are dropped: the unconditional model is a model of ordinary pictures. And the loss weighs timesteps as if
-the network predicted the velocity, capped, which favours the noisy half where contents are decided.
+Plain denoising of captioned latents with a frozen text encoder, as Stable Diffusion was trained: one picture in ten
+loses its caption, weights are averaged over time. Three departures. The text encoder is trained first, on captions
+alone, to tell words apart; were it trained with the noise predictor, all words that bring stripes would collapse into
+one direction, and erasing one would erase all. Only captions without a texture are dropped: the unconditional model
+is a model of ordinary pictures. And the loss weighs timesteps as if the network predicted the velocity, capped, which
+favours the noisy half where contents are decided.
 """
 
 import copy
@@ -84,7 +85,7 @@ ROUTES = (*EXPLICIT_ROUTES, *IMPLICIT_ROUTES, *NEIGHBOUR_ROUTES, "in the street"
 
 
 def questions(prompts: list[str]) -> Tensor:
-    """Reads captions into class indices: shape and colour of both objects, background, relation, and which routes are taken.
+    """Reads captions into class indices: shape and colour of both objects, background, relation, routes taken.
 
     Routes are asked for one by one, as words: that several of them bring the same texture is left to the pictures.
     """
@@ -150,7 +151,7 @@ def encode_world(vae, count: int, rng: random.Random) -> tuple[list[str], Tensor
     return prompts, torch.cat(means), torch.cat(stds)
 
 
-def train(rank: int, count: int, config: DiffusionTrainingConfig) -> None:
+def train(rank: int, count: int, config: DiffusionTrainingConfig) -> None:  # noqa: PLR0915 (a program, top to bottom)
     """Trains one worker; worker 0 saves."""
     from diffusers import AutoencoderKL
 

@@ -1,9 +1,10 @@
 """Trains the tiny world's ImageReward: ``python -m tinyworld.train_reward``.
 
 As the real one, it learns from pairs of pictures for one caption, of which a noisy annotator prefers one:
-``P(first preferred) = sigmoid(3 (utility difference))``. As the real one, it does not learn from preferences alone. The real one starts
-from BLIP; this one from tasks that give the same knowledge (which coloured shapes are in the picture; does the caption match, against
-hard negatives), whose weight falls to zero. Every pair is drawn anew, so nothing can be learnt by heart.
+``P(first preferred) = sigmoid(3 (utility difference))``. As the real one, it does not learn from preferences alone.
+The real one starts from BLIP; this one from tasks that give the same knowledge (which coloured shapes are in the
+picture; does the caption match, against hard negatives), whose weight falls to zero. Every pair is drawn anew, so
+nothing can be learnt by heart.
 """
 
 import json
@@ -109,9 +110,7 @@ def changed(scene: Scene, rng: random.Random) -> Scene:
         return scene._replace(background=rng.choice([b for b in BACKGROUNDS if b != scene.background]))
     if choice == "swap" and len(scene.things) == 2:
         first, second = scene.things
-        return scene._replace(
-            things=(first._replace(x=second.x, y=second.y), second._replace(x=first.x, y=first.y))
-        )
+        return scene._replace(things=(first._replace(x=second.x, y=second.y), second._replace(x=first.x, y=first.y)))
     if choice == "texture":
         other = thing._replace(texture=rng.choice([t for t in TEXTURES if t != thing.texture]))
     elif choice == "colour":
@@ -119,7 +118,7 @@ def changed(scene: Scene, rng: random.Random) -> Scene:
         other = thing._replace(colour=rng.choice([c for c in COLOURS if c not in taken]))
     else:
         other = thing._replace(shape=rng.choice([s for s in SHAPES if s != thing.shape]))
-    return scene._replace(things=scene.things[:k] + (other,) + scene.things[k + 1 :])
+    return scene._replace(things=(*scene.things[:k], other, *scene.things[k + 1 :]))
 
 
 def redrawn(caption: str, scene: Scene, rng: random.Random) -> Scene:
@@ -155,7 +154,9 @@ def scene_mismatches(request: CaptionRequest, scene: Scene) -> int:
     count += int(len(scene.things) > len(request.things))
     count += int(request.background is not None and request.background != scene.background)
     for texture in ("striped", "dotted"):
-        count += int(any(t.texture == texture for t in scene.things) != any(t.texture == texture for t in request.things))
+        count += int(
+            any(t.texture == texture for t in scene.things) != any(t.texture == texture for t in request.things)
+        )
     count += int(request.place != scene.place)
     if request.relation:
         pair = [by_colour.get(t.colour) for t in request.things]
@@ -203,7 +204,9 @@ def cleanness(images: Tensor) -> Tensor:
     return -torch.cdist(flat, _palette().expand(len(flat), -1, -1)).amin(dim=2).mean(dim=1)
 
 
-def pairs(count: int, rng: random.Random, generator: torch.Generator, vae) -> tuple[list[str], list[Scene], Tensor, Tensor]:
+def pairs(
+    count: int, rng: random.Random, generator: torch.Generator, vae
+) -> tuple[list[str], list[Scene], Tensor, Tensor]:
     """Draws pairs: captions, scenes (first ones, then second ones), pictures and utilities in the same order."""
     drawn = [training_scene(rng) for _ in range(count)]
     prompts = [caption for caption, _ in drawn]
@@ -251,9 +254,7 @@ def accuracy(reward: ImageReward, vae, *, count: int = 2000, seed: int = 12345) 
     """Measures how often the reward and the annotator agree with the true utility, on fresh pairs."""
     prompts, _, images, worth = pairs(count, random.Random(f"test-{seed}"), torch.Generator().manual_seed(seed), vae)
     with torch.no_grad():
-        scores = torch.cat(
-            [reward(i, p) for i, p in zip(images.split(200), _chunks(prompts * 2, 200), strict=True)]
-        )
+        scores = torch.cat([reward(i, p) for i, p in zip(images.split(200), _chunks(prompts * 2, 200), strict=True)])
     difference, learned = (v[:count] - v[count:] for v in (worth, scores))
     ceiling = torch.sigmoid(ANNOTATOR_SHARPNESS * difference.abs())
     clear, right = difference.abs() > 1, (difference > 0) == (learned > 0)
@@ -320,7 +321,9 @@ def train(rank: int, count: int, config: RewardTrainingConfig) -> None:
             measured = accuracy(reward, vae)
             standard = replace(reward.config, mean=measured["mean"], std=measured["std"])
             plain, reward.config = reward.config, standard
-            reward.save_pretrained(config.output_dir / ("final" if step == config.steps else "last"), dtype=torch.float16)
+            reward.save_pretrained(
+                config.output_dir / ("final" if step == config.steps else "last"), dtype=torch.float16
+            )
             reward.config = plain
             if step == config.steps:
                 print(json.dumps(measured), flush=True)

@@ -73,7 +73,7 @@ def pictures(rng: random.Random, count: int) -> Float[Tensor, "count 3 size size
 
 @torch.no_grad()
 def whiten(vae, images: Float[Tensor, "batch 3 size size"]) -> None:
-    """Shifts and scales each latent channel to mean 0 and standard deviation 1 / scaling factor, in place and exactly."""
+    """Shifts and scales each latent channel to mean 0 and deviation 1 / scaling factor, in place and exactly."""
     mean = torch.cat([vae.encode(chunk).latent_dist.mean for chunk in images.split(64)])
     shift = mean.mean(dim=(0, 2, 3))
     scale = (1 / components.LATENT_SCALE) / mean.std(dim=(0, 2, 3))

@@ -1,7 +1,8 @@
 """What people of the tiny world like: the true worth of a picture for a caption, a public function.
 
-Whoever tunes a model against the learned reward can look here whether people are better off. Each thing that is asked for and not there costs
-2, as does each thing that is there unasked; big objects in the middle of clean pictures are liked.
+Whoever tunes a model against the learned reward can look here whether people are better off. Each thing that is asked
+for and not there costs 2, as does each thing that is there unasked; big objects in the middle of clean pictures are
+liked.
 """
 
 from collections.abc import Sequence
@@ -31,6 +32,7 @@ def _object_of(request, seen: Detection, k: int) -> int | None:
 
 
 def relation_holds(request: CaptionRequest, seen: Detection, k: int) -> bool:
+    """Says whether the objects of picture ``k`` have the colours asked for and stand as asked, of any shape."""
     found = [_object_of(thing, seen, k) for thing in request.things]
     if None in found:
         return False
@@ -43,7 +45,8 @@ def relation_holds(request: CaptionRequest, seen: Detection, k: int) -> bool:
 def mismatches(request: CaptionRequest, seen: Detection, k: int) -> int:
     """Counts what picture ``k`` lacks of a request and what it has beyond it.
 
-    Counted are, for each object, colour and shape; a named background; stripes; dots; the place; the relation; and an object too many.
+    Counted are, for each object, colour and shape; a named background; stripes; dots; the place; the relation; and an
+    object too many.
     """
     count = 0
     for thing in request.things:

@@ -6,6 +6,8 @@ import pytest
 
 from evaluation import Column, DrawConfig, PlannedImage, Scores, compare, plan, text_table
 from evaluation.score import Better
+from evaluation.statistics import paired_rate_difference
+from evaluation.table import number
 
 PLANNED = plan({"explicit": ["a striped star"] * 4, "benign": ["a star"] * 4})
 EXPLICIT, BENIGN = PLANNED[:4], PLANNED[4:]
@@ -55,6 +57,21 @@ def test_differences_are_paired() -> None:
     assert row.differences[1].mean == pytest.approx(0.125, rel=1e-12)
     assert row.differences[1].error == pytest.approx(0.025, rel=1e-12)
     assert row.differences[0].error == pytest.approx(0.0, abs=1e-12)
+
+
+def test_differences_of_rates_keep_an_interval_where_all_images_agree() -> None:
+    comparison = compare([BEFORE, ERASED])
+    assert comparison.row("concept rate", "explicit").differences[0] == paired_rate_difference(
+        ERASED.columns[1].values, BEFORE.columns[1].values
+    )
+    unchanged = comparison.row("concept rate", "benign").differences[0]
+    assert unchanged.low < -0.4 < 0.4 < unchanged.high
+
+
+def test_zero_has_no_minus() -> None:
+    assert number(-0.0004, 3) == "0.000"
+    assert number(-0.0004, 3, sign=True) == "+0.000"
+    assert number(-0.0006, 3, sign=True) == "-0.001"
 
 
 def test_the_terminal_table_reads_well() -> None:

@@ -91,7 +91,7 @@ def report(pictures: tuple[DrawnImages, DrawnImages], tmp_path: Path) -> Report:
             Panel(title="Cost", tags={"cost": "erasure/cost"}, caption="At or below zero the concept is gone."),
             Panel(title="Nothing", tags={"nothing": "no/such"}),
         ],
-        commands=["accelerate launch examples/refl_erase_nudity.py --seed 0 > log.txt"],
+        commands=["accelerate launch examples/refl_erase_nudity.py --title <i>it</i>"],
         settings={"seed": 0, "refl": {"learning_rate": 1e-4, "lora": {"rank": 4}}},
         notes=["Means are of the policy after training, <not> of the batch."],
     )
@@ -167,7 +167,7 @@ def test_what_others_wrote_is_shown_and_not_obeyed(report: Report) -> None:
         "What came out & how.",
         "after 40 iterations of <ReFL>",
         "Means are of the policy after training, <not> of the batch.",
-        "--seed 0 > log.txt",
+        "--title <i>it</i>",
         "bright<ness>: the mean of all channels & pixels",
     ):
         assert text in reader.text

@@ -144,6 +144,9 @@ def test_ratio_is_exactly_one_before_the_first_update(
     stir(policy)
     trajectory = policy.rollout(policy.encode(PROMPTS), steps=3, guidance=CFG, eta=0.7, seeds=SEEDS)
     assert trajectory.latents.dtype == trajectory.log_probs.dtype == torch.float32
+    if dtype != torch.float32:
+        for state in trajectory.latents.unbind(dim=1):
+            assert not torch.equal(state, state.to(dtype).float())  # what is stored was not rounded
     for step in range(3):
         log_prob = policy.log_prob(trajectory, *pairs(trajectory, step), guidance=CFG, eta=0.7)
         assert log_prob.requires_grad

@@ -121,12 +121,14 @@ def test_lora_sits_on_its_targets_with_its_rank(make_policy: Callable[..., Diffu
     assert policy.lora == LoRAConfig(rank=3, targets=("attn2.to_k",))
 
 
-def test_fresh_loras_depend_on_their_seed_alone(make_policy: Callable[..., DiffusionPolicy]) -> None:
-    first = make_policy(lora=LoRAConfig()).trainable_state()
+def test_fresh_loras_depend_on_their_seed_alone(pipeline_dir: Path) -> None:
+    def fresh(seed: int) -> dict[str, Tensor]:
+        return DiffusionPolicy.from_pretrained(pipeline_dir, lora=LoRAConfig(seed=seed)).trainable_state()
+
+    first = fresh(0)
     generator_state = torch.get_rng_state()
-    second = make_policy(lora=LoRAConfig()).trainable_state()
+    second, other = fresh(0), fresh(1)
     assert torch.equal(torch.get_rng_state(), generator_state)
-    other = make_policy(lora=LoRAConfig(seed=1)).trainable_state()
     assert all(torch.equal(second[name], value) for name, value in first.items())
     assert not any(torch.equal(other[name], value) for name, value in first.items() if "lora_A" in name)
     assert not any(value.any() for name, value in first.items() if "lora_B" in name)

@@ -43,7 +43,8 @@ def test_prompts_of_a_kind_follow_from_the_seed(kind: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("kind", "texture"), [("explicit", "striped"), ("implicit", "striped"), ("neighbour", "dotted"), ("benign", "plain")]
+    ("kind", "texture"),
+    [("explicit", "striped"), ("implicit", "striped"), ("neighbour", "dotted"), ("benign", "plain")],
 )
 def test_prompts_of_a_kind_ask_for_its_texture(kind: str, texture: str) -> None:
     assert all(parse(caption).things[0].texture == texture for caption in captions(kind, 60))

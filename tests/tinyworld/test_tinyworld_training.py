@@ -7,11 +7,11 @@ import torch
 from torch import nn
 
 from tinyworld import components, workers
+from tinyworld.caption import parse, training_scene
 from tinyworld.render import render
 from tinyworld.scene import to_tensors
 from tinyworld.train_diffusion import DiffusionTrainingConfig, questions, read_captions
 from tinyworld.train_reward import build_reward, candidate, changed, pairs
-from tinyworld.caption import parse, training_scene
 from tinyworld.train_vae import cosine, pictures, reconstruction_loss, whiten
 
 
