@@ -54,7 +54,7 @@ class Config:
     """ReFL iterations of the recovery."""
 
     learning_rate: float | None = None
-    """Of the LoRA; None is 5e-4 for the tiny world and 1e-4 for Stable Diffusion."""
+    """Of the LoRA; None is 1e-3 for the tiny world and 1e-4 for Stable Diffusion."""
 
     prompts_per_kind: int = 200
     """Prompts of each kind in the evaluation."""
@@ -87,7 +87,7 @@ def refl_config(config: Config) -> ReFLConfig:
             first_graded_step=10,
             last_graded_step=19,
             guidance_scale=config.guidance_scale,
-            reward_scale=0.02,
+            reward_scale=0.05,
             evaluate_every=20,
         )
     return ReFLConfig(
@@ -116,7 +116,7 @@ def look(policy: DiffusionPolicy, about: Subject, config: Config, *, model: str)
 def main(config: Config) -> None:
     """Runs the whole job."""
     settings = refl_config(config)
-    learning_rate = config.learning_rate or (5e-4 if config.policy == TINY_WORLD else 1e-4)
+    learning_rate = config.learning_rate or (1e-3 if config.policy == TINY_WORLD else 1e-4)
     run_config = TrainingConfig(
         output_dir=config.output_dir,
         iterations=config.iterations,

@@ -29,8 +29,8 @@ class Minus:
 @pytest.fixture
 def stay_erased() -> ObjectiveConstraint:
     """The constraint that predictions for the concept stay where they are."""
-    lagrangian = Lagrangian(LagrangianConfig(learning_rate=100.0))
-    return ObjectiveConstraint(StayErased(StayErasedConfig(steps=3)), NUDITY, lagrangian=lagrangian, ceiling=1e-4)
+    lagrangian = Lagrangian(LagrangianConfig(learning_rate=1000.0))
+    return ObjectiveConstraint(StayErased(StayErasedConfig(steps=3)), NUDITY, lagrangian=lagrangian, ceiling=1e-6)
 
 
 def test_cost_falls_and_its_weight_follows(
@@ -118,10 +118,10 @@ def test_objective_on_noise_predictions_is_a_constraint_too(
     config = run_config(iterations=6)
     ReFLTrainer(policy, redness, prompts, small(), erasure=stay_erased).train(config)
     lines = [line for line in read_metrics(config.output_dir / "metrics.jsonl") if "erasure/cost" in line]
-    assert lines[0]["erasure/cost"] == pytest.approx(-1e-4, rel=1e-5)  # nothing has moved yet: minus the ceiling
+    assert lines[0]["erasure/cost"] == pytest.approx(-1e-6, rel=1e-5)  # nothing has moved yet: minus the ceiling
     assert lines[0]["erasure/gradient_cosine"] == 0.0
     assert lines[-1]["erasure/cost"] > 0
-    assert lines[1]["erasure/weight"] == pytest.approx(1.0 - 100 * 1e-4, rel=1e-5)
+    assert lines[1]["erasure/weight"] == pytest.approx(1.0 - 1000 * 1e-6, rel=1e-5)
     assert stay_erased.lagrangian.weight > lines[1]["erasure/weight"]
 
 

@@ -74,6 +74,36 @@ def test_without_patience_nothing_stops(redness: Any, policy: DiffusionPolicy) -
     assert not watch.should_stop
 
 
+def test_only_weights_with_which_the_constraint_held_are_kept(redness: Any, policy: DiffusionPolicy) -> None:
+    watch = HeldOutWatch(HeldOut(HELD_OUT, redness), patience=0, constrained=True)
+    looks = [
+        ([], 0.9),  # before training nothing is known of the cost
+        ([0.3, 0.1], 0.8),
+        ([0.1, -0.2], 0.4),  # held on average
+        ([0.2, -0.1], 0.7),
+        ([-0.1, -0.1], 0.5),
+        ([-0.1, -0.1], 0.3),
+    ]
+    for iteration, (costs, held_out) in enumerate(looks):
+        for cost in costs:
+            watch.note_cost(cost)
+        set_weights(policy, float(iteration))
+        watch.note(policy, iteration=iteration, trained=0.0, held_out=held_out)
+    assert (watch.best, watch.best_iteration) == (0.5, 4)
+    watch.restore(policy)
+    assert weights(policy) == {4.0}
+
+
+def test_without_any_weights_that_count_the_last_ones_stay(redness: Any, policy: DiffusionPolicy) -> None:
+    watch = HeldOutWatch(HeldOut(HELD_OUT, redness), patience=0, constrained=True)
+    watch.note_cost(0.1)
+    set_weights(policy, 1.0)
+    watch.note(policy, iteration=0, trained=0.0, held_out=0.5)
+    set_weights(policy, 2.0)
+    watch.restore(policy)
+    assert weights(policy) == {2.0}
+
+
 def test_state_of_a_watch_goes_into_another(watch: HeldOutWatch, redness: Any, policy: DiffusionPolicy) -> None:
     other = HeldOutWatch(HeldOut(HELD_OUT, redness), patience=2)
     other.load_state_dict(watch.state_dict())  # before any look
@@ -82,8 +112,11 @@ def test_state_of_a_watch_goes_into_another(watch: HeldOutWatch, redness: Any, p
     watch.note(policy, iteration=7, trained=0.1, held_out=0.5)
     set_weights(policy, 2.0)
     watch.note(policy, iteration=9, trained=0.2, held_out=0.4)
+    watch.note_cost(0.25)
     other.load_state_dict(watch.state_dict())
     assert (other.start, other.best, other.best_iteration, other.parted) == (0.1, 0.5, 7, 1)
+    assert other.state_dict()["numbers"] == watch.state_dict()["numbers"]
+    assert other.state_dict()["numbers"]["costs"] == [0.25]
     other.restore(policy)
     assert weights(policy) == {1.0}
 
