@@ -51,7 +51,7 @@ class RewardTrainingConfig:
     vae: Path | None = None
     """An autoencoder through which three pictures in ten pass, so that the reward knows how generated pictures look."""
 
-    steps: int = 4500
+    steps: int = 3500
     """Optimizer steps of each worker."""
 
     pairs: int = 32

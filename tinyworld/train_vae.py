@@ -29,7 +29,7 @@ class VAETrainingConfig:
     output_dir: Path = Path("tinyworld-training/vae")
     """Where weights are written."""
 
-    steps: int = 8000
+    steps: int = 7000
     """Optimizer steps of each worker."""
 
     batch_size: int = 8
