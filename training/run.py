@@ -60,6 +60,18 @@ class TrainingRun:
     iteration: int
     """Index of the current iteration; after the last, their number."""
 
+    device: torch.device
+    """Where this process computes."""
+
+    is_main: bool
+    """Whether this is the process that writes."""
+
+    process_index: int
+    """Index of this process, from 0."""
+
+    num_processes: int
+    """Number of processes."""
+
     generator: torch.Generator
     """Source of random numbers on the CPU. It is the same in all processes: draw for the whole batch, then `shard`."""
 
@@ -101,6 +113,10 @@ class TrainingRun:
         """
         with ExitStack() as stack:
             self.accelerator = stack.enter_context(started_accelerator(self.config))
+            self.device = self.accelerator.device
+            self.is_main = self.accelerator.is_main_process
+            self.process_index = self.accelerator.process_index
+            self.num_processes = self.accelerator.num_processes
             from_main(self.accelerator, lambda: claim(self.config, self._configs))
             config, policy = self.config, self.policy
             folder = Path(config.output_dir)
@@ -129,27 +145,7 @@ class TrainingRun:
             self._loop.close()
         self._stack.close()
 
-    # What there is to know about the processes.
-
-    @property
-    def device(self) -> torch.device:
-        """Where this process computes."""
-        return self.accelerator.device
-
-    @property
-    def is_main(self) -> bool:
-        """Whether this is the process that writes."""
-        return self.accelerator.is_main_process
-
-    @property
-    def process_index(self) -> int:
-        """Index of this process, from 0."""
-        return self.accelerator.process_index
-
-    @property
-    def num_processes(self) -> int:
-        """Number of processes."""
-        return self.accelerator.num_processes
+    # The processes.
 
     def shard(self, items: Items) -> Items:
         """Returns this process's part of a batch; the parts are equal, so that a mean of means is the mean.
@@ -164,7 +160,8 @@ class TrainingRun:
 
     def gather(self, values: Shaped[Tensor, "batch ..."]) -> Shaped[Tensor, "all ..."]:
         """Returns the values of all processes in their order, without gradients; undoes `shard`."""
-        return self.accelerator.gather(values.detach().to(self.device))
+        values = values.detach().to(self.device)
+        return self.accelerator.gather(values) if self.num_processes > 1 else values
 
     def mean(self, values: float | int | Tensor) -> float:
         """Returns the mean over all values of all processes, each of which holds equally many."""

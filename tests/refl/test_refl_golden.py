@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from policy import ClassifierFree, DiffusionPolicy
 from refl import ReFLConfig, ReFLTrainer, graded_images, hinge
@@ -19,7 +20,7 @@ from training import TrainingConfig, TrainingRun, make_optimizer
 
 GOLDEN = Path(__file__).resolve().parents[1] / "golden"
 UNGUIDED = ClassifierFree(1.0)
-SEED_OF_ORDER = 1
+SEED_OF_ORDER = 3
 """Seed of a run whose first batch of two is the first prompt, then the second."""
 
 
@@ -214,11 +215,13 @@ def test_gradient_and_update_of_the_graded_images_are_the_golden_ones(
     settings: ReFLConfig,
     make_run_config: Callable[[], TrainingConfig],
 ) -> None:
-    images = graded_images(recorded, prompts, [0, 1], settings, graded_step=33)
-    torch.testing.assert_close(images[:1].detach(), golden["image"], rtol=0, atol=4e-5)
-    loss = settings.reward_scale * hinge(reward(images, prompts), margin=settings.reward_margin).mean()
-    torch.testing.assert_close(loss.detach(), golden["loss"], rtol=1e-5, atol=0)
-    loss.backward()
+    # On some CPUs the fused attention's backward differs by 5e-4 from the plain one, ten times the tolerance.
+    with sdpa_kernel(SDPBackend.MATH):
+        images = graded_images(recorded, prompts, [0, 1], settings, graded_step=33)
+        torch.testing.assert_close(images[:1].detach(), golden["image"], rtol=0, atol=4e-5)
+        loss = settings.reward_scale * hinge(reward(images, prompts), margin=settings.reward_margin).mean()
+        torch.testing.assert_close(loss.detach(), golden["loss"], rtol=1e-5, atol=0)
+        loss.backward()
 
     parameters = dict(recorded.unet.named_parameters())
     assert list(parameters) == case["parameter_names"]
@@ -256,7 +259,7 @@ def test_whole_iteration_of_the_trainer_is_the_golden_one(
     make_run_config: Callable[[], TrainingConfig],
 ) -> None:
     trainer = ReFLTrainer(recorded, reward, prompts, settings)
-    with TrainingRun(recorded, make_run_config()) as run:
+    with TrainingRun(recorded, make_run_config()) as run, sdpa_kernel(SDPBackend.MATH):
         metrics = trainer.step(run)
     assert metrics.graded_step == 33
     assert metrics.reward == pytest.approx(float(golden["rewards"].mean()), abs=4e-5)

@@ -63,7 +63,13 @@ trainer = ReFLTrainer(policy, Mean(0), PROMPTS, config, erasure=erasure, held_ou
 # Plain gradient steps, as far as AdamW can take them: with a large epsilon its step is proportional to the gradient,
 # so that rounding is not blown up where a gradient is nearly zero.
 settings = TrainingConfig(
-    output_dir=folder, iterations=2, learning_rate=10.0, adam_epsilon=1.0, weight_decay=0.0, max_grad_norm=1e6, progress=False
+    output_dir=folder,
+    iterations=2,
+    learning_rate=10.0,
+    adam_epsilon=1.0,
+    weight_decay=0.0,
+    max_grad_norm=1e6,
+    progress=False,
 )
 metrics = trainer.train(settings)
 from accelerate import PartialState

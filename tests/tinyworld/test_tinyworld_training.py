@@ -57,7 +57,9 @@ def test_the_text_encoder_learns_to_read() -> None:
 
 def test_questions_list_what_a_caption_asks_for() -> None:
     row = questions(["a striped red star above a blue circle on a pink background"])[0].tolist()
-    assert row == [4, 1, 2, 1, 3, 1, 3, 0]
+    # star, red, circle, blue, pink, above; then the ten routes: "striped" comes early in the caption
+    assert row == [4, 1, 1, 3, 3, 1, 1, *[0] * 9]
+    assert questions(["a red star above a striped blue circle"])[0].tolist() == [4, 1, 1, 3, 0, 1, 2, *[0] * 9]
 
 
 def test_one_change_makes_a_scene_mismatch_its_caption() -> None:

@@ -232,7 +232,9 @@ def test_shard_and_gather_and_mean_in_one_process(stand_in: Callable, config: Tr
         assert not gathered.requires_grad
         assert run.mean(values) == 1.5
         assert run.mean(2) == 2.0
-        assert (run.is_main, run.process_index, run.num_processes) == (True, 0, 1)
+    # What the run knows of the processes stays true after it.
+    assert (run.is_main, run.process_index, run.num_processes, run.device.type) == (True, 0, 1, "cpu")
+    assert run.mean(torch.arange(3)) == 1.0
 
 
 def test_import_is_light() -> None:
