@@ -134,9 +134,12 @@ def ddim_mean_and_std(
     """
     clean = predict_clean(latents, prediction, alphas, prediction_type)
     epsilon = predict_epsilon(latents, prediction, alphas, prediction_type)
-    std = eta * ((1 - previous_alphas) / (1 - alphas) * (1 - alphas / previous_alphas)).sqrt()
+    # Differences of numbers near one: in float64, which costs nothing for one number a sample.
+    level, previous = alphas.double(), previous_alphas.double()
+    variance = eta**2 * (1 - previous) / (1 - level) * (1 - level / previous)
     # Not below zero but for rounding, as eta <= 1.
-    direction = (1 - previous_alphas - std**2).clamp(min=0).sqrt()
+    direction = (1 - previous - variance).clamp(min=0).sqrt().to(latents.dtype)
+    std = variance.sqrt().to(latents.dtype)
     mean = _per_sample(previous_alphas.sqrt()) * clean + _per_sample(direction) * epsilon
     return mean, std
 

@@ -377,6 +377,7 @@ def test_compile_switch_compiles_the_unet_in_place(
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)  # compiles C++ where there is no accelerator
 def test_compiled_policy_draws_the_same(make_policy: Callable[..., DiffusionPolicy]) -> None:
     plain, compiled = make_policy(lora=LoRAConfig()), make_policy(lora=LoRAConfig(), compile=True)
     images = plain.draw(PROMPTS, steps=3, seeds=SEEDS)
