@@ -83,11 +83,16 @@ if PartialState().is_main_process:
 
 
 def launch(program: Path, *arguments: object, processes: int) -> None:
-    """Runs the program as a user does, on CPUs connected by gloo."""
-    options = ["--cpu", "--num_processes", str(processes), "--num_machines", "1", "--mixed_precision", "no"]
-    options += ["--dynamo_backend", "no", "--main_process_port", "0"]
-    command = [sys.executable, "-m", "accelerate.commands.launch", *options, str(program), *map(str, arguments)]
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    """Runs the program in processes on CPUs, connected by gloo."""
+    # accelerate 1.15's launcher starts one process with --cpu, whatever --num_processes says.
+    launcher = ["torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+    command = [sys.executable, "-m", *launcher, str(program), *map(str, arguments)]
+    environment = os.environ | {
+        "PYTHONPATH": str(ROOT),
+        "OMP_NUM_THREADS": "1",
+        "HF_HUB_OFFLINE": "1",
+        "ACCELERATE_USE_CPU": "true",
+    }
     done = subprocess.run(command, env=environment, cwd=program.parent, capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stderr[-4000:]
 
