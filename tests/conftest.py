@@ -6,6 +6,7 @@ The tokenizer is written to disk here, because the dummy ones that libraries off
 """
 
 import json
+import os
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -15,6 +16,8 @@ import pytest
 import torch
 
 from policy import DiffusionPolicy, LoRAConfig
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports huggingface_hub: no test asks the network
 
 TOKENS = 24
 """Length of the tiny text encoder's context, on purpose not CLIP's 77."""
