@@ -33,7 +33,8 @@ from evaluation import (
 )
 from evaluation.subject import TINY_WORLD, Subject, subject
 from policy import DiffusionPolicy, LoRAConfig
-from refl import HeldOut, ReFLConfig, ReFLTrainer
+from refl import ReFLConfig, ReFLTrainer
+from rewards import HeldOut
 from training import TrainingConfig, check_output_dir
 
 

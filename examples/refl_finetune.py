@@ -18,7 +18,8 @@ from accelerate import PartialState
 from evaluation import DrawConfig, Panel, Report, compare, draw, gather, plan, score, shard, text_table
 from evaluation.subject import TINY_WORLD, subject
 from policy import LoRAConfig
-from refl import HeldOut, ReFLConfig, ReFLTrainer
+from refl import ReFLConfig, ReFLTrainer
+from rewards import HeldOut
 from training import TrainingConfig, check_output_dir
 
 

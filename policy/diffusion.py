@@ -373,7 +373,20 @@ class DiffusionPolicy:
         """Returns the log-probability of stored steps under the present weights; gradients flow to the weights.
 
         Takes the same path as `rollout`: with unchanged weights and a minibatch of the rollout's shape, the result is
-        the stored number to the last bit.
+        the stored number to the last bit. Arguments are those of `stored_steps`.
+        """
+        return ddim.gaussian_log_prob(*self.stored_steps(trajectory, samples, steps, guidance=guidance, eta=eta))
+
+    def stored_steps(
+        self,
+        trajectory: Trajectory,
+        samples: Int[Tensor, " batch"],
+        steps: Int[Tensor, " batch"],
+        *,
+        guidance: Guidance | None = None,
+        eta: float = 1.0,
+    ) -> tuple[Latents, Latents, PerSample]:
+        """Returns where stored steps led, and the Gaussians that the present weights would draw them from.
 
         Args:
             trajectory: From `rollout`, with the same guidance and eta; may lie on another device.
@@ -381,6 +394,9 @@ class DiffusionPolicy:
             steps: Index of the step of each wanted pair, counted from noise.
             guidance: None is classifier-free guidance of 5.
             eta: As in the rollout.
+
+        Returns:
+            The latents that each step led to; the mean, with gradient where it is enabled, and the standard deviation.
         """
         plan = self._stochastic_schedule(len(trajectory.timesteps), eta)
         guidance = DEFAULT_GUIDANCE if guidance is None else guidance
@@ -390,7 +406,7 @@ class DiffusionPolicy:
         after = trajectory.latents[samples, steps + 1].to(self.device)
         embeddings = trajectory.embeddings[samples.to(trajectory.embeddings.device)].to(self.device)
         mean, std = self._mean_and_std(before, embeddings, plan, steps.to(self.device), guidance, eta)
-        return ddim.gaussian_log_prob(after, mean, std)
+        return after, mean, std
 
     def denoise(
         self,

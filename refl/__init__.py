@@ -3,15 +3,11 @@
 from .config import ReFLConfig
 from .distance import distance_to_reference
 from .graded import graded_images
-from .held_out import HeldOut, HeldOutWatch, Look
 from .loss import hinge
 from .pretraining import PretrainingPairs, pairs_from_folder, pairs_from_policy
 from .trainer import ReFLMetrics, ReFLTrainer
 
 __all__ = [
-    "HeldOut",
-    "HeldOutWatch",
-    "Look",
     "PretrainingPairs",
     "ReFLConfig",
     "ReFLMetrics",

@@ -1,27 +1,12 @@
-"""What ReFL asks of a reward or of an erasure cost: one number for each image, and a gradient to the pixels."""
+"""What ReFL asks of a reward or of an erasure cost beyond a score: a gradient to the pixels."""
 
 from collections.abc import Sequence
 
 import torch
 
 from erasure import ImageCost
-from policy.types import Images, PerSample
-from rewards import Reward
-
-
-def scores_of(kind: str, judge: Reward | ImageCost, images: Images, prompts: Sequence[str]) -> PerSample:
-    """Returns what a reward or a cost says of each image, computed in full precision.
-
-    Half precision moves ImageReward by about 0.1, as much as a good run gains in many iterations.
-
-    Raises:
-        ValueError: It does not say one number for each.
-    """
-    with torch.autocast(images.device.type, enabled=False):
-        scores = judge(images, prompts)
-    if scores.shape != (len(images),):
-        raise ValueError(f"{kind} must give one number for each of {len(images)} images, got {tuple(scores.shape)}")
-    return scores
+from policy.types import Images
+from rewards import Reward, scores_of
 
 
 def check_gradient(kind: str, judge: Reward | ImageCost, image: Images, prompts: Sequence[str]) -> None:

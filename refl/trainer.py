@@ -8,7 +8,6 @@ code, and for results.
 
 import math
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple, TypeVar
 
 import torch
@@ -19,14 +18,13 @@ from erasure.protocols import ConceptBatch
 from policy import ClassifierFree, DiffusionPolicy
 from policy.prompts import check_prompts
 from policy.types import PerSample
-from rewards import Reward
-from training import Stateful, TrainingConfig, TrainingRun
+from rewards import HeldOut, HeldOutWatch, Reward, scores_of
+from training import Stateful, TrainingConfig, TrainingRun, draw_batch
 
 from .config import ReFLConfig
 from .distance import distance_to_reference
 from .graded import graded_images
-from .held_out import HeldOut, HeldOutWatch
-from .judge import check_gradient, not_differentiable, scores_of
+from .judge import check_gradient, not_differentiable
 from .loss import hinge
 from .pretraining import PretrainingPairs, check_pretraining, denoising_loss, pairs_from_policy
 
@@ -176,17 +174,17 @@ class ReFLTrainer:
         cfg, erasure, pairs = self.config, self.erasure, self.pretraining
         graded_step = int(torch.randint(cfg.first_graded_step, cfg.last_graded_step + 1, (), generator=run.generator))
 
-        batch = _draw(run, self.prompts, cfg.batch_size)
+        batch = draw_batch(run, self.prompts, cfg.batch_size)
         rewards = self._descend(run, batch, lambda *part: self._reward_term(*part, graded_step))
         costs, cosine = None, 0.0
         if erasure is not None:
             before = [gradient.clone() for gradient in self._gradients()]
-            batch = _draw(run, erasure.prompts, cfg.erasure_batch_size)
+            batch = draw_batch(run, erasure.prompts, cfg.erasure_batch_size)
             costs = self._descend(run, batch, lambda *part: self._erasure_term(*part, erasure, graded_step))
             cosine = _cosine(before, self._gradients())
         losses = None
         if cfg.pretraining_weight and pairs is not None:
-            chosen = _draw(run, range(len(pairs.captions)), cfg.pretraining_batch_size)
+            chosen = draw_batch(run, range(len(pairs.captions)), cfg.pretraining_batch_size)
             losses = self._descend(run, chosen, lambda *part: self._pretraining_term(*part, pairs))
 
         # The terms have added up in each process; a last backward, of nothing, averages over the processes.
@@ -282,7 +280,7 @@ class ReFLTrainer:
 
     def _look(self, run: TrainingRun) -> None:
         """Looks at the policy from outside: its distance from the reference, and the held-out prompts."""
-        with _averaged(run):
+        with run.averaged():
             run.log({"train/distance": distance_to_reference(self.policy)})
             if self.watch is None:
                 return
@@ -315,19 +313,6 @@ class ReFLTrainer:
             values["erasure/weight"] = metrics.erasure_weight
             values["erasure/gradient_cosine"] = metrics.gradient_cosine
         return values
-
-
-def _draw(run: TrainingRun, population: Sequence[Item], count: int) -> list[tuple[Item, int]]:
-    """Draws items and a seed for each, for the batch of all processes, and returns this process's part."""
-    picks = torch.randint(len(population), (count,), generator=run.generator)
-    seeds = torch.randint(2**31 - 1, (count,), generator=run.generator)
-    mine = zip(run.shard(picks).tolist(), run.shard(seeds).tolist(), strict=True)
-    return [(population[pick], seed) for pick, seed in mine]
-
-
-def _averaged(run: TrainingRun) -> AbstractContextManager[None]:
-    """Returns the block in which the policy has the averaged weights, where the run keeps an average."""
-    return nullcontext() if run.config.ema_decay is None else run.ema_weights()
 
 
 def _cosine(first: Sequence[Tensor], both: Sequence[Tensor]) -> float:

@@ -1,5 +1,6 @@
 """What every training run needs: accelerate, optimizer, checkpoints and resume, trackers, progress."""
 
+from .batch import draw_batch
 from .checkpoint import Checkpoint, CheckpointFolder, DamagedCheckpointError, load_checkpoint
 from .config import TrainingConfig
 from .descent import NonFiniteError
@@ -25,6 +26,7 @@ __all__ = [
     "TrainingConfig",
     "TrainingRun",
     "check_output_dir",
+    "draw_batch",
     "image_grid",
     "load_checkpoint",
     "make_optimizer",

@@ -168,6 +168,10 @@ class TrainingRun:
         total = torch.as_tensor(values, device=self.device).detach().float().mean()
         return float(self.accelerator.reduce(total, reduction="mean") if self.num_processes > 1 else total)
 
+    def in_any(self, flag: bool) -> bool:
+        """Returns whether the flag is set in any process."""
+        return in_any(self.accelerator, flag)
+
     # The loop.
 
     def iterations(self) -> Iterator[int]:
@@ -227,6 +231,10 @@ class TrainingRun:
             raise ValueError("ema_decay must be set to use averaged weights, got None")
         return self._descent.ema.swapped()
 
+    def averaged(self) -> AbstractContextManager[None]:
+        """Returns the block in which the policy has the averaged weights, or its own where the run keeps no average."""
+        return nullcontext() if self._descent.ema is None else self._descent.ema.swapped()
+
     # What is written down.
 
     def log(self, values: Mapping[str, SupportsFloat]) -> None:
@@ -281,7 +289,7 @@ class TrainingRun:
                     bar.advance()
                     stop = in_any(self.accelerator, termination.requested)
                     if stop or self.iteration == total or self.iteration % self.config.checkpoint_every == 0:
-                        self._save()
+                        self.save()
                     if stop:
                         raise SystemExit(TERMINATED)
             finally:
@@ -290,8 +298,12 @@ class TrainingRun:
 
     # Checkpoints.
 
-    def _save(self) -> None:
-        """Saves a checkpoint of the iterations done so far, unless there is one."""
+    def save(self) -> None:
+        """Saves a checkpoint of the iterations done so far, unless there is one; all processes have to call it.
+
+        `iterations` calls it when its time has come. A trainer does so before it gives up in the middle of an
+        iteration; the generator then has to be where it was at the beginning of it.
+        """
         from accelerate.utils import gather_object
 
         if self._saved == self.iteration:

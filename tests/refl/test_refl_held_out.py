@@ -9,7 +9,8 @@ from torch import Tensor
 
 from policy import ClassifierFree, DiffusionPolicy
 from policy.types import Images, PerSample
-from refl import HeldOut, HeldOutWatch, ReFLConfig, ReFLTrainer
+from refl import ReFLConfig, ReFLTrainer
+from rewards import HeldOut, HeldOutWatch
 from training import TrainingConfig, read_metrics
 
 HELD_OUT = ["a yellow square", "two cats", "a large dog"]

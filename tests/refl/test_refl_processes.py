@@ -23,7 +23,8 @@ from safetensors.torch import save_file
 
 from erasure import NUDITY, ImageConstraint, ObjectiveConstraint, ScoreCeiling, StayErased, StayErasedConfig
 from policy import DiffusionPolicy
-from refl import HeldOut, ReFLConfig, ReFLTrainer
+from refl import ReFLConfig, ReFLTrainer
+from rewards import HeldOut
 from training import TrainingConfig
 
 PROMPTS = ["a red circle", "a blue square", "a cat", "two dogs"]

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from policy import DiffusionPolicy
 from policy.types import Images, PerSample
-from refl import HeldOut, ReFLConfig, ReFLTrainer
+from refl import ReFLConfig, ReFLTrainer
+from rewards import HeldOut
 from training import TrainingConfig, read_metrics
 
 

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from policy import ClassifierFree, DiffusionPolicy
 from policy.types import Images, PerSample
-from refl import HeldOut, PretrainingPairs, ReFLConfig, ReFLTrainer
+from refl import PretrainingPairs, ReFLConfig, ReFLTrainer
+from rewards import HeldOut
 from training import TrainingConfig, TrainingRun, read_metrics
 
 Judge = Callable[[Images, Sequence[str]], PerSample]

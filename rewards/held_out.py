@@ -10,7 +10,8 @@ from torch import Tensor
 from policy import DiffusionPolicy, Guidance
 from policy.prompts import check_prompts
 from policy.types import Images, PerSample
-from rewards import Reward
+
+from .types import Reward
 
 
 class HeldOut(NamedTuple):
@@ -62,12 +63,14 @@ class HeldOutWatch:
         self._weights: dict[str, Tensor] = {}
 
     @torch.no_grad()
-    def measure(self, policy: DiffusionPolicy, reward: Reward, *, part: slice, steps: int, guidance: Guidance) -> Look:
-        """Draws a part of the prompts, without noise in the steps, and scores it by both rewards."""
+    def measure(
+        self, policy: DiffusionPolicy, reward: Reward, *, part: slice, steps: int, guidance: Guidance, eta: float = 0.0
+    ) -> Look:
+        """Draws a part of the prompts, without noise in the steps where eta is 0, and scores it by both rewards."""
         prompts, first, size = self.held_out.prompts, self.held_out.first_seed, self.held_out.batch_size
         seeds = range(first, first + len(prompts))[part]
         prompts = prompts[part]
-        images = policy.draw(prompts, seeds=seeds, steps=steps, guidance=guidance, batch_size=size)
+        images = policy.draw(prompts, seeds=seeds, steps=steps, guidance=guidance, eta=eta, batch_size=size)
 
         def scores(judge: Reward) -> PerSample:
             parts = enumerate(images.split(size))

@@ -1,0 +1,28 @@
+"""DDPO: policy gradients over whole denoising trajectories, and reward-weighted regression beside them."""
+
+from .advantage import PromptStatistics, group_advantages, round_advantages
+from .config import DDPOConfig
+from .loss import clipped_surrogate, gaussian_kl, score_function
+from .rwr import RWRConfig, RWRMetrics, RWRTrainer
+from .scoring import RewardError, ScoringConfig
+from .trainer import DDPOMetrics, DDPOTrainer
+from .weighting import softmax_weights, sparse_weights
+
+__all__ = [
+    "DDPOConfig",
+    "DDPOMetrics",
+    "DDPOTrainer",
+    "PromptStatistics",
+    "RWRConfig",
+    "RWRMetrics",
+    "RWRTrainer",
+    "RewardError",
+    "ScoringConfig",
+    "clipped_surrogate",
+    "gaussian_kl",
+    "group_advantages",
+    "round_advantages",
+    "score_function",
+    "softmax_weights",
+    "sparse_weights",
+]

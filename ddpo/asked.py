@@ -1,0 +1,105 @@
+"""What a round asks for: prompts and seeds of all processes, and which of them are a process's own."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Int, Shaped
+from torch import Tensor
+
+from training import TrainingRun
+
+
+class Asked(NamedTuple):
+    """Samples that all processes draw together, the same in each of them."""
+
+    prompts: list[str]
+    """One for each sample of all processes."""
+
+    seeds: list[int]
+    """One for each sample of all processes."""
+
+    mine: Int[Tensor, " mine"]
+    """Indices of this process's samples: equal parts of each update's, update by update."""
+
+    @property
+    def my_prompts(self) -> list[str]:
+        """The prompts of this process's samples."""
+        return [self.prompts[sample] for sample in self.mine.tolist()]
+
+    @property
+    def my_seeds(self) -> list[int]:
+        """The seeds of this process's samples."""
+        return [self.seeds[sample] for sample in self.mine.tolist()]
+
+    def gathered(self, run: TrainingRun, values: Shaped[Tensor, " mine"]) -> Shaped[Tensor, " all"]:
+        """Returns a number for each sample of all processes, in their order, from those of each process; on the CPU."""
+        order = run.gather(self.mine).cpu()
+        everyone = torch.empty(len(order), dtype=values.dtype)
+        everyone[order] = run.gather(values).cpu()
+        return everyone
+
+
+def ask(
+    run: TrainingRun, population: Sequence[str], count: int, *, updates: int = 1, images_per_prompt: int = 1
+) -> Asked:
+    """Draws prompts and seeds for a round of all processes.
+
+    Since they are drawn at random, the samples of an update are simply the next ones; nothing is shuffled.
+
+    Args:
+        run: Its generator draws, and it tells the processes apart.
+        population: What prompts are drawn from, with repetition.
+        count: Samples of all processes.
+        updates: Parts of equal size, each of which is divided evenly among the processes.
+        images_per_prompt: Samples in a row with the same prompt.
+    """
+    picks = torch.randint(len(population), (count // images_per_prompt,), generator=run.generator)
+    seeds = torch.randint(2**31 - 1, (count,), generator=run.generator)
+    prompts = [population[pick] for pick in picks.tolist() for _ in range(images_per_prompt)]
+    mine = torch.cat([run.shard(part) for part in torch.arange(count).chunk(updates)])
+    return Asked(prompts, seeds.tolist(), mine)
+
+
+class Pairs(NamedTuple):
+    """Steps of samples; on the policy's device."""
+
+    samples: Int[Tensor, " pairs"]
+    """Indices among this process's samples."""
+
+    steps: Int[Tensor, " pairs"]
+    """Indices of denoising steps, counted from noise."""
+
+    def minibatches(self, size: int) -> list["Pairs"]:
+        """Returns the pairs in parts of a size."""
+        return [Pairs(*part) for part in zip(self.samples.split(size), self.steps.split(size), strict=True)]
+
+
+def pairs_of_update(
+    run: TrainingRun, kinds: Sequence[Asked], update: int, *, updates: int, steps: int, trained_steps: int
+) -> Pairs:
+    """Returns the pairs of sample and step that this process trains on in an update, shuffled.
+
+    Args:
+        run: Its generator draws, and it tells the processes apart.
+        kinds: What was asked for; this process has the samples of the first, then those of the next.
+        update: Index of the update in the round.
+        updates: How many there are.
+        steps: Denoising steps of a sample.
+        trained_steps: How many of them are trained on, drawn for each sample anew.
+    """
+    samples, chosen, first = [], [], 0
+    for asked in kinds:
+        count = len(asked.mine) // updates
+        samples.append(torch.arange(count) + first + update * count)
+        if trained_steps == steps:
+            chosen.append(torch.arange(steps).expand(count, steps))
+        else:
+            order = torch.rand(len(asked.prompts) // updates, steps, generator=run.generator).argsort(dim=1)
+            chosen.append(run.shard(order[:, :trained_steps]))
+        first += len(asked.mine)
+    # One draw of the run's generator, however many processes there are.
+    seed = int(torch.randint(2**31 - 1, (), generator=run.generator))
+    order = torch.randperm(sum(map(len, samples)) * trained_steps, generator=torch.Generator().manual_seed(seed))
+    pairs = (torch.cat(samples).repeat_interleave(trained_steps), torch.cat(chosen).flatten())
+    return Pairs(*(part[order].to(run.device) for part in pairs))

@@ -1,0 +1,68 @@
+"""Samples that wait on the disk for a reward that failed."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from policy import DiffusionPolicy
+from policy.types import Trajectory
+
+FOLDER = "ungraded"
+"""Where they wait, below the folder of the run."""
+
+
+class KeptSamples:
+    """The samples that one process drew in one round, kept until they are graded.
+
+    Args:
+        output_dir: Folder of the run.
+        round: Index of the round.
+        process: Index of the process.
+    """
+
+    def __init__(self, output_dir: Path, *, round: int, process: int) -> None:
+        self.path = output_dir / FOLDER / f"round-{round:06d}-process-{process}.safetensors"
+
+    def save(self, batches: Sequence[Trajectory], prompts: Sequence[str], seeds: Sequence[int]) -> None:
+        """Writes what was drawn so far, in one move."""
+        from safetensors.torch import save_file
+
+        tensors = {}
+        for index, batch in enumerate(batches):
+            tensors[f"{index}/latents"] = batch.latents.contiguous()
+            tensors[f"{index}/log_probs"] = batch.log_probs.contiguous()
+            tensors[f"{index}/timesteps"] = batch.timesteps.clone()
+        self.path.parent.mkdir(exist_ok=True)
+        partial = self.path.with_suffix(".partial")
+        save_file(tensors, partial, metadata={"asked": _asked(prompts, seeds), "batches": str(len(batches))})
+        partial.replace(self.path)
+
+    def load(self, policy: DiffusionPolicy, prompts: Sequence[str], seeds: Sequence[int]) -> list[Trajectory]:
+        """Returns the batches that were kept for the very prompts and seeds; none where none were."""
+        from safetensors import safe_open
+
+        if not self.path.exists():
+            return []
+        batches: list[Trajectory] = []
+        with safe_open(self.path, framework="pt", device=str(policy.device)) as file:
+            about = file.metadata()
+            if about["asked"] != _asked(prompts, seeds):
+                return []
+            first = 0
+            for index in range(int(about["batches"])):
+                latents, log_probs, timesteps = (
+                    file.get_tensor(f"{index}/{name}") for name in ("latents", "log_probs", "timesteps")
+                )
+                embeddings = policy.encode(prompts[first : first + len(latents)])
+                batches.append(Trajectory(latents, log_probs, timesteps, embeddings))
+                first += len(latents)
+        return batches
+
+    def forget(self) -> None:
+        """Removes the file, where there is one."""
+        self.path.unlink(missing_ok=True)
+
+
+def _asked(prompts: Sequence[str], seeds: Sequence[int]) -> str:
+    """Returns what was to be drawn, as text."""
+    return json.dumps([list(prompts), list(seeds)])

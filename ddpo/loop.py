@@ -1,0 +1,112 @@
+"""The loop around the rounds of a trainer: looks at held-out prompts, early stop, and which weights remain."""
+
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol, TypeVar, runtime_checkable
+
+from policy import DiffusionPolicy, Guidance
+from rewards import HeldOutWatch, Reward
+from training import Stateful, TrainingConfig, TrainingRun
+
+from .collect import PICTURES
+
+Metrics = TypeVar("Metrics", bound=tuple[object, ...])
+
+
+@runtime_checkable
+class Rounds(Protocol[Metrics]):
+    """What the loop asks of a trainer."""
+
+    policy: DiffusionPolicy
+    watch: HeldOutWatch | None
+
+    def prepare(self, run: TrainingRun) -> None:
+        """Checks what only a run can tell."""
+        ...
+
+    def step(self, run: TrainingRun) -> Metrics:
+        """Does one round."""
+        ...
+
+    def tagged(self, metrics: Metrics, run: TrainingRun) -> Mapping[str, float]:
+        """Returns what was measured under the tags of the log."""
+        ...
+
+
+def train_in_rounds(
+    trainer: Rounds[Metrics],
+    run_config: TrainingConfig,
+    *,
+    state: Mapping[str, Stateful],
+    configs: Mapping[str, Any],
+    look: Callable[[TrainingRun, HeldOutWatch], None],
+    evaluate_every: int,
+) -> Metrics | None:
+    """Trains round by round, or goes on with an interrupted run; see the trainers' `train`.
+
+    Args:
+        trainer: Does the rounds.
+        run_config: Settings of the run.
+        state: What belongs in the checkpoints.
+        configs: Settings that are recorded beside the run's.
+        look: Looks at the held-out prompts.
+        evaluate_every: Rounds between two looks.
+
+    Returns:
+        What the last round measured; None where a resumed run had nothing left to do.
+    """
+    policy, watch = trainer.policy, trainer.watch
+    metrics = averages = None
+    if watch is not None:
+        state = {**state, "held_out": watch}
+    with TrainingRun(policy, run_config, state=state, configs=configs) as run:
+        trainer.prepare(run)
+        for iteration in run.iterations():
+            if watch is not None and iteration % evaluate_every == 0:
+                look(run, watch)
+                if watch.should_stop:
+                    break
+            metrics = trainer.step(run)
+            run.log(trainer.tagged(metrics, run))
+        else:
+            if watch is not None:
+                look(run, watch)
+        if watch is None and run_config.ema_decay is not None:
+            with run.averaged():
+                averages = policy.trainable_state()
+    if watch is not None:
+        watch.restore(policy)
+    elif averages is not None:
+        policy.load_trainable_state(averages)
+    return metrics
+
+
+def look_at_held_out(
+    run: TrainingRun,
+    watch: HeldOutWatch,
+    policy: DiffusionPolicy,
+    reward: Reward,
+    *,
+    steps: int,
+    guidance: Guidance,
+    eta: float,
+) -> None:
+    """Draws the held-out prompts as a round would, has them judged by both rewards, and logs what was seen."""
+    mine = run.shard(range(len(watch.held_out.prompts)))
+    part = slice(mine.start, mine.stop)
+    with run.averaged():
+        look = watch.measure(policy, reward, part=part, steps=steps, guidance=guidance, eta=eta)
+        trained, held_out = run.mean(look.trained), run.mean(look.held_out)
+        watch.note(policy, iteration=run.iteration, trained=trained, held_out=held_out)
+    run.log({"reward/validation": trained, "reward/held_out": held_out})
+    run.log_images("held_out", look.images[:PICTURES], watch.held_out.prompts[part][:PICTURES])
+
+
+def check_held_out(run: TrainingRun, watch: HeldOutWatch | None) -> None:
+    """Checks that each process gets equally many held-out prompts.
+
+    Raises:
+        ValueError: It does not.
+    """
+    if watch is not None and len(watch.held_out.prompts) % run.num_processes:
+        count = len(watch.held_out.prompts)
+        raise ValueError(f"held_out.prompts must divide evenly among {run.num_processes} processes, got {count}")

@@ -1,0 +1,284 @@
+"""Reward-weighted regression: the pretraining loss on the policy's own images, the better ones weighing more.
+
+The baseline of Black et al. (2023), https://arxiv.org/abs/2305.13301, section 4.2, after Lee et al. (2023),
+https://arxiv.org/abs/2302.12192. It maximises a bound of the likelihood of good images and ignores the steps that led
+to them, which is what DDPO is compared with. See docs/ddpo.md for each departure from the authors' code.
+"""
+
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import fmean
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from policy import ClassifierFree, DiffusionPolicy
+from policy.prompts import check_prompts
+from policy.types import Embeddings, Latents, PerSample, Trajectory
+from rewards import HeldOut, HeldOutWatch, Reward
+from training import TrainingConfig, TrainingRun
+
+from .asked import ask
+from .collect import Collector, asked_again_on_failure
+from .loop import check_held_out, look_at_held_out, train_in_rounds
+from .scoring import ScoringConfig
+from .weighting import softmax_weights, sparse_weights
+
+WEIGHTINGS = ("softmax", "sparse")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RWRConfig:
+    """What reward-weighted regression does in a round; by default the authors' settings.
+
+    Source: Black et al. (2023), https://arxiv.org/abs/2305.13301, and jannerm/ddpo, `config/base.py`.
+    """
+
+    weighting: Literal["softmax", "sparse"] = "softmax"
+    """Weights of samples: softmax of their rewards (RWR), or 1 for the best and 0 for the others (RWR-sparse)."""
+
+    samples_per_round: int = 10_240
+    """Images that are drawn and graded in a round, over all processes."""
+
+    sampling_batch_size: int = 8
+    """Images that a process draws at a time."""
+
+    epochs_per_round: int = 5
+    """Passes over the samples of weight above zero. The authors' RWR-sparse makes 50."""
+
+    batch_size: int = 64
+    """Samples of an update, over all processes."""
+
+    minibatch_size: int = 8
+    """Samples that go through the UNet at a time in an update."""
+
+    steps: int = 50
+    """Denoising steps of an image."""
+
+    guidance_scale: float = 5.0
+    """Classifier-free guidance, in sampling and in the regression alike."""
+
+    eta: float = 1.0
+    """Noise of the sampling in [0, 1]."""
+
+    inverse_temperature: float = 0.2
+    """Factor of rewards in the softmax, per unit of reward. It has to suit the reward's scale."""
+
+    per_prompt: bool = False
+    """Whether the softmax is taken among the samples of each prompt; the authors do so for aesthetics."""
+
+    percentile: float = 90.0
+    """Rewards at or above this percentile of the round have weight 1 in RWR-sparse."""
+
+    evaluate_every: int = 1
+    """Rounds between two looks at the held-out prompts, if there are any."""
+
+    patience: int = 0
+    """As in `DDPOConfig`."""
+
+    def __post_init__(self) -> None:
+        """Checks every field.
+
+        Raises:
+            ValueError: A field breaks its rule.
+        """
+        positive = (
+            "samples_per_round", "sampling_batch_size", "epochs_per_round", "batch_size", "minibatch_size", "steps",
+            "evaluate_every",
+        )  # fmt: skip
+        for name in positive:
+            _require(getattr(self, name) >= 1, name, "be at least 1", getattr(self, name))
+        _require(self.weighting in WEIGHTINGS, "weighting", f"be one of {WEIGHTINGS}", self.weighting)
+        _require(0 <= self.eta <= 1, "eta", "lie in [0, 1]", self.eta)
+        for name in ("guidance_scale", "inverse_temperature"):
+            value = getattr(self, name)
+            _require(0 <= value < math.inf, name, "be finite and not negative", value)
+        _require(0 <= self.percentile < 100, "percentile", "lie in [0, 100)", self.percentile)
+        _require(self.patience >= 0, "patience", "not be negative", self.patience)
+
+
+class RWRMetrics(NamedTuple):
+    """What one round measured, over all processes."""
+
+    reward: float
+    reward_std: float
+    loss: float
+    """Mean weighted loss of the round's updates."""
+    grad_norm: float
+    effective_samples: float
+    """Samples that count: the squared sum of the weights over the sum of their squares."""
+    updates: int
+    retries: float
+    seconds_sampling: float
+    seconds_reward: float
+    seconds_update: float
+
+
+class RWRTrainer:
+    """Tunes a policy by regression on its own images, weighted by their rewards.
+
+    An iteration of the run is a round: samples are drawn and graded, and trained on for some epochs.
+
+    Args:
+        policy: What is tuned, in place; needs a LoRA or `train=`.
+        reward: What is raised; differentiable or not.
+        prompts: What images are drawn for, with repetition.
+        config: Settings; those of the authors' code by default.
+        held_out: Prompts and a reward that are watched and not trained on; the weights that it liked best are kept.
+        scoring: How the reward is run beside the sampling.
+
+    Raises:
+        ValueError: There are no prompts, the policy has nothing to train, or there is patience without anything held
+            out.
+    """
+
+    def __init__(
+        self,
+        policy: DiffusionPolicy,
+        reward: Reward,
+        prompts: Sequence[str],
+        config: RWRConfig | None = None,
+        *,
+        held_out: HeldOut | None = None,
+        scoring: ScoringConfig | None = None,
+    ) -> None:
+        if not policy.trainable_parameters():
+            raise ValueError("policy must have trainable weights: load it with lora= or train=, got none")
+        self.policy = policy
+        self.reward = reward
+        self.prompts = check_prompts(prompts)
+        self.config = cfg = config or RWRConfig()
+        if cfg.patience and held_out is None:
+            raise ValueError(f"RWRConfig.patience must be 0 without held_out, got {cfg.patience}")
+        self.watch = None if held_out is None else HeldOutWatch(held_out, patience=cfg.patience)
+        self.guidance = ClassifierFree(cfg.guidance_scale)
+        self.collector = Collector(
+            policy, self._finished, reward, None, batch_size=cfg.sampling_batch_size, scoring=scoring or ScoringConfig()
+        )
+
+    def train(self, run_config: TrainingConfig) -> RWRMetrics | None:
+        """Trains, or goes on with an interrupted run; as `DDPOTrainer.train`."""
+        cfg = self.config
+
+        def look(run: TrainingRun, watch: HeldOutWatch) -> None:
+            look_at_held_out(run, watch, self.policy, self.reward, steps=cfg.steps, guidance=self.guidance, eta=cfg.eta)
+
+        return train_in_rounds(
+            self, run_config, state={}, configs={"rwr": cfg}, look=look, evaluate_every=cfg.evaluate_every
+        )
+
+    def prepare(self, run: TrainingRun) -> None:
+        """Checks what only a run can tell.
+
+        Raises:
+            ValueError: Samples or batches do not divide evenly among the processes.
+        """
+        for name in ("samples_per_round", "batch_size"):
+            count = getattr(self.config, name)
+            if count % run.num_processes:
+                raise ValueError(
+                    f"RWRConfig.{name} must divide evenly among {run.num_processes} processes, got {count}"
+                )
+        check_held_out(run, self.watch)
+
+    def step(self, run: TrainingRun) -> RWRMetrics:
+        """Does one round: draws and grades samples, weighs them, and takes its updates.
+
+        Raises:
+            RewardError: The reward failed for good. A checkpoint is saved, and the samples are kept beside it.
+        """
+        cfg = self.config
+        with asked_again_on_failure(run):
+            asked = ask(run, self.prompts, cfg.samples_per_round)
+            graded = self.collector.collect(run, asked.my_prompts, asked.my_seeds)
+        rewards = asked.gathered(run, graded.rewards)
+        clean = run.gather(graded.trajectory.latents[:, -1])
+        if cfg.weighting == "softmax":
+            groups = asked.prompts if cfg.per_prompt else None
+            weights = softmax_weights(rewards, inverse_temperature=cfg.inverse_temperature, prompts=groups)
+        else:
+            weights = sparse_weights(rewards, percentile=cfg.percentile)
+
+        start = time.perf_counter()
+        kept = weights.nonzero().flatten()
+        count = max(1, round(cfg.epochs_per_round * len(kept) / cfg.batch_size))
+        epochs = math.ceil(count * cfg.batch_size / len(kept))
+        order = torch.cat([kept[torch.randperm(len(kept), generator=run.generator)] for _ in range(epochs)])
+        updates = [
+            self._update(run, samples, asked.prompts, clean, weights)
+            for samples in order[: count * cfg.batch_size].split(cfg.batch_size)
+        ]
+        return RWRMetrics(
+            reward=float(rewards.mean()),
+            reward_std=float(rewards.std(correction=0)),
+            loss=fmean(loss for loss, _ in updates),
+            grad_norm=fmean(norm for _, norm in updates),
+            effective_samples=float(weights.sum() ** 2 / weights.square().sum()),
+            updates=count,
+            retries=graded.retries,
+            seconds_sampling=graded.seconds_sampling,
+            seconds_reward=graded.seconds_reward,
+            seconds_update=time.perf_counter() - start,
+        )
+
+    def tagged(self, metrics: RWRMetrics, run: TrainingRun) -> dict[str, float]:
+        """Returns what was measured under the tags that docs/ddpo.md defines."""
+        samples = (run.iteration + 1) * self.config.samples_per_round
+        return {
+            "reward/mean": metrics.reward,
+            "reward/std": metrics.reward_std,
+            "reward/retries": metrics.retries,
+            "train/loss": metrics.loss,
+            "train/grad_norm": metrics.grad_norm,
+            "train/effective_samples": metrics.effective_samples,
+            "train/updates": metrics.updates,
+            "samples": samples,
+            "reward_queries": samples,
+            "seconds/sampling": metrics.seconds_sampling,
+            "seconds/reward": metrics.seconds_reward,
+            "seconds/update": metrics.seconds_update,
+        }
+
+    # The parts of a round.
+
+    def _finished(self, embeddings: Embeddings, seeds: Sequence[int]) -> Trajectory:
+        """Draws a batch and keeps of its trajectory the end only."""
+        cfg = self.config
+        clean = self.policy.sample(embeddings, steps=cfg.steps, guidance=self.guidance, eta=cfg.eta, seeds=seeds)
+        none = clean.new_empty(len(clean), 0)
+        return Trajectory(clean.unsqueeze(1), none, none.new_empty(0, dtype=torch.int64), embeddings)
+
+    def _update(
+        self, run: TrainingRun, samples: Tensor, prompts: Sequence[str], clean: Latents, weights: PerSample
+    ) -> tuple[float, float]:
+        """Takes one gradient step on the weighted loss of some samples; returns the loss and the gradient's norm."""
+        # Timesteps and noises of the whole batch, the same in all processes, of which each takes its part.
+        timesteps = torch.randint(len(self.policy.alphas), (len(samples),), generator=run.generator)
+        noises = torch.randn(len(samples), *clean.shape[1:], generator=run.generator)
+        mine = [run.shard(part) for part in (samples, timesteps, noises)]
+        count, total = len(mine[0]), torch.zeros((), device=run.device)
+        parts = list(zip(*(part.split(self.config.minibatch_size) for part in mine), strict=True))
+        for number, (picked, times, noise) in enumerate(parts):
+            embeddings = self.policy.encode([prompts[sample] for sample in picked.tolist()])
+            with run.autocast():
+                losses = self._losses(clean[picked.to(clean.device)], embeddings, times, noise)
+            loss = (weights[picked].to(losses) * losses).sum() / count
+            run.backward(loss, sync=number == len(parts) - 1)
+            total += loss.detach()
+        return run.mean(total), run.update()
+
+    def _losses(self, clean: Latents, embeddings: Embeddings, timesteps: Tensor, noise: Latents) -> PerSample:
+        """Returns the squared error of the guided noise prediction of each sample, averaged over its elements."""
+        timesteps, noise = timesteps.to(clean.device), noise.to(clean.device)
+        noised = self.policy.add_noise(clean, noise, timesteps)
+        predicted = self.policy.predict_noise(noised, timesteps, embeddings, self.guidance)
+        return ((predicted - noise) ** 2).flatten(1).mean(dim=1)
+
+
+def _require(holds: bool, field: str, rule: str, value: object) -> None:
+    """Raises ValueError that names the field, the rule and the value unless the rule holds."""
+    if not holds:
+        raise ValueError(f"RWRConfig.{field} must {rule}, got {value!r}")

@@ -1,0 +1,430 @@
+"""The DDPO trainer.
+
+Algorithm of Black et al. (2023), https://arxiv.org/abs/2305.13301: denoising is a decision process, whose steps are
+made likelier or less likely by how much better than expected the finished image is. With options of later work: a
+divergence penalty (DPOK), advantages within a group (GRPO), and a constraint that keeps an erased concept erased. What
+is not here: the engine (`training`), the denoising and its densities (`policy`), the arithmetic (`loss`, `advantage`),
+the grading (`collect`). See docs/ddpo.md for each departure from the authors' code, and for results.
+"""
+
+import math
+import time
+from collections.abc import Sequence
+from statistics import fmean
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from erasure import ErasureConstraint, ImageConstraint, ObjectiveConstraint
+from erasure.protocols import ConceptBatch
+from policy import ClassifierFree, DiffusionPolicy
+from policy.ddim import gaussian_log_prob
+from policy.prompts import check_prompts
+from policy.types import Embeddings, Latents, PerSample, Trajectory
+from rewards import HeldOut, HeldOutWatch, Reward
+from training import Stateful, TrainingConfig, TrainingRun, draw_batch
+
+from .advantage import PromptStatistics, group_advantages, round_advantages
+from .asked import Asked, Pairs, ask, pairs_of_update
+from .collect import Collector, Graded, asked_again_on_failure
+from .config import DDPOConfig
+from .loop import check_held_out, look_at_held_out, train_in_rounds
+from .loss import clipped_surrogate, gaussian_kl, ratio_statistics, score_function
+from .scoring import ScoringConfig
+
+TOLERATED = 0.1
+"""Share of the clip range by which a ratio may be off before anything was updated."""
+
+KL_PAIRS = 16
+"""Steps on which a process measures the divergence from the reference where it is not part of the loss."""
+
+
+class DDPOMetrics(NamedTuple):
+    """What one round measured: means over all processes, but where it says otherwise."""
+
+    reward: float
+    reward_std: float
+    erasure_reward: float
+    """Reward of the samples of the concept."""
+    erasure_cost: float
+    erasure_weight: float
+    loss: float
+    grad_norm: float
+    kl: float
+    approx_kl_k1: float
+    approx_kl_k3: float
+    clip_fraction: float
+    ratio_max: float
+    """Largest |ratio - 1| of the round."""
+    ratio_start: float
+    """Largest |ratio - 1| before the first update of the round, when nothing has changed yet."""
+    retries: float
+    """Tries of the reward that failed, in a process."""
+    seconds_sampling: float
+    seconds_reward: float
+    seconds_update: float
+
+
+class Update(NamedTuple):
+    """What one update measured on this process's pairs; on the device, but for the norm."""
+
+    means: Float[Tensor, " 6"]
+    """Loss, clip fraction, k1, k3, divergence from the reference, cost of an erasure objective."""
+    ratio_max: Float[Tensor, ""]
+    """Largest |ratio - 1|."""
+    grad_norm: float
+
+
+class Verdict(NamedTuple):
+    """What a round was worth."""
+
+    rewards: Float[Tensor, " samples"]
+    """Of the samples of all processes, on the CPU; as the next two."""
+    concept_rewards: Float[Tensor, " concept_samples"]
+    costs: Float[Tensor, " concept_samples"]
+    advantages: Float[Tensor, " mine"]
+    """Of this process's samples, clipped; on the device."""
+
+
+class DDPOTrainer:
+    """Tunes a policy by policy gradients over whole trajectories; the reward needs no gradient.
+
+        trainer = DDPOTrainer(policy, reward, prompts, DDPOConfig(samples_per_round=64))
+        trainer.train(TrainingConfig(output_dir="run", iterations=100, learning_rate=3e-4))
+
+    An iteration of the run is a round: samples are drawn and graded, and trained on in one or more updates.
+
+    Args:
+        policy: What is tuned, in place; needs a LoRA or `train=`.
+        reward: What is raised; differentiable or not.
+        prompts: What images are drawn for, with repetition; there may be fewer of them than processes.
+        config: Settings; those of the authors' code by default.
+        erasure: What is kept erased: a cost on images of the concept, or an objective on noise predictions.
+        held_out: Prompts and a reward that are watched and not trained on; the weights that it liked best are kept.
+        scoring: How the reward is run beside the sampling.
+
+    Raises:
+        ValueError: There are no prompts, the policy has nothing to train, or there is patience without anything held
+            out.
+    """
+
+    def __init__(
+        self,
+        policy: DiffusionPolicy,
+        reward: Reward,
+        prompts: Sequence[str],
+        config: DDPOConfig | None = None,
+        *,
+        erasure: ErasureConstraint | None = None,
+        held_out: HeldOut | None = None,
+        scoring: ScoringConfig | None = None,
+    ) -> None:
+        if not policy.trainable_parameters():
+            raise ValueError("policy must have trainable weights: load it with lora= or train=, got none")
+        self.policy = policy
+        self.reward = reward
+        self.prompts = check_prompts(prompts)
+        self.config = cfg = config or DDPOConfig()
+        self.erasure = erasure
+        if cfg.patience and held_out is None:
+            raise ValueError(f"DDPOConfig.patience must be 0 without held_out, got {cfg.patience}")
+        self.watch = None
+        if held_out is not None:
+            self.watch = HeldOutWatch(held_out, patience=cfg.patience, constrained=erasure is not None)
+        self.guidance = ClassifierFree(cfg.guidance_scale)
+        self.statistics = PromptStatistics(cfg.buffer_size, cfg.min_count)
+        self.collector = Collector(
+            policy,
+            self._rollout,
+            reward,
+            erasure.cost if isinstance(erasure, ImageConstraint) else None,
+            batch_size=cfg.sampling_batch_size,
+            scoring=scoring or ScoringConfig(),
+        )
+
+    def train(self, run_config: TrainingConfig) -> DDPOMetrics | None:
+        """Trains, or goes on with an interrupted run.
+
+        The policy ends with the weights that the held-out reward liked best, or, where nothing is held out, with the
+        last ones. With `ema_decay` both are averaged weights, while checkpoints keep what training goes on from.
+
+        Returns:
+            What the last round measured; None where a resumed run had nothing left to do.
+
+        Raises:
+            RewardError: The reward failed for good. The samples are kept, and resuming the run grades them again.
+            ValueError: As `prepare`, or the run cannot be started or resumed.
+        """
+        state: dict[str, Stateful] = {"statistics": self.statistics}
+        if self.erasure is not None:
+            state["lagrangian"] = self.erasure.lagrangian
+        cfg = self.config
+
+        def look(run: TrainingRun, watch: HeldOutWatch) -> None:
+            look_at_held_out(run, watch, self.policy, self.reward, steps=cfg.steps, guidance=self.guidance, eta=cfg.eta)
+
+        return train_in_rounds(
+            self, run_config, state=state, configs={"ddpo": cfg}, look=look, evaluate_every=cfg.evaluate_every
+        )
+
+    def prepare(self, run: TrainingRun) -> None:
+        """Checks what only a run can tell, and readies an erasure objective.
+
+        Raises:
+            ValueError: A round does not divide evenly among processes, updates and batches, or the erasure objective
+                cannot work with this policy.
+        """
+        cfg, processes = self.config, run.num_processes
+        counts = {"samples_per_round": cfg.samples_per_round}
+        if self.erasure is not None:
+            counts["erasure_samples_per_round"] = cfg.erasure_samples_per_round
+        for name, count in counts.items():
+            if count % (cfg.updates_per_round * processes):
+                raise ValueError(
+                    f"DDPOConfig.{name} must divide evenly among updates_per_round={cfg.updates_per_round} times "
+                    f"{processes} processes, got {count}"
+                )
+        samples = (cfg.samples_per_round + self._of_concept) // processes
+        pairs = samples // cfg.updates_per_round * cfg.trained_steps
+        if samples % cfg.sampling_batch_size:
+            raise ValueError(
+                f"DDPOConfig.sampling_batch_size must divide the {samples} samples that a process draws in a round, "
+                f"got {cfg.sampling_batch_size}"
+            )
+        if pairs % cfg.minibatch_size:
+            raise ValueError(
+                f"DDPOConfig.minibatch_size must divide the {pairs} pairs of sample and step that a process trains on "
+                f"in an update, got {cfg.minibatch_size}"
+            )
+        check_held_out(run, self.watch)
+        if isinstance(self.erasure, ObjectiveConstraint):
+            self.erasure.prepare(self.policy)
+
+    def step(self, run: TrainingRun) -> DDPOMetrics:
+        """Does one round: draws and grades samples, and takes its updates.
+
+        Raises:
+            RewardError: The reward failed for good. A checkpoint is saved, and the samples are kept beside it.
+        """
+        cfg = self.config
+        weight = 0.0 if self.erasure is None else self.erasure.lagrangian.weight
+        with asked_again_on_failure(run):
+            asked, graded = self._sample(run)
+        verdict = self._judge(run, asked, graded, weight)
+
+        start = time.perf_counter()
+        parts = [
+            pairs_of_update(
+                run, asked, k, updates=cfg.updates_per_round, steps=cfg.steps, trained_steps=cfg.trained_steps
+            )
+            for k in range(cfg.updates_per_round)
+        ]
+        trajectory = self._with_old_log_probs(run, graded.trajectory, parts)
+        updates = [self._update(run, pairs, trajectory, verdict.advantages) for pairs in parts]
+        loss, clip_fraction, k1, k3, kl, objective = (
+            run.gather(torch.stack([u.means for u in updates])).mean(0).tolist()
+        )
+        ratios = run.gather(torch.stack([u.ratio_max for u in updates])).view(-1, len(updates)).amax(0).tolist()
+        seconds_update = time.perf_counter() - start
+
+        cost = objective
+        if isinstance(self.erasure, ImageConstraint):
+            cost = float(verdict.costs.mean())
+            self.erasure.lagrangian.update(cost)
+        if self.watch is not None and self.erasure is not None:
+            self.watch.note_cost(cost)
+        if run.iteration % cfg.pictures_every == 0:
+            captions = [f"{r:.2f} {p}" for r, p in zip(graded.rewards.tolist(), asked[0].my_prompts, strict=False)]
+            run.log_images("round", graded.pictures, captions[: len(graded.pictures)])
+        return DDPOMetrics(
+            reward=float(verdict.rewards.mean()),
+            reward_std=float(verdict.rewards.std(correction=0)),
+            erasure_reward=float(verdict.concept_rewards.mean()),
+            erasure_cost=cost,
+            erasure_weight=weight,
+            loss=loss,
+            grad_norm=fmean(update.grad_norm for update in updates),
+            kl=kl,
+            approx_kl_k1=k1,
+            approx_kl_k3=k3,
+            clip_fraction=clip_fraction,
+            ratio_max=max(ratios),
+            ratio_start=ratios[0],
+            retries=graded.retries,
+            seconds_sampling=graded.seconds_sampling,
+            seconds_reward=graded.seconds_reward,
+            seconds_update=seconds_update,
+        )
+
+    def tagged(self, metrics: DDPOMetrics, run: TrainingRun) -> dict[str, float]:
+        """Returns what was measured under the tags that docs/ddpo.md defines, without what was switched off."""
+        samples = (run.iteration + 1) * (self.config.samples_per_round + self._of_concept)
+        values = {
+            "reward/mean": metrics.reward,
+            "reward/std": metrics.reward_std,
+            "reward/retries": metrics.retries,
+            "train/loss": metrics.loss,
+            "train/grad_norm": metrics.grad_norm,
+            "policy/kl": metrics.kl,
+            "policy/ratio_start": metrics.ratio_start,
+            "samples": samples,
+            "reward_queries": samples,
+            "seconds/sampling": metrics.seconds_sampling,
+            "seconds/reward": metrics.seconds_reward,
+            "seconds/update": metrics.seconds_update,
+        }
+        if self.config.estimator == "importance":
+            values["policy/ratio_max"] = metrics.ratio_max
+            values["policy/clip_fraction"] = metrics.clip_fraction
+            values["policy/approx_kl_k1"] = metrics.approx_kl_k1
+            values["policy/approx_kl_k3"] = metrics.approx_kl_k3
+        if self.erasure is not None:
+            values["erasure/cost"] = metrics.erasure_cost
+            values["erasure/weight"] = metrics.erasure_weight
+            if self._of_concept:
+                values["erasure/reward"] = metrics.erasure_reward
+        return values
+
+    # The parts of a round.
+
+    def _rollout(self, embeddings: Embeddings, seeds: Sequence[int]) -> Trajectory:
+        cfg = self.config
+        return self.policy.rollout(embeddings, steps=cfg.steps, guidance=self.guidance, eta=cfg.eta, seeds=seeds)
+
+    def _sample(self, run: TrainingRun) -> tuple[list[Asked], Graded]:
+        """Draws this process's samples and has them graded: those of the prompts, then those of the concept."""
+        cfg = self.config
+        asked = [
+            ask(
+                run, self.prompts, cfg.samples_per_round,
+                updates=cfg.updates_per_round, images_per_prompt=cfg.images_per_prompt,
+            )
+        ]  # fmt: skip
+        if isinstance(self.erasure, ImageConstraint):
+            count = cfg.erasure_samples_per_round
+            asked.append(ask(run, self.erasure.prompts, count, updates=cfg.updates_per_round))
+        prompts = [prompt for part in asked for prompt in part.my_prompts]
+        seeds = [seed for part in asked for seed in part.my_seeds]
+        return asked, self.collector.collect(run, prompts, seeds, of_concept=len(prompts) - len(asked[0].mine))
+
+    def _judge(self, run: TrainingRun, asked: list[Asked], graded: Graded, weight: float) -> Verdict:
+        """Turns rewards and costs into advantages.
+
+        Samples of the concept are worth reward - weight * cost, and are compared with each other in this round: the
+        weight changes from round to round, which would make earlier ones misleading.
+        """
+        cfg, mine = self.config, len(asked[0].mine)
+        rewards = asked[0].gathered(run, graded.rewards[:mine])
+        match cfg.baseline:
+            case "prompt":
+                advantages = self.statistics.advantages(rewards, asked[0].prompts)
+            case "group":
+                advantages = group_advantages(rewards, asked[0].prompts)
+            case "round":
+                advantages = round_advantages(rewards)
+        parts = [advantages[asked[0].mine]]
+        concept_rewards = costs = torch.zeros(1)
+        if len(asked) == 2:
+            concept_rewards = asked[1].gathered(run, graded.rewards[mine:])
+            costs = asked[1].gathered(run, graded.costs)
+            parts.append(round_advantages(concept_rewards - weight * costs)[asked[1].mine])
+        clamped = torch.cat(parts).clamp(-cfg.max_advantage, cfg.max_advantage)
+        return Verdict(rewards, concept_rewards, costs, clamped.to(run.device, torch.float32))
+
+    @torch.no_grad()
+    def _with_old_log_probs(self, run: TrainingRun, trajectory: Trajectory, parts: Sequence[Pairs]) -> Trajectory:
+        """Returns the trajectory with log-probabilities that the unchanged policy reproduces in the updates' shapes.
+
+        In other shapes than those of the rollout the network may round differently, in half precision by more than the
+        clip range. One minibatch tells; where it is off, all log-probabilities are taken again, in the very minibatches
+        of the updates, which costs one more forward of each.
+        """
+        cfg = self.config
+        if cfg.estimator == "score" or cfg.minibatch_size == cfg.sampling_batch_size:
+            return trajectory
+        log_probs = trajectory.log_probs.clone()
+        for number, pairs in enumerate(part for update in parts for part in update.minibatches(cfg.minibatch_size)):
+            fresh = gaussian_log_prob(*self._stored_steps(run, trajectory, pairs))
+            if number == 0:
+                off = (fresh - trajectory.log_probs[pairs.samples, pairs.steps]).expm1().abs().max()
+                if not run.in_any(bool(off > TOLERATED * cfg.clip_range)):
+                    return trajectory
+            log_probs[pairs.samples, pairs.steps] = fresh
+        return trajectory._replace(log_probs=log_probs)
+
+    def _update(
+        self, run: TrainingRun, pairs: Pairs, trajectory: Trajectory, advantages: Float[Tensor, " samples"]
+    ) -> Update:
+        """Takes one gradient step on the mean loss of some pairs."""
+        cfg, total = self.config, len(pairs.samples)
+        cost = self._objective(run)
+        sums = torch.zeros(5, device=run.device)  # loss, clipped, k1, k3, KL
+        ratio_max = torch.zeros((), device=run.device)
+        minibatches = pairs.minibatches(cfg.minibatch_size)
+        for number, part in enumerate(minibatches):
+            # The reference goes first: it borrows the network, which the gradient must find as it was.
+            reference_mean = self._reference_mean(run, trajectory, part) if cfg.kl_weight or number == 0 else None
+            taken, mean, std = self._stored_steps(run, trajectory, part)
+            log_probs = gaussian_log_prob(taken, mean, std)
+            old = trajectory.log_probs[part.samples, part.steps]
+            wanted = advantages[part.samples]
+            if cfg.estimator == "importance":
+                losses = clipped_surrogate(log_probs, old, wanted, clip_range=cfg.clip_range)
+            else:
+                losses = score_function(log_probs, wanted)
+            if reference_mean is not None:
+                count = len(reference_mean)
+                divergence = gaussian_kl(mean[:count], reference_mean, std[:count])
+                sums[4] += divergence.detach().sum() * (1.0 if cfg.kl_weight else total / count)
+                if cfg.kl_weight:
+                    losses = losses + cfg.kl_weight * divergence
+            run.backward(losses.sum() / total, sync=number == len(minibatches) - 1)
+            off, ratio_sums = ratio_statistics(log_probs, old, clip_range=cfg.clip_range)
+            sums[0] += losses.detach().sum()
+            sums[1:4] += ratio_sums
+            ratio_max = torch.maximum(ratio_max, off)
+        grad_norm = run.update()
+        return Update(torch.cat([sums / total, cost.view(1)]), ratio_max, grad_norm)
+
+    def _stored_steps(
+        self, run: TrainingRun, trajectory: Trajectory, pairs: Pairs
+    ) -> tuple[Latents, Latents, PerSample]:
+        """Returns where stored steps led, and the Gaussians that they come from now."""
+        with run.autocast():
+            return self.policy.stored_steps(
+                trajectory, pairs.samples, pairs.steps, guidance=self.guidance, eta=self.config.eta
+            )
+
+    def _reference_mean(self, run: TrainingRun, trajectory: Trajectory, pairs: Pairs) -> Latents:
+        """Returns where the reference policy would go: of all pairs where that is in the loss, or else of a few."""
+        if not self.config.kl_weight:
+            pairs = Pairs(*(part[:KL_PAIRS] for part in pairs))
+        with self.policy.reference():
+            return self._stored_steps(run, trajectory, pairs)[1]
+
+    def _objective(self, run: TrainingRun) -> Float[Tensor, ""]:
+        """Adds the gradient of an erasure objective, if there is one, and moves its weight; returns its mean cost."""
+        erasure = self.erasure
+        if not isinstance(erasure, ObjectiveConstraint):
+            return torch.zeros((), device=run.device)
+        batch = draw_batch(run, erasure.prompts, self.config.erasure_samples_per_round // self.config.updates_per_round)
+        total = torch.zeros((), device=run.device)
+        for first in range(0, len(batch), self.config.minibatch_size):
+            prompts, seeds = zip(*batch[first : first + self.config.minibatch_size], strict=True)
+            with run.autocast():
+                cost = erasure.cost(self.policy, ConceptBatch(list(prompts), list(seeds))).sum() / len(batch)
+            run.backward(erasure.lagrangian.weight * cost, sync=False)
+            total += cost.detach()
+        mean = run.mean(total)
+        if math.isfinite(mean):  # otherwise the update is skipped, and there is nothing to answer
+            erasure.lagrangian.update(mean)
+        return total
+
+    # Small things.
+
+    @property
+    def _of_concept(self) -> int:
+        """Samples of the concept that a round draws, over all processes."""
+        return self.config.erasure_samples_per_round if isinstance(self.erasure, ImageConstraint) else 0
