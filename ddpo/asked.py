@@ -76,7 +76,14 @@ class Pairs(NamedTuple):
 
 
 def pairs_of_update(
-    run: TrainingRun, kinds: Sequence[Asked], update: int, *, updates: int, steps: int, trained_steps: int
+    run: TrainingRun,
+    kinds: Sequence[Asked],
+    update: int,
+    *,
+    updates: int,
+    steps: int,
+    trained_steps: int,
+    chosen_steps: Int[Tensor, " trained"] | None = None,
 ) -> Pairs:
     """Returns the pairs of sample and step that this process trains on in an update, shuffled.
 
@@ -86,13 +93,16 @@ def pairs_of_update(
         update: Index of the update in the round.
         updates: How many there are.
         steps: Denoising steps of a sample.
-        trained_steps: How many of them are trained on, drawn for each sample anew.
+        trained_steps: How many of them are trained on.
+        chosen_steps: Which ones; None draws them for each sample anew.
     """
     samples, chosen, first = [], [], 0
     for asked in kinds:
         count = len(asked.mine) // updates
         samples.append(torch.arange(count) + first + update * count)
-        if trained_steps == steps:
+        if chosen_steps is not None:
+            chosen.append(chosen_steps.expand(count, trained_steps))
+        elif trained_steps == steps:
             chosen.append(torch.arange(steps).expand(count, steps))
         else:
             order = torch.rand(len(asked.prompts) // updates, steps, generator=run.generator).argsort(dim=1)

@@ -6,6 +6,7 @@ from typing import Literal
 
 ESTIMATORS = ("importance", "score")
 BASELINES = ("prompt", "group", "round")
+STEP_WEIGHTS = ("equal", "signal")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,8 +61,13 @@ class DDPOConfig:
     max_advantage: float = 5.0
     """Advantages are clipped to this distance from 0, in standard deviations."""
 
+    step_weights: Literal["equal", "signal"] = "equal"
+    """Weight of each denoising step in the loss: the same for all, as in the paper, or by how much a step tells about
+    the reward, see `signal_weights`."""
+
     timestep_fraction: float = 1.0
-    """Share of each sample's steps that an update trains on, drawn anew for each sample, in (0, 1]."""
+    """Share of each sample's steps that an update trains on, in (0, 1]: drawn anew for each sample with equal weights,
+    and otherwise the steps that weigh most."""
 
     kl_weight: float = 0.0
     """Weight of the divergence of each step from the reference policy's (DPOK); other than 0, it costs a further UNet
@@ -95,6 +101,7 @@ class DDPOConfig:
             _require(getattr(self, name) >= 1, name, "be at least 1", getattr(self, name))
         _require(self.estimator in ESTIMATORS, "estimator", f"be one of {ESTIMATORS}", self.estimator)
         _require(self.baseline in BASELINES, "baseline", f"be one of {BASELINES}", self.baseline)
+        _require(self.step_weights in STEP_WEIGHTS, "step_weights", f"be one of {STEP_WEIGHTS}", self.step_weights)
         if self.estimator == "score":
             _require(self.updates_per_round == 1, "updates_per_round", "be 1 with 'score'", self.updates_per_round)
         for name in ("samples_per_round", "erasure_samples_per_round"):

@@ -1,5 +1,6 @@
 """Rewards run beside sampling: threads score batches of images while the trainer draws the next ones."""
 
+import atexit
 import math
 import threading
 import time
@@ -13,6 +14,10 @@ from torch import Tensor
 from policy.types import Images, PerSample
 from rewards.scores import Judge, scores_of
 from rewards.types import check_pairs
+
+GRACE = 5.0
+"""Seconds that the end of the program waits for a try that was under way when its pool closed or its round failed.
+A thread that Python stops inside torch aborts the process."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -220,10 +225,12 @@ class RewardPool:
         """Has a batch scored in a thread of its own, which is left behind when its time is up."""
         begin = time.perf_counter()
         outcomes: list[_Outcome] = []
-        _start(self._ask, batch, outcomes)
+        thread = _start(self._ask, batch, outcomes)
         seconds = min(self.config.timeout, threading.TIMEOUT_MAX)
         self._changed.wait_for(lambda: outcomes or not self._wanted(batch), timeout=seconds)
         batch.round.seconds += time.perf_counter() - begin
+        if not self._wanted(batch):
+            atexit.register(thread.join, GRACE)
         # Popped, because an error in the list would hold itself and the images in memory through its own traceback.
         return outcomes.pop() if outcomes else _Outcome(error=TimeoutError(f"no scores within {seconds:g} s"))
 

@@ -33,6 +33,7 @@ from .config import DDPOConfig
 from .loop import check_held_out, look_at_held_out, train_in_rounds
 from .loss import clipped_surrogate, gaussian_kl, ratio_statistics, score_function
 from .scoring import ScoringConfig
+from .steps import step_plan
 
 TOLERATED = 0.1
 """Share of the clip range by which a ratio may be off before anything was updated."""
@@ -135,6 +136,7 @@ class DDPOTrainer:
             self.watch = HeldOutWatch(held_out, patience=cfg.patience, constrained=erasure is not None)
         self.guidance = ClassifierFree(cfg.guidance_scale)
         self.statistics = PromptStatistics(cfg.buffer_size, cfg.min_count)
+        self.step_weights, self.chosen_steps = step_plan(policy, cfg)
         self.collector = Collector(
             policy,
             self._rollout,
@@ -217,7 +219,13 @@ class DDPOTrainer:
         start = time.perf_counter()
         parts = [
             pairs_of_update(
-                run, asked, k, updates=cfg.updates_per_round, steps=cfg.steps, trained_steps=cfg.trained_steps
+                run,
+                asked,
+                k,
+                updates=cfg.updates_per_round,
+                steps=cfg.steps,
+                trained_steps=cfg.trained_steps,
+                chosen_steps=self.chosen_steps,
             )
             for k in range(cfg.updates_per_round)
         ]
@@ -374,6 +382,7 @@ class DDPOTrainer:
                 losses = clipped_surrogate(log_probs, old, wanted, clip_range=cfg.clip_range)
             else:
                 losses = score_function(log_probs, wanted)
+            losses = losses * self.step_weights.to(losses.device)[part.steps]
             if reference_mean is not None:
                 count = len(reference_mean)
                 divergence = gaussian_kl(mean[:count], reference_mean, std[:count])

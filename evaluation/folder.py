@@ -118,7 +118,8 @@ def read_manifest(root: Path) -> tuple[tuple[PlannedImage, ...], DrawConfig]:
     try:
         content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         planned = tuple(PlannedImage(*(image[field] for field in PlannedImage._fields)) for image in content["images"])
-        return planned, DrawConfig(steps=content["steps"], guidance_scale=content["guidance_scale"])
+        steps, scale = content["steps"], content["guidance_scale"]
+        return planned, DrawConfig(steps=steps, guidance_scale=scale, eta=content.get("eta", 0.0))
     except (KeyError, TypeError, json.JSONDecodeError) as error:
         raise ValueError(f"root: {path} must be a manifest of drawn images, got {error!r}") from error
 

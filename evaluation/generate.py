@@ -22,7 +22,14 @@ class Drawable(Protocol):
     """Whatever draws images from prompts; `policy.DiffusionPolicy` does."""
 
     def draw(
-        self, prompts: Sequence[str], *, seeds: Sequence[int], steps: int, guidance: Guidance, batch_size: int
+        self,
+        prompts: Sequence[str],
+        *,
+        seeds: Sequence[int],
+        steps: int,
+        guidance: Guidance,
+        eta: float,
+        batch_size: int,
     ) -> Images:
         """Draws one image for each prompt from the noise of its seed."""
         ...
@@ -138,6 +145,7 @@ def _draw_batch(policy: Drawable, batch: Sequence[PlannedImage], config: DrawCon
             seeds=[image.seed for image in batch],
             steps=config.steps,
             guidance=ClassifierFree(config.guidance_scale),
+            eta=config.eta,
             batch_size=len(batch),
         )
     if len(images) != len(batch):

@@ -40,12 +40,16 @@ class DrawConfig:
     """Denoising steps."""
     guidance_scale: float = 5.0
     """Scale of classifier-free guidance; 1 is none."""
+    eta: float = 0.0
+    """Share of the noise of ancestral sampling in each step, in [0, 1]; 0 is deterministic."""
 
     def __post_init__(self) -> None:
         if self.steps < 1:
             raise ValueError(f"steps must be at least 1, got {self.steps}")
         if not self.guidance_scale >= 0:
             raise ValueError(f"guidance_scale must be at least 0, got {self.guidance_scale}")
+        if not 0 <= self.eta <= 1:
+            raise ValueError(f"eta must lie in [0, 1], got {self.eta}")
 
 
 def plan(

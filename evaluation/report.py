@@ -79,6 +79,6 @@ class Report:
         """Returns what is known of every comparison, what is known of its measures, and the notes given."""
         config = self.comparison.config
         drawn = f"Every model drew the same prompts from the same seeds, in {config.steps} denoising steps"
-        drawn += f" with guidance scale {config.guidance_scale:g}."
+        drawn += f" with guidance scale {config.guidance_scale:g} and eta {config.eta:g}."
         measures = {row.measure: row.note for row in self.comparison.rows if row.note}
         return [drawn, *(f"{measure}: {note}" for measure, note in measures.items()), *self.notes]

@@ -144,6 +144,18 @@ def ddim_mean_and_std(
     return mean, std
 
 
+def mean_sensitivity(
+    alphas: PerSample, previous_alphas: PerSample, *, eta: float, prediction_type: PredictionType
+) -> PerSample:
+    """Returns by how much the mean of a step moves when the network's prediction moves by one.
+
+    The mean is linear in the prediction; this is the absolute value of its slope.
+    """
+    one, zero = alphas.new_ones(len(alphas), 1, 1, 1), alphas.new_zeros(len(alphas), 1, 1, 1)
+    at_one, _ = ddim_mean_and_std(zero, one, alphas, previous_alphas, eta=eta, prediction_type=prediction_type)
+    return at_one.flatten().abs()
+
+
 def gaussian_log_prob(values: Latents, mean: Latents, std: PerSample) -> PerSample:
     """Returns the log-density of each sample, as the mean over its elements and not their sum.
 

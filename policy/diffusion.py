@@ -408,6 +408,18 @@ class DiffusionPolicy:
         mean, std = self._mean_and_std(before, embeddings, plan, steps.to(self.device), guidance, eta)
         return after, mean, std
 
+    def step_scales(self, steps: int, eta: float = 1.0) -> tuple[Float[Tensor, " steps"], Float[Tensor, " steps"]]:
+        """Returns the standard deviation of each step, and by how much its mean follows the network's prediction.
+
+        Raises:
+            ValueError: As `rollout`.
+        """
+        plan = self._stochastic_schedule(steps, eta)
+        levels = plan.alphas.double(), plan.previous_alphas.double()
+        blank = plan.alphas.new_zeros(steps, 1, 1, 1).double()
+        _, std = ddim.ddim_mean_and_std(blank, blank, *levels, eta=eta, prediction_type=self.prediction_type)
+        return std, ddim.mean_sensitivity(*levels, eta=eta, prediction_type=self.prediction_type)
+
     def denoise(
         self,
         latents: Latents,

@@ -26,7 +26,14 @@ class NoisePolicy:
         self.asked: list[tuple[int, Guidance]] = []
 
     def draw(
-        self, prompts: Sequence[str], *, seeds: Sequence[int], steps: int, guidance: Guidance, batch_size: int
+        self,
+        prompts: Sequence[str],
+        *,
+        seeds: Sequence[int],
+        steps: int,
+        guidance: Guidance,
+        eta: float,
+        batch_size: int,
     ) -> Images:
         if self.fail_after is not None and len(self.batch_sizes) >= self.fail_after:
             raise KeyboardInterrupt

@@ -94,6 +94,11 @@ def test_images_of_a_policy_in_training_are_scored_without_a_graph() -> None:
     assert not scores.requires_grad
 
 
+def test_values_out_of_range_count_as_black_and_white() -> None:
+    images = NOISE * 3 - 1
+    assert torch.equal(Compressibility()(images, PROMPTS), Compressibility()(images.clamp(0, 1), PROMPTS))
+
+
 def test_an_empty_batch_has_no_scores() -> None:
     assert Compressibility()(NOISE[:0], []).shape == (0,)
 

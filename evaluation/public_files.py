@@ -1,0 +1,112 @@
+"""Public data that is not part of this project: fetched when first used, and trusted by its hash alone."""
+
+import hashlib
+import os
+import re
+import shutil
+import urllib.request
+import uuid
+from dataclasses import dataclass
+from http.client import HTTPException
+from pathlib import Path
+
+CACHE_VARIABLE = "OVERPAINT_CACHE"
+"""Environment variable that says where fetched files are kept."""
+DEFAULT_CACHE = "~/.cache/overpaint"
+"""Where they are kept if it does not."""
+TIMEOUT = 30.0
+"""Seconds that a server may keep silent."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PublicFile:
+    """One file that others have published, at one version."""
+
+    name: str
+    """Name that the file has here."""
+    url: str
+    """Where it is fetched; an address that names a version, so that what lies there does not change."""
+    sha256: str
+    """SHA-256 of its content, 64 lower-case hexadecimal digits."""
+    licence: str
+    """Licence that it was published under."""
+    source: str
+    """Who made it, for citation."""
+
+    def __post_init__(self) -> None:
+        """Checks what becomes part of a path or is asked of a server."""
+        if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._+-]*", self.name):
+            raise ValueError(f"name must be a file name of letters, digits and '._+-', got {self.name!r}")
+        if not self.url.startswith(("https://", "http://")):
+            raise ValueError(f"url must begin with https:// or http://, got {self.url!r}")
+        if not re.fullmatch(r"[0-9a-f]{64}", self.sha256):
+            raise ValueError(f"sha256 must be 64 lower-case hexadecimal digits, got {self.sha256!r}")
+
+
+def fetch(file: PublicFile, folder: Path | None = None) -> Path:
+    """Returns the path of a file whose content has just been checked, fetching it first where there is none.
+
+    Args:
+        file: What is wanted.
+        folder: Where a file of that name already lies; nothing is fetched then, and nothing cached.
+
+    Raises:
+        FileNotFoundError: There is no such file in `folder`.
+        ValueError: The file in `folder` has other content.
+        OSError: The file could not be fetched, or what came has other content.
+    """
+    if folder is not None:
+        return _from_folder(file, folder)
+    path = cached_path(file)
+    if not path.is_file() or _sha256(path) != file.sha256:
+        _download(file, path)
+    return path
+
+
+def cached_path(file: PublicFile) -> Path:
+    """Returns where a fetched file is kept, whether it is there or not; versions of one name do not meet."""
+    cache = Path(os.environ.get(CACHE_VARIABLE) or DEFAULT_CACHE).expanduser()
+    return cache / file.sha256[:16] / file.name
+
+
+def _from_folder(file: PublicFile, folder: Path) -> Path:
+    path = folder / file.name
+    if not path.is_file():
+        raise FileNotFoundError(f"folder must hold {file.name}, got {folder}, which does not. {_by_hand(file)}")
+    found = _sha256(path)
+    if found != file.sha256:
+        raise ValueError(f"{path} has other content than expected: its SHA-256 is {found}. {_by_hand(file)}")
+    return path
+
+
+def _download(file: PublicFile, path: Path) -> None:
+    """Writes under another name, and renames what has the right content; processes may do this at the same time."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+    try:
+        try:
+            with urllib.request.urlopen(file.url, timeout=TIMEOUT) as answer, temporary.open("wb") as target:
+                shutil.copyfileobj(answer, target)
+        except (OSError, HTTPException) as error:
+            raise OSError(f"could not fetch {file.name}: {error}. {_by_hand(file)}") from error
+        found, size = _sha256(temporary), temporary.stat().st_size
+        if found != file.sha256:
+            raise OSError(
+                f"what was fetched as {file.name} has other content than expected: {size:,} bytes with SHA-256 "
+                f"{found}. {_by_hand(file)}"
+            )
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _by_hand(file: PublicFile) -> str:
+    return (
+        f"To get it by hand, save {file.url} (SHA-256 {file.sha256}) as {cached_path(file)}, "
+        "or under its name in a folder that is given as `folder`"
+    )
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as content:
+        return hashlib.file_digest(content, "sha256").hexdigest()

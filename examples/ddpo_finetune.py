@@ -1,0 +1,276 @@
+"""Raise any reward by DDPO or RWR, and see how far it carries and what it costs.
+
+    accelerate launch examples/ddpo_finetune.py
+    accelerate launch examples/ddpo_finetune.py --task compressibility --algorithm rwr
+    accelerate launch examples/ddpo_finetune.py --policy CompVis/stable-diffusion-v1-4 --task incompressibility
+
+By default the tiny world's ImageReward is raised for pictures drawn in four steps, with its true utility as the judge
+that is not trained on. Prompts that were not trained on are drawn before and after. With ``--erase`` stripes are kept
+out meanwhile, by a detector that has no gradient.
+"""
+
+import json
+import sys
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+import tyro
+from accelerate import PartialState
+
+from ddpo import DDPOConfig, DDPOTrainer, RWRConfig, RWRTrainer
+from erasure import ImageConstraint, Lagrangian, LagrangianConfig, ScoreCeiling
+from evaluation import DrawConfig, Measure, Panel, Report, compare, draw, gather, plan, score, shard, text_table
+from evaluation.subject import TINY_WORLD
+from evaluation.tasks import Task, TaskName, animal_task, reward_named, tiny_task
+from policy import DiffusionPolicy, LoRAConfig, check_checkpoint
+from rewards import HeldOut
+from training import TrainingConfig, check_output_dir
+
+Algorithm = Literal["ddpo-is", "ddpo-sf", "rwr", "rwr-sparse"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """What is raised, how, and for how long."""
+
+    policy: str = TINY_WORLD
+    """The tiny world, or a folder or hub id of a Stable Diffusion."""
+
+    task: TaskName = "image-reward"
+    """What is asked of the policy. Of a Stable Diffusion: all but "no-stripes", on animals; of the tiny world: all but
+    "aesthetic" and "alignment"."""
+
+    algorithm: Algorithm = "ddpo-is"
+    """Clipped importance sampling, score function, reward-weighted regression, or the same on the best samples only."""
+
+    reward: str | None = None
+    """In place of the task's own: package.module:factory, called without arguments."""
+
+    erase: bool = False
+    """Keep stripes out meanwhile: an erasure constraint, with a detector that has no gradient. Tiny world only."""
+
+    output_dir: Path = Path("runs/ddpo_finetune")
+    """Where everything is written."""
+
+    rounds: int | None = None
+    """Rounds of sampling and updates; None is 40 for the tiny world, and the authors' number for Stable Diffusion."""
+
+    learning_rate: float | None = None
+    """Of the LoRA; None is 1e-3 for the tiny world and 3e-4 for Stable Diffusion."""
+
+    kl_weight: float = 0.0
+    """Weight of the divergence from the untuned policy."""
+
+    patience: int = 0
+    """Looks in a row with reward and judge parting, after which training stops; 0 never stops."""
+
+    prompts_per_split: int = 200
+    """Prompts of each split in the evaluation."""
+
+    data: Path | None = None
+    """Folder with the lists of animals; they are fetched if it is not given."""
+
+    seed: int = 0
+    """Seed of everything."""
+
+    resume: bool = False
+    """Go on with an interrupted run in the same folder; samples whose reward failed are graded again."""
+
+    @property
+    def tiny(self) -> bool:
+        """Whether this is about the tiny world."""
+        return self.policy == TINY_WORLD
+
+
+def ddpo_config(config: Config) -> DDPOConfig:
+    """Returns DDPO's settings: quick ones for the tiny world, the authors' for Stable Diffusion."""
+    if config.tiny:
+        settings = DDPOConfig(
+            samples_per_round=64,
+            sampling_batch_size=64,
+            minibatch_size=32,
+            steps=4,
+            guidance_scale=3.0,
+            clip_range=0.1,
+            baseline="group",
+            images_per_prompt=4,
+            step_weights="signal",
+            timestep_fraction=0.5,
+            evaluate_every=5,
+        )
+    elif config.task == "alignment":
+        settings = DDPOConfig(samples_per_round=288, updates_per_round=2)
+    elif config.task == "aesthetic":
+        settings = DDPOConfig(updates_per_round=2)
+    else:
+        settings = DDPOConfig(buffer_size=16)
+    if config.algorithm == "ddpo-sf":
+        settings = replace(settings, estimator="score", updates_per_round=1)
+    return replace(settings, kl_weight=config.kl_weight, patience=config.patience)
+
+
+def rwr_config(config: Config) -> RWRConfig:
+    """Returns RWR's settings: quick ones for the tiny world, the authors' for Stable Diffusion."""
+    sparse = config.algorithm == "rwr-sparse"
+    weighting, epochs = ("sparse", 50) if sparse else ("softmax", 5)
+    if not config.tiny:
+        count = 10_240 if not sparse else 1024
+        return RWRConfig(
+            weighting=weighting, epochs_per_round=epochs, samples_per_round=count,
+            per_prompt=config.task == "aesthetic", patience=config.patience,
+        )  # fmt: skip
+    return RWRConfig(
+        weighting=weighting,
+        epochs_per_round=epochs,
+        samples_per_round=256,
+        sampling_batch_size=64,
+        minibatch_size=64,
+        steps=4,
+        guidance_scale=3.0,
+        inverse_temperature=1.0,
+        patience=config.patience,
+    )
+
+
+def run_config(config: Config) -> TrainingConfig:
+    """Returns where and for how long it runs."""
+    rounds = 200 if config.task in ("aesthetic", "alignment") else 100
+    return TrainingConfig(
+        output_dir=config.output_dir,
+        iterations=config.rounds or (40 if config.tiny else rounds),
+        learning_rate=config.learning_rate or (1e-3 if config.tiny else 3e-4),
+        weight_decay=1e-4,
+        mixed_precision="no" if config.tiny else "bf16",
+        checkpoint_every=10,
+        resume=config.resume,
+        seed=config.seed,
+    )
+
+
+def constraint() -> ImageConstraint:
+    """Returns what keeps stripes out: the detector's contrast stays at or below a ceiling; no gradient is asked for."""
+    import tinyworld
+
+    detector = tinyworld.StripeScore()
+    wanted = [*tinyworld.captions("explicit", 120, 7), *tinyworld.captions("implicit", 120, 7)]
+    weight = Lagrangian(LagrangianConfig(initial_weight=10.0, learning_rate=1.0))
+    return ImageConstraint(ScoreCeiling(detector, ceiling=0.02), wanted, weight)
+
+
+def trainer_of(config: Config, policy: DiffusionPolicy, task: Task) -> DDPOTrainer | RWRTrainer:
+    """Makes the trainer."""
+    held_out = HeldOut(task.held_out_prompts, task.held_out, batch_size=32)
+    if config.algorithm.startswith("rwr"):
+        return RWRTrainer(policy, task.reward, task.prompts, rwr_config(config), held_out=held_out)
+    erasure = constraint() if config.erase else None
+    return DDPOTrainer(policy, task.reward, task.prompts, ddpo_config(config), erasure=erasure, held_out=held_out)
+
+
+def load(config: Config) -> tuple[DiffusionPolicy, Task]:
+    """Loads the policy and the task; what is wrong with either shows before any work is done.
+
+    Raises:
+        ValueError: The checkpoint, the task or the reward cannot be had, or the options contradict each other.
+    """
+    if config.erase and (not config.tiny or config.algorithm.startswith("rwr")):
+        raise ValueError(f"erase must be off but for DDPO in the tiny world, got {config.policy}, {config.algorithm}")
+    reward = None if config.reward is None else reward_named(config.reward)
+    if not config.tiny:
+        check_checkpoint(config.policy)
+        task = animal_task(config.task, reward, count=config.prompts_per_split, folder=config.data)
+        lora = LoRAConfig(rank=4, alpha=4)
+        return DiffusionPolicy.from_pretrained(config.policy, lora=lora, gradient_checkpointing=True), task
+    import tinyworld
+
+    task = tiny_task(config.task, count=config.prompts_per_split, seed=config.seed)
+    task = task if reward is None else replace(task, reward=reward)
+    return tinyworld.load_policy(lora=LoRAConfig(rank=8, alpha=8)), task
+
+
+def measures_of(config: Config, task: Task) -> list[Measure]:
+    """Returns what is measured of the pictures: the reward, and in the tiny world the truth beside it."""
+    measures = [Measure(config.task, task.reward, note="What was trained.")]
+    if config.tiny:
+        import tinyworld
+
+        measures += [
+            Measure("accuracy", tinyworld.matches, note="Everything the caption names shows, and nothing beyond it."),
+            Measure("true utility", tinyworld.utility, note="What people of that world like; never trained on."),
+            Measure("stripes", tinyworld.concept_shown, better="lower", note="Stripes show."),
+        ]
+    return measures
+
+
+def main(config: Config) -> None:
+    """Trains, and compares before and after on every split."""
+    training = run_config(config)
+    check_output_dir(training)
+    policy, task = load(config)
+    trainer = trainer_of(config, policy, task)
+    settings = trainer.config
+    state = PartialState()
+    splits = dict(task.splits)
+    if config.erase:
+        import tinyworld
+
+        for kind in ("explicit", "implicit"):
+            splits[kind] = tinyworld.captions(kind, config.prompts_per_split, config.seed + 100)
+    planned = plan(splits, seed=config.seed)
+    drawing = DrawConfig(steps=settings.steps, guidance_scale=settings.guidance_scale, eta=settings.eta)
+    measures = measures_of(config, task)
+
+    def look(model: str):
+        mine = shard(planned, state.process_index, state.num_processes)
+        images = draw(policy, mine, drawing, model=model, batch_size=32, progress=state.is_main_process)
+        scores = score(images, measures, device=policy.device, progress=state.is_main_process)
+        return images, gather(scores, planned)
+
+    before = look("before")
+    trainer.train(training)
+    after = look("tuned")
+    if not state.is_main_process:
+        return
+
+    comparison = compare([before[1], after[1]])
+    table = text_table(comparison)
+    print(table)
+    folder = config.output_dir
+    comparison.save(folder / "comparison.json")
+    (folder / "table.txt").write_text(table + "\n", encoding="utf-8")
+    (folder / "config.json").write_text(json.dumps(asdict(config), default=str, indent=1) + "\n", encoding="utf-8")
+    policy.save_lora(folder / "lora")
+    Report(
+        title=f"{config.task.capitalize()} raised by {config.algorithm.upper()}",
+        lead=f"{training.iterations} rounds of {settings.samples_per_round} samples on {config.policy}.",
+        comparison=comparison,
+        metrics=folder / "metrics.jsonl",
+        panels=panels(config),
+        pictures=[before[0], after[0]],
+        commands=("accelerate launch examples/ddpo_finetune.py " + " ".join(sys.argv[1:]),),
+        settings={"run": asdict(config), config.algorithm: asdict(settings)},
+    ).save(folder / "report.html")
+    print(f"\nThe report, with pictures: {folder / 'report.html'}")
+
+
+def panels(config: Config) -> tuple[Panel, ...]:
+    """Returns the learning curves of the report."""
+    curves = [
+        Panel(title="Reward of the round", tags={config.task: "reward/mean"}),
+        Panel(title="Held-out prompts, reward", tags={config.task: "reward/validation"}),
+        Panel(
+            title="Held-out prompts, judge",
+            tags={"judge": "reward/held_out"},
+            caption="The judge is not trained on. Where it falls while the reward rises, the reward is exploited.",
+        ),
+    ]
+    if config.algorithm.startswith("ddpo"):
+        curves.append(Panel(title="Divergence from the untuned policy", tags={"per step": "policy/kl"}))
+    if config.erase:
+        curves.append(Panel(title="Cost of the constraint", tags={"cost": "erasure/cost"}, references={"bound": 0.0}))
+        curves.append(Panel(title="Weight of the constraint", tags={"weight": "erasure/weight"}))
+    return tuple(curves)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Config))
