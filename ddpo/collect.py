@@ -130,13 +130,14 @@ class Collector:
                 if first < PICTURES:
                     pictures.append(images.cpu())
             scores = [pool.results() for pool in pools]
+            grading = sum(pool.busy_seconds for pool in pools)
         return Graded(
             trajectory=joined(batches),
             rewards=scores[0],
             costs=scores[1] if self.cost is not None else torch.empty(0),
             pictures=torch.cat(pictures)[:PICTURES],
             seconds_sampling=sampling,
-            seconds_reward=sum(pool.busy_seconds for pool in pools),
+            seconds_reward=grading,
             retries=sum(pool.retries for pool in pools),
         )
 

@@ -107,10 +107,8 @@ class DDPOConfig:
         for name in ("samples_per_round", "erasure_samples_per_round"):
             rule = f"divide evenly among updates_per_round={self.updates_per_round}"
             _require(getattr(self, name) % self.updates_per_round == 0, name, rule, getattr(self, name))
-        rule = f"divide by images_per_prompt={self.images_per_prompt}"
-        _require(
-            self.samples_per_round % self.images_per_prompt == 0, "samples_per_round", rule, self.samples_per_round
-        )
+            rule = f"divide by images_per_prompt={self.images_per_prompt}"
+            _require(getattr(self, name) % self.images_per_prompt == 0, name, rule, getattr(self, name))
         if self.baseline == "group":
             _require(
                 self.images_per_prompt >= 2, "images_per_prompt", "be at least 2 with 'group'", self.images_per_prompt

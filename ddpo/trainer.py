@@ -312,7 +312,12 @@ class DDPOTrainer:
         ]  # fmt: skip
         if isinstance(self.erasure, ImageConstraint):
             count = cfg.erasure_samples_per_round
-            asked.append(ask(run, self.erasure.prompts, count, updates=cfg.updates_per_round))
+            asked.append(
+                ask(
+                    run, self.erasure.prompts, count,
+                    updates=cfg.updates_per_round, images_per_prompt=cfg.images_per_prompt,
+                )
+            )  # fmt: skip
         prompts = [prompt for part in asked for prompt in part.my_prompts]
         seeds = [seed for part in asked for seed in part.my_seeds]
         return asked, self.collector.collect(run, prompts, seeds, of_concept=len(prompts) - len(asked[0].mine))
@@ -320,8 +325,8 @@ class DDPOTrainer:
     def _judge(self, run: TrainingRun, asked: list[Asked], graded: Graded, weight: float) -> Verdict:
         """Turns rewards and costs into advantages.
 
-        Samples of the concept are worth reward - weight * cost, and are compared with each other in this round: the
-        weight changes from round to round, which would make earlier ones misleading.
+        Samples of the concept are worth reward - weight * cost, and are compared within their group or with each other,
+        but never with earlier rounds, where the weight was another.
         """
         cfg, mine = self.config, len(asked[0].mine)
         rewards = asked[0].gathered(run, graded.rewards[:mine])
@@ -337,7 +342,10 @@ class DDPOTrainer:
         if len(asked) == 2:
             concept_rewards = asked[1].gathered(run, graded.rewards[mine:])
             costs = asked[1].gathered(run, graded.costs)
-            parts.append(round_advantages(concept_rewards - weight * costs)[asked[1].mine])
+            worth = concept_rewards - weight * costs
+            grouped = cfg.baseline == "group"
+            compared = group_advantages(worth, asked[1].prompts) if grouped else round_advantages(worth)
+            parts.append(compared[asked[1].mine])
         clamped = torch.cat(parts).clamp(-cfg.max_advantage, cfg.max_advantage)
         return Verdict(rewards, concept_rewards, costs, clamped.to(run.device, torch.float32))
 

@@ -9,6 +9,7 @@ import uuid
 from dataclasses import dataclass
 from http.client import HTTPException
 from pathlib import Path
+from urllib.error import HTTPError
 
 CACHE_VARIABLE = "OVERPAINT_CACHE"
 """Environment variable that says where fetched files are kept."""
@@ -88,6 +89,8 @@ def _download(file: PublicFile, path: Path) -> None:
             with urllib.request.urlopen(file.url, timeout=TIMEOUT) as answer, temporary.open("wb") as target:
                 shutil.copyfileobj(answer, target)
         except (OSError, HTTPException) as error:
+            if isinstance(error, HTTPError):
+                error.close()  # it is an answer as well, and holds its connection
             raise OSError(f"could not fetch {file.name}: {error}. {_by_hand(file)}") from error
         found, size = _sha256(temporary), temporary.stat().st_size
         if found != file.sha256:

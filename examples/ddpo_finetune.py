@@ -5,8 +5,8 @@
     accelerate launch examples/ddpo_finetune.py --policy CompVis/stable-diffusion-v1-4 --task incompressibility
 
 By default the tiny world's ImageReward is raised for pictures drawn in four steps, with its true utility as the judge
-that is not trained on. Prompts that were not trained on are drawn before and after. With ``--erase`` stripes are kept
-out meanwhile, by a detector that has no gradient.
+that is not trained on. Prompts that were not trained on are drawn before and after. With ``--erased --constrained``
+the policy begins with stripes erased by UCE, and a detector that gives no gradient keeps them out meanwhile.
 """
 
 import json
@@ -19,7 +19,7 @@ import tyro
 from accelerate import PartialState
 
 from ddpo import DDPOConfig, DDPOTrainer, RWRConfig, RWRTrainer
-from erasure import ImageConstraint, Lagrangian, LagrangianConfig, ScoreCeiling
+from erasure import STRIPES, UCE, ImageConstraint, Lagrangian, LagrangianConfig, ScoreCeiling
 from evaluation import DrawConfig, Measure, Panel, Report, compare, draw, gather, plan, score, shard, text_table
 from evaluation.subject import TINY_WORLD
 from evaluation.tasks import Task, TaskName, animal_task, reward_named, tiny_task
@@ -47,8 +47,11 @@ class Config:
     reward: str | None = None
     """In place of the task's own: package.module:factory, called without arguments."""
 
-    erase: bool = False
-    """Keep stripes out meanwhile: an erasure constraint, with a detector that has no gradient. Tiny world only."""
+    erased: bool = False
+    """Begin with the model from which UCE has erased stripes. Tiny world only."""
+
+    constrained: bool = False
+    """Keep stripes out meanwhile, by a detector that gives no gradient. Tiny world and DDPO only."""
 
     output_dir: Path = Path("runs/ddpo_finetune")
     """Where everything is written."""
@@ -57,7 +60,8 @@ class Config:
     """Rounds of sampling and updates; None is 40 for the tiny world, and the authors' number for Stable Diffusion."""
 
     learning_rate: float | None = None
-    """Of the LoRA; None is 1e-3 for the tiny world and 3e-4 for Stable Diffusion."""
+    """Of the LoRA; None is 1e-3 for the tiny world's ImageReward, 5e-4 for its other tasks, and 3e-4 for Stable
+    Diffusion."""
 
     kl_weight: float = 0.0
     """Weight of the divergence from the untuned policy."""
@@ -114,6 +118,8 @@ def rwr_config(config: Config) -> RWRConfig:
     """Returns RWR's settings: quick ones for the tiny world, the authors' for Stable Diffusion."""
     sparse = config.algorithm == "rwr-sparse"
     weighting, epochs = ("sparse", 50) if sparse else ("softmax", 5)
+    if config.tiny:
+        epochs = 30 if sparse else 3
     if not config.tiny:
         count = 10_240 if not sparse else 1024
         return RWRConfig(
@@ -128,18 +134,26 @@ def rwr_config(config: Config) -> RWRConfig:
         minibatch_size=64,
         steps=4,
         guidance_scale=3.0,
-        inverse_temperature=1.0,
+        inverse_temperature=1.0 if config.task == "image-reward" else 5.0,
         patience=config.patience,
     )
+
+
+def settings_of(config: Config) -> DDPOConfig | RWRConfig:
+    """Returns the settings of the algorithm that is asked for."""
+    return rwr_config(config) if config.algorithm.startswith("rwr") else ddpo_config(config)
 
 
 def run_config(config: Config) -> TrainingConfig:
     """Returns where and for how long it runs."""
     rounds = 200 if config.task in ("aesthetic", "alignment") else 100
+    learning_rate = 3e-4
+    if config.tiny:
+        rounds, learning_rate = 40, 1e-3 if config.task == "image-reward" else 5e-4
     return TrainingConfig(
         output_dir=config.output_dir,
-        iterations=config.rounds or (40 if config.tiny else rounds),
-        learning_rate=config.learning_rate or (1e-3 if config.tiny else 3e-4),
+        iterations=config.rounds or rounds,
+        learning_rate=config.learning_rate or learning_rate,
         weight_decay=1e-4,
         mixed_precision="no" if config.tiny else "bf16",
         checkpoint_every=10,
@@ -163,7 +177,7 @@ def trainer_of(config: Config, policy: DiffusionPolicy, task: Task) -> DDPOTrain
     held_out = HeldOut(task.held_out_prompts, task.held_out, batch_size=32)
     if config.algorithm.startswith("rwr"):
         return RWRTrainer(policy, task.reward, task.prompts, rwr_config(config), held_out=held_out)
-    erasure = constraint() if config.erase else None
+    erasure = constraint() if config.constrained else None
     return DDPOTrainer(policy, task.reward, task.prompts, ddpo_config(config), erasure=erasure, held_out=held_out)
 
 
@@ -173,8 +187,10 @@ def load(config: Config) -> tuple[DiffusionPolicy, Task]:
     Raises:
         ValueError: The checkpoint, the task or the reward cannot be had, or the options contradict each other.
     """
-    if config.erase and (not config.tiny or config.algorithm.startswith("rwr")):
-        raise ValueError(f"erase must be off but for DDPO in the tiny world, got {config.policy}, {config.algorithm}")
+    if (config.erased or config.constrained) and not config.tiny:
+        raise ValueError(f"erased and constrained must be off but in the tiny world, got policy {config.policy!r}")
+    if config.constrained and config.algorithm.startswith("rwr"):
+        raise ValueError(f"constrained must be off but with DDPO, got {config.algorithm}")
     reward = None if config.reward is None else reward_named(config.reward)
     if not config.tiny:
         check_checkpoint(config.policy)
@@ -185,7 +201,10 @@ def load(config: Config) -> tuple[DiffusionPolicy, Task]:
 
     task = tiny_task(config.task, count=config.prompts_per_split, seed=config.seed)
     task = task if reward is None else replace(task, reward=reward)
-    return tinyworld.load_policy(lora=LoRAConfig(rank=8, alpha=8)), task
+    policy = tinyworld.load_policy(lora=LoRAConfig(rank=8, alpha=8))
+    if config.erased:
+        UCE().erase(policy, STRIPES).apply(policy)
+    return policy, task
 
 
 def measures_of(config: Config, task: Task) -> list[Measure]:
@@ -211,7 +230,7 @@ def main(config: Config) -> None:
     settings = trainer.config
     state = PartialState()
     splits = dict(task.splits)
-    if config.erase:
+    if config.erased or config.constrained:
         import tinyworld
 
         for kind in ("explicit", "implicit"):
@@ -266,7 +285,7 @@ def panels(config: Config) -> tuple[Panel, ...]:
     ]
     if config.algorithm.startswith("ddpo"):
         curves.append(Panel(title="Divergence from the untuned policy", tags={"per step": "policy/kl"}))
-    if config.erase:
+    if config.constrained:
         curves.append(Panel(title="Cost of the constraint", tags={"cost": "erasure/cost"}, references={"bound": 0.0}))
         curves.append(Panel(title="Weight of the constraint", tags={"weight": "erasure/weight"}))
     return tuple(curves)

@@ -5,7 +5,18 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-FOLDERS = ("policy", "training", "rewards", "tinyworld", "erasure", "refl", "evaluation", "examples", "benchmarks")
+FOLDERS = (
+    "policy",
+    "training",
+    "rewards",
+    "tinyworld",
+    "erasure",
+    "refl",
+    "ddpo",
+    "evaluation",
+    "examples",
+    "benchmarks",
+)
 
 
 @pytest.mark.parametrize("folder", FOLDERS)

@@ -1,0 +1,99 @@
+"""Compare DDPO-IS, DDPO-SF, RWR and RWR-sparse at equal numbers of reward queries, over several seeds.
+
+    python examples/ddpo_compare.py --task image-reward
+    python examples/ddpo_compare.py --task compressibility --seeds 0 1 2
+
+Every run is one of ``examples/ddpo_finetune.py`` in a folder of its own; those that are there and whole are not run
+again. The curves, mean and standard deviation over the seeds on held-out prompts, are written beside them.
+"""
+
+import json
+import math
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import ddpo_finetune
+import tyro
+
+from evaluation.band_chart import Band, band_chart, band_of
+from evaluation.tasks import TaskName
+from training import read_metrics
+
+REWARD, JUDGE = "reward/validation", "reward/held_out"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Which runs are compared."""
+
+    task: TaskName = "image-reward"
+    """What is asked of the policy."""
+
+    policy: str = ddpo_finetune.TINY_WORLD
+    """The tiny world, or a folder or hub id of a Stable Diffusion."""
+
+    algorithms: tuple[ddpo_finetune.Algorithm, ...] = ("ddpo-is", "ddpo-sf", "rwr", "rwr-sparse")
+    """What is compared."""
+
+    seeds: tuple[int, ...] = (0, 1, 2)
+    """One run of each algorithm for each."""
+
+    queries: int = 2560
+    """Images that each run may have graded for training."""
+
+    output_dir: Path = Path("runs/ddpo_compare")
+    """Folder of the folders of the runs."""
+
+    def run(self, algorithm: ddpo_finetune.Algorithm, seed: int) -> ddpo_finetune.Config:
+        """Returns the settings of one run."""
+        whole = ddpo_finetune.Config(
+            policy=self.policy,
+            task=self.task,
+            algorithm=algorithm,
+            seed=seed,
+            output_dir=self.output_dir / self.task / f"{algorithm}-{seed}",
+            resume=True,
+        )
+        settings = ddpo_finetune.settings_of(whole)
+        return replace(whole, rounds=max(1, self.queries // settings.samples_per_round))
+
+
+def points(folder: Path, tag: str, queries_per_round: int) -> list[tuple[float, float]]:
+    """Returns the values of a tag in a run, by the reward queries before."""
+    lines = read_metrics(folder / "metrics.jsonl")
+    return [(float(line["iteration"] * queries_per_round), line[tag]) for line in lines if tag in line]
+
+
+def main(config: Config) -> dict[str, dict[str, Band]]:
+    """Makes the runs that are missing, prints the table, and draws the curves."""
+    bands: dict[str, dict[str, Band]] = {REWARD: {}, JUDGE: {}}
+    for algorithm in config.algorithms:
+        runs = [config.run(algorithm, seed) for seed in config.seeds]
+        for run in runs:
+            if not (run.output_dir / "comparison.json").exists():
+                ddpo_finetune.main(run)
+        per_round = ddpo_finetune.settings_of(runs[0]).samples_per_round
+        for tag, found in bands.items():
+            found[algorithm] = band_of(algorithm, [points(run.output_dir, tag, per_round) for run in runs])
+    folder = config.output_dir / config.task
+    count = len(config.seeds)
+    for tag, what in ((REWARD, config.task), (JUDGE, "judge")):
+        print(f"\n{what} on held-out prompts, {count} seeds, {config.queries} reward queries:")
+        for name, band in bands[tag].items():
+            error = band.spread[-1] / math.sqrt(count)
+            print(f"  {name:10}  {band.mean[0]:.3f} -> {band.mean[-1]:.3f} ± {error:.3f} (standard error over seeds)")
+        chart = band_chart(
+            list(bands[tag].values()),
+            title=f"{what} on held-out prompts, {count} seeds",
+            x_label="reward queries",
+            y_label=what,
+        )
+        (folder / f"{tag.replace('/', '_')}.svg").write_text(chart, encoding="utf-8")
+    content = {tag: {name: band._asdict() for name, band in found.items()} for tag, found in bands.items()}
+    (folder / "curves.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    print(f"\nThe curves: {folder}")
+    return bands
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Config))
