@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from urllib.error import HTTPError
 
 import pytest
 
@@ -17,6 +18,8 @@ CONTENT = b"cat\ndog\nhorse\n"
 
 class Server(ThreadingHTTPServer):
     """Answers /list.txt as it is told, anything else with 404, and counts what it was asked."""
+
+    daemon_threads = False  # closing the server waits for its last answer
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), Answer)
@@ -128,6 +131,9 @@ def test_an_address_without_the_file_is_told_with_all_that_is_needed_to_get_it_b
     assert file.sha256 in message
     assert str(cached_path(file)) in message
     assert files_in(cache) == []
+    cause = caught.value.__cause__
+    assert isinstance(cause, HTTPError)
+    assert cause.closed  # one that is left open holds its connection
 
 
 def test_a_server_that_cannot_be_reached_is_an_error_of_the_same_kind() -> None:
