@@ -1,6 +1,6 @@
 """DDPO: policy gradients over whole denoising trajectories, and reward-weighted regression beside them."""
 
-from .advantage import PromptStatistics, group_advantages, round_advantages
+from .advantage import PromptStatistics, centred_advantages, group_advantages, round_advantages
 from .config import DDPOConfig
 from .loss import clipped_surrogate, gaussian_kl, score_function
 from .rwr import RWRConfig, RWRMetrics, RWRTrainer
@@ -18,6 +18,7 @@ __all__ = [
     "RWRTrainer",
     "RewardError",
     "ScoringConfig",
+    "centred_advantages",
     "clipped_surrogate",
     "gaussian_kl",
     "group_advantages",

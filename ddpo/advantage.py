@@ -14,8 +14,8 @@ EPSILON = 1e-6
 Numbers = Float[Tensor, " samples"]
 
 
-def round_advantages(rewards: Numbers) -> Numbers:
-    """Returns the rewards normalised by mean and standard deviation of all of them."""
+def round_advantages(rewards: Numbers, groups: Sequence[str] = ()) -> Numbers:
+    """Returns the rewards normalised by mean and standard deviation of all of them, whatever their groups."""
     rewards = rewards.double()
     return (rewards - rewards.mean()) / (rewards.std(correction=0) + EPSILON)
 
@@ -30,6 +30,17 @@ def group_advantages(rewards: Numbers, groups: Sequence[str]) -> Numbers:
     for samples in members(groups).values():
         advantages[samples] = round_advantages(rewards[samples])
     return advantages
+
+
+def centred_advantages(rewards: Numbers, groups: Sequence[str]) -> Numbers:
+    """Returns the rewards minus the mean of their group, all divided by one standard deviation, that of the round.
+
+    Unlike within a group alone, a group whose images are all alike does not count as much as one that tells them apart.
+    """
+    centred = rewards.double()
+    for samples in members(groups).values():
+        centred[samples] = centred[samples] - centred[samples].mean()
+    return centred / (centred.square().mean().sqrt() + EPSILON)
 
 
 class PromptStatistics:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 ESTIMATORS = ("importance", "score")
-BASELINES = ("prompt", "group", "round")
+BASELINES = ("prompt", "group", "centred", "round")
 STEP_WEIGHTS = ("equal", "signal")
 
 
@@ -45,9 +45,10 @@ class DDPOConfig:
     clip_range: float = 1e-4
     """Distance from 1 at which ratios are clipped. It belongs to log-probabilities that are means over the latent."""
 
-    baseline: Literal["prompt", "group", "round"] = "prompt"
+    baseline: Literal["prompt", "group", "centred", "round"] = "prompt"
     """What rewards are compared with: earlier ones of the same prompt; those of the same prompt in this round, which
-    needs `images_per_prompt`; or all of this round."""
+    needs `images_per_prompt`, divided by their own standard deviation ("group") or by that of the whole round
+    ("centred"); or all of this round."""
 
     images_per_prompt: int = 1
     """Images drawn for each prompt that a round draws."""
@@ -109,10 +110,9 @@ class DDPOConfig:
             _require(getattr(self, name) % self.updates_per_round == 0, name, rule, getattr(self, name))
             rule = f"divide by images_per_prompt={self.images_per_prompt}"
             _require(getattr(self, name) % self.images_per_prompt == 0, name, rule, getattr(self, name))
-        if self.baseline == "group":
-            _require(
-                self.images_per_prompt >= 2, "images_per_prompt", "be at least 2 with 'group'", self.images_per_prompt
-            )
+        if self.baseline in ("group", "centred"):
+            rule = f"be at least 2 with {self.baseline!r}"
+            _require(self.images_per_prompt >= 2, "images_per_prompt", rule, self.images_per_prompt)
         _require(0 < self.eta <= 1, "eta", "be above 0, where steps have a density, and at most 1", self.eta)
         _require(0 < self.clip_range < 1, "clip_range", "lie between 0 and 1", self.clip_range)
         _require(self.max_advantage > 0, "max_advantage", "be positive", self.max_advantage)

@@ -26,7 +26,7 @@ from policy.types import Embeddings, Latents, PerSample, Trajectory
 from rewards import HeldOut, HeldOutWatch, Reward
 from training import Stateful, TrainingConfig, TrainingRun, draw_batch
 
-from .advantage import PromptStatistics, group_advantages, round_advantages
+from .advantage import PromptStatistics, centred_advantages, group_advantages, round_advantages
 from .asked import Asked, Pairs, ask, pairs_of_update
 from .collect import Collector, Graded, asked_again_on_failure
 from .config import DDPOConfig
@@ -329,23 +329,15 @@ class DDPOTrainer:
         but never with earlier rounds, where the weight was another.
         """
         cfg, mine = self.config, len(asked[0].mine)
+        compare = {"group": group_advantages, "centred": centred_advantages}.get(cfg.baseline, round_advantages)
         rewards = asked[0].gathered(run, graded.rewards[:mine])
-        match cfg.baseline:
-            case "prompt":
-                advantages = self.statistics.advantages(rewards, asked[0].prompts)
-            case "group":
-                advantages = group_advantages(rewards, asked[0].prompts)
-            case "round":
-                advantages = round_advantages(rewards)
-        parts = [advantages[asked[0].mine]]
+        earlier = self.statistics.advantages if cfg.baseline == "prompt" else compare
+        parts = [earlier(rewards, asked[0].prompts)[asked[0].mine]]
         concept_rewards = costs = torch.zeros(1)
         if len(asked) == 2:
             concept_rewards = asked[1].gathered(run, graded.rewards[mine:])
             costs = asked[1].gathered(run, graded.costs)
-            worth = concept_rewards - weight * costs
-            grouped = cfg.baseline == "group"
-            compared = group_advantages(worth, asked[1].prompts) if grouped else round_advantages(worth)
-            parts.append(compared[asked[1].mine])
+            parts.append(compare(concept_rewards - weight * costs, asked[1].prompts)[asked[1].mine])
         clamped = torch.cat(parts).clamp(-cfg.max_advantage, cfg.max_advantage)
         return Verdict(rewards, concept_rewards, costs, clamped.to(run.device, torch.float32))
 
