@@ -39,7 +39,7 @@ TOLERATED = 0.1
 """Share of the clip range by which a ratio may be off before anything was updated."""
 
 KL_PAIRS = 16
-"""Steps on which a process measures the divergence from the reference where it is not part of the loss."""
+"""Pairs on which a process measures the divergence from the reference in a round, where it is not part of the loss."""
 
 
 class DDPOMetrics(NamedTuple):
@@ -230,10 +230,13 @@ class DDPOTrainer:
             for k in range(cfg.updates_per_round)
         ]
         trajectory = self._with_old_log_probs(run, graded.trajectory, parts)
-        updates = [self._update(run, pairs, trajectory, verdict.advantages) for pairs in parts]
-        loss, clip_fraction, k1, k3, kl, objective = (
-            run.gather(torch.stack([u.means for u in updates])).mean(0).tolist()
-        )
+        updates = [
+            self._update(run, pairs, trajectory, verdict.advantages, first=k == 0) for k, pairs in enumerate(parts)
+        ]
+        means = run.gather(torch.stack([u.means for u in updates])).view(-1, len(updates), 6).mean(dim=0)
+        loss, clip_fraction, k1, k3, kl, objective = means.mean(dim=0).tolist()
+        if not cfg.kl_weight:
+            kl = float(means[0, 4])
         ratios = run.gather(torch.stack([u.ratio_max for u in updates])).view(-1, len(updates)).amax(0).tolist()
         seconds_update = time.perf_counter() - start
 
@@ -363,7 +366,13 @@ class DDPOTrainer:
         return trajectory._replace(log_probs=log_probs)
 
     def _update(
-        self, run: TrainingRun, pairs: Pairs, trajectory: Trajectory, advantages: Float[Tensor, " samples"]
+        self,
+        run: TrainingRun,
+        pairs: Pairs,
+        trajectory: Trajectory,
+        advantages: Float[Tensor, " samples"],
+        *,
+        first: bool,
     ) -> Update:
         """Takes one gradient step on the mean loss of some pairs."""
         cfg, total = self.config, len(pairs.samples)
@@ -373,7 +382,8 @@ class DDPOTrainer:
         minibatches = pairs.minibatches(cfg.minibatch_size)
         for number, part in enumerate(minibatches):
             # The reference goes first: it borrows the network, which the gradient must find as it was.
-            reference_mean = self._reference_mean(run, trajectory, part) if cfg.kl_weight or number == 0 else None
+            wants_kl = cfg.kl_weight > 0 or (first and number == 0)
+            reference_mean = self._reference_mean(run, trajectory, part) if wants_kl else None
             taken, mean, std = self._stored_steps(run, trajectory, part)
             log_probs = gaussian_log_prob(taken, mean, std)
             old = trajectory.log_probs[part.samples, part.steps]

@@ -182,8 +182,8 @@ def constraint() -> ImageConstraint:
             return tinyworld.concept_shown(images).float()
 
     wanted = [*tinyworld.captions("explicit", 400, 7), *tinyworld.captions("implicit", 400, 7)]
-    weight = Lagrangian(LagrangianConfig(initial_weight=5.0, learning_rate=1.0))
-    return ImageConstraint(ScoreCeiling(Stripes(), ceiling=0.05), wanted, weight)
+    weight = Lagrangian(LagrangianConfig(initial_weight=10.0, learning_rate=5.0))
+    return ImageConstraint(ScoreCeiling(Stripes(), ceiling=0.02), wanted, weight)
 
 
 def trainer_of(config: Config, policy: DiffusionPolicy, task: Task) -> DDPOTrainer | RWRTrainer:

@@ -152,7 +152,7 @@ class DiffusionPolicy:
     @property
     def device(self) -> torch.device:
         """Where the UNet is."""
-        return self.unet.device
+        return self.unet.conv_in.weight.device  # unet.device looks through every module each time it is asked
 
     @property
     def dtype(self) -> torch.dtype:
