@@ -38,7 +38,7 @@ class Config:
     seeds: tuple[int, ...] = (0, 1, 2)
     """One run of each algorithm for each."""
 
-    queries: int = 2560
+    queries: int = 1920
     """Images that each run may have graded for training."""
 
     output_dir: Path = Path("runs/ddpo_compare")

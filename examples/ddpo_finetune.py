@@ -59,14 +59,14 @@ class Config:
     """Where everything is written."""
 
     rounds: int | None = None
-    """Rounds of sampling and updates; None is 40 for the tiny world, and the authors' number for Stable Diffusion."""
+    """Rounds of sampling and updates; None is 30 for the tiny world, and the authors' number for Stable Diffusion."""
 
     learning_rate: float | None = None
     """Of the LoRA; None is 1e-3 for the tiny world's ImageReward, 5e-4 for its other tasks, and 3e-4 for Stable
     Diffusion."""
 
     clip_range: float | None = None
-    """Distance from 1 at which ratios are clipped; None is 1e-3 for the tiny world and 1e-4 for Stable Diffusion."""
+    """Distance from 1 at which ratios are clipped; None is 5e-3 for the tiny world and 1e-4 for Stable Diffusion."""
 
     kl_weight: float = 0.0
     """Weight of the divergence from the untuned policy."""
@@ -101,7 +101,7 @@ def ddpo_config(config: Config) -> DDPOConfig:
             minibatch_size=32,
             steps=4,
             guidance_scale=3.0,
-            clip_range=1e-3,
+            clip_range=5e-3,
             baseline="group",
             images_per_prompt=4,
             step_weights="signal",
@@ -155,7 +155,7 @@ def run_config(config: Config) -> TrainingConfig:
     rounds = 200 if config.task in ("aesthetic", "alignment") else 100
     learning_rate = 3e-4
     if config.tiny:
-        rounds, learning_rate = 40, 1e-3 if config.task == "image-reward" else 5e-4
+        rounds, learning_rate = 30, 1e-3 if config.task == "image-reward" else 5e-4
     return TrainingConfig(
         output_dir=config.output_dir,
         iterations=config.rounds or rounds,
