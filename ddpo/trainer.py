@@ -20,26 +20,19 @@ from torch import Tensor
 from erasure import ErasureConstraint, ImageConstraint, ObjectiveConstraint
 from erasure.protocols import ConceptBatch
 from policy import ClassifierFree, DiffusionPolicy
-from policy.ddim import gaussian_log_prob
 from policy.prompts import check_prompts
-from policy.types import Embeddings, Latents, PerSample, Trajectory
+from policy.types import Embeddings, Trajectory
 from rewards import HeldOut, HeldOutWatch, Reward
 from training import Stateful, TrainingConfig, TrainingRun, draw_batch
 
 from .advantage import PromptStatistics, centred_advantages, group_advantages, round_advantages
-from .asked import Asked, Pairs, ask, pairs_of_update
+from .asked import Asked, ask, pairs_of_update
 from .collect import Collector, Graded, asked_again_on_failure
 from .config import DDPOConfig
+from .gradient import PolicyGradient, measured_by
 from .loop import check_held_out, look_at_held_out, train_in_rounds
-from .loss import clipped_surrogate, gaussian_kl, ratio_statistics, score_function
 from .scoring import ScoringConfig
 from .steps import step_plan
-
-TOLERATED = 0.1
-"""Share of the clip range by which a ratio may be off before anything was updated."""
-
-KL_PAIRS = 16
-"""Pairs on which a process measures the divergence from the reference in a round, where it is not part of the loss."""
 
 
 class DDPOMetrics(NamedTuple):
@@ -66,16 +59,6 @@ class DDPOMetrics(NamedTuple):
     seconds_sampling: float
     seconds_reward: float
     seconds_update: float
-
-
-class Update(NamedTuple):
-    """What one update measured on this process's pairs; on the device, but for the norm."""
-
-    means: Float[Tensor, " 6"]
-    """Loss, clip fraction, k1, k3, divergence from the reference, cost of an erasure objective."""
-    ratio_max: Float[Tensor, ""]
-    """Largest |ratio - 1|."""
-    grad_norm: float
 
 
 class Verdict(NamedTuple):
@@ -136,7 +119,8 @@ class DDPOTrainer:
             self.watch = HeldOutWatch(held_out, patience=cfg.patience, constrained=erasure is not None)
         self.guidance = ClassifierFree(cfg.guidance_scale)
         self.statistics = PromptStatistics(cfg.buffer_size, cfg.min_count)
-        self.step_weights, self.chosen_steps = step_plan(policy, cfg)
+        step_weights, self.chosen_steps = step_plan(policy, cfg)
+        self.gradient = PolicyGradient(policy, cfg, self.guidance, step_weights)
         self.collector = Collector(
             policy,
             self._rollout,
@@ -229,25 +213,23 @@ class DDPOTrainer:
             )
             for k in range(cfg.updates_per_round)
         ]
-        trajectory = self._with_old_log_probs(run, graded.trajectory, parts)
-        updates = [
-            self._update(run, pairs, trajectory, verdict.advantages, first=k == 0) for k, pairs in enumerate(parts)
-        ]
-        means = run.gather(torch.stack([u.means for u in updates])).view(-1, len(updates), 6).mean(dim=0)
-        loss, clip_fraction, k1, k3, kl, objective = means.mean(dim=0).tolist()
-        if not cfg.kl_weight:
-            kl = float(means[0, 4])
-        ratios = run.gather(torch.stack([u.ratio_max for u in updates])).view(-1, len(updates)).amax(0).tolist()
+        trajectory = self.gradient.with_old_log_probs(run, graded.trajectory, parts)
+        objective, updates = [], []
+        for number, pairs in enumerate(parts):
+            objective.append(self._objective(run))
+            updates.append(self.gradient.update(run, pairs, trajectory, verdict.advantages, measure_kl=number == 0))
+        measured = measured_by(run, updates, kl_in_loss=cfg.kl_weight > 0)
         seconds_update = time.perf_counter() - start
 
-        cost = objective
+        cost = fmean(objective)
         if isinstance(self.erasure, ImageConstraint):
             cost = float(verdict.costs.mean())
             self.erasure.lagrangian.update(cost)
         if self.watch is not None and self.erasure is not None:
             self.watch.note_cost(cost)
         if run.iteration % cfg.pictures_every == 0:
-            captions = [f"{r:.2f} {p}" for r, p in zip(graded.rewards.tolist(), asked[0].my_prompts, strict=False)]
+            prompts = [prompt for part in asked for prompt in part.my_prompts]
+            captions = [f"{r:.2f} {p}" for r, p in zip(graded.rewards.tolist(), prompts, strict=True)]
             run.log_images("round", graded.pictures, captions[: len(graded.pictures)])
         return DDPOMetrics(
             reward=float(verdict.rewards.mean()),
@@ -255,14 +237,7 @@ class DDPOTrainer:
             erasure_reward=float(verdict.concept_rewards.mean()),
             erasure_cost=cost,
             erasure_weight=weight,
-            loss=loss,
-            grad_norm=fmean(update.grad_norm for update in updates),
-            kl=kl,
-            approx_kl_k1=k1,
-            approx_kl_k3=k3,
-            clip_fraction=clip_fraction,
-            ratio_max=max(ratios),
-            ratio_start=ratios[0],
+            **measured._asdict(),
             retries=graded.retries,
             seconds_sampling=graded.seconds_sampling,
             seconds_reward=graded.seconds_reward,
@@ -344,90 +319,11 @@ class DDPOTrainer:
         clamped = torch.cat(parts).clamp(-cfg.max_advantage, cfg.max_advantage)
         return Verdict(rewards, concept_rewards, costs, clamped.to(run.device, torch.float32))
 
-    @torch.no_grad()
-    def _with_old_log_probs(self, run: TrainingRun, trajectory: Trajectory, parts: Sequence[Pairs]) -> Trajectory:
-        """Returns the trajectory with log-probabilities that the unchanged policy reproduces in the updates' shapes.
-
-        In other shapes than those of the rollout the network may round differently, in half precision by more than the
-        clip range. One minibatch tells; where it is off, all log-probabilities are taken again, in the very minibatches
-        of the updates, which costs one more forward of each.
-        """
-        cfg = self.config
-        if cfg.estimator == "score" or cfg.minibatch_size == cfg.sampling_batch_size:
-            return trajectory
-        log_probs = trajectory.log_probs.clone()
-        for number, pairs in enumerate(part for update in parts for part in update.minibatches(cfg.minibatch_size)):
-            fresh = gaussian_log_prob(*self._stored_steps(run, trajectory, pairs))
-            if number == 0:
-                off = (fresh - trajectory.log_probs[pairs.samples, pairs.steps]).expm1().abs().max()
-                if not run.in_any(bool(off > TOLERATED * cfg.clip_range)):
-                    return trajectory
-            log_probs[pairs.samples, pairs.steps] = fresh
-        return trajectory._replace(log_probs=log_probs)
-
-    def _update(
-        self,
-        run: TrainingRun,
-        pairs: Pairs,
-        trajectory: Trajectory,
-        advantages: Float[Tensor, " samples"],
-        *,
-        first: bool,
-    ) -> Update:
-        """Takes one gradient step on the mean loss of some pairs."""
-        cfg, total = self.config, len(pairs.samples)
-        cost = self._objective(run)
-        sums = torch.zeros(5, device=run.device)  # loss, clipped, k1, k3, KL
-        ratio_max = torch.zeros((), device=run.device)
-        minibatches = pairs.minibatches(cfg.minibatch_size)
-        for number, part in enumerate(minibatches):
-            # The reference goes first: it borrows the network, which the gradient must find as it was.
-            wants_kl = cfg.kl_weight > 0 or (first and number == 0)
-            reference_mean = self._reference_mean(run, trajectory, part) if wants_kl else None
-            taken, mean, std = self._stored_steps(run, trajectory, part)
-            log_probs = gaussian_log_prob(taken, mean, std)
-            old = trajectory.log_probs[part.samples, part.steps]
-            wanted = advantages[part.samples]
-            if cfg.estimator == "importance":
-                losses = clipped_surrogate(log_probs, old, wanted, clip_range=cfg.clip_range)
-            else:
-                losses = score_function(log_probs, wanted)
-            losses = losses * self.step_weights.to(losses.device)[part.steps]
-            if reference_mean is not None:
-                count = len(reference_mean)
-                divergence = gaussian_kl(mean[:count], reference_mean, std[:count])
-                sums[4] += divergence.detach().sum() * (1.0 if cfg.kl_weight else total / count)
-                if cfg.kl_weight:
-                    losses = losses + cfg.kl_weight * divergence
-            run.backward(losses.sum() / total, sync=number == len(minibatches) - 1)
-            off, ratio_sums = ratio_statistics(log_probs, old, clip_range=cfg.clip_range)
-            sums[0] += losses.detach().sum()
-            sums[1:4] += ratio_sums
-            ratio_max = torch.maximum(ratio_max, off)
-        grad_norm = run.update()
-        return Update(torch.cat([sums / total, cost.view(1)]), ratio_max, grad_norm)
-
-    def _stored_steps(
-        self, run: TrainingRun, trajectory: Trajectory, pairs: Pairs
-    ) -> tuple[Latents, Latents, PerSample]:
-        """Returns where stored steps led, and the Gaussians that they come from now."""
-        with run.autocast():
-            return self.policy.stored_steps(
-                trajectory, pairs.samples, pairs.steps, guidance=self.guidance, eta=self.config.eta
-            )
-
-    def _reference_mean(self, run: TrainingRun, trajectory: Trajectory, pairs: Pairs) -> Latents:
-        """Returns where the reference policy would go: of all pairs where that is in the loss, or else of a few."""
-        if not self.config.kl_weight:
-            pairs = Pairs(*(part[:KL_PAIRS] for part in pairs))
-        with self.policy.reference():
-            return self._stored_steps(run, trajectory, pairs)[1]
-
-    def _objective(self, run: TrainingRun) -> Float[Tensor, ""]:
+    def _objective(self, run: TrainingRun) -> float:
         """Adds the gradient of an erasure objective, if there is one, and moves its weight; returns its mean cost."""
         erasure = self.erasure
         if not isinstance(erasure, ObjectiveConstraint):
-            return torch.zeros((), device=run.device)
+            return 0.0
         batch = draw_batch(run, erasure.prompts, self.config.erasure_samples_per_round // self.config.updates_per_round)
         total = torch.zeros((), device=run.device)
         for first in range(0, len(batch), self.config.minibatch_size):
@@ -439,7 +335,7 @@ class DDPOTrainer:
         mean = run.mean(total)
         if math.isfinite(mean):  # otherwise the update is skipped, and there is nothing to answer
             erasure.lagrangian.update(mean)
-        return total
+        return mean
 
     # Small things.
 
