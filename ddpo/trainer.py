@@ -303,8 +303,10 @@ class DDPOTrainer:
     def _judge(self, run: TrainingRun, asked: list[Asked], graded: Graded, weight: float) -> Verdict:
         """Turns rewards and costs into advantages.
 
-        Samples of the concept are worth reward - weight * cost, and are compared within their group or with each other,
-        but never with earlier rounds, where the weight was another.
+        Samples of the concept are worth reward - weight * cost. They are compared with each other, or with the others
+        of their prompt, and never with earlier rounds, where the weight was another. One standard deviation serves them
+        all: groups whose images are all free of the concept, and differ by their reward only, then hardly count while
+        others are not.
         """
         cfg, mine = self.config, len(asked[0].mine)
         compare = {"group": group_advantages, "centred": centred_advantages}.get(cfg.baseline, round_advantages)
@@ -315,6 +317,7 @@ class DDPOTrainer:
         if len(asked) == 2:
             concept_rewards = asked[1].gathered(run, graded.rewards[mine:])
             costs = asked[1].gathered(run, graded.costs)
+            compare = round_advantages if cfg.images_per_prompt == 1 else centred_advantages
             parts.append(compare(concept_rewards - weight * costs, asked[1].prompts)[asked[1].mine])
         clamped = torch.cat(parts).clamp(-cfg.max_advantage, cfg.max_advantage)
         return Verdict(rewards, concept_rewards, costs, clamped.to(run.device, torch.float32))
