@@ -309,16 +309,21 @@ class DDPOTrainer:
         others are not.
         """
         cfg, mine = self.config, len(asked[0].mine)
-        compare = {"group": group_advantages, "centred": centred_advantages}.get(cfg.baseline, round_advantages)
+        compare = {
+            "prompt": self.statistics.advantages,
+            "group": group_advantages,
+            "centred": centred_advantages,
+            "round": round_advantages,
+        }[cfg.baseline]
         rewards = asked[0].gathered(run, graded.rewards[:mine])
-        earlier = self.statistics.advantages if cfg.baseline == "prompt" else compare
-        parts = [earlier(rewards, asked[0].prompts)[asked[0].mine]]
+        parts = [compare(rewards, asked[0].prompts)[asked[0].mine]]
         concept_rewards = costs = torch.zeros(1)
         if len(asked) == 2:
             concept_rewards = asked[1].gathered(run, graded.rewards[mine:])
             costs = asked[1].gathered(run, graded.costs)
-            compare = round_advantages if cfg.images_per_prompt == 1 else centred_advantages
-            parts.append(compare(concept_rewards - weight * costs, asked[1].prompts)[asked[1].mine])
+            worth = concept_rewards - weight * costs
+            among = round_advantages if cfg.images_per_prompt == 1 else centred_advantages
+            parts.append(among(worth, asked[1].prompts)[asked[1].mine])
         clamped = torch.cat(parts).clamp(-cfg.max_advantage, cfg.max_advantage)
         return Verdict(rewards, concept_rewards, costs, clamped.to(run.device, torch.float32))
 

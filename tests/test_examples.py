@@ -55,11 +55,54 @@ def test_finetuning_writes_table_and_report(tmp_path: Path) -> None:
     assert (folder / "lora" / "pytorch_lora_weights.safetensors").is_file()
 
 
-@pytest.mark.parametrize("example", ["refl_erase_nudity.py", "refl_finetune.py"])
+@pytest.mark.parametrize("example", ["refl_erase_nudity.py", "refl_finetune.py", "ddpo_finetune.py"])
 def test_an_unknown_checkpoint_is_named_before_any_work(example: str, tmp_path: Path) -> None:
     folder = tmp_path / "empty"
     folder.mkdir()
     done = launch(example, "--policy", str(folder), "--output-dir", str(tmp_path / "run"))
     assert done.returncode != 0
     assert str(folder) in done.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_ddpo_from_an_erased_model_writes_table_and_report(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    options = ["--output-dir", str(folder), "--rounds", "1", "--prompts-per-split", "4"]
+    done = launch("ddpo_finetune.py", "--erased", "--constrained", *options)
+    assert done.returncode == 0, done.stderr
+    comparison = json.loads((folder / "comparison.json").read_text())
+    assert comparison["models"] == ["before", "tuned"]
+    kinds = {(row["measure"], row["kind"]) for row in comparison["rows"]}
+    assert {("image-reward", "unseen-pairs"), ("stripes", "explicit"), ("stripes", "implicit")} <= kinds
+    assert "Weight of the constraint" in (folder / "report.html").read_text()
+    assert (folder / "lora" / "pytorch_lora_weights.safetensors").is_file()
+    assert (folder / "images" / "round-000000.png").is_file()
+
+
+def test_comparison_of_algorithms_makes_missing_runs_and_draws_curves(tmp_path: Path) -> None:
+    options = ["--output-dir", str(tmp_path), "--task", "compressibility", "--queries", "1", "--seeds", "0"]
+    command = [sys.executable, str(ROOT / "examples" / "ddpo_compare.py"), "--algorithms", "ddpo-sf", *options]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    for drawn in (True, False):  # the second time everything is there
+        done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT)
+        assert done.returncode == 0, done.stderr
+        assert ("drawing before" in done.stderr) is drawn
+        assert "ddpo-sf" in done.stdout
+    curves = json.loads((tmp_path / "compressibility" / "curves.json").read_text())
+    assert curves["reward/validation"]["ddpo-sf"]["x"] == [0.0, 64.0]
+    assert (tmp_path / "compressibility" / "reward_held_out.svg").read_text().startswith("<svg")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--task", "aesthetic"], "task must be one of"),
+        (["--algorithm", "rwr", "--constrained"], "constrained must be off but with DDPO, got rwr"),
+        (["--reward", "json:nothing"], "reward must be package.module:factory, got 'json:nothing'"),
+    ],
+)
+def test_what_cannot_be_is_said_before_any_work(options: list[str], message: str, tmp_path: Path) -> None:
+    done = launch("ddpo_finetune.py", "--output-dir", str(tmp_path / "run"), *options)
+    assert done.returncode != 0
+    assert message in done.stderr
     assert not (tmp_path / "run").exists()
