@@ -63,7 +63,7 @@ class Config:
 
     learning_rate: float | None = None
     """Of the LoRA; None is 1e-3 for the tiny world's ImageReward, 5e-4 for its other tasks, and 3e-4 for Stable
-    Diffusion."""
+    Diffusion; a third of that for RWR."""
 
     clip_range: float | None = None
     """Distance from 1 at which ratios are clipped; None is 5e-3 for the tiny world and 1e-4 for Stable Diffusion."""
@@ -159,7 +159,7 @@ def run_config(config: Config) -> TrainingConfig:
     return TrainingConfig(
         output_dir=config.output_dir,
         iterations=config.rounds or rounds,
-        learning_rate=config.learning_rate or learning_rate,
+        learning_rate=config.learning_rate or learning_rate / (3 if config.algorithm.startswith("rwr") else 1),
         weight_decay=1e-4,
         mixed_precision="no" if config.tiny else "bf16",
         checkpoint_every=10,
