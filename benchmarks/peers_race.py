@@ -129,7 +129,7 @@ class Judge:
         policy: What weights are loaded into.
         reward: What grades.
         prompts: None that are trained on.
-        settings: How images are drawn; as in training, but for the noise of the steps.
+        settings: How images are drawn, which is as in training, noise of the steps included.
     """
 
     def __init__(self, policy: DiffusionPolicy, reward: Reward, prompts: Sequence[str], settings: Settings) -> None:
@@ -138,6 +138,7 @@ class Judge:
         self.prompts = prompts
         self.steps = settings.ddpo.steps
         self.guidance = ClassifierFree(settings.ddpo.guidance_scale)
+        self.eta = settings.ddpo.eta
 
     @torch.no_grad()
     def __call__(self, weights: Path | None = None) -> float:
@@ -147,7 +148,7 @@ class Judge:
 
             self.policy.load_trainable_state(load_file(weights))
         seeds = range(len(self.prompts))
-        images = self.policy.draw(self.prompts, seeds=seeds, steps=self.steps, guidance=self.guidance)
+        images = self.policy.draw(self.prompts, seeds=seeds, steps=self.steps, guidance=self.guidance, eta=self.eta)
         return float(self.reward(images, self.prompts).mean())
 
 
