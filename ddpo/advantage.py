@@ -32,15 +32,21 @@ def group_advantages(rewards: Numbers, groups: Sequence[str]) -> Numbers:
     return advantages
 
 
+def centred(values: Numbers, groups: Sequence[str]) -> Numbers:
+    """Returns values minus the mean of their group, in float64."""
+    centred = values.double().clone()
+    for samples in members(groups).values():
+        centred[samples] -= centred[samples].mean()
+    return centred
+
+
 def centred_advantages(rewards: Numbers, groups: Sequence[str]) -> Numbers:
     """Returns the rewards minus the mean of their group, all divided by one standard deviation, that of the round.
 
     Unlike within a group alone, a group whose images are all alike does not count as much as one that tells them apart.
     """
-    centred = rewards.double()
-    for samples in members(groups).values():
-        centred[samples] = centred[samples] - centred[samples].mean()
-    return centred / (centred.square().mean().sqrt() + EPSILON)
+    differences = centred(rewards, groups)
+    return differences / (differences.square().mean().sqrt() + EPSILON)
 
 
 class PromptStatistics:

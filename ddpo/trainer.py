@@ -25,7 +25,14 @@ from policy.types import Embeddings, Trajectory
 from rewards import HeldOut, HeldOutWatch, Reward
 from training import Stateful, TrainingConfig, TrainingRun, draw_batch
 
-from .advantage import PromptStatistics, centred_advantages, group_advantages, round_advantages
+from .advantage import (
+    EPSILON,
+    PromptStatistics,
+    centred,
+    centred_advantages,
+    group_advantages,
+    round_advantages,
+)
 from .asked import Asked, ask, pairs_of_update
 from .collect import Collector, Graded, asked_again_on_failure
 from .config import DDPOConfig
@@ -304,9 +311,9 @@ class DDPOTrainer:
         """Turns rewards and costs into advantages.
 
         Samples of the concept are worth reward - weight * cost. They are compared with each other, or with the others
-        of their prompt, and never with earlier rounds, where the weight was another. One standard deviation serves them
-        all: groups whose images are all free of the concept, and differ by their reward only, then hardly count while
-        others are not.
+        of their prompt, and never with earlier rounds, where the weight was another. Their advantages have the unit of
+        the others', one standard deviation of the reward: were they normalised by their own, no weight could make the
+        constraint count for more than the reward does.
         """
         cfg, mine = self.config, len(asked[0].mine)
         compare = {
@@ -321,9 +328,9 @@ class DDPOTrainer:
         if len(asked) == 2:
             concept_rewards = asked[1].gathered(run, graded.rewards[mine:])
             costs = asked[1].gathered(run, graded.costs)
-            worth = concept_rewards - weight * costs
-            among = round_advantages if cfg.images_per_prompt == 1 else centred_advantages
-            parts.append(among(worth, asked[1].prompts)[asked[1].mine])
+            worth = centred(concept_rewards - weight * costs, self._compared(asked[1]))
+            unit = centred(rewards, self._compared(asked[0])).square().mean().sqrt()
+            parts.append((worth / (unit + EPSILON))[asked[1].mine])
         clamped = torch.cat(parts).clamp(-cfg.max_advantage, cfg.max_advantage)
         return Verdict(rewards, concept_rewards, costs, clamped.to(run.device, torch.float32))
 
@@ -346,6 +353,10 @@ class DDPOTrainer:
         return mean
 
     # Small things.
+
+    def _compared(self, asked: Asked) -> list[str]:
+        """Returns a name for each sample of those that it is compared with: those of its prompt, or all."""
+        return asked.prompts if self.config.images_per_prompt > 1 else [""] * len(asked.prompts)
 
     @property
     def _of_concept(self) -> int:
