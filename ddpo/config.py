@@ -105,11 +105,15 @@ class DDPOConfig:
         _require(self.step_weights in STEP_WEIGHTS, "step_weights", f"be one of {STEP_WEIGHTS}", self.step_weights)
         if self.estimator == "score":
             _require(self.updates_per_round == 1, "updates_per_round", "be 1 with 'score'", self.updates_per_round)
-        for name in ("samples_per_round", "erasure_samples_per_round"):
-            rule = f"divide evenly among updates_per_round={self.updates_per_round}"
-            _require(getattr(self, name) % self.updates_per_round == 0, name, rule, getattr(self, name))
-            rule = f"divide by images_per_prompt={self.images_per_prompt}"
-            _require(getattr(self, name) % self.images_per_prompt == 0, name, rule, getattr(self, name))
+        count, updates, images = self.samples_per_round, self.updates_per_round, self.images_per_prompt
+        _require(count % updates == 0, "samples_per_round", f"divide evenly among updates_per_round={updates}", count)
+        _require(count % images == 0, "samples_per_round", f"divide by images_per_prompt={images}", count)
+        _require(
+            self.min_count <= self.buffer_size,
+            "min_count",
+            f"be at most buffer_size={self.buffer_size}",
+            self.min_count,
+        )
         if self.baseline in ("group", "centred"):
             rule = f"be at least 2 with {self.baseline!r}"
             _require(self.images_per_prompt >= 2, "images_per_prompt", rule, self.images_per_prompt)

@@ -179,6 +179,10 @@ class DDPOTrainer:
                     f"DDPOConfig.{name} must divide evenly among updates_per_round={cfg.updates_per_round} times "
                     f"{processes} processes, got {count}"
                 )
+            if count % cfg.images_per_prompt:
+                raise ValueError(
+                    f"DDPOConfig.{name} must divide by images_per_prompt={cfg.images_per_prompt}, got {count}"
+                )
         samples = (cfg.samples_per_round + self._of_concept) // processes
         pairs = samples // cfg.updates_per_round * cfg.trained_steps
         if samples % cfg.sampling_batch_size:

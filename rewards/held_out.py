@@ -58,6 +58,7 @@ class HeldOutWatch:
         self.best_iteration = -1
         self.start: float | None = None
         self.parted = 0
+        self.last_iteration = -1
         self.constrained = constrained
         self._costs: list[float] = []
         self._weights: dict[str, Tensor] = {}
@@ -83,7 +84,13 @@ class HeldOutWatch:
         self._costs.append(cost)
 
     def note(self, policy: DiffusionPolicy, *, iteration: int, trained: float, held_out: float) -> None:
-        """Takes notice of the means of a look; keeps the weights if the constraint held and none was better."""
+        """Takes notice of the means of a look; keeps the weights if the constraint held and none was better.
+
+        A second look in the same iteration, as after a run that was resumed there, counts for nothing.
+        """
+        if iteration == self.last_iteration:
+            return
+        self.last_iteration = iteration
         if self.start is None:
             self.start = trained
         held = not self.constrained or (bool(self._costs) and math.fsum(self._costs) <= 0)
@@ -108,7 +115,12 @@ class HeldOutWatch:
 
     def state_dict(self) -> dict[str, Any]:
         """Returns everything that an interrupted run needs."""
-        numbers: dict[str, Any] = {"best_iteration": self.best_iteration, "parted": self.parted, "costs": self._costs}
+        numbers: dict[str, Any] = {
+            "best_iteration": self.best_iteration,
+            "last_iteration": self.last_iteration,
+            "parted": self.parted,
+            "costs": self._costs,
+        }
         if self.start is not None:
             numbers["start"] = self.start
         if self.best_iteration >= 0:
@@ -119,6 +131,7 @@ class HeldOutWatch:
         """Takes back what `state_dict` returned."""
         numbers = state["numbers"]
         self.best_iteration, self.parted = numbers["best_iteration"], numbers["parted"]
+        self.last_iteration = numbers["last_iteration"]
         self._costs = list(numbers["costs"])
         self.start, self.best = numbers.get("start"), numbers.get("best", -math.inf)
         self._weights = dict(state["weights"])
