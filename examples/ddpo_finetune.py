@@ -275,7 +275,7 @@ def main(config: Config) -> None:
     policy.save_lora(folder / "lora")
     Report(
         title=f"{config.task.capitalize()} raised by {config.algorithm.upper()}",
-        lead=f"{training.iterations} rounds of {settings.samples_per_round} samples on {config.policy}.",
+        lead=lead(config, training.iterations, settings.samples_per_round),
         comparison=comparison,
         metrics=folder / "metrics.jsonl",
         panels=panels(config),
@@ -284,6 +284,14 @@ def main(config: Config) -> None:
         settings={"run": asdict(config), config.algorithm: asdict(settings)},
     ).save(folder / "report.html")
     print(f"\nThe report, with pictures: {folder / 'report.html'}")
+
+
+def lead(config: Config, rounds: int, samples: int) -> str:
+    """Returns what was done, in a sentence."""
+    name = "the tiny world" if config.tiny else config.policy
+    start = " from which UCE had erased stripes" if config.erased else ""
+    kept = ", under the constraint that stripes stay out" if config.constrained else ""
+    return f"{rounds} rounds of {samples} samples on {name}{start}{kept}."
 
 
 def panels(config: Config) -> tuple[Panel, ...]:
