@@ -416,7 +416,7 @@ class DiffusionPolicy:
         """
         plan = self._stochastic_schedule(steps, eta)
         levels = plan.alphas.double(), plan.previous_alphas.double()
-        blank = plan.alphas.new_zeros(steps, 1, 1, 1).double()
+        blank = plan.alphas.new_zeros(steps, 4, 1, 1).double()
         _, std = ddim.ddim_mean_and_std(blank, blank, *levels, eta=eta, prediction_type=self.prediction_type)
         return std, ddim.mean_sensitivity(*levels, eta=eta, prediction_type=self.prediction_type)
 
