@@ -1,0 +1,216 @@
+"""A round of DDPO made by hand, twice: its model calls alone, and the loop of the authors' code."""
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from ddpo import DDPOConfig, PromptStatistics, clipped_surrogate
+from policy import ClassifierFree, DiffusionPolicy
+from policy.autoencoder import CHUNK
+from policy.ddim import Schedule, ddim_mean_and_std, gaussian_log_prob, schedule
+from policy.types import PerSample, Trajectory
+from rewards import Reward
+
+Autocast = Callable[[], AbstractContextManager[Any]]
+"""Returns the block in which networks compute in the run's precision."""
+
+
+class BareRound:
+    """The model calls of a round, and nothing else.
+
+    The arithmetic between the calls is left out, and so is everything random: what a call reads is the same each time.
+    Left out too is what the trainer calls only to measure the divergence from the reference policy. The optimizer's
+    step size is zero, so that the weights stay.
+
+    Args:
+        policy: Its networks are called.
+        reward: What grades.
+        prompts: What images are drawn for; the calls take them in turn.
+        config: Shapes.
+        autocast: Precision of the networks.
+    """
+
+    def __init__(
+        self, policy: DiffusionPolicy, reward: Reward, prompts: Sequence[str], config: DDPOConfig, autocast: Autocast
+    ) -> None:
+        self.policy = policy
+        self.reward = reward
+        self.config = config
+        self.autocast = autocast
+        self.timesteps = policy.timesteps(config.steps).tolist()
+        drawn = config.sampling_batch_size
+        self.prompts = [prompts[index % len(prompts)] for index in range(drawn)]
+        self.drawn = self._inputs(drawn)
+        self.images = torch.rand(drawn, 3, policy.image_size, policy.image_size, device=policy.device)
+        self.trained = self._inputs(config.minibatch_size)
+        self.parameters = policy.trainable_parameters()
+        self.optimizer = torch.optim.AdamW(self.parameters, lr=0.0)
+
+    def __call__(self) -> None:
+        """Runs the calls once."""
+        cfg, vae = self.config, self.policy.vae
+        for _ in range(cfg.samples_per_round // cfg.sampling_batch_size):
+            with torch.no_grad():
+                with self.autocast():
+                    for step in range(cfg.steps):
+                        self._unet(step, *self.drawn)
+                    for part in self.drawn[0][: cfg.sampling_batch_size].split(CHUNK):
+                        vae.decode((part / vae.config["scaling_factor"]).to(vae.dtype), return_dict=False)
+                self.reward(self.images, self.prompts)
+        pairs = cfg.samples_per_round // cfg.updates_per_round * cfg.trained_steps
+        for _ in range(cfg.updates_per_round):
+            for index in range(pairs // cfg.minibatch_size):
+                with self.autocast():
+                    prediction = self._unet(index % cfg.steps, *self.trained)
+                prediction.float().square().mean().backward()
+            torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
+            self.optimizer.step()
+            self.optimizer.zero_grad(set_to_none=True)
+
+    def _inputs(self, count: int) -> tuple[Tensor, Tensor]:
+        """Returns latents and embeddings for a call on that many samples with guidance."""
+        policy, side = self.policy, self.policy.sample_size
+        embeddings = policy.encode([""] * count + [self.prompts[index % len(self.prompts)] for index in range(count)])
+        return torch.randn(2 * count, 4, side, side, device=policy.device), embeddings.to(policy.dtype)
+
+    def _unet(self, step: int, latents: Tensor, embeddings: Tensor) -> Tensor:
+        timesteps = torch.full((len(latents),), self.timesteps[step], device=latents.device)
+        return self.policy.network(
+            latents.to(self.policy.dtype), timesteps, encoder_hidden_states=embeddings, return_dict=False
+        )[0]
+
+
+class PlainRound:
+    """A round as the authors' code goes about it, which trains on one step of one small batch at a time.
+
+    Drawing is the trainer's own, in batches of the same size; so are decoding, the reward and the advantages. In the
+    update each small batch looks its embeddings up, and goes through its steps one after the other, gradients added up
+    over steps and batches. The optimizer's step size is zero.
+    Source of the structure: kvablack/ddpo-pytorch, `scripts/train.py`, where the small batch is `train.batch_size`.
+
+    Args:
+        policy: What is trained.
+        reward: What grades.
+        prompts: What images are drawn for, with repetition.
+        config: The trainer's settings. The size of its minibatches is not used.
+        autocast: Precision of the networks.
+        batch_size: Samples of a small batch.
+
+    Raises:
+        ValueError: The small batch does not divide the samples of an update.
+    """
+
+    def __init__(
+        self,
+        policy: DiffusionPolicy,
+        reward: Reward,
+        prompts: Sequence[str],
+        config: DDPOConfig,
+        autocast: Autocast,
+        *,
+        batch_size: int,
+    ) -> None:
+        samples = config.samples_per_round // config.updates_per_round
+        if samples % batch_size:
+            raise ValueError(f"batch_size must divide the {samples} samples of an update, got {batch_size}")
+        self.policy = policy
+        self.reward = reward
+        self.prompts = prompts
+        self.config = config
+        self.autocast = autocast
+        self.batch_size = batch_size
+        plan = schedule(policy.scheduler_config, config.steps)
+        self.schedule = Schedule(*(part.to(policy.device) for part in plan))
+        self.statistics = PromptStatistics(config.buffer_size, config.min_count)
+        self.generator = torch.Generator().manual_seed(0)
+        self.parameters = policy.trainable_parameters()
+        self.optimizer = torch.optim.AdamW(self.parameters, lr=0.0)
+
+    def __call__(self) -> None:
+        """Does one round."""
+        cfg = self.config
+        count = cfg.samples_per_round
+        picks = torch.randint(len(self.prompts), (count,), generator=self.generator).tolist()
+        seeds = torch.randint(2**31 - 1, (count,), generator=self.generator).tolist()
+        prompts = [self.prompts[pick] for pick in picks]
+        batches, rewards = [], []
+        for first in range(0, count, cfg.sampling_batch_size):
+            part = slice(first, first + cfg.sampling_batch_size)
+            batch, scores = self._sample(prompts[part], seeds[part])
+            batches.append(batch)
+            rewards.append(scores)
+        advantages = self.statistics.advantages(torch.cat(rewards), prompts)
+        advantages = advantages.clamp(-cfg.max_advantage, cfg.max_advantage).to(self.policy.device, torch.float32)
+        latents = torch.cat([batch.latents for batch in batches])
+        log_probs = torch.cat([batch.log_probs for batch in batches])
+        size = count // cfg.updates_per_round
+        for first in range(0, count, size):
+            part = slice(first, first + size)
+            self.backward(prompts[part], latents[part], log_probs[part], advantages[part])
+            torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
+            self.optimizer.step()
+            self.optimizer.zero_grad(set_to_none=True)
+
+    def backward(
+        self,
+        prompts: Sequence[str],
+        latents: Float[Tensor, "samples states 4 h w"],
+        log_probs: Float[Tensor, "samples steps"],
+        advantages: PerSample,
+    ) -> None:
+        """Adds up the gradient of an update, the mean over its samples and all their steps.
+
+        Args:
+            prompts: One for each sample.
+            latents: As `Trajectory` has them; so the next.
+            log_probs: With which the steps were drawn.
+            advantages: One for each sample.
+        """
+        size, steps = self.batch_size, self.config.steps
+        share = size / len(prompts) / steps
+        for first in range(0, len(prompts), size):
+            part = slice(first, first + size)
+            embeddings = self.policy.encode([""] * size + list(prompts[part])).to(self.policy.dtype)
+            for step in range(steps):
+                present = self._log_probs(latents[part, step], latents[part, step + 1], embeddings, step)
+                losses = clipped_surrogate(
+                    present, log_probs[part, step], advantages[part], clip_range=self.config.clip_range
+                )
+                (losses.mean() * share).backward()
+
+    def _log_probs(self, before: Tensor, after: Tensor, embeddings: Tensor, step: int) -> PerSample:
+        """Returns the log-probabilities under the present weights of what one step did to a small batch."""
+        cfg, policy, count = self.config, self.policy, len(before)
+        timestep, alpha, previous = (part[step] for part in self.schedule)
+        with self.autocast():
+            output = policy.network(
+                torch.cat([before, before]).to(policy.dtype),
+                timestep.expand(2 * count),
+                encoder_hidden_states=embeddings,
+                return_dict=False,
+            )[0]
+        away, towards = output.float().chunk(2)
+        mean, std = ddim_mean_and_std(
+            before,
+            away + cfg.guidance_scale * (towards - away),
+            alpha.expand(count),
+            previous.expand(count),
+            eta=cfg.eta,
+            prediction_type=policy.prediction_type,
+        )
+        return gaussian_log_prob(after, mean, std)
+
+    @torch.no_grad()
+    def _sample(self, prompts: list[str], seeds: list[int]) -> tuple[Trajectory, PerSample]:
+        """Draws a batch and grades it; the scores are on the CPU."""
+        cfg, policy = self.config, self.policy
+        guidance = ClassifierFree(cfg.guidance_scale)
+        with self.autocast():
+            embeddings = policy.encode(prompts)
+            trajectory = policy.rollout(embeddings, steps=cfg.steps, guidance=guidance, eta=cfg.eta, seeds=seeds)
+            images = policy.decode(trajectory.latents[:, -1])
+        return trajectory, self.reward(images, prompts).float().cpu()

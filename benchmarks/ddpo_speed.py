@@ -1,0 +1,365 @@
+"""What the DDPO trainer costs beyond its model calls, what it saves over a plain loop, and by what.
+
+    OMP_NUM_THREADS=1 python benchmarks/ddpo_speed.py
+    python benchmarks/ddpo_speed.py --architecture stable-diffusion --precision bf16 --samples-per-round 16 \
+        --updates-per-round 2 --sampling-batch-size 8 --minibatch-size 8 --minibatch-sizes 4 16 --compile   # on a GPU
+
+A round of the trainer stands against the same model calls made by hand, with the same shapes: UNet forwards of the
+sampling, VAE decoding, the reward, forward and backward of each minibatch, and the optimizer's steps. And it stands
+against a loop with the structure of the authors' code, which trains on one step of one small batch at a time. A table
+then says what each measure brings: the size of the minibatches, fewer steps, and so on.
+
+All take turns in one process, with weights that stay put; medians count. On a CPU they are timed in CPU-seconds, so
+that other load on the machine touches all alike, and on a GPU on the clock. The tiny world is the hard case: its
+networks are a thousandth of Stable Diffusion's, and what is around them is the same. Stable Diffusion's have random
+weights built here, since speed does not depend on their values.
+"""
+
+import json
+import statistics
+import tempfile
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from benchmarks import gpu
+from benchmarks.ddpo_by_hand import BareRound, PlainRound
+from benchmarks.overhead import cpu_seconds
+from ddpo import DDPOConfig, DDPOTrainer
+from policy import DiffusionPolicy, LoRAConfig
+from policy.types import Embeddings, Trajectory
+from rewards import Reward
+from training import TrainingConfig, TrainingRun
+
+TARGET = 1.10
+TRAINER, BARE = "trainer", "bare calls"
+STILL = 1e-12
+"""Learning rate of the trainer, which has to be positive, and moves no weight by anything that matters."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Shapes of a round, and what is measured. What is not here has the trainer's default."""
+
+    architecture: Literal["tiny", "stable-diffusion"] = "tiny"
+    """The tiny world with its ImageReward, or Stable Diffusion v1.4 and ImageReward with random weights."""
+
+    device: Literal["cpu", "cuda"] | None = None
+    """None is the GPU, or the CPU where there is none; Stable Diffusion on a CPU has to be asked for."""
+
+    precision: Literal["no", "bf16"] = "no"
+    """What the networks compute in: float32 or bf16."""
+
+    samples_per_round: int = 64
+    """Images of a round."""
+
+    updates_per_round: int = 4
+    """Updates of a round."""
+
+    sampling_batch_size: int = 32
+    """Images that are drawn at a time."""
+
+    minibatch_size: int = 32
+    """Pairs of sample and step that go through the UNet at a time in an update."""
+
+    steps: int = 10
+    """Denoising steps."""
+
+    guidance_scale: float = 3.0
+    """Classifier-free guidance, above 1: each UNet call has twice the batch."""
+
+    plain_batch_sizes: tuple[int, ...] = (4, 2)
+    """Small batches of the plain loop. On a GPU the authors take 4."""
+
+    minibatch_sizes: tuple[int, ...] = (4, 16, 80)
+    """Further sizes for the table; they must divide the pairs of an update, of which there are 160 by default."""
+
+    timestep_fractions: tuple[float, ...] = (0.4, 0.2)
+    """Shares of the steps for the table; the pairs that are left must divide by `minibatch_size`."""
+
+    compile: bool = False
+    """Whether the table has the trainer with a UNet that went through `torch.compile`."""
+
+    repeats: int = 8
+    """Timed rounds of trainer, bare calls and plain loop, after one that is not."""
+
+    table_repeats: int = 3
+    """Timed rounds of each line of the table, after one that is not; 0 leaves the table out."""
+
+    output: Path | None = None
+    """JSON file for the results; None prints only."""
+
+    def __post_init__(self) -> None:
+        """Checks what the trainer's settings do not check."""
+        if self.repeats < 2:
+            raise ValueError(f"repeats must be at least 2, for quartiles, got {self.repeats}")
+        if self.table_repeats < 0:
+            raise ValueError(f"table_repeats must not be negative, got {self.table_repeats}")
+        if self.guidance_scale <= 1:
+            raise ValueError(f"guidance_scale must be above 1, where there is guidance, got {self.guidance_scale}")
+        self.ddpo()
+
+    def ddpo(self) -> DDPOConfig:
+        """Returns the trainer's settings."""
+        return DDPOConfig(
+            samples_per_round=self.samples_per_round,
+            updates_per_round=self.updates_per_round,
+            sampling_batch_size=self.sampling_batch_size,
+            minibatch_size=self.minibatch_size,
+            steps=self.steps,
+            guidance_scale=self.guidance_scale,
+        )
+
+
+class Calls(NamedTuple):
+    """Samples that go through the UNet in a round, both branches of guidance counted."""
+
+    forward_only: int
+    differentiated: int
+
+
+class Row(NamedTuple):
+    """What was measured of one way to do a round."""
+
+    name: str
+    calls: Calls
+    seconds: list[float]
+    relative: float
+    """Median of the seconds over that of the trainer, which took turns with it."""
+
+
+Round = Callable[[], None]
+Timer = Callable[[Round], float]
+
+
+# The rounds.
+
+
+class Bench:
+    """A policy in a training run, its reward and its prompts: what rounds are made of.
+
+    Args:
+        run: The run of the policy.
+        policy: What is trained.
+        reward: What grades.
+        prompts: What images are drawn for.
+    """
+
+    def __init__(self, run: TrainingRun, policy: DiffusionPolicy, reward: Reward, prompts: list[str]) -> None:
+        self.run = run
+        self.policy = policy
+        self.reward = reward
+        self.prompts = prompts
+        policy.encode(["", *prompts])  # once a run, and so no part of a round
+
+    def trainer(self, config: DDPOConfig) -> Round:
+        """Returns a round of the trainer, its lines in metrics.jsonl and its grid of pictures included."""
+        trainer = DDPOTrainer(self.policy, self.reward, self.prompts, config)
+        trainer.prepare(self.run)
+        return lambda: self.run.log(trainer.tagged(trainer.step(self.run), self.run))
+
+    def doubting_trainer(self, config: DDPOConfig) -> Round:
+        """Returns a round of the trainer that has to take all old log-probabilities again.
+
+        That is what other shapes of minibatches than those of the drawing may lead to in half precision. Here those of
+        the drawing are falsified, so that it happens in any precision.
+        """
+        trainer = DDPOTrainer(self.policy, self.reward, self.prompts, config)
+        trainer.prepare(self.run)
+        draw = trainer.collector.draw
+
+        def falsified(embeddings: Embeddings, seeds: Sequence[int]) -> Trajectory:
+            trajectory = draw(embeddings, seeds)
+            return trajectory._replace(log_probs=trajectory.log_probs + 1.0)
+
+        trainer.collector.draw = falsified
+        return lambda: self.run.log(trainer.tagged(trainer.step(self.run), self.run))
+
+    def bare(self, config: DDPOConfig) -> Round:
+        """Returns the model calls of a round."""
+        return BareRound(self.policy, self.reward, self.prompts, config, self.run.autocast)
+
+    def plain(self, config: DDPOConfig, batch_size: int) -> Round:
+        """Returns a round of the plain loop."""
+        return PlainRound(self.policy, self.reward, self.prompts, config, self.run.autocast, batch_size=batch_size)
+
+
+@contextmanager
+def bench(config: Config, device: torch.device, *, compile: bool = False) -> Generator[Bench, None, None]:
+    """Yields what rounds are made of, for the length of a training run."""
+    import tinyworld
+
+    torch.manual_seed(0)
+    lora = LoRAConfig(rank=8, alpha=8.0)
+    dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
+    if config.architecture == "tiny":
+        policy = tinyworld.load_policy(lora=lora, dtype=dtype, device=device, compile=compile)
+        reward, prompts = tinyworld.load_reward().to(device), tinyworld.captions("train", 32, 0)
+    else:
+        pipeline = gpu.stable_diffusion(device, tiny=False)
+        policy = DiffusionPolicy.from_pipeline(pipeline, lora=lora, dtype=dtype, device=device, compile=compile)
+        reward, prompts = gpu.image_reward(device, tiny=False), [gpu.PROMPT]
+    with tempfile.TemporaryDirectory() as folder:
+        run_config = TrainingConfig(
+            output_dir=Path(folder),
+            iterations=1,
+            learning_rate=STILL,
+            mixed_precision=config.precision,
+            progress=False,
+        )
+        with TrainingRun(policy, run_config) as run:
+            yield Bench(run, policy, reward, prompts)
+
+
+def contestants(config: Config, bench: Bench) -> dict[str, Round]:
+    """Returns the trainer, the bare calls and the plain loops."""
+    ddpo = config.ddpo()
+    rounds = {TRAINER: bench.trainer(ddpo), BARE: bench.bare(ddpo)}
+    return rounds | {f"plain loop, batches of {size}": bench.plain(ddpo, size) for size in config.plain_batch_sizes}
+
+
+def measures(config: Config, bench: Bench) -> dict[str, Round]:
+    """Returns the lines of the table: the trainer as it is, and with one setting changed."""
+    ddpo = config.ddpo()
+    changed = {f"{size} pairs a minibatch": replace(ddpo, minibatch_size=size) for size in config.minibatch_sizes}
+    for fraction in config.timestep_fractions:
+        changed[f"{fraction:g} of the steps"] = replace(ddpo, timestep_fraction=fraction)
+    changed["divergence in the loss"] = replace(ddpo, kl_weight=0.1)
+    rounds = {TRAINER: bench.trainer(ddpo)} | {name: bench.trainer(settings) for name, settings in changed.items()}
+    if config.minibatch_sizes:
+        size = config.minibatch_sizes[-1]
+        again = bench.doubting_trainer(replace(ddpo, minibatch_size=size))
+        rounds[f"{size} pairs, old log-probabilities again"] = again
+    return rounds
+
+
+# How they are measured.
+
+
+def count_calls(policy: DiffusionPolicy, work: Round) -> Calls:
+    """Runs a round and counts what goes through the UNet."""
+    network, counts = policy.network, [0, 0]
+
+    def counted(latents: Tensor, *inputs: Any, **options: Any) -> Any:
+        counts[torch.is_grad_enabled()] += len(latents)
+        return network(latents, *inputs, **options)
+
+    policy.network = counted
+    try:
+        work()
+    finally:
+        policy.network = network
+    return Calls(*counts)
+
+
+def take_turns(policy: DiffusionPolicy, rounds: Mapping[str, Round], timer: Timer, *, repeats: int) -> list[Row]:
+    """Times rounds one after the other, each time another one first; the trainer is among them."""
+    calls = {name: count_calls(policy, work) for name, work in rounds.items()}
+    seconds: dict[str, list[float]] = {name: [] for name in rounds}
+    names = list(rounds)
+    for k in range(repeats):
+        first = k % len(names)
+        for name in names[first:] + names[:first]:
+            seconds[name].append(timer(rounds[name]))
+    of_trainer = statistics.median(seconds[TRAINER])
+    return [Row(name, calls[name], seconds[name], statistics.median(seconds[name]) / of_trainer) for name in names]
+
+
+def compiled_row(config: Config, device: torch.device, timer: Timer, of_trainer: float) -> Row | None:
+    """Measures the trainer with a compiled UNet, after the others; None where nothing can be compiled."""
+    try:
+        torch.compile(lambda x: x.sin() + 1)(torch.ones(2, device=device))
+    except Exception as error:  # whatever the compiler lacks, the other lines stand
+        print(f"torch.compile does not work here, and is left out: {type(error).__name__}")
+        return None
+    with bench(config, device, compile=True) as compiled:
+        work = compiled.trainer(config.ddpo())
+        work()
+        row = take_turns(compiled.policy, {TRAINER: work}, timer, repeats=config.table_repeats)[0]
+    return row._replace(name="compiled UNet", relative=statistics.median(row.seconds) / of_trainer)
+
+
+# What is written down.
+
+
+def table(rows: list[Row], unit: str) -> str:
+    """Returns the rows as a Markdown table."""
+    lines = [
+        f"| round | {unit}, median | lowest | over the trainer's | through the UNet | with gradient |",
+        "|---|--:|--:|--:|--:|--:|",
+    ]
+    for row in rows:
+        middle, lowest = statistics.median(row.seconds), min(row.seconds)
+        cells = [row.name, f"{middle:.3f}", f"{lowest:.3f}", f"{row.relative:.3f}", *map(str, row.calls)]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def summary(rows: list[Row]) -> str:
+    """Returns the two ratios that the benchmark is about."""
+    relative = {row.name: row.relative for row in rows}
+    lines = [f"trainer over bare calls: {1 / relative[BARE]:.3f} (target: at most {TARGET:.2f})"]
+    others = [name for name in relative if name not in (TRAINER, BARE)]
+    return "\n".join(lines + [f"{name} over trainer: {relative[name]:.2f}" for name in others])
+
+
+def chosen_device(config: Config) -> torch.device:
+    """Returns where rounds are run, which is where a training run puts its networks.
+
+    Raises:
+        SystemExit: It is not what was asked for, or Stable Diffusion would run on a CPU without having been asked to.
+    """
+    found = "cuda" if torch.cuda.is_available() else "cpu"
+    if config.device is None and found == "cpu" and config.architecture == "stable-diffusion":
+        raise SystemExit("torch sees no CUDA device, and a round of Stable Diffusion takes hours without: --device cpu")
+    if config.device not in (None, found):
+        hint = "; CUDA_VISIBLE_DEVICES= hides a GPU" if found == "cuda" else ""
+        raise SystemExit(f"device must be {found!r}, which a training run takes here, got {config.device!r}{hint}")
+    return torch.device(found)
+
+
+def main(config: Config) -> list[Row]:
+    """Measures everything and prints it.
+
+    Raises:
+        SystemExit: As `chosen_device`.
+    """
+    device = chosen_device(config)
+    on_gpu = device.type == "cuda"
+    unit = "seconds" if on_gpu else "CPU-seconds"
+    timer: Timer = (lambda work: gpu.seconds(work, device, repeats=1)[0]) if on_gpu else cpu_seconds
+    name = torch.cuda.get_device_name(device) if on_gpu else f"CPU, {torch.get_num_threads()} threads"
+    print(f"{config.architecture}, {config.precision}; {name}; torch {torch.__version__}", flush=True)
+    tables = []
+    with bench(config, device) as made:
+        tables.append(take_turns(made.policy, contestants(config, made), timer, repeats=config.repeats))
+        print(table(tables[0], unit), summary(tables[0]), sep="\n\n", flush=True)
+        if config.table_repeats:
+            rounds = measures(config, made)
+            tables.append(take_turns(made.policy, rounds, timer, repeats=config.table_repeats))
+    if config.table_repeats:
+        if config.compile:
+            row = compiled_row(config, device, timer, statistics.median(tables[1][0].seconds))
+            tables[1] += [] if row is None else [row]
+        print(f"\n{table(tables[1], unit)}")
+    if config.output is not None:
+        record = {
+            "device": name,
+            "torch": torch.__version__,
+            "unit": unit,
+            "config": asdict(config) | {"output": None},
+            "tables": [[row._asdict() | {"calls": row.calls._asdict()} for row in rows] for rows in tables],
+        }
+        config.output.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    return [row for rows in tables for row in rows]
+
+
+if __name__ == "__main__":
+    import tyro
+
+    main(tyro.cli(Config, description=__doc__))
