@@ -33,7 +33,7 @@ import tinyworld
 from benchmarks.peers_child import RewardName, load_reward
 from benchmarks.peers_environment import make_environment, requirements
 from benchmarks.peers_race import Judge, Record, Side, race, reward_after, seconds_until
-from benchmarks.peers_settings import Settings, our_job, own_settings, trl_job
+from benchmarks.peers_settings import NEVER, Settings, our_job, own_settings, trl_job
 from ddpo import DDPOConfig
 from evaluation.band_chart import band_chart, band_of
 
@@ -99,7 +99,7 @@ class Config:
             raise ValueError(f"seeds must be different numbers, at least one, got {self.seeds}")
 
     def ddpo(self) -> DDPOConfig:
-        """Returns the algorithm that TRL and this project have in common; the buffer is TRL's."""
+        """Returns what TRL and this project have in common: no picture and no divergence is looked at; TRL's buffer."""
         return DDPOConfig(
             samples_per_round=self.samples_per_round,
             updates_per_round=self.updates_per_round,
@@ -108,7 +108,8 @@ class Config:
             steps=self.steps,
             guidance_scale=self.guidance_scale,
             buffer_size=16,
-            pictures_every=1_000_000,
+            kl_every=NEVER,
+            pictures_every=NEVER,
         )
 
     def sides(self, seed: int) -> dict[str, Settings]:

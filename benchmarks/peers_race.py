@@ -116,6 +116,7 @@ class Side:
             self._process.stdin.flush()
             answer = json.loads(self._process.stdout.readline())
         except (BrokenPipeError, json.JSONDecodeError) as error:
+            self._process.wait(timeout=60)  # until it has said why
             last = self._log.read_text(encoding="utf-8").strip().splitlines()[-1:]
             raise RuntimeError(f"a side has ended, see {self._log}: {' '.join(last)}") from error
         self.record.seconds.append(answer["seconds"])

@@ -84,6 +84,9 @@ class DDPOConfig:
     """Looks in a row with the trained reward above its start and the held-out one below its best, after which training
     stops; 0 never stops. Needs held-out prompts."""
 
+    kl_every: int = 1
+    """Rounds between two measurements of the divergence from the reference policy, where it is not part of the loss."""
+
     pictures_every: int = 1
     """Rounds between two grids of pictures with prompts and rewards."""
 
@@ -96,7 +99,7 @@ class DDPOConfig:
         positive = (
             "samples_per_round", "updates_per_round", "sampling_batch_size", "minibatch_size", "steps",
             "images_per_prompt", "buffer_size", "min_count", "erasure_samples_per_round", "evaluate_every",
-            "pictures_every",
+            "kl_every", "pictures_every",
         )  # fmt: skip
         for name in positive:
             _require(getattr(self, name) >= 1, name, "be at least 1", getattr(self, name))

@@ -228,7 +228,8 @@ class DDPOTrainer:
         objective, updates = [], []
         for number, pairs in enumerate(parts):
             objective.append(self._objective(run))
-            updates.append(self.gradient.update(run, pairs, trajectory, verdict.advantages, measure_kl=number == 0))
+            look = number == 0 and run.iteration % cfg.kl_every == 0
+            updates.append(self.gradient.update(run, pairs, trajectory, verdict.advantages, measure_kl=look))
         measured = measured_by(run, updates, kl_in_loss=cfg.kl_weight > 0)
         seconds_update = time.perf_counter() - start
 
@@ -264,7 +265,6 @@ class DDPOTrainer:
             "reward/retries": metrics.retries,
             "train/loss": metrics.loss,
             "train/grad_norm": metrics.grad_norm,
-            "policy/kl": metrics.kl,
             "policy/ratio_start": metrics.ratio_start,
             "samples": samples,
             "reward_queries": samples,
@@ -272,6 +272,8 @@ class DDPOTrainer:
             "seconds/reward": metrics.seconds_reward,
             "seconds/update": metrics.seconds_update,
         }
+        if self.config.kl_weight or run.iteration % self.config.kl_every == 0:
+            values["policy/kl"] = metrics.kl
         if self.config.estimator == "importance":
             values["policy/ratio_max"] = metrics.ratio_max
             values["policy/clip_fraction"] = metrics.clip_fraction

@@ -38,6 +38,7 @@ def unchecked() -> Iterator[None]:
         ({"min_count": 0}, "min_count must be at least 1, got 0"),
         ({"erasure_samples_per_round": 0}, "erasure_samples_per_round must be at least 1, got 0"),
         ({"evaluate_every": 0}, "evaluate_every must be at least 1, got 0"),
+        ({"kl_every": 0}, "kl_every must be at least 1, got 0"),
         ({"pictures_every": 0}, "pictures_every must be at least 1, got 0"),
         ({"estimator": "score"}, "updates_per_round must be 1 with 'score', got 4"),
         ({"samples_per_round": 250}, "samples_per_round must divide evenly among updates_per_round=4, got 250"),
