@@ -130,7 +130,7 @@ def test_json_holds_every_number(tmp_path: Path) -> None:
     comparison.save(tmp_path / "comparison.json")
     content = json.loads((tmp_path / "comparison.json").read_text(encoding="utf-8"))
     assert content["models"] == ["before", "recovered"]
-    assert content["config"] == {"steps": 7, "guidance_scale": 5.0}
+    assert content["config"] == {"steps": 7, "guidance_scale": 5.0, "eta": 0.0}
     row = content["rows"][0]
     assert (row["measure"], row["kind"], row["verdicts"]) == ("ImageReward", "benign", {"recovered": "better"})
     assert row["models"]["before"]["mean"] == pytest.approx(0.25)
