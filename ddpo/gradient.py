@@ -20,6 +20,9 @@ from .loss import clipped_surrogate, gaussian_kl, ratio_statistics, score_functi
 TOLERATED = 0.1
 """Share of the clip range by which a ratio may be off before anything was updated."""
 
+PROBED_PAIRS = 16
+"""Pairs, at least, on which that is looked at."""
+
 KL_PAIRS = 16
 """Pairs on which a process measures the divergence from the reference where it is not part of the loss."""
 
@@ -70,8 +73,8 @@ class PolicyGradient:
         """Returns the trajectory with log-probabilities that the unchanged policy reproduces in the updates' shapes.
 
         In other shapes than those of the rollout the network may round differently, in half precision by more than the
-        clip range. One minibatch tells; where it is off, all log-probabilities are taken again, in the very minibatches
-        of the updates, which costs one more forward of each.
+        clip range. So there, all log-probabilities are taken again, in the very minibatches of the updates, which costs
+        one more forward of each; in float32 some minibatches tell whether that is needed.
 
         Args:
             run: Its precision counts.
@@ -82,11 +85,15 @@ class PolicyGradient:
         if cfg.estimator == "score" or cfg.minibatch_size == cfg.sampling_batch_size:
             return trajectory
         log_probs = trajectory.log_probs.clone()
-        for number, pairs in enumerate(part for update in parts for part in update.minibatches(cfg.minibatch_size)):
+        undecided = self.policy.dtype == torch.float32 and run.config.mixed_precision == "no"
+        seen, off = 0, 0.0
+        for pairs in (part for update in parts for part in update.minibatches(cfg.minibatch_size)):
             fresh = gaussian_log_prob(*self._stored_steps(run, trajectory, pairs))
-            if number == 0:
-                off = (fresh - trajectory.log_probs[pairs.samples, pairs.steps]).expm1().abs().max()
-                if not run.in_any(bool(off > TOLERATED * cfg.clip_range)):
+            if undecided:
+                off = max(off, float((fresh - log_probs[pairs.samples, pairs.steps]).expm1().abs().max()))
+                seen += len(fresh)
+                undecided = seen < PROBED_PAIRS
+                if not undecided and not run.in_any(off > TOLERATED * cfg.clip_range):
                     return trajectory
             log_probs[pairs.samples, pairs.steps] = fresh
         return trajectory._replace(log_probs=log_probs)

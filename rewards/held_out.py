@@ -11,6 +11,7 @@ from policy import DiffusionPolicy, Guidance
 from policy.prompts import check_prompts
 from policy.types import Images, PerSample
 
+from .scores import scores_of
 from .types import Reward
 
 
@@ -75,7 +76,9 @@ class HeldOutWatch:
 
         def scores(judge: Reward) -> PerSample:
             parts = enumerate(images.split(size))
-            return torch.cat([judge(some, prompts[k * size : (k + 1) * size]) for k, some in parts])
+            return torch.cat(
+                [scores_of("reward at a look", judge, some, prompts[k * size : (k + 1) * size]) for k, some in parts]
+            )
 
         return Look(images, scores(reward), scores(self.held_out.reward))
 
