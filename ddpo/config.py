@@ -2,11 +2,16 @@
 
 import math
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
+
+from training import require
 
 ESTIMATORS = ("importance", "score")
 BASELINES = ("prompt", "group", "centred", "round")
 STEP_WEIGHTS = ("equal", "signal")
+
+_require = partial(require, "DDPOConfig")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,9 +138,3 @@ class DDPOConfig:
     def trained_steps(self) -> int:
         """Steps of each sample that an update trains on."""
         return max(1, round(self.steps * self.timestep_fraction))
-
-
-def _require(holds: bool, field: str, rule: str, value: object) -> None:
-    """Raises ValueError that names the field, the rule and the value unless the rule holds."""
-    if not holds:
-        raise ValueError(f"DDPOConfig.{field} must {rule}, got {value!r}")

@@ -120,6 +120,7 @@ class PolicyGradient:
         cfg, total = self.config, len(pairs.samples)
         sums = torch.zeros(5, device=run.device)
         ratio_max = torch.zeros((), device=run.device)
+        step_weights = self.step_weights.to(run.device)
         minibatches = pairs.minibatches(cfg.minibatch_size)
         for number, part in enumerate(minibatches):
             # The reference goes first: it borrows the network, which the gradient must find as it was.
@@ -130,7 +131,7 @@ class PolicyGradient:
             log_probs = gaussian_log_prob(taken, mean, std)
             old_log_probs = trajectory.log_probs[part.samples, part.steps]
             losses = self._losses(log_probs, old_log_probs, advantages[part.samples])
-            losses = losses * self.step_weights.to(losses.device)[part.steps]
+            losses = losses * step_weights[part.steps]
             if reference_mean is not None:
                 count = len(reference_mean)
                 divergence = gaussian_kl(mean[:count], reference_mean, std[:count])

@@ -1,9 +1,9 @@
 """The loop around the rounds of a trainer: looks at held-out prompts, early stop, and which weights remain."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
-from policy import DiffusionPolicy, Guidance
+from policy import ClassifierFree, DiffusionPolicy
 from rewards import HeldOutWatch, Reward
 from training import Stateful, TrainingConfig, TrainingRun
 
@@ -13,11 +13,38 @@ Metrics = TypeVar("Metrics", bound=tuple[object, ...])
 
 
 @runtime_checkable
+class RoundsConfig(Protocol):
+    """How a trainer draws, and how often its policy is looked at."""
+
+    @property
+    def steps(self) -> int:
+        """Denoising steps of an image."""
+        ...
+
+    @property
+    def eta(self) -> float:
+        """Noise of the sampling."""
+        ...
+
+    @property
+    def evaluate_every(self) -> int:
+        """Rounds between two looks."""
+        ...
+
+
+@runtime_checkable
 class Rounds(Protocol[Metrics]):
     """What the loop asks of a trainer."""
 
     policy: DiffusionPolicy
+    reward: Reward
+    guidance: ClassifierFree
     watch: HeldOutWatch | None
+
+    @property
+    def config(self) -> RoundsConfig:
+        """Settings."""
+        ...
 
     def prepare(self, run: TrainingRun) -> None:
         """Checks what only a run can tell."""
@@ -38,8 +65,6 @@ def train_in_rounds(
     *,
     state: Mapping[str, Stateful],
     configs: Mapping[str, Any],
-    look: Callable[[TrainingRun, HeldOutWatch], None],
-    evaluate_every: int,
 ) -> Metrics | None:
     """Trains round by round, or goes on with an interrupted run; see the trainers' `train`.
 
@@ -48,8 +73,6 @@ def train_in_rounds(
         run_config: Settings of the run.
         state: What belongs in the checkpoints.
         configs: Settings that are recorded beside the run's.
-        look: Looks at the held-out prompts.
-        evaluate_every: Rounds between two looks.
 
     Returns:
         What the last round measured; None where a resumed run had nothing left to do.
@@ -61,15 +84,15 @@ def train_in_rounds(
     with TrainingRun(policy, run_config, state=state, configs=configs) as run:
         trainer.prepare(run)
         for iteration in run.iterations():
-            if watch is not None and iteration % evaluate_every == 0:
-                look(run, watch)
+            if watch is not None and iteration % trainer.config.evaluate_every == 0:
+                _look(run, trainer, watch)
                 if watch.should_stop:
                     break
             metrics = trainer.step(run)
             run.log(trainer.tagged(metrics, run))
         else:
             if watch is not None:
-                look(run, watch)
+                _look(run, trainer, watch)
         if watch is None and run_config.ema_decay is not None:
             with run.averaged():
                 averages = policy.trainable_state()
@@ -80,21 +103,13 @@ def train_in_rounds(
     return metrics
 
 
-def look_at_held_out(
-    run: TrainingRun,
-    watch: HeldOutWatch,
-    policy: DiffusionPolicy,
-    reward: Reward,
-    *,
-    steps: int,
-    guidance: Guidance,
-    eta: float,
-) -> None:
+def _look(run: TrainingRun, trainer: Rounds[Metrics], watch: HeldOutWatch) -> None:
     """Draws the held-out prompts as a round would, has them judged by both rewards, and logs what was seen."""
+    policy, cfg = trainer.policy, trainer.config
     mine = run.shard(range(len(watch.held_out.prompts)))
     part = slice(mine.start, mine.stop)
     with run.averaged():
-        look = watch.measure(policy, reward, part=part, steps=steps, guidance=guidance, eta=eta)
+        look = watch.measure(policy, trainer.reward, part=part, steps=cfg.steps, guidance=trainer.guidance, eta=cfg.eta)
         trained, held_out = run.mean(look.trained), run.mean(look.held_out)
         watch.note(policy, iteration=run.iteration, trained=trained, held_out=held_out)
     run.log({"reward/validation": trained, "reward/held_out": held_out})

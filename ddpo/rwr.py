@@ -9,6 +9,7 @@ import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from statistics import fmean
 from typing import Literal, NamedTuple
 
@@ -19,15 +20,17 @@ from policy import ClassifierFree, DiffusionPolicy
 from policy.prompts import check_prompts
 from policy.types import Embeddings, Latents, PerSample, Trajectory
 from rewards import HeldOut, HeldOutWatch, Reward
-from training import TrainingConfig, TrainingRun
+from training import TrainingConfig, TrainingRun, check_trainable, require
 
 from .asked import ask
 from .collect import Collector, asked_again_on_failure
-from .loop import check_held_out, look_at_held_out, train_in_rounds
+from .loop import check_held_out, train_in_rounds
 from .scoring import ScoringConfig
 from .weighting import softmax_weights, sparse_weights
 
 WEIGHTINGS = ("softmax", "sparse")
+
+_require = partial(require, "RWRConfig")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,8 +148,7 @@ class RWRTrainer:
         held_out: HeldOut | None = None,
         scoring: ScoringConfig | None = None,
     ) -> None:
-        if not policy.trainable_parameters():
-            raise ValueError("policy must have trainable weights: load it with lora= or train=, got none")
+        check_trainable(policy)
         self.policy = policy
         self.reward = reward
         self.prompts = check_prompts(prompts)
@@ -161,14 +163,7 @@ class RWRTrainer:
 
     def train(self, run_config: TrainingConfig) -> RWRMetrics | None:
         """Trains, or goes on with an interrupted run; as `DDPOTrainer.train`."""
-        cfg = self.config
-
-        def look(run: TrainingRun, watch: HeldOutWatch) -> None:
-            look_at_held_out(run, watch, self.policy, self.reward, steps=cfg.steps, guidance=self.guidance, eta=cfg.eta)
-
-        return train_in_rounds(
-            self, run_config, state={}, configs={"rwr": cfg}, look=look, evaluate_every=cfg.evaluate_every
-        )
+        return train_in_rounds(self, run_config, state={}, configs={"rwr": self.config})
 
     def prepare(self, run: TrainingRun) -> None:
         """Checks what only a run can tell.
@@ -276,9 +271,3 @@ class RWRTrainer:
         noised = self.policy.add_noise(clean, noise, timesteps)
         predicted = self.policy.predict_noise(noised, timesteps, embeddings, self.guidance)
         return ((predicted - noise) ** 2).flatten(1).mean(dim=1)
-
-
-def _require(holds: bool, field: str, rule: str, value: object) -> None:
-    """Raises ValueError that names the field, the rule and the value unless the rule holds."""
-    if not holds:
-        raise ValueError(f"RWRConfig.{field} must {rule}, got {value!r}")

@@ -7,6 +7,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -14,10 +15,14 @@ from torch import Tensor
 from policy.types import Images, PerSample
 from rewards.scores import Judge, scores_of
 from rewards.types import check_pairs
+from training import require
 
 GRACE = 5.0
 """Seconds that the end of the program waits for a try that was under way when its pool closed or its round failed.
 A thread that Python stops inside torch aborts the process."""
+
+
+_require = partial(require, "ScoringConfig")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -265,9 +270,3 @@ def _start(work: Callable[..., None], *arguments: object) -> threading.Thread:
     thread = threading.Thread(target=work, args=arguments, daemon=True)
     thread.start()
     return thread
-
-
-def _require(holds: bool, field: str, rule: str, value: object) -> None:
-    """Raises ValueError that names the field, the rule and the value unless the rule holds."""
-    if not holds:
-        raise ValueError(f"ScoringConfig.{field} must {rule}, got {value!r}")

@@ -23,7 +23,7 @@ from policy import ClassifierFree, DiffusionPolicy
 from policy.prompts import check_prompts
 from policy.types import Embeddings, Trajectory
 from rewards import HeldOut, HeldOutWatch, Reward
-from training import Stateful, TrainingConfig, TrainingRun, draw_batch
+from training import Stateful, TrainingConfig, TrainingRun, check_trainable, draw_batch
 
 from .advantage import (
     EPSILON,
@@ -37,7 +37,7 @@ from .asked import Asked, ask, pairs_of_update
 from .collect import Collector, Graded, asked_again_on_failure
 from .config import DDPOConfig
 from .gradient import PolicyGradient, measured_by
-from .loop import check_held_out, look_at_held_out, train_in_rounds
+from .loop import check_held_out, train_in_rounds
 from .scoring import ScoringConfig
 from .steps import step_plan
 
@@ -112,8 +112,7 @@ class DDPOTrainer:
         held_out: HeldOut | None = None,
         scoring: ScoringConfig | None = None,
     ) -> None:
-        if not policy.trainable_parameters():
-            raise ValueError("policy must have trainable weights: load it with lora= or train=, got none")
+        check_trainable(policy)
         self.policy = policy
         self.reward = reward
         self.prompts = check_prompts(prompts)
@@ -153,14 +152,7 @@ class DDPOTrainer:
         state: dict[str, Stateful] = {"statistics": self.statistics}
         if self.erasure is not None:
             state["lagrangian"] = self.erasure.lagrangian
-        cfg = self.config
-
-        def look(run: TrainingRun, watch: HeldOutWatch) -> None:
-            look_at_held_out(run, watch, self.policy, self.reward, steps=cfg.steps, guidance=self.guidance, eta=cfg.eta)
-
-        return train_in_rounds(
-            self, run_config, state=state, configs={"ddpo": cfg}, look=look, evaluate_every=cfg.evaluate_every
-        )
+        return train_in_rounds(self, run_config, state=state, configs={"ddpo": self.config})
 
     def prepare(self, run: TrainingRun) -> None:
         """Checks what only a run can tell, and readies an erasure objective.
@@ -295,20 +287,13 @@ class DDPOTrainer:
     def _sample(self, run: TrainingRun) -> tuple[list[Asked], Graded]:
         """Draws this process's samples and has them graded: those of the prompts, then those of the concept."""
         cfg = self.config
-        asked = [
-            ask(
-                run, self.prompts, cfg.samples_per_round,
-                updates=cfg.updates_per_round, images_per_prompt=cfg.images_per_prompt,
-            )
-        ]  # fmt: skip
+        wanted = [(self.prompts, cfg.samples_per_round)]
         if isinstance(self.erasure, ImageConstraint):
-            count = cfg.erasure_samples_per_round
-            asked.append(
-                ask(
-                    run, self.erasure.prompts, count,
-                    updates=cfg.updates_per_round, images_per_prompt=cfg.images_per_prompt,
-                )
-            )  # fmt: skip
+            wanted.append((self.erasure.prompts, cfg.erasure_samples_per_round))
+        asked = [
+            ask(run, population, count, updates=cfg.updates_per_round, images_per_prompt=cfg.images_per_prompt)
+            for population, count in wanted
+        ]
         prompts = [prompt for part in asked for prompt in part.my_prompts]
         seeds = [seed for part in asked for seed in part.my_seeds]
         return asked, self.collector.collect(run, prompts, seeds, of_concept=len(prompts) - len(asked[0].mine))

@@ -99,14 +99,18 @@ def animal_task(name: TaskName, reward: Reward | None = None, *, count: int = 64
     if reward is None and name not in own:
         raise ValueError(f"reward must be given for the task {name!r}, which has none of its own, got None")
     reward = reward or own[name]()
+    prompts = trained[name](folder)
     sets = activity_splits(folder) if name == "alignment" else splits(folder)
-    sets = {split: _spread(prompts, count) for split, prompts in sets.items()}
+    sets["trained"] = prompts
+    if not set(sets["unseen-animals"]).isdisjoint(prompts):
+        del sets["unseen-animals"]  # the compression tasks train on every animal of ImageNet
+    sets = {split: _spread(texts, count) for split, texts in sets.items()}
     return Task(
         name=name,
         reward=reward,
-        prompts=trained[name](folder),
+        prompts=prompts,
         splits=sets,
-        held_out_prompts=sets["unseen-animals"],
+        held_out_prompts=sets.get("unseen-animals", sets["objects"]),
         held_out=reward,
     )
 

@@ -2,6 +2,11 @@
 
 import math
 from dataclasses import dataclass
+from functools import partial
+
+from training import require
+
+_require = partial(require, "ReFLConfig")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,9 +98,3 @@ class ReFLConfig:
             _require(0 <= value < math.inf, name, "be finite and not negative", value)
         _require(0 < self.reward_scale < math.inf, "reward_scale", "be finite and positive", self.reward_scale)
         _require(math.isfinite(self.reward_margin), "reward_margin", "be finite", self.reward_margin)
-
-
-def _require(holds: bool, field: str, rule: str, value: object) -> None:
-    """Raises ValueError that names the field, the rule and the value unless the rule holds."""
-    if not holds:
-        raise ValueError(f"ReFLConfig.{field} must {rule}, got {value!r}")

@@ -19,7 +19,7 @@ from policy import ClassifierFree, DiffusionPolicy
 from policy.prompts import check_prompts
 from policy.types import PerSample
 from rewards import HeldOut, HeldOutWatch, Reward, scores_of
-from training import Stateful, TrainingConfig, TrainingRun, draw_batch
+from training import Stateful, TrainingConfig, TrainingRun, check_trainable, draw_batch
 
 from .config import ReFLConfig
 from .distance import distance_to_reference
@@ -83,8 +83,7 @@ class ReFLTrainer:
     ) -> None:
         if not reward.differentiable:
             raise not_differentiable("reward", reward)
-        if not policy.trainable_parameters():
-            raise ValueError("policy must have trainable weights: load it with lora= or train=, got none")
+        check_trainable(policy)
         self.policy = policy
         self.reward = reward
         self.prompts = check_prompts(prompts)

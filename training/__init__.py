@@ -9,7 +9,8 @@ from .folder import check_output_dir
 from .images import image_grid
 from .metrics import MetricsFile, read_metrics
 from .optimizer import make_optimizer
-from .run import TrainingRun
+from .require import require
+from .run import TrainingRun, check_trainable
 from .signals import TERMINATED
 from .types import Stateful, Trainable
 
@@ -26,9 +27,11 @@ __all__ = [
     "TrainingConfig",
     "TrainingRun",
     "check_output_dir",
+    "check_trainable",
     "draw_batch",
     "image_grid",
     "load_checkpoint",
     "make_optimizer",
     "read_metrics",
+    "require",
 ]

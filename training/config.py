@@ -2,12 +2,17 @@
 
 import math
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal
+
+from .require import require
 
 OPTIMIZERS = ("adamw", "adamw8bit")
 PRECISIONS = ("no", "bf16", "fp16")
 TRACKERS = ("wandb", "tensorboard")
+
+_require = partial(require, "")
 
 FREE_FIELDS = frozenset(
     {
@@ -108,9 +113,3 @@ class TrainingConfig:
         _require(bool(self.project), "project", "not be empty", self.project)
         _require(0 <= self.seed < 2**31, "seed", "lie in [0, 2**31)", self.seed)
         _require(self.max_skipped >= 0, "max_skipped", "not be negative", self.max_skipped)
-
-
-def _require(holds: bool, field: str, rule: str, value: object) -> None:
-    """Raises ValueError that names the field, the rule and the value unless the rule holds."""
-    if not holds:
-        raise ValueError(f"{field} must {rule}, got {value!r}")

@@ -28,6 +28,16 @@ from .types import Sliceable, Stateful, Trainable
 Items = TypeVar("Items", bound=Sliceable)
 
 
+def check_trainable(policy: Trainable) -> None:
+    """Checks that there is something to train.
+
+    Raises:
+        ValueError: There is not.
+    """
+    if not policy.trainable_parameters():
+        raise ValueError("policy must have trainable weights: load it with lora= or train=, got none")
+
+
 class TrainingRun:
     """Owns what every training run needs, and leaves the loss to the trainer.
 
@@ -87,9 +97,8 @@ class TrainingRun:
         self.config = config
         self._state = dict(state or {})
         self._configs = dict(configs or {})
+        check_trainable(policy)
         parameters = policy.trainable_parameters()
-        if not parameters:
-            raise ValueError("policy must have trainable weights: load it with lora= or train=, got none")
         narrow = {parameter.dtype for parameter in parameters} & {torch.float16}
         if config.mixed_precision == "fp16" and narrow:
             raise ValueError(

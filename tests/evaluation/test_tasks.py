@@ -1,0 +1,48 @@
+"""DDPO's tasks: what they train on, what they look at, and what they refuse."""
+
+from pathlib import Path
+
+import pytest
+
+from evaluation.tasks import animal_task, reward_named, tiny_task
+from rewards import Compressibility, Incompressibility
+
+
+@pytest.fixture
+def data(shared: Path) -> Path:
+    return shared / "data"
+
+
+@pytest.mark.parametrize(("name", "count"), [("compressibility", 398), ("aesthetic", 45), ("alignment", 135)])
+def test_a_task_of_the_paper_trains_on_its_prompts_and_looks_at_others(name: str, count: int, data: Path) -> None:
+    task = animal_task(name, Compressibility(), count=10, folder=data)  # ty: ignore[invalid-argument-type]
+    assert len(task.prompts) == count
+    unseen = ["objects", "unseen-activity", *(["unseen-animals"] if name != "compressibility" else [])]
+    assert {split: len(prompts) for split, prompts in task.splits.items()} == dict.fromkeys(["trained", *unseen], 10)
+    assert set(task.splits["trained"]) <= set(task.prompts)
+    assert all(set(task.splits[split]).isdisjoint(task.prompts) for split in unseen)
+    assert set(task.held_out_prompts).isdisjoint(task.prompts)
+    assert ("washing the dishes" in " ".join(task.prompts)) is (name == "alignment")
+
+
+def test_a_task_without_a_reward_of_its_own_asks_for_one(data: Path) -> None:
+    with pytest.raises(ValueError, match="reward must be given for the task 'aesthetic'"):
+        animal_task("aesthetic", folder=data)
+
+
+def test_tiny_tasks_look_at_pairs_that_are_not_trained_on() -> None:
+    task = tiny_task("compressibility", count=20, watched=10)
+    assert isinstance(task.reward, Compressibility)
+    assert set(task.splits["unseen-pairs"]).isdisjoint(task.prompts)
+    assert set(task.held_out_prompts).isdisjoint(task.prompts)
+    with pytest.raises(ValueError, match=r"task must be one of .* in the tiny world, got 'alignment'"):
+        tiny_task("alignment")
+
+
+def test_a_reward_is_made_by_the_factory_of_that_name() -> None:
+    assert isinstance(reward_named("rewards.jpeg:Incompressibility"), Incompressibility)
+    for name in ("rewards.jpeg", "rewards.jpeg:Missing", "nowhere:at_all"):
+        with pytest.raises(ValueError, match=r"reward must be package\.module:factory, got"):
+            reward_named(name)
+    with pytest.raises(ValueError, match="reward must be callable"):
+        reward_named("builtins:dict")
