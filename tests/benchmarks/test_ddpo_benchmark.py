@@ -77,7 +77,7 @@ def test_bare_round_makes_the_calls_of_the_trainers_round(
     BareRound(policy, Redness(seen), PROMPTS, config, nullcontext)()
 
     minibatch = config.minibatch_size
-    # What only measures: the reference once in a round; and a few minibatches where shapes are not those of the drawing.
+    # What only measures: the reference once in a round; and a few minibatches where shapes differ from the drawing's.
     probes = PROBED_PAIRS // minibatch if config.sampling_batch_size != minibatch else 0
     measuring = 1 + probes
     assert minibatch <= KL_PAIRS
