@@ -1,6 +1,6 @@
 """Prompts of DDPO's tasks, and splits of them that tell what a policy learned beyond the prompts it was trained on.
 
-The lists of words are other people's files; they are fetched when first used (see `public_files`).
+The lists of words are other people's files; they are fetched when first used (see `rewards.public_files`).
 """
 
 import re
@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from itertools import product
 from pathlib import Path
 
-from .public_files import PublicFile, fetch
+from rewards.public_files import PublicFile, fetch
 
 _ASSETS = (
     "https://raw.githubusercontent.com/kvablack/ddpo-pytorch/1958463f020112c9a7bc85768d296daacc2e1b4b/"

@@ -3,7 +3,6 @@
 The four tasks of Black et al. (2023), https://arxiv.org/abs/2305.13301, section 5, and those of the tiny world.
 """
 
-import importlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -113,22 +112,6 @@ def animal_task(name: TaskName, reward: Reward | None = None, *, count: int = 64
         held_out_prompts=sets.get("unseen-animals", sets["objects"]),
         held_out=reward,
     )
-
-
-def reward_named(name: str) -> Reward:
-    """Makes the reward that "package.module:factory" names, by calling the factory.
-
-    Raises:
-        ValueError: There is no such thing, or what it makes cannot be called.
-    """
-    module, _, factory = name.partition(":")
-    try:
-        reward = getattr(importlib.import_module(module), factory)()
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ValueError(f"reward must be package.module:factory, got {name!r}: {error}") from error
-    if not isinstance(reward, Reward):
-        raise ValueError(f"reward must be callable and say whether it is differentiable, got {reward!r} from {name!r}")
-    return reward
 
 
 def _spread(prompts: Sequence[str], count: int) -> list[str]:

@@ -23,10 +23,10 @@ from ddpo import DDPOConfig, DDPOTrainer, RWRConfig, RWRTrainer
 from erasure import STRIPES, UCE, ImageConstraint, Lagrangian, LagrangianConfig, ScoreCeiling
 from evaluation import DrawConfig, Measure, Panel, Report, compare, draw, gather, plan, score, shard, text_table
 from evaluation.subject import TINY_WORLD
-from evaluation.tasks import Task, TaskName, animal_task, reward_named, tiny_task
+from evaluation.tasks import Task, TaskName, animal_task, tiny_task
 from policy import DiffusionPolicy, LoRAConfig, check_checkpoint
 from policy.types import Images, PerSample
-from rewards import HeldOut
+from rewards import HeldOut, reward_named
 from training import TrainingConfig, check_output_dir
 
 Algorithm = Literal["ddpo-is", "ddpo-sf", "rwr", "rwr-sparse"]
@@ -47,7 +47,7 @@ class Config:
     """Clipped importance sampling, score function, reward-weighted regression, or the same on the best samples only."""
 
     reward: str | None = None
-    """In place of the task's own: package.module:factory, called without arguments."""
+    """In place of the task's own: a name such as "aesthetic", or package.module:factory, called without arguments."""
 
     erased: bool = False
     """Begin with the model from which UCE has erased stripes. Tiny world only."""

@@ -8,7 +8,7 @@ from PIL import Image
 
 from policy.types import Images, PerSample
 
-from .nudity import to_pixels
+from .preprocess import to_pixels
 from .types import check_pairs
 
 

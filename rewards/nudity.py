@@ -12,11 +12,11 @@ from typing import Any, Literal, Protocol, get_args, runtime_checkable
 
 import numpy
 import torch
-from jaxtyping import UInt8
 from PIL import Image
 
 from policy.types import Images, PerSample
 
+from .preprocess import to_pixels
 from .types import check_pairs
 
 EXPOSED_LABELS = (
@@ -145,12 +145,6 @@ class OpenNSFW:
         check_pairs(images, prompts)
         scores = [float(self.classifier.classify(Image.fromarray(pixels)).nsfw) for pixels in to_pixels(images)]
         return torch.tensor(scores, device=images.device)
-
-
-def to_pixels(images: Images) -> UInt8[numpy.ndarray, "batch H W 3"]:
-    """Rounds images in [0, 1] to 8 bits, channels last; red comes first."""
-    levels = (images.detach().float() * 255).round().clamp(0, 255).to(torch.uint8)
-    return levels.permute(0, 2, 3, 1).cpu().numpy()
 
 
 def _import(module: str, package: str) -> ModuleType:

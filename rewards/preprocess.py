@@ -1,7 +1,8 @@
 """From images of any size to the normalised square that a vision tower takes.
 
 Both paths do the same in this order: scale the short side, crop the centre, normalise. The tensor path is part of the
-graph, so that a reward's gradient reaches the pixels; the PIL path is what published scores were computed with.
+graph, so that a reward's gradient reaches the pixels; the PIL path is what published scores were computed with. Rewards
+that look at an encoded picture take bytes instead.
 """
 
 from collections.abc import Sequence
@@ -9,7 +10,7 @@ from pathlib import Path
 
 import numpy
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, UInt8
 from PIL import Image
 from torch import Tensor
 from torch.nn import functional
@@ -90,3 +91,9 @@ def pil_to_square(image: Image.Image, size: int) -> Float[Tensor, "3 size size"]
     image = image.crop((left, top, left + size, top + size)).convert("RGB")
     pixels = torch.from_numpy(numpy.array(image, dtype=numpy.uint8))
     return pixels.permute(2, 0, 1).float() / 255
+
+
+def to_pixels(images: Images) -> UInt8[numpy.ndarray, "batch H W 3"]:
+    """Rounds images in [0, 1] to 8 bits, channels last; red comes first."""
+    levels = (images.detach().float() * 255).round().clamp(0, 255).to(torch.uint8)
+    return levels.permute(0, 2, 3, 1).cpu().numpy()

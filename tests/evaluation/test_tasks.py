@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from evaluation.tasks import animal_task, reward_named, tiny_task
-from rewards import Compressibility, Incompressibility
+from evaluation.tasks import animal_task, tiny_task
+from rewards import Compressibility
 
 
 @pytest.fixture
@@ -37,12 +37,3 @@ def test_tiny_tasks_look_at_pairs_that_are_not_trained_on() -> None:
     assert set(task.held_out_prompts).isdisjoint(task.prompts)
     with pytest.raises(ValueError, match=r"task must be one of .* in the tiny world, got 'alignment'"):
         tiny_task("alignment")
-
-
-def test_a_reward_is_made_by_the_factory_of_that_name() -> None:
-    assert isinstance(reward_named("rewards.jpeg:Incompressibility"), Incompressibility)
-    for name in ("rewards.jpeg", "rewards.jpeg:Missing", "nowhere:at_all"):
-        with pytest.raises(ValueError, match=r"reward must be package\.module:factory, got"):
-            reward_named(name)
-    with pytest.raises(ValueError, match="reward must be callable"):
-        reward_named("builtins:dict")

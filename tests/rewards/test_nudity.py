@@ -11,7 +11,8 @@ import torch
 from PIL import Image
 
 from rewards import NudeNet, NudeNetConfig, OpenNSFW, Reward
-from rewards.nudity import EXPOSED_LABELS, OTHER_LABELS, to_pixels
+from rewards.nudity import EXPOSED_LABELS, OTHER_LABELS
+from rewards.preprocess import to_pixels
 
 IMAGES = torch.rand(3, 3, 32, 32, generator=torch.Generator().manual_seed(3))
 PROMPTS = ["a person"] * 3

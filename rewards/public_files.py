@@ -59,7 +59,7 @@ def fetch(file: PublicFile, folder: Path | None = None) -> Path:
     if folder is not None:
         return _from_folder(file, folder)
     path = cached_path(file)
-    if not path.is_file() or _sha256(path) != file.sha256:
+    if not path.is_file() or sha256_of(path) != file.sha256:
         _download(file, path)
     return path
 
@@ -74,7 +74,7 @@ def _from_folder(file: PublicFile, folder: Path) -> Path:
     path = folder / file.name
     if not path.is_file():
         raise FileNotFoundError(f"folder must hold {file.name}, got {folder}, which does not. {_by_hand(file)}")
-    found = _sha256(path)
+    found = sha256_of(path)
     if found != file.sha256:
         raise ValueError(f"{path} has other content than expected: its SHA-256 is {found}. {_by_hand(file)}")
     return path
@@ -92,7 +92,7 @@ def _download(file: PublicFile, path: Path) -> None:
             if isinstance(error, HTTPError):
                 error.close()  # it is an answer as well, and holds its connection
             raise OSError(f"could not fetch {file.name}: {error}. {_by_hand(file)}") from error
-        found, size = _sha256(temporary), temporary.stat().st_size
+        found, size = sha256_of(temporary), temporary.stat().st_size
         if found != file.sha256:
             raise OSError(
                 f"what was fetched as {file.name} has other content than expected: {size:,} bytes with SHA-256 "
@@ -110,6 +110,7 @@ def _by_hand(file: PublicFile) -> str:
     )
 
 
-def _sha256(path: Path) -> str:
+def sha256_of(path: Path) -> str:
+    """Returns the SHA-256 of a file's content."""
     with path.open("rb") as content:
         return hashlib.file_digest(content, "sha256").hexdigest()

@@ -11,7 +11,7 @@ from urllib.error import HTTPError
 
 import pytest
 
-from evaluation.public_files import PublicFile, cached_path, fetch
+from rewards.public_files import PublicFile, cached_path, fetch
 
 CONTENT = b"cat\ndog\nhorse\n"
 
