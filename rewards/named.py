@@ -33,11 +33,11 @@ def reward_named(name: str) -> Reward:
     """
     module, _, factory = FACTORIES.get(name, name).partition(":")
     try:
-        make = reduce(getattr, factory.split("."), importlib.import_module(module))
+        make: object = reduce(getattr, factory.split("."), importlib.import_module(module))
     except (ImportError, AttributeError, ValueError) as error:
         known = ", ".join(FACTORIES)
         raise ValueError(f"reward must be one of {known}, or package.module:factory, got {name!r}: {error}") from error
-    reward = make()
+    reward = make() if callable(make) else make
     if not isinstance(reward, Reward):
         raise ValueError(f"reward must be callable and say whether it is differentiable, got {reward!r} from {name!r}")
     return reward

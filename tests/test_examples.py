@@ -98,7 +98,7 @@ def test_comparison_of_algorithms_makes_missing_runs_and_draws_curves(tmp_path: 
     [
         (["--task", "aesthetic"], "task must be one of"),
         (["--algorithm", "rwr", "--constrained"], "constrained must be off but with DDPO, got rwr"),
-        (["--reward", "json:nothing"], "reward must be package.module:factory, got 'json:nothing'"),
+        (["--reward", "json:nothing"], "or package.module:factory, got 'json:nothing'"),
     ],
 )
 def test_what_cannot_be_is_said_before_any_work(options: list[str], message: str, tmp_path: Path) -> None:
