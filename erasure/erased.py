@@ -5,83 +5,105 @@ from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-
-import torch
+from typing import Any
 
 from policy import DiffusionPolicy, WeightDelta
 from policy.parts import Pipeline
-from policy.weights import base_parameters
 
+from .changes import Change, WeightChange, change_of
 from .concept import Concept
 
 RECORD_FILE = "erasure.json"
-RECORD_FORMAT = "overpaint.Erasure/1"
+RECORD_FORMAT = "overpaint.Erasure/2"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Erasure:
-    """A concept, erased by a method with certain settings: the change of the UNet's weights and how it came about.
+    """A concept, erased by a method with certain settings: what changes in the model, and how that came about.
 
-    It belongs to the weights that it was computed from; applied to others of the same shapes it adds the same numbers.
+    Several can be applied to one model, one after the other, as long as each was computed from the model as the ones
+    before left it, or changes nothing that they changed.
     """
 
     method: str
     """Name of the method."""
 
-    config: dict[str, bool | int | float | str | None]
-    """The method's settings, strength included."""
+    config: dict[str, Any]
+    """The method's settings as JSON knows them, strength included."""
 
     concept: Concept
     """What was erased."""
 
-    delta: WeightDelta
-    """Differences to add to the UNet's weights."""
+    change: Change
+    """What changes in the model."""
 
-    def apply(self, policy: DiffusionPolicy) -> None:
-        """Changes a policy's weights in place; from then on the erased policy is its reference.
+    base: str | None = None
+    """Hash of the weights that it was computed from; None where any will do."""
+
+    @property
+    def delta(self) -> WeightDelta:
+        """The differences of the UNet's weights.
+
+        Raises:
+            ValueError: The method changes no weights.
+        """
+        if not isinstance(self.change, WeightChange):
+            raise ValueError(f"an erasure's delta is that of its weights, and {self.method} changes none")
+        return self.change.delta
+
+    @classmethod
+    def of(
+        cls, policy: DiffusionPolicy, method: str, config: dict[str, Any], concept: Concept, change: Change
+    ) -> "Erasure":
+        """Returns the erasure that a method computed from a policy as it is."""
+        return cls(method=method, config=config, concept=concept, change=change, base=change.base(policy.unet))
+
+    def apply(self, policy: DiffusionPolicy, *, check_base: bool = True) -> None:
+        """Changes a policy in place; from then on the erased policy is its reference.
 
         A LoRA that the policy carries stays on top. To be called before training starts.
 
-        Raises:
-            ValueError: The policy's UNet has other parameters; nothing is changed then.
-        """
-        self.delta.apply(policy.unet)
-        policy.remember_reference()
-
-    def apply_to_pipeline(self, pipeline: Pipeline) -> None:
-        """Changes the weights of a plain diffusers pipeline in place.
+        Args:
+            policy: What is changed.
+            check_base: Whether to refuse a policy whose weights are not those that the erasure was computed from.
 
         Raises:
-            ValueError: The pipeline's UNet has other parameters; nothing is changed then.
+            ValueError: It has other parameters or other weights, or what it already has cannot be combined with this;
+                nothing is changed then.
         """
-        self.delta.apply(pipeline.unet)
+        if check_base:
+            self._check_base(policy)
+        self.change.apply(policy)
+
+    def apply_to_pipeline(self, pipeline: Pipeline, *, check_base: bool = True) -> None:
+        """Changes a plain diffusers pipeline in place; arguments and errors as in `apply`."""
+        if check_base:
+            self._check_base(pipeline)
+        self.change.apply_to_pipeline(pipeline)
 
     @contextmanager
     def applied(self, policy: DiffusionPolicy) -> Generator[None]:
-        """Changes a policy's weights for the length of a `with` block, then puts back the very bits that were there.
+        """Changes a policy for the length of a `with` block, then makes it what it was, to the bit.
 
-        For measuring: the reference policy is not touched.
+        For measuring: the reference policy is not touched, and the policy's weights may be any.
         """
-        parameters = base_parameters(policy.unet)
-        before = {name: parameters[name].detach().clone() for name in self.delta.tensors if name in parameters}
-        self.delta.apply(policy.unet)
-        try:
+        with self.change.applied(policy):
             yield
-        finally:
-            with torch.no_grad():
-                for name, value in before.items():
-                    parameters[name].copy_(value)
 
     def save(self, folder: str | Path) -> None:
-        """Writes the weights as safetensors and everything else as JSON."""
-        self.delta.save(folder)
+        """Writes tensors as safetensors and everything else as JSON."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        self.change.save(folder)
         record = {
             "format": RECORD_FORMAT,
             "method": self.method,
+            "kind": self.change.kind,
             "config": self.config,
             "concept": self.concept.to_json(),
+            "base": self.base,
         }
-        (Path(folder) / RECORD_FILE).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        (folder / RECORD_FILE).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 
     @classmethod
     def load(cls, folder: str | Path) -> "Erasure":
@@ -100,5 +122,15 @@ class Erasure:
             method=record["method"],
             config=record["config"],
             concept=Concept.from_json(record["concept"]),
-            delta=WeightDelta.load(folder),
+            change=change_of(record["kind"], Path(folder)),
+            base=record["base"],
         )
+
+    def _check_base(self, model: DiffusionPolicy | Pipeline) -> None:
+        found = self.change.base(model.unet)
+        if self.base is not None and found != self.base:
+            raise ValueError(
+                f"the model must have the weights that {self.method} erased {self.concept.name!r} from (SHA-256 "
+                f"{self.base[:12]}), got others ({(found or 'none')[:12]}); another precision is another one. "
+                "To apply it all the same, pass check_base=False"
+            )

@@ -8,20 +8,16 @@ paper defines this loss: it stands in for a method's own loss where the method h
 """
 
 import math
-import random
-from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
-from jaxtyping import Int
-from torch import Tensor
 from torch.nn import Parameter
 
 from policy import ClassifierFree, DiffusionPolicy
-from policy.types import Embeddings, Latents, PerSample
+from policy.types import PerSample
 
 from .concept import Concept
 from .protocols import ConceptBatch
+from .rollout import latents_before, random_stops
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,28 +76,11 @@ class StayErased:
         The denoising step of each sample follows from its own seed, whatever else is in the batch.
         """
         embeddings = policy.encode(batch.prompts)
-        stops = [self._stop(seed) for seed in batch.seeds]
-        latents = self._roll(policy, embeddings, batch.seeds, torch.tensor(stops, device=embeddings.device))
-        timesteps = policy.timesteps(self.config.steps)[stops]
+        steps, guidance = self.config.steps, ClassifierFree(self.config.guidance_scale)
+        stops = random_stops(batch.seeds, 0, steps - 1)
+        latents = latents_before(policy, embeddings, stops, steps=steps, guidance=guidance, seeds=batch.seeds)
+        timesteps = policy.timesteps(steps)[stops]
         with policy.reference():
             target = policy.predict_noise(latents, timesteps, embeddings)
         prediction = policy.predict_noise(latents, timesteps, embeddings)
         return (prediction - target).square().flatten(1).mean(dim=1)
-
-    def _stop(self, seed: int) -> int:
-        """Returns the step at which the sample of this seed is compared."""
-        return random.Random(f"step of {seed}").randrange(self.config.steps)
-
-    @torch.no_grad()
-    def _roll(
-        self, policy: DiffusionPolicy, embeddings: Embeddings, seeds: Sequence[int], stops: Int[Tensor, " batch"]
-    ) -> Latents:
-        """Denoises each sample up to its own step; those that have arrived leave the batch."""
-        steps, guidance = self.config.steps, ClassifierFree(self.config.guidance_scale)
-        latents = policy.sample(embeddings, steps=steps, seeds=seeds, until=0)
-        for step in range(int(stops.max())):
-            going = stops > step
-            latents[going] = policy.denoise(
-                latents[going], embeddings[going], step=step, steps=steps, guidance=guidance
-            )
-        return latents

@@ -19,6 +19,7 @@ from policy import DiffusionPolicy, WeightDelta
 from policy.prompts import PromptEncoder
 from policy.weights import base_parameters
 
+from .changes import WeightChange
 from .concept import Concept
 from .erased import Erasure
 
@@ -78,16 +79,14 @@ class UCE:
             ValueError: The strength is negative or not finite, or the UNet has no cross-attention.
         """
         pairs = [(phrase, concept.anchor) for phrase in concept.phrases]
-        return Erasure(
-            method=self.name,
-            config={**asdict(self.config), "strength": strength},
-            concept=concept,
-            delta=self.edit(policy, pairs, preserve=concept.preserve, strength=strength),
-        )
+        delta = self.edit(policy, pairs, preserve=concept.preserve, strength=strength)
+        settings = {**asdict(self.config), "strength": strength}
+        return Erasure.of(policy, self.name, settings, concept, WeightChange(delta))
 
     def __call__(self, policy: DiffusionPolicy, concept: Concept) -> WeightDelta:
         """Returns the change of weights that erases a concept at the authors' strength."""
-        return self.erase(policy, concept).delta
+        pairs = [(phrase, concept.anchor) for phrase in concept.phrases]
+        return self.edit(policy, pairs, preserve=concept.preserve)
 
     def edit(
         self,

@@ -12,7 +12,7 @@ from .ddim import (
     schedule,
 )
 from .diffusion import DiffusionPolicy
-from .guidance import ClassifierFree, Guidance
+from .guidance import ClassifierFree, Guidance, Safeguard
 from .loading import check_checkpoint
 from .noise import SampleNoise
 from .types import Embeddings, Images, Latents, PerSample, Trajectory
@@ -29,6 +29,7 @@ __all__ = [
     "LoRAConfig",
     "PerSample",
     "PredictionType",
+    "Safeguard",
     "SampleNoise",
     "Schedule",
     "Trajectory",

@@ -8,6 +8,7 @@ What was left out: samplers other than DDIM (of which ancestral DDPM sampling is
 the text encoder or the VAE.
 """
 
+import copy
 import os
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
@@ -19,8 +20,9 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from . import autoencoder, ddim
+from .added import added_networks
 from .ddim import PredictionType, Schedule
-from .guidance import DEFAULT_GUIDANCE, ClassifierFree, Guidance
+from .guidance import DEFAULT_GUIDANCE, ClassifierFree, Guidance, Safeguard
 from .loading import check_pipeline, load_pipeline
 from .noise import SampleNoise, draw_noise
 from .parts import Pipeline
@@ -68,6 +70,8 @@ class DiffusionPolicy:
         self.scheduler_config: dict[str, Any] = dict(pipeline.scheduler.config)
         self.prediction_type = cast(PredictionType, self.scheduler_config.get("prediction_type", "epsilon"))
         self.prompts = PromptEncoder(self.text_encoder, self.tokenizer)
+        self.safeguard: Safeguard | None = None
+        """What keeps something out of pictures by changing how they are sampled, if anything does."""
         self._schedules: dict[tuple[int, torch.device], Schedule] = {}
         self._alphas = ddim.cumulative_alphas(self.scheduler_config)
         self.freeze()
@@ -252,6 +256,8 @@ class DiffusionPolicy:
         """Returns the network's guided prediction, of its own kind; all branches go through it in one call."""
         if isinstance(guidance, ClassifierFree) and guidance.scale == 1.0:
             guidance = None  # the same, without an encoded empty prompt
+        if isinstance(guidance, ClassifierFree) and self.safeguard is not None:
+            guidance = self.safeguard.guided(guidance)
         if guidance is None:
             branches = embeddings.unsqueeze(0)
         else:
@@ -595,6 +601,25 @@ class DiffusionPolicy:
         """
         self._trained.remember()
 
+    def trainee(self, train: str) -> "DiffusionPolicy":
+        """Returns a policy that draws the same, with a UNet of its own of which a named set is trained.
+
+        Text encoder and VAE are shared. A LoRA is added in. The UNet is float32, as small updates need; `network` and
+        gradient checkpointing are as in a new policy.
+
+        Args:
+            train: See `PARAMETER_SETS`.
+
+        Raises:
+            ValueError: There is no such set, or it is empty.
+        """
+        plain = plain_pipeline(self.unet, self.vae, self.text_encoder, self.tokenizer, self.scheduler)
+        plain.unet = copy.deepcopy(plain.unet).float()
+        trainee = DiffusionPolicy(plain, train=train, device=self.device)
+        trainee.prompts = self.prompts
+        trainee.safeguard = self.safeguard
+        return trainee
+
     @contextmanager
     def reference(self) -> Generator[None, None, None]:
         """Turns the policy into the one that training started from, without a second UNet and without gradients.
@@ -635,12 +660,27 @@ class DiffusionPolicy:
     def to_pipeline(self) -> Pipeline:
         """Returns a plain diffusers pipeline that draws what the policy draws, with any LoRA added in.
 
-        It shares memory with the policy, but for the weights that a LoRA changed. Its scheduler is the checkpoint's.
+        It shares memory with the policy, but for the weights that a LoRA changed. Its scheduler is the checkpoint's. A
+        safeguard is attached to it.
         """
-        return plain_pipeline(self.unet, self.vae, self.text_encoder, self.tokenizer, self.scheduler)
+        pipeline = plain_pipeline(self.unet, self.vae, self.text_encoder, self.tokenizer, self.scheduler)
+        if self.safeguard is not None:
+            self.safeguard.attach(pipeline)
+        return pipeline
 
     def save_pipeline(self, folder: str | Path) -> None:
-        """Saves the whole pipeline in diffusers' layout, with any LoRA added in."""
+        """Saves the whole pipeline in diffusers' layout, with any LoRA added in.
+
+        Raises:
+            ValueError: The policy has a safeguard, or networks that were added to the UNet: whoever loaded the folder
+                would be without them.
+        """
+        if added_networks(self.unet):
+            raise ValueError(
+                "a pipeline's folder cannot hold networks that were added to the UNet, and this one has some"
+            )
+        if self.safeguard is not None:
+            raise ValueError(f"a pipeline's folder cannot hold a safeguard, and the policy has {self.safeguard!r}")
         self.to_pipeline().save_pretrained(folder)
 
     # Small things.

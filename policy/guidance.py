@@ -6,6 +6,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from .parts import Pipeline
 from .types import Embeddings
 
 
@@ -71,6 +72,22 @@ class ClassifierFree:
             return predictions[0]
         away, towards = predictions
         return away + self.scale * (towards - away)
+
+
+@runtime_checkable
+class Safeguard(Protocol):
+    """A change of sampling that keeps something out of pictures, put between the caller's guidance and the network.
+
+    A policy has at most one, in `DiffusionPolicy.safeguard`, and asks it at every guided prediction.
+    """
+
+    def guided(self, guidance: ClassifierFree) -> Guidance:
+        """Returns what takes the place of classifier-free guidance."""
+        ...
+
+    def attach(self, pipeline: Pipeline) -> None:
+        """Makes a plain diffusers pipeline draw in the same way, in place."""
+        ...
 
 
 DEFAULT_GUIDANCE = ClassifierFree(5.0)

@@ -1,5 +1,6 @@
 """From prompts to what the UNet reads, once for each prompt."""
 
+import hashlib
 from collections import OrderedDict
 from collections.abc import Sequence
 
@@ -41,6 +42,7 @@ class PromptEncoder:
         self.text_encoder = text_encoder
         self.tokenizer = tokenizer
         self._cache: OrderedDict[str, Float[Tensor, "tokens dim"]] = OrderedDict()
+        self._texts: dict[bytes, str] = {}
         self._empty: Embeddings | None = None
 
     @torch.no_grad()
@@ -58,9 +60,23 @@ class PromptEncoder:
             self._empty = self([""]).to(like)
         return self._empty.expand_as(like)
 
+    def texts(self, embeddings: Embeddings) -> list[str]:
+        """Returns the prompts that embeddings are of, for what has to read the words again.
+
+        Raises:
+            ValueError: One was not encoded here, or so long ago that it was forgotten.
+        """
+        try:
+            return [self._texts[_fingerprint(row)] for row in embeddings]
+        except KeyError:
+            raise ValueError(
+                f"embeddings must be some of the last {CACHED_PROMPTS} that this policy encoded, got one that is not"
+            ) from None
+
     def clear(self) -> None:
         """Forgets every prompt; needed after the text encoder's weights have changed."""
         self._cache.clear()
+        self._texts.clear()
         self._empty = None
 
     def _encode(self, prompt: str) -> Float[Tensor, "tokens dim"]:
@@ -78,6 +94,13 @@ class PromptEncoder:
         mask = tokens["attention_mask"] if getattr(config, "use_attention_mask", False) else None
         embedding = self.text_encoder(tokens["input_ids"], attention_mask=mask)[0][0].cpu()
         self._cache[prompt] = embedding
+        self._texts[_fingerprint(embedding)] = prompt
         if len(self._cache) > CACHED_PROMPTS:
-            self._cache.popitem(last=False)
+            _, forgotten = self._cache.popitem(last=False)
+            self._texts.pop(_fingerprint(forgotten), None)
         return embedding
+
+
+def _fingerprint(embedding: Float[Tensor, "tokens dim"]) -> bytes:
+    """Returns what tells one embedding from another, in whatever precision and on whatever device it is."""
+    return hashlib.blake2b(embedding.detach().float().cpu().contiguous().numpy().tobytes(), digest_size=16).digest()

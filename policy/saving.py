@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from .added import add_networks, added_networks
 from .parts import VAE, Pipeline, TextEncoder, Tokenizer, UNet
 from .weights import ADAPTER, merged_state
 
@@ -65,12 +66,16 @@ def plain_pipeline(
     tokenizer: Tokenizer,
     scheduler: Any,
 ) -> Pipeline:
-    """Returns a pipeline around the parts, whose UNet is plain: any LoRA is added in, any wrapper left behind."""
+    """Returns a pipeline around the parts, whose UNet is plain: any LoRA is added in, any wrapper left behind.
+
+    Networks that were added to the UNet are added to the plain one too.
+    """
     import diffusers
 
     with torch.device("meta"):
         plain: Any = type(unet).from_config(unet.config)
     plain.load_state_dict(merged_state(unet), assign=True)
+    add_networks(plain, added_networks(unet))
     plain.requires_grad_(False).eval()
     make: Any = diffusers.StableDiffusionPipeline  # its annotations do not know that parts may be None
     return make(

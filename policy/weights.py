@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .added import is_added
 from .parts import UNet
 
 ADAPTER = "default"
@@ -63,9 +64,14 @@ PARAMETER_SETS: dict[str, Callable[[str], bool]] = {
     "xattn-kv": lambda name: _is_cross_attention(name) and (".to_k." in name or ".to_v." in name),
     "selfattn": lambda name: ".attn1." in name,
     "noxattn": _is_neither_cross_attention_nor_time_nor_output,
+    "attn": lambda name: _is_cross_attention(name) or ".attn1." in name,
     "full": lambda name: True,
+    "added": lambda name: False,
 }
-"""Which parameters of a UNet each named set holds. Source of the names: rohitgandikota/erasing."""
+"""Which of a UNet's own parameters each named set holds; "added" is what `policy.added` has put beside them.
+
+Source of the names: rohitgandikota/erasing; "attn" is nupurkmr9/concept-ablation's.
+"""
 
 
 def plain_name(name: str) -> str:
@@ -79,8 +85,12 @@ def is_lora(name: str) -> bool:
 
 
 def base_parameters(unet: nn.Module) -> dict[str, nn.Parameter]:
-    """Returns the UNet's own parameters by their plain names, without those of a LoRA."""
-    return {plain_name(name): parameter for name, parameter in unet.named_parameters() if not is_lora(name)}
+    """Returns the UNet's own parameters by their plain names, without those of a LoRA or of added networks."""
+    return {
+        plain_name(name): parameter
+        for name, parameter in unet.named_parameters()
+        if not is_lora(name) and not is_added(name)
+    }
 
 
 def select_parameters(unet: nn.Module, name: str) -> dict[str, nn.Parameter]:
@@ -91,7 +101,10 @@ def select_parameters(unet: nn.Module, name: str) -> dict[str, nn.Parameter]:
     """
     if name not in PARAMETER_SETS:
         raise ValueError(f"the parameter set must be one of {', '.join(PARAMETER_SETS)}, got {name!r}")
-    chosen = {key: value for key, value in base_parameters(unet).items() if PARAMETER_SETS[name](key)}
+    if name == "added":
+        chosen = {key: value for key, value in unet.named_parameters() if is_added(key)}
+    else:
+        chosen = {key: value for key, value in base_parameters(unet).items() if PARAMETER_SETS[name](key)}
     if not chosen:
         raise ValueError(f"the parameter set {name!r} must not be empty, and this UNet has nothing in it")
     return chosen

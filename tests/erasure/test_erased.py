@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from erasure import NUDITY, UCE, Erasure
+from erasure.changes import WeightChange
 from policy import DiffusionPolicy, WeightDelta
 from policy.weights import base_parameters
 
@@ -43,9 +44,35 @@ def test_erasure_for_a_while_is_taken_back_after_an_error(policy: DiffusionPolic
 
 
 def test_erasure_of_another_network_is_refused(policy: DiffusionPolicy) -> None:
-    other = Erasure(method="UCE", config={}, concept=NUDITY, delta=WeightDelta({"nowhere.weight": torch.ones(1)}))
+    delta = WeightDelta({"nowhere.weight": torch.ones(1)})
+    other = Erasure(method="UCE", config={}, concept=NUDITY, change=WeightChange(delta))
     with pytest.raises(ValueError, match=r"lacks 'nowhere\.weight'"):
         other.apply(policy)
+
+
+def test_erasure_of_other_weights_is_refused_unless_that_is_wanted(
+    make_policy: Callable[..., DiffusionPolicy], erasure: Erasure
+) -> None:
+    other = make_policy()
+    with torch.no_grad():
+        for parameter in base_parameters(other.unet).values():
+            parameter.mul_(1.001)
+    before = {name: parameter.detach().clone() for name, parameter in base_parameters(other.unet).items()}
+    for apply in (lambda: erasure.apply(other), lambda: erasure.apply_to_pipeline(other.to_pipeline())):
+        with pytest.raises(
+            ValueError, match=r"have the weights that UCE erased .* \(SHA-256 .*check_base=False"
+        ):
+            apply()
+    assert all(torch.equal(value, before[name]) for name, value in base_parameters(other.unet).items())
+    erasure.apply(other, check_base=False)
+    name = next(iter(erasure.delta.tensors))
+    assert not torch.equal(base_parameters(other.unet)[name], before[name])
+
+
+def test_one_erasure_is_applied_once(policy: DiffusionPolicy, erasure: Erasure) -> None:
+    erasure.apply(policy)
+    with pytest.raises(ValueError, match="must have the weights that UCE erased"):
+        erasure.apply(policy)
 
 
 def test_folder_without_an_erasure_is_refused(tmp_path: Path) -> None:
@@ -57,7 +84,7 @@ def test_erasure_of_another_format_is_refused(tmp_path: Path, erasure: Erasure) 
     erasure.save(tmp_path)
     record = tmp_path / "erasure.json"
     record.write_text(json.dumps(json.loads(record.read_text(encoding="utf-8")) | {"format": "2"}), encoding="utf-8")
-    with pytest.raises(ValueError, match=r"must be of format 'overpaint\.Erasure/1', got '2'"):
+    with pytest.raises(ValueError, match=r"must be of format 'overpaint\.Erasure/2', got '2'"):
         Erasure.load(tmp_path)
 
 

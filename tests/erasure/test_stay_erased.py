@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from erasure import NUDITY, UCE, ConceptBatch, StayErased, StayErasedConfig
+from erasure.rollout import random_stops
 from policy import ClassifierFree, DiffusionPolicy, LoRAConfig
 
 OBJECTIVE = StayErased(StayErasedConfig(steps=4))
@@ -99,7 +100,7 @@ def test_seeds_spread_over_all_steps(policy: DiffusionPolicy) -> None:
 
 def test_latents_are_the_tuned_policys_own(policy: DiffusionPolicy) -> None:
     disturb(policy)
-    seed = next(seed for seed in range(100) if OBJECTIVE._stop(seed) == 3)
+    seed = next(seed for seed in range(100) if random_stops([seed], 0, 3).item() == 3)
     embeddings = policy.encode(["nude"])
     guidance = ClassifierFree(OBJECTIVE.config.guidance_scale)
     latents = policy.sample(embeddings, steps=4, guidance=guidance, seeds=[seed], until=3)

@@ -1,0 +1,143 @@
+"""What an erasure does to a model: the three kinds of change, behind one protocol.
+
+| kind | what it is | methods |
+|---|---|---|
+| `WeightChange` | differences that are added to the UNet's weights | AC, ANT, ESD, MACE, SA, UCE |
+| `AddedNetworks` | small networks beside the UNet's cross-attentions | Receler |
+| a safeguard | another way to sample, no weights | SAFREE, SLD |
+"""
+
+import hashlib
+import importlib
+from collections.abc import Generator, Iterable, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+from typing import ClassVar, Protocol, runtime_checkable
+
+import torch
+from torch import nn
+
+from policy import DiffusionPolicy, WeightDelta
+from policy.parts import Pipeline
+from policy.weights import base_parameters
+
+KINDS = MappingProxyType(
+    {
+        "weights": "erasure.changes:WeightChange",
+    }
+)
+"""The class of each kind of change, by the name that a saved erasure has for it."""
+
+
+@runtime_checkable
+class Change(Protocol):
+    """A change that can be kept, carried and applied."""
+
+    kind: ClassVar[str]
+    """Its name in `KINDS`."""
+
+    def apply(self, policy: DiffusionPolicy) -> None:
+        """Changes a policy in place.
+
+        Raises:
+            ValueError: The change does not fit the policy; nothing is changed then.
+        """
+        ...
+
+    def apply_to_pipeline(self, pipeline: Pipeline) -> None:
+        """Changes a plain diffusers pipeline in place, so that it draws what the policy draws."""
+        ...
+
+    def applied(self, policy: DiffusionPolicy) -> AbstractContextManager[None]:
+        """Changes a policy for the length of a `with` block, then makes it what it was, to the bit."""
+        ...
+
+    def base(self, unet: nn.Module) -> str | None:
+        """Returns the hash of the weights that the change builds on; None where any will do."""
+        ...
+
+    def save(self, folder: Path) -> None:
+        """Writes everything into a folder that exists."""
+        ...
+
+    @classmethod
+    def load(cls, folder: Path) -> "Change":
+        """Reads what `save` wrote."""
+        ...
+
+
+@dataclass(frozen=True)
+class WeightChange:
+    """Differences that are added to the UNet's weights."""
+
+    delta: WeightDelta
+    """The differences."""
+
+    kind: ClassVar[str] = "weights"
+
+    def apply(self, policy: DiffusionPolicy) -> None:
+        """Adds the differences; from then on the changed policy is its reference. A LoRA stays on top."""
+        self.delta.apply(policy.unet)
+        policy.remember_reference()
+
+    def apply_to_pipeline(self, pipeline: Pipeline) -> None:
+        """Adds the differences."""
+        self.delta.apply(pipeline.unet)
+
+    @contextmanager
+    def applied(self, policy: DiffusionPolicy) -> Generator[None]:
+        """Adds the differences and puts back the very bits that were there; the reference is not touched."""
+        parameters = base_parameters(policy.unet)
+        before = {name: parameters[name].detach().clone() for name in self.delta.tensors if name in parameters}
+        self.delta.apply(policy.unet)
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for name, value in before.items():
+                    parameters[name].copy_(value)
+
+    def base(self, unet: nn.Module) -> str:
+        """Returns the hash of the weights that are changed."""
+        return weights_hash(unet, self.delta.tensors)
+
+    def save(self, folder: Path) -> None:
+        """Writes the weight delta."""
+        self.delta.save(folder)
+
+    @classmethod
+    def load(cls, folder: Path) -> "WeightChange":
+        """Reads the weight delta."""
+        return cls(WeightDelta.load(folder))
+
+
+def weights_hash(unet: nn.Module, names: Iterable[str]) -> str:
+    """Returns the SHA-256 of some of a UNet's own weights, by their plain names, in the precision that they have.
+
+    Raises:
+        ValueError: The UNet lacks one.
+    """
+    parameters: Mapping[str, nn.Parameter] = base_parameters(unet)
+    digest = hashlib.sha256()
+    for name in sorted(names):
+        if name not in parameters:
+            raise ValueError(f"the UNet must have every parameter that the erasure changes, and lacks {name!r}")
+        value = parameters[name].detach().cpu().contiguous()
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
+        digest.update(value.view(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def change_of(kind: str, folder: Path) -> Change:
+    """Reads a saved change of some kind.
+
+    Raises:
+        ValueError: There is no such kind, or the folder does not hold it.
+    """
+    if kind not in KINDS:
+        raise ValueError(f"the kind of a change must be one of {', '.join(KINDS)}, got {kind!r}")
+    module, _, name = KINDS[kind].partition(":")
+    loader: type[Change] = getattr(importlib.import_module(module), name)
+    return loader.load(folder)
