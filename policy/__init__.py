@@ -12,7 +12,7 @@ from .ddim import (
     schedule,
 )
 from .diffusion import DiffusionPolicy
-from .guidance import ClassifierFree, Guidance, Safeguard
+from .guidance import ClassifierFree, Guidance, Moment, Safeguard
 from .loading import check_checkpoint
 from .noise import SampleNoise
 from .types import Embeddings, Images, Latents, PerSample, Trajectory
@@ -27,6 +27,7 @@ __all__ = [
     "Images",
     "Latents",
     "LoRAConfig",
+    "Moment",
     "PerSample",
     "PredictionType",
     "Safeguard",

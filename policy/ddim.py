@@ -15,6 +15,7 @@ import math
 from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple, get_args
 
+import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
@@ -95,6 +96,15 @@ def predict_epsilon(
     if prediction_type == "v_prediction":
         return signal * prediction + noise * latents
     return (latents - signal * prediction) / noise
+
+
+def noise_scale(alphas: PerSample, prediction_type: PredictionType) -> PerSample:
+    """Returns by what a difference of two predictions is multiplied to be a difference of noise."""
+    if prediction_type == "epsilon":
+        return torch.ones_like(alphas)
+    if prediction_type == "v_prediction":
+        return alphas.sqrt()
+    return -(alphas / (1 - alphas)).sqrt()
 
 
 def prediction_target(clean: Latents, noise: Latents, alphas: PerSample, prediction_type: PredictionType) -> Latents:

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from . import autoencoder, ddim
 from .added import added_networks
 from .ddim import PredictionType, Schedule
-from .guidance import DEFAULT_GUIDANCE, ClassifierFree, Guidance, Safeguard
+from .guidance import DEFAULT_GUIDANCE, ClassifierFree, Guidance, Moment, Safeguard
 from .loading import check_pipeline, load_pipeline
 from .noise import SampleNoise, draw_noise
 from .parts import Pipeline
@@ -242,7 +242,11 @@ class DiffusionPolicy:
                 way; by default its index on the grid of all training timesteps.
         """
         alphas = self.alphas[timesteps]
-        prediction = self._predict(latents, timesteps, embeddings, guidance, steps)
+        moment = None
+        if guidance is not None:
+            total = len(self._alphas)
+            moment = self._moment(total - 1 - timesteps if steps is None else steps, total, alphas)
+        prediction = self._predict(latents, timesteps, embeddings, guidance, moment)
         return ddim.predict_epsilon(latents, prediction, alphas, self.prediction_type)
 
     def _predict(
@@ -251,7 +255,7 @@ class DiffusionPolicy:
         timesteps: Int[Tensor, " batch"],
         embeddings: Embeddings,
         guidance: Guidance | None,
-        steps: Int[Tensor, " batch"] | None,
+        moment: Moment | None,
     ) -> Latents:
         """Returns the network's guided prediction, of its own kind; all branches go through it in one call."""
         if isinstance(guidance, ClassifierFree) and guidance.scale == 1.0:
@@ -261,8 +265,7 @@ class DiffusionPolicy:
         if guidance is None:
             branches = embeddings.unsqueeze(0)
         else:
-            steps = len(self._alphas) - 1 - timesteps if steps is None else steps
-            branches = guidance.embeddings(embeddings, self.prompts.empty(embeddings), steps)
+            branches = guidance.embeddings(embeddings, self.prompts.empty(embeddings), cast(Moment, moment))
         count = len(branches)
         output = self.network(
             latents.to(self.dtype).repeat(count, 1, 1, 1),
@@ -273,7 +276,11 @@ class DiffusionPolicy:
         predictions = output.float().unflatten(0, (count, len(latents)))
         if guidance is None:
             return predictions[0]
-        return guidance.combine(predictions, cast(Tensor, steps))
+        return guidance.combine(predictions, cast(Moment, moment))
+
+    def _moment(self, steps: Int[Tensor, " batch"], total: int, alphas: PerSample) -> Moment:
+        """Returns what a guidance may want to know of each sample's step."""
+        return Moment(steps, total, ddim.noise_scale(alphas, self.prediction_type))
 
     def _mean_and_std(
         self,
@@ -285,7 +292,8 @@ class DiffusionPolicy:
         eta: float,
     ) -> tuple[Latents, PerSample]:
         """Returns the Gaussian of one step of each sample; the one path of sampling and of recomputation."""
-        prediction = self._predict(latents, plan.timesteps[steps], embeddings, guidance, steps)
+        moment = self._moment(steps, len(plan.timesteps), plan.alphas[steps])
+        prediction = self._predict(latents, plan.timesteps[steps], embeddings, guidance, moment)
         return ddim.ddim_mean_and_std(
             latents,
             prediction,
@@ -495,7 +503,8 @@ class DiffusionPolicy:
         _check_step(step, steps)
         guidance = DEFAULT_GUIDANCE if guidance is None else guidance
         indices = self._steps(step, latents)
-        prediction = self._predict(latents, plan.timesteps[indices], embeddings, guidance, indices)
+        moment = self._moment(indices, steps, plan.alphas[indices])
+        prediction = self._predict(latents, plan.timesteps[indices], embeddings, guidance, moment)
         return ddim.predict_clean(latents, prediction, plan.alphas[indices], self.prediction_type)
 
     @torch.no_grad()

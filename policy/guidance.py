@@ -1,31 +1,44 @@
 """From several predictions for one latent to the one that sampling follows."""
 
-from typing import Protocol, runtime_checkable
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from .parts import Pipeline
-from .types import Embeddings
+from .types import Embeddings, PerSample
+
+
+class Moment(NamedTuple):
+    """Where on the way from noise to image each sample of a call is; a policy-gradient minibatch mixes steps."""
+
+    steps: Int[Tensor, " batch"]
+    """Index of each sample's denoising step, counted from noise."""
+
+    total: int
+    """Number of denoising steps of a whole image."""
+
+    noise_scale: PerSample
+    """By what a difference of two predictions is to be multiplied to be a difference of noise: 1 for a network that
+    predicts noise, the square root of the cumulative alpha for velocities."""
 
 
 @runtime_checkable
 class Guidance(Protocol):
     """Which prompts the network sees at a step, and how its answers become one.
 
-    All branches of all samples go through the network in one call. `steps` are indices of denoising steps counted
-    from noise, one for each sample, because a policy-gradient minibatch mixes steps.
+    All branches of all samples go through the network in one call.
     """
 
     def embeddings(
-        self, prompt: Embeddings, empty: Embeddings, steps: Int[Tensor, " batch"]
+        self, prompt: Embeddings, empty: Embeddings, moment: Moment
     ) -> Float[Tensor, "branches batch tokens dim"]:
         """Returns the prompts of each branch; `empty` is the encoded empty prompt, one for each sample."""
         ...
 
     def combine(
-        self, predictions: Float[Tensor, "branches batch 4 h w"], steps: Int[Tensor, " batch"]
+        self, predictions: Float[Tensor, "branches batch 4 h w"], moment: Moment
     ) -> Float[Tensor, "batch 4 h w"]:
         """Returns one prediction for each sample from those of the branches, in the order of `embeddings`.
 
@@ -56,7 +69,7 @@ class ClassifierFree:
         return f"ClassifierFree(scale={self.scale})"
 
     def embeddings(
-        self, prompt: Embeddings, empty: Embeddings, steps: Int[Tensor, " batch"]
+        self, prompt: Embeddings, empty: Embeddings, moment: Moment
     ) -> Float[Tensor, "branches batch tokens dim"]:
         """Returns the branch to lead away from and the prompt's, or the prompt's alone where the scale is 1."""
         if self.scale == 1.0:
@@ -65,7 +78,7 @@ class ClassifierFree:
         return torch.stack([away, prompt])
 
     def combine(
-        self, predictions: Float[Tensor, "branches batch 4 h w"], steps: Int[Tensor, " batch"]
+        self, predictions: Float[Tensor, "branches batch 4 h w"], moment: Moment
     ) -> Float[Tensor, "batch 4 h w"]:
         """Returns away + scale * (towards - away)."""
         if self.scale == 1.0:

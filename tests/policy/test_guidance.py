@@ -1,12 +1,14 @@
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from policy import ClassifierFree, DiffusionPolicy, Guidance
+from policy import ClassifierFree, DiffusionPolicy, Guidance, Moment, PredictionType, predict_epsilon
+from policy.ddim import noise_scale
 
-STEPS = torch.zeros(2, dtype=torch.int64)
+MOMENT = Moment(torch.zeros(2, dtype=torch.int64), 50, torch.ones(2))
 
 
 def test_classifier_free_is_a_guidance() -> None:
@@ -17,26 +19,26 @@ def test_classifier_free_is_a_guidance() -> None:
 
 def test_combination_leads_away_from_the_empty_prompt() -> None:
     away, towards = torch.full((2, 4, 1, 1), 1.0), torch.full((2, 4, 1, 1), 3.0)
-    combined = ClassifierFree(2.0).combine(torch.stack([away, towards]), STEPS)
+    combined = ClassifierFree(2.0).combine(torch.stack([away, towards]), MOMENT)
     assert torch.equal(combined, torch.full((2, 4, 1, 1), 5.0))
 
 
 def test_branches_are_empty_then_prompt() -> None:
     prompt, empty = torch.ones(2, 3, 4), torch.zeros(2, 3, 4)
-    assert torch.equal(ClassifierFree(2.0).embeddings(prompt, empty, STEPS), torch.stack([empty, prompt]))
+    assert torch.equal(ClassifierFree(2.0).embeddings(prompt, empty, MOMENT), torch.stack([empty, prompt]))
 
 
 def test_scale_one_asks_for_the_prompt_alone() -> None:
     guidance = ClassifierFree(1.0)
     prompt = torch.ones(2, 3, 4)
-    assert torch.equal(guidance.embeddings(prompt, torch.zeros(2, 3, 4), STEPS), prompt[None])
+    assert torch.equal(guidance.embeddings(prompt, torch.zeros(2, 3, 4), MOMENT), prompt[None])
     prediction = torch.ones(1, 2, 4, 1, 1)
-    assert torch.equal(guidance.combine(prediction, STEPS), prediction[0])
+    assert torch.equal(guidance.combine(prediction, MOMENT), prediction[0])
 
 
 def test_negative_prompt_takes_the_place_of_the_empty_one() -> None:
     prompt, negative = torch.ones(2, 3, 4), torch.full((1, 3, 4), -1.0)
-    branches = ClassifierFree(2.0, negative).embeddings(prompt, torch.zeros(2, 3, 4), STEPS)
+    branches = ClassifierFree(2.0, negative).embeddings(prompt, torch.zeros(2, 3, 4), MOMENT)
     assert torch.equal(branches[0], negative.expand(2, 3, 4))
 
 
@@ -75,9 +77,9 @@ def test_guidance_learns_the_index_of_each_step(policy: DiffusionPolicy) -> None
     class Recorder(ClassifierFree):
         seen: list[list[int]]
 
-        def combine(self, predictions: Tensor, steps: Tensor) -> Tensor:
-            self.seen.append(steps.tolist())
-            return super().combine(predictions, steps)
+        def combine(self, predictions: Tensor, moment: Moment) -> Tensor:
+            self.seen.append(moment.steps.tolist())
+            return super().combine(predictions, moment)
 
     guidance = Recorder(2.0)
     guidance.seen = []
@@ -86,3 +88,29 @@ def test_guidance_learns_the_index_of_each_step(policy: DiffusionPolicy) -> None
     policy.log_prob(trajectory, torch.tensor([0, 0, 1]), torch.tensor([1, 0, 1]), guidance=guidance)
     policy.predict_noise(trajectory.latents[:, 0], torch.tensor([999, 0]), embeddings, guidance)
     assert guidance.seen == [[0, 0], [1, 1], [1, 0, 1], [0, 999]]
+
+
+@pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "sample"])
+def test_noise_scale_turns_differences_of_predictions_into_differences_of_noise(kind: PredictionType) -> None:
+    generator = torch.Generator().manual_seed(0)
+    latents, one, other = torch.randn(3, 5, 4, 1, 1, generator=generator)
+    alphas = torch.linspace(0.01, 0.99, 5)
+    noise = [predict_epsilon(latents, prediction, alphas, kind) for prediction in (one, other)]
+    scale = noise_scale(alphas, kind).view(-1, 1, 1, 1)
+    torch.testing.assert_close(scale * (one - other), noise[0] - noise[1], rtol=1e-4, atol=1e-4)
+
+
+def test_guidance_learns_number_of_steps_and_noise_scale(make_policy: Callable[..., DiffusionPolicy]) -> None:
+    policy = make_policy(prediction_type="v_prediction")
+    seen: list[Moment] = []
+
+    class Recorder(ClassifierFree):
+        def embeddings(self, prompt: Tensor, empty: Tensor, moment: Moment) -> Tensor:
+            seen.append(moment)
+            return super().embeddings(prompt, empty, moment)
+
+    policy.sample(policy.encode(["a cat"]), steps=3, guidance=Recorder(2.0), seeds=[0])
+    policy.predict_noise(torch.zeros(1, 4, 8, 8), torch.tensor([10]), policy.encode(["a cat"]), Recorder(2.0))
+    assert [moment.total for moment in seen] == [3, 3, 3, 1000]
+    timesteps = [*policy.timesteps(3).tolist(), 10]
+    torch.testing.assert_close(torch.cat([moment.noise_scale for moment in seen]), policy.alphas[timesteps].sqrt())
