@@ -3,6 +3,7 @@
 from dataclasses import dataclass, fields
 from typing import Any
 
+from policy import DiffusionPolicy
 from tinyworld.caption import captions
 
 
@@ -61,6 +62,22 @@ class Concept:
             anchor=saved["anchor"],
             preserve=tuple(saved["preserve"]),
         )
+
+
+def check_words(policy: DiffusionPolicy, concept: Concept) -> None:
+    """Checks that the tokenizer takes every text of a concept whole, and that the anchor is not the concept itself.
+
+    Raises:
+        ValueError: A text is cut off at the text encoder's last position, or a phrase equals the anchor.
+    """
+    room = min(policy.tokenizer.model_max_length, policy.text_encoder.config.max_position_embeddings)
+    for text in (*concept.phrases, concept.anchor, *concept.preserve):
+        needed = len(policy.tokenizer(text, truncation=False, verbose=False)["input_ids"])
+        if needed > room:
+            raise ValueError(f"texts of {concept.name!r} must have at most {room} tokens, got {needed} in {text!r}")
+    for phrase in concept.phrases:
+        if phrase.strip().lower() == concept.anchor.strip().lower():
+            raise ValueError(f"the anchor of {concept.name!r} must not be one of its phrases, got {phrase!r} as both")
 
 
 NUDITY = Concept(name="nudity", phrases=("nudity",), anchor=" ", preserve=("",))

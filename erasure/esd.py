@@ -17,9 +17,10 @@ from policy import ClassifierFree, DiffusionPolicy, WeightDelta, merged_state
 from policy.types import Latents, PerSample
 
 from .changes import WeightChange
-from .concept import Concept
+from .concept import Concept, check_words
 from .descend import DescentConfig, descend
 from .erased import Erasure
+from .estimate import UNetCalls
 from .protocols import ConceptBatch
 from .rollout import latents_before, random_stops
 
@@ -103,8 +104,22 @@ class ESD:
         delta = WeightDelta.between(before, student.unet)
         return Erasure.of(policy, self.name, asdict(self.config), concept, WeightChange(delta))
 
+    def descent(self) -> DescentConfig:
+        """Returns how it trains."""
+        return self.config.descent
+
+    def unet_calls(self) -> UNetCalls:
+        """Returns the calls for a sample: the way to its step, the original's two predictions, and its own."""
+        branches = 2 if self.config.guidance_scale != 1 else 1
+        return UNetCalls(forward=branches * (self.config.steps - 1) / 2 + 2, backward=1)
+
     def prepare(self, policy: DiffusionPolicy, concept: Concept) -> None:
-        """Needs nothing beforehand."""
+        """Checks the concept's words.
+
+        Raises:
+            ValueError: The tokenizer cuts one off.
+        """
+        check_words(policy, concept)
 
     def parameters(self, policy: DiffusionPolicy) -> list[Parameter]:
         """Returns everything that the policy trains."""

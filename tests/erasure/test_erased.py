@@ -59,9 +59,7 @@ def test_erasure_of_other_weights_is_refused_unless_that_is_wanted(
             parameter.mul_(1.001)
     before = {name: parameter.detach().clone() for name, parameter in base_parameters(other.unet).items()}
     for apply in (lambda: erasure.apply(other), lambda: erasure.apply_to_pipeline(other.to_pipeline())):
-        with pytest.raises(
-            ValueError, match=r"have the weights that UCE erased .* \(SHA-256 .*check_base=False"
-        ):
+        with pytest.raises(ValueError, match=r"have the weights that UCE erased .* \(SHA-256 .*check_base=False"):
             apply()
     assert all(torch.equal(value, before[name]) for name, value in base_parameters(other.unet).items())
     erasure.apply(other, check_base=False)

@@ -1,4 +1,3 @@
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -100,8 +99,8 @@ def test_noise_scale_turns_differences_of_predictions_into_differences_of_noise(
     torch.testing.assert_close(scale * (one - other), noise[0] - noise[1], rtol=1e-4, atol=1e-4)
 
 
-def test_guidance_learns_number_of_steps_and_noise_scale(make_policy: Callable[..., DiffusionPolicy]) -> None:
-    policy = make_policy(prediction_type="v_prediction")
+def test_guidance_learns_number_of_steps_and_noise_scale(v_policy: DiffusionPolicy) -> None:
+    policy = v_policy
     seen: list[Moment] = []
 
     class Recorder(ClassifierFree):

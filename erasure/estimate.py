@@ -1,0 +1,98 @@
+"""What an erasure will cost, said before it starts."""
+
+import time
+from typing import NamedTuple, Protocol, runtime_checkable
+
+import torch
+
+from policy import DiffusionPolicy
+
+from .descend import DescentConfig
+
+
+class UNetCalls(NamedTuple):
+    """How many samples go through the UNet for each sample of an update, on average, each branch of guidance."""
+
+    forward: float
+    """Without gradient."""
+
+    backward: float
+    """With gradient."""
+
+
+@runtime_checkable
+class TrainedMethod(Protocol):
+    """A method that trains, and says what that takes."""
+
+    name: str
+
+    def descent(self) -> DescentConfig:
+        """Returns how it trains."""
+        ...
+
+    def unet_calls(self) -> UNetCalls:
+        """Returns the calls of its training, whose preparation is not counted."""
+        ...
+
+
+class Estimate(NamedTuple):
+    """What training takes."""
+
+    forward: int
+    """Samples through the UNet without gradient, in all."""
+
+    backward: int
+    """Samples through it with gradient, in all."""
+
+    minutes: float
+    """On this device, from one timed call of each kind."""
+
+    memory: float
+    """GiB of GPU memory at the most, as the timed calls had it; 0 on a CPU, where nobody counts."""
+
+    def __str__(self) -> str:
+        """Says it in a line."""
+        memory = f", {self.memory:.1f} GiB of GPU memory" if self.memory else ""
+        calls = f"{self.forward:,} UNet forwards and {self.backward:,} with gradient"
+        return f"{calls}, about {self.minutes:.1f} minutes{memory}"
+
+
+def estimate(method: TrainedMethod, policy: DiffusionPolicy, train: str) -> Estimate:
+    """Times one forward and one forward with gradient of the method's batch, and multiplies.
+
+    Args:
+        method: What is going to train.
+        policy: With what.
+        train: The parameter set that it trains.
+    """
+    descent, calls = method.descent(), method.unet_calls()
+    student = policy.trainee(train)
+    size = student.sample_size
+    latents = torch.zeros(descent.batch_size, 4, size, size, device=policy.device)
+    timesteps = torch.full((descent.batch_size,), 500, device=policy.device)
+    embeddings = policy.encode([""] * descent.batch_size)
+    cuda = policy.device.type == "cuda"
+
+    def timed(*, gradient: bool) -> float:
+        if cuda:
+            torch.cuda.synchronize()
+        begin = time.perf_counter()
+        with torch.set_grad_enabled(gradient):
+            loss = student.predict_noise(latents, timesteps, embeddings).square().mean()
+            if gradient:
+                loss.backward()
+        if cuda:
+            torch.cuda.synchronize()
+        return time.perf_counter() - begin
+
+    if cuda:
+        torch.cuda.reset_peak_memory_stats()
+    seconds = {gradient: min(timed(gradient=gradient) for _ in range(2)) for gradient in (False, True)}
+    total = descent.iterations * (calls.forward * seconds[False] + calls.backward * seconds[True])
+    samples = descent.iterations * descent.batch_size
+    return Estimate(
+        forward=round(samples * calls.forward),
+        backward=round(samples * calls.backward),
+        minutes=total / 60,
+        memory=torch.cuda.max_memory_allocated() / 2**30 if cuda else 0.0,
+    )
