@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from rewards import Compressibility, ImageReward, Incompressibility, Reward, WeightedSum
+from rewards import Aesthetic, Alignment, Compressibility, ImageReward, Incompressibility, Reward, WeightedSum
 
 from .prompts_animals import activity_splits, animal_activities, common_animals, imagenet_animals, splits
 
@@ -74,12 +74,12 @@ def animal_task(name: TaskName, reward: Reward | None = None, *, count: int = 64
 
     Args:
         name: Any but the tiny world's own.
-        reward: What is raised; by default that of the task, where this package has it.
+        reward: What is raised; by default that of the task, whose networks are fetched where they are not cached.
         count: Prompts of each split.
         folder: Where the lists of animals lie; they are fetched if it is not given.
 
     Raises:
-        ValueError: The task is unknown, or its reward has to be given and is not.
+        ValueError: The task is unknown.
     """
     trained: dict[str, Callable[[Path | None], list[str]]] = {
         "compressibility": imagenet_animals,
@@ -93,10 +93,10 @@ def animal_task(name: TaskName, reward: Reward | None = None, *, count: int = 64
     own: dict[str, Callable[[], Reward]] = {
         "compressibility": Compressibility,
         "incompressibility": Incompressibility,
-        "image-reward": lambda: ImageReward.load("ImageReward-v1.0"),
+        "aesthetic": Aesthetic.load,
+        "alignment": Alignment.load,
+        "image-reward": ImageReward.load,
     }
-    if reward is None and name not in own:
-        raise ValueError(f"reward must be given for the task {name!r}, which has none of its own, got None")
     reward = reward or own[name]()
     prompts = trained[name](folder)
     sets = activity_splits(folder) if name == "alignment" else splits(folder)

@@ -1,30 +1,72 @@
 """What is liked: scores of (image, prompt)."""
 
+from .aesthetic import Aesthetic, AestheticHead
+from .alignment import Alignment, AlignmentConfig, Judgement, Question, StrictAlignment
+from .bertscore import BertScore, BertScoreConfig, BertScores
+from .blip import BLIPScore, BLIPScoreConfig
 from .blip_tokenizer import BlipTokenizer
-from .combine import Clipped, WeightedSum
+from .clip import CLIPScore, CLIPScoreConfig
+from .clip_encoder import ClipEncoder
+from .clip_tokenizer import ClipTokenizer
+from .combine import Clipped, Standardised, WeightedSum
 from .held_out import HeldOut, HeldOutWatch, Look
+from .hps import HPSv2
+from .http_json import HttpConfig, HttpError
 from .image_reward import ImageReward, ImageRewardConfig
 from .jpeg import Compressibility, Incompressibility
 from .named import FACTORIES, reward_named
 from .nudity import NudeNet, NudeNetConfig, OpenNSFW
+from .pick import PickScore
+from .remote import RemoteConfig, RemoteReward
 from .scores import scores_of
 from .types import Reward
+from .vlm import VisionLanguageModel
+from .vlm_local import LocalVLM, LocalVLMConfig
+from .vlm_server import ServedVLM, ServedVLMConfig
 
 __all__ = [
     "FACTORIES",
+    "Aesthetic",
+    "AestheticHead",
+    "Alignment",
+    "AlignmentConfig",
+    "BLIPScore",
+    "BLIPScoreConfig",
+    "BertScore",
+    "BertScoreConfig",
+    "BertScores",
     "BlipTokenizer",
+    "CLIPScore",
+    "CLIPScoreConfig",
+    "ClipEncoder",
+    "ClipTokenizer",
     "Clipped",
     "Compressibility",
+    "HPSv2",
     "HeldOut",
     "HeldOutWatch",
+    "HttpConfig",
+    "HttpError",
     "ImageReward",
     "ImageRewardConfig",
     "Incompressibility",
+    "Judgement",
+    "LocalVLM",
+    "LocalVLMConfig",
     "Look",
     "NudeNet",
     "NudeNetConfig",
     "OpenNSFW",
+    "PickScore",
+    "Question",
+    "RemoteConfig",
+    "RemoteReward",
     "Reward",
+    "ServedVLM",
+    "ServedVLMConfig",
+    "Standardised",
+    "StrictAlignment",
+    "VisionLanguageModel",
     "WeightedSum",
     "reward_named",
     "scores_of",

@@ -28,8 +28,23 @@ RENAMINGS = (
 )
 """Pattern of an official name, without the prefix `blip.`, and the name that takes its place."""
 
+TRAINING_PARTS = (
+    r"(visual_encoder|text_encoder|vision_proj|text_proj)_m\..+",  # averages of the weights over time
+    r"text_decoder\..+",  # writes captions
+    r"itm_head\..+",  # says whether image and text belong together, from both at once
+    r"image_queue|text_queue|queue_ptr",  # features of earlier batches
+    r"temp",  # temperature of the contrastive loss; the score is the bare cosine
+)
+"""Patterns of the names in BLIP's checkpoint, `model_large.pth`, that a score does not need."""
+
 POSITION_IDS = "text_encoder.embeddings.position_ids"
 """A buffer 0, 1, 2, ... that old checkpoints carry; transformers makes it anew."""
+
+
+def without_training_parts(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Leaves out what BLIP's checkpoint holds for its pretraining only, by name; every other tensor stays."""
+    left_out = re.compile("|".join(TRAINING_PARTS))
+    return {name: tensor for name, tensor in state.items() if not left_out.fullmatch(name.removeprefix("module."))}
 
 
 def from_official_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -49,5 +64,5 @@ def from_official_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
                 renamed[match.expand(replacement)] = tensor
                 break
         else:
-            raise ValueError(f"a checkpoint in the official layout of ImageReward has no tensor {name!r}")
+            raise ValueError(f"a checkpoint in the official layout of ImageReward or BLIP has no tensor {name!r}")
     return renamed

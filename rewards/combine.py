@@ -1,14 +1,20 @@
-"""Rewards made of other rewards."""
+"""Rewards made of other rewards.
+
+A score that is NaN stays NaN in all of them: none hides a reward that went wrong.
+"""
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 
 from policy.types import Images, PerSample
 
-from .types import Reward
+from .scores import scores_of
+from .types import Reward, check_pairs
+
+RELATIVE_ROUNDING = 1e-6
+"""Differences between scores, relative to the largest, that are float32's rounding and nothing else."""
 
 
 class WeightedSum:
@@ -29,34 +35,148 @@ class WeightedSum:
         self.rewards = tuple(rewards)
         self.weights = tuple(weights)
         self.differentiable = all(reward.differentiable for reward in rewards)
+        self.reads_prompts = any(reads_prompts(reward) for reward in rewards)
+
+    def __repr__(self) -> str:
+        parts = (f"{weight!r} * {_named(reward)}" for weight, reward in zip(self.weights, self.rewards, strict=True))
+        return f"WeightedSum({' + '.join(parts)})"
+
+    def to(self, device: torch.device | str) -> "WeightedSum":
+        """Moves the networks of all rewards to a device."""
+        for reward in self.rewards:
+            to_device(reward, device)
+        return self
 
     def __call__(self, images: Images, prompts: Sequence[str]) -> PerSample:
-        """Returns the weighted sum for each image."""
-        scores = [reward(images, prompts) for reward in self.rewards]
+        """Returns the weighted sum for each image.
+
+        Raises:
+            ValueError: A reward does not give one number for each image.
+        """
+        scores = [scores_of(f"rewards[{k}]", reward, images, prompts) for k, reward in enumerate(self.rewards)]
         return torch.stack([weight * score for weight, score in zip(self.weights, scores, strict=True)]).sum(dim=0)
 
 
-@dataclass(frozen=True, kw_only=True)
 class Clipped:
-    """A reward held between two bounds; outside of them its gradient is zero."""
+    """A reward held between two bounds; outside of them its gradient is zero.
 
-    reward: Reward
-    """What is clipped."""
-    low: float = -math.inf
-    """Lowest score, in the reward's own units."""
-    high: float = math.inf
-    """Highest score, in the reward's own units."""
+    Args:
+        reward: What is clipped.
+        low: Lowest score, in the reward's own units.
+        high: Highest score, in the reward's own units.
+    """
 
-    def __post_init__(self) -> None:
-        """Checks the bounds."""
-        if not self.low < self.high:
-            raise ValueError(f"low must be below high, got {self.low!r} and {self.high!r}")
+    def __init__(self, *, reward: Reward, low: float = -math.inf, high: float = math.inf) -> None:
+        if not low < high:
+            raise ValueError(f"low must be below high, got {low!r} and {high!r}")
+        self.reward = reward
+        self.low = low
+        self.high = high
+        self.differentiable = reward.differentiable
+        self.reads_prompts = reads_prompts(reward)
 
-    @property
-    def differentiable(self) -> bool:
-        """Whether gradients flow from the scores to the images, which they do within the bounds."""
-        return self.reward.differentiable
+    def __repr__(self) -> str:
+        return f"Clipped({_named(self.reward)}, low={self.low!r}, high={self.high!r})"
+
+    def to(self, device: torch.device | str) -> "Clipped":
+        """Moves the reward's network to a device."""
+        to_device(self.reward, device)
+        return self
 
     def __call__(self, images: Images, prompts: Sequence[str]) -> PerSample:
         """Returns the clipped score of each image."""
         return self.reward(images, prompts).clamp(self.low, self.high)
+
+
+class Standardised:
+    """A reward in standard deviations from its mean, (score - mean) / std, so that rewards of any units can be added.
+
+    The two numbers are fixed: a pair's score does not depend on the batch that it comes in.
+
+    Args:
+        reward: What is standardised.
+        mean: Score that becomes 0, in the reward's own units.
+        std: Difference of scores that becomes 1, in the reward's own units.
+    """
+
+    def __init__(self, *, reward: Reward, mean: float, std: float) -> None:
+        if not math.isfinite(mean):
+            raise ValueError(f"mean must be a finite number, got {mean!r}")
+        if not (math.isfinite(std) and std > 0):
+            raise ValueError(f"std must be a finite number above 0, got {std!r}")
+        self.reward = reward
+        self.mean = mean
+        self.std = std
+        self.differentiable = reward.differentiable
+        self.reads_prompts = reads_prompts(reward)
+
+    @classmethod
+    @torch.no_grad()
+    def measured(
+        cls, reward: Reward, images: Images, prompts: Sequence[str], *, batch_size: int = 16
+    ) -> "Standardised":
+        """Standardises a reward by its scores of some reference pairs.
+
+        The deviation is that of the pairs as a population: the root of the mean squared distance from the mean, which
+        divides by the number of pairs and not by one less.
+
+        Args:
+            reward: What is standardised.
+            images: Reference images.
+            prompts: One for each.
+            batch_size: Pairs scored at a time.
+
+        Raises:
+            ValueError: There are fewer than two pairs, a score is not finite, or all are the same.
+        """
+        check_pairs(images, prompts)
+        if len(images) < 2:
+            raise ValueError(f"images must hold at least two, got {len(images)}")
+        if batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+        parts = [slice(start, start + batch_size) for start in range(0, len(images), batch_size)]
+        scores = torch.cat([scores_of("reward", reward, images[part], prompts[part]).cpu().double() for part in parts])
+        bad = (~scores.isfinite()).nonzero().flatten().tolist()
+        if bad:
+            raise ValueError(
+                f"reward must be finite, got {scores[bad[0]].item()} for image {bad[0]} of {len(images)}, "
+                f"prompt {prompts[bad[0]]!r}"
+            )
+        std = scores.std(correction=0).item()
+        if std <= RELATIVE_ROUNDING * scores.abs().max().item():
+            raise ValueError(
+                f"reward must tell the reference pairs apart, got {scores[0].item():.6g} for all {len(images)} from "
+                f"{_named(reward)}; a reward that is constant cannot be standardised"
+            )
+        return cls(reward=reward, mean=scores.mean().item(), std=std)
+
+    def __repr__(self) -> str:
+        return f"Standardised({_named(self.reward)}, mean={self.mean!r}, std={self.std!r})"
+
+    def to(self, device: torch.device | str) -> "Standardised":
+        """Moves the reward's network to a device."""
+        to_device(self.reward, device)
+        return self
+
+    def __call__(self, images: Images, prompts: Sequence[str]) -> PerSample:
+        """Returns the standardised score of each image."""
+        return (self.reward(images, prompts) - self.mean) / self.std
+
+
+def reads_prompts(reward: Reward) -> bool:
+    """Says whether a reward's scores depend on the prompts: they do, unless it has `reads_prompts = False`."""
+    return bool(getattr(reward, "reads_prompts", True))
+
+
+def to_device(reward: Reward, device: torch.device | str) -> None:
+    """Moves a reward's network to a device, in place; a reward without one stays as it is."""
+    move = getattr(reward, "to", None)
+    if callable(move):
+        move(device)
+
+
+def _named(reward: Reward) -> str:
+    """Returns what to call a reward: a network's own text would be hundreds of lines."""
+    if isinstance(reward, WeightedSum | Clipped | Standardised):
+        return repr(reward)
+    return getattr(reward, "__name__", type(reward).__name__)

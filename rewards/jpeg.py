@@ -25,6 +25,7 @@ class Compressibility:
     """
 
     differentiable = False
+    reads_prompts = False
 
     def __init__(self, quality: int = 95) -> None:
         self.quality = _checked(quality)
@@ -45,6 +46,7 @@ class Incompressibility:
     """
 
     differentiable = False
+    reads_prompts = False
 
     def __init__(self, quality: int = 95) -> None:
         self.quality = _checked(quality)

@@ -1,9 +1,11 @@
-"""Rewards by name, for programs: a short name of this package's, or "package.module:factory" of anybody's."""
+"""Rewards by name, for programs: a short name, the address of a served one, or "package.module:factory"."""
 
 import importlib
+import os
 from functools import reduce
 from types import MappingProxyType
 
+from .remote import RemoteConfig, RemoteReward
 from .types import Reward
 
 FACTORIES = MappingProxyType(
@@ -25,17 +27,24 @@ FACTORIES = MappingProxyType(
 """Each short name, and what is called without arguments to make the reward."""
 
 
+TOKEN_VARIABLE = "OVERPAINT_TOKEN"
+"""Environment variable with the token of a server that is named by its address, where it asks for one."""
+
+
 def reward_named(name: str) -> Reward:
-    """Makes a reward by its short name, or by calling the factory that "package.module:factory" names.
+    """Makes a reward by its short name, by the address of `rewards.serve`, or by calling "package.module:factory".
 
     Raises:
         ValueError: There is no such thing, or what it makes is no reward.
     """
+    if name.startswith(("http://", "https://")):
+        variable = TOKEN_VARIABLE if TOKEN_VARIABLE in os.environ else None
+        return RemoteReward(RemoteConfig(url=name, token_variable=variable))
     module, _, factory = FACTORIES.get(name, name).partition(":")
     try:
         make: object = reduce(getattr, factory.split("."), importlib.import_module(module))
     except (ImportError, AttributeError, ValueError) as error:
-        known = ", ".join(FACTORIES)
+        known = f"{', '.join(FACTORIES)}, an address"
         raise ValueError(f"reward must be one of {known}, or package.module:factory, got {name!r}: {error}") from error
     reward = make() if callable(make) else make
     if not isinstance(reward, Reward):

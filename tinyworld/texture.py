@@ -78,6 +78,7 @@ class StripeScore:
     """
 
     differentiable = True
+    reads_prompts = False
 
     def __call__(self, images: Float[Tensor, "batch 3 H W"], prompts: Sequence[str]) -> Float[Tensor, " batch"]:
         """Returns 0 for pictures without stripes and about 1 for the strongest; the detector decides at 0.17."""

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from evaluation.tasks import animal_task, tiny_task
-from rewards import Compressibility
+from evaluation.tasks import TaskName, animal_task, tiny_task
+from rewards import Aesthetic, Alignment, Compressibility
 
 
 @pytest.fixture
@@ -25,9 +25,13 @@ def test_a_task_of_the_paper_trains_on_its_prompts_and_looks_at_others(name: str
     assert ("washing the dishes" in " ".join(task.prompts)) is (name == "alignment")
 
 
-def test_a_task_without_a_reward_of_its_own_asks_for_one(data: Path) -> None:
-    with pytest.raises(ValueError, match="reward must be given for the task 'aesthetic'"):
-        animal_task("aesthetic", folder=data)
+@pytest.mark.parametrize(("name", "kind"), [("aesthetic", Aesthetic), ("alignment", Alignment)])
+def test_the_task_of_a_network_loads_its_own(
+    name: TaskName, kind: type[Aesthetic | Alignment], data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded = Compressibility()
+    monkeypatch.setattr(kind, "load", lambda: loaded)
+    assert animal_task(name, folder=data).reward is loaded
 
 
 def test_tiny_tasks_look_at_pairs_that_are_not_trained_on() -> None:

@@ -12,7 +12,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from rewards import ImageReward, ImageRewardConfig
+from rewards import ImageReward, ImageRewardConfig, blip_files, image_reward
+from rewards.public_files import sha256_of
 
 
 @pytest.mark.parametrize(
@@ -47,21 +48,24 @@ def test_wrong_arguments_of_score_are_refused(reward: ImageReward, tmp_path: Pat
 
 
 def test_unknown_name_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"one of ImageReward-v1\.0, or a path that exists, got 'ImageReward-v7'"):
+    with pytest.raises(ValueError, match=r"must be ImageReward-v1\.0, or a path that exists, got 'ImageReward-v7'"):
         ImageReward.load("ImageReward-v7")
 
 
-def test_known_name_asks_the_hub_for_weights_and_vocabulary(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("name", [(), ("ImageReward-v1.0",)])
+def test_known_name_asks_the_hub_for_the_weights_at_one_revision(
+    monkeypatch: pytest.MonkeyPatch, name: tuple[str, ...]
+) -> None:
     asked = []
 
-    def offline(repository: str, name: str) -> str:
-        asked.append((repository, name))
+    def offline(repository: str, name: str, revision: str) -> str:
+        asked.append((repository, name, revision))
         raise OSError("no network")
 
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", offline)
-    with pytest.raises(OSError, match=r"could not get ImageReward\.pt of THUDM/ImageReward .* give its path"):
-        ImageReward.load("ImageReward-v1.0")
-    assert asked == [("THUDM/ImageReward", "ImageReward.pt")]
+    with pytest.raises(OSError, match=r"could not get ImageReward\.pt of THUDM/ImageReward .* give the folder"):
+        ImageReward.load(*name)
+    assert asked == [("THUDM/ImageReward", "ImageReward.pt", image_reward.WEIGHTS.revision)]
 
 
 def test_vocabulary_comes_from_the_hub_where_it_is_not_given(
@@ -73,8 +77,12 @@ def test_vocabulary_comes_from_the_hub_where_it_is_not_given(
 ) -> None:
     vocabulary = tmp_path / "vocab.txt"
     vocabulary.write_text("\n".join(golden_case["vocab"]) + "\n", encoding="utf-8")
-    files = {("google-bert/bert-base-uncased", "vocab.txt"): str(vocabulary)}
-    monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda repository, name: files[repository, name])
+    files = replace(blip_files.VOCABULARY, files={"vocab.txt": sha256_of(vocabulary)})
+    monkeypatch.setattr(blip_files, "VOCABULARY", files)
+    hub = {("google-bert/bert-base-uncased", "vocab.txt", files.revision): str(vocabulary)}
+    monkeypatch.setattr(
+        huggingface_hub, "hf_hub_download", lambda repository, name, revision: hub[repository, name, revision]
+    )
     reward = ImageReward.from_official(golden_weights, golden_config)
     assert reward.tokenizer.vocabulary == tuple(golden_case["vocab"])
 
@@ -116,7 +124,7 @@ def test_files_that_are_no_checkpoints_are_refused(
 def test_incomplete_folder_is_refused(reward: ImageReward, tmp_path: Path) -> None:
     reward.save_pretrained(tmp_path)
     (tmp_path / "vocab.txt").unlink()
-    with pytest.raises(FileNotFoundError, match=r"holds vocab\.txt"):
+    with pytest.raises(FileNotFoundError, match=r"must hold vocab\.txt"):
         ImageReward.from_pretrained(tmp_path)
 
 

@@ -1,0 +1,210 @@
+"""What each reward costs for an image: time, parameters and memory, at full size with random weights.
+
+    python -m benchmarks.reward_cost                       # about ten minutes on one core; the largest takes 6 GB
+    python -m benchmarks.reward_cost --device cuda --batch 16
+    python -m benchmarks.reward_cost --rewards blip pick --output cost.json
+
+Each reward is measured in a process of its own, so that peak memory is its own. On a CPU time is processor time over
+all threads, and memory is the whole process, which takes some 0.5 GiB without any network; on CUDA time is that of the
+clock and memory what tensors take. Backward goes to the pixels, with frozen weights. The detectors nudenet and opennsfw
+run on the CPU either way, in onnxruntime's own threads, and neither tells its number of parameters. The text part of
+the alignment reward is measured without the vision-language model before it.
+"""
+
+import json
+import math
+import multiprocessing
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.random_rewards import BUILDERS, random_reward
+from rewards import ImageReward, Reward
+from rewards.blip import BLIPScore
+
+PROMPT = "a red circle"
+NAN = math.nan
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """What is measured."""
+
+    rewards: tuple[str, ...] = tuple(BUILDERS)
+    """Names of rewards."""
+
+    device: Literal["cpu", "cuda"] = "cpu"
+    """Where the networks run."""
+
+    batch: int = 1
+    """Images at once."""
+
+    side: int = 512
+    """Width and height of the images, in pixels."""
+
+    repeats: int = 3
+    """Timed runs of each kind, after one that is not; the median counts."""
+
+    checkpointing: bool = False
+    """Whether rewards that can (image-reward and blip) compute blocks anew in the backward pass."""
+
+    tiny: bool = False
+    """Tiny networks: shows that the program runs, and measures nothing."""
+
+    output: Path | None = None
+    """JSON file for the results; None prints only."""
+
+    def __post_init__(self) -> None:
+        """Checks the names and the numbers."""
+        unknown = [name for name in self.rewards if name not in BUILDERS]
+        if unknown or not self.rewards:
+            raise ValueError(f"rewards must be some of {', '.join(BUILDERS)}, got {self.rewards}")
+        for name in ("batch", "side", "repeats"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+
+
+class Cost(NamedTuple):
+    """One line of the table; what could not be measured, or does not exist, is NaN."""
+
+    reward: str
+    parameters: float = NAN
+    """Number of weights."""
+    forward_seconds: float = NAN
+    """Time for one image, without gradients."""
+    backward_seconds: float = NAN
+    """Time for one image, forward and backward to its pixels."""
+    forward_gib: float = NAN
+    """Peak memory of forward, weights included."""
+    backward_gib: float = NAN
+    """Peak memory of forward and backward, weights included."""
+    error: str = ""
+    """Why there are no numbers."""
+
+
+class Measured(NamedTuple):
+    """One kind of run."""
+
+    seconds: float
+    gib: float
+
+
+def measure(name: str, config: Config) -> Cost:
+    """Measures one reward in this process."""
+    torch.manual_seed(0)
+    device = torch.device(config.device)
+    reward = random_reward(name, device, tiny=config.tiny)
+    if isinstance(reward, ImageReward | BLIPScore):
+        reward.gradient_checkpointing = config.checkpointing
+    images = torch.rand(config.batch, 3, config.side, config.side, device=device)
+    prompts = [PROMPT] * config.batch
+    parameters = sum(p.numel() for p in reward.parameters()) if isinstance(reward, nn.Module) else NAN
+    if name == "compressibility":
+        parameters = 0
+
+    def forward() -> None:
+        with torch.no_grad():
+            reward(images, prompts)
+
+    run = measured(forward, config)
+    backward = Measured(NAN, NAN)
+    if reward.differentiable:
+        backward = measured(lambda: gradient(reward, images, prompts), config)
+    return Cost(name, parameters, run.seconds, backward.seconds, run.gib, backward.gib)
+
+
+def gradient(reward: Reward, images: Tensor, prompts: Sequence[str]) -> None:
+    """Takes the gradient to the images once."""
+    inputs = images.clone().requires_grad_()
+    torch.autograd.grad(reward(inputs, prompts).sum(), inputs)
+
+
+def measured(work: Callable[[], object], config: Config) -> Measured:
+    """Returns the median time of the work for one image, and the most memory that it took."""
+    cuda = config.device == "cuda"
+    work()
+    reset_peak(cuda=cuda)
+    times = []
+    for _ in range(config.repeats):
+        start = clock(cuda=cuda)
+        work()
+        times.append(clock(cuda=cuda) - start)
+    return Measured(statistics.median(times) / config.batch, peak_gib(cuda=cuda))
+
+
+def clock(*, cuda: bool) -> float:
+    """Returns the time in seconds: the processor's, or the clock's once the GPU has nothing left to do."""
+    if not cuda:
+        return time.process_time()
+    torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def reset_peak(*, cuda: bool) -> None:
+    """Forgets the peak so far, that of making the network among others."""
+    if cuda:
+        torch.cuda.reset_peak_memory_stats()
+    else:
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+
+
+def peak_gib(*, cuda: bool) -> float:
+    """Returns the most memory since then, in GiB."""
+    if cuda:
+        return torch.cuda.max_memory_allocated() / 2**30
+    # Not getrusage's maximum, which cannot be reset and begins with that of the parent process.
+    lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM:")) / 2**20
+
+
+def measure_apart(name: str, config: Config) -> Cost:
+    """Measures one reward in a new process; what goes wrong there is noted in the result."""
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(max_workers=1, mp_context=spawn) as pool:
+        try:
+            return pool.submit(measure, name, config).result()
+        except BrokenProcessPool:
+            return Cost(name, error="the process died, perhaps for want of memory")
+        except (ImportError, RuntimeError, OSError) as error:
+            return Cost(name, error=f"{type(error).__name__}: {error}".splitlines()[0])
+
+
+def table(costs: Sequence[Cost]) -> str:
+    """Returns the costs as text, one line each."""
+    heads = ("parameters", "forward s", "fwd+bwd s", "forward GiB", "fwd+bwd GiB")
+    lines = [f"{'reward':16}" + "".join(f"{head:>13}" for head in heads)]
+    for cost in costs:
+        numbers = [f"{cost.parameters / 1e6:,.1f} M", f"{cost.forward_seconds:.3f}", f"{cost.backward_seconds:.3f}"]
+        numbers += [f"{cost.forward_gib:.2f}", f"{cost.backward_gib:.2f}"]
+        cells = "".join(f"{'-' if 'nan' in number else number:>13}" for number in numbers)
+        lines.append(f"{cost.reward:16}" + (f"  {cost.error}" if cost.error else cells))
+    return "\n".join(lines)
+
+
+def main(config: Config) -> list[Cost]:
+    """Measures every reward, and prints the table."""
+    if config.device == "cuda" and not torch.cuda.is_available():
+        raise SystemExit("this needs a CUDA device, and torch sees none; --device cpu measures on the CPU")
+    costs = [measure_apart(name, config) for name in config.rewards]
+    unit = "seconds" if config.device == "cuda" else f"CPU-seconds, {torch.get_num_threads()} threads"
+    print(f"Per image, batch {config.batch}, {config.side} x {config.side} pixels, {config.device} ({unit}), float32:")
+    print(table(costs))
+    if config.output is not None:
+        rows = [{key: None if value != value else value for key, value in cost._asdict().items()} for cost in costs]
+        content = {"config": asdict(config), "torch": torch.__version__, "costs": rows}
+        config.output.write_text(json.dumps(content, indent=2, default=str) + "\n", encoding="utf-8")
+    return costs
+
+
+if __name__ == "__main__":
+    import tyro
+
+    main(tyro.cli(Config, description=__doc__))

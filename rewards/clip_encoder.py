@@ -1,0 +1,195 @@
+"""CLIP's two towers: images and prompts as unit vectors whose inner product is their similarity.
+
+Source: Radford et al. (2021), https://arxiv.org/abs/2103.00020. The network is transformers' `CLIPModel`; checkpoints
+of OpenAI, and any other in transformers' layout, are read as they are.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn import functional
+
+from policy.types import Images, PerSample
+
+from .blip_files import frozen_with, read_tensors
+from .clip_tokenizer import BYTE_PAIRS, ClipTokenizer
+from .hub import HubFiles, check_folder
+from .preprocess import normalise, resize_and_crop
+from .types import check_pairs
+
+VIT_L_14 = HubFiles(
+    repository="openai/clip-vit-large-patch14",
+    revision="32bd64288804d66eefd0ccbe215aa642df71cc41",
+    files={
+        "config.json": "8a09b467700c58138c29d53c605b34ebc69beaadd13274a8a2af8ad2c2f4032a",
+        "model.safetensors": "a2bf730a0c7debf160f7a6b50b3aaf3703e7e88ac73de7a314903141db026dcb",
+        **BYTE_PAIRS.files,
+    },
+)
+"""OpenAI's CLIP ViT-L/14, 1.7 GB."""
+VIT_B_32 = HubFiles(
+    repository="openai/clip-vit-base-patch32",
+    revision="3d74acf9a28c67741b2f4f2ea7635f0aaf6f0268",
+    files={
+        "config.json": "b575ef3c36f2a057fa19e221650105052d61cc9c1a972ec15019c6261ec98770",
+        "pytorch_model.bin": "a63082132ba4f97a80bea76823f544493bffa8082296d62d71581a4feff1576f",
+        "vocab.json": "5047b556ce86ccaf6aa22b3ffccfc52d391ea4accdab9c2f2407da5b742d4363",
+        "merges.txt": "f526393189112391ce6f9795d4695f704121ce452c3aad1f5335cc41337eba85",
+    },
+)
+"""OpenAI's CLIP ViT-B/32, 0.6 GB."""
+WEIGHTS = ("model.safetensors", "pytorch_model.bin")
+"""Names that a folder's weights may have, in the order in which they are looked for."""
+POSITION_IDS = ".embeddings.position_ids"
+"""End of the names of CLIP's only buffers."""
+
+Vectors = Float[Tensor, "batch dim"]
+"""One vector for each image or prompt."""
+
+
+class ClipEncoder(nn.Module):
+    """Maps images and prompts to unit vectors; differentiable in the images.
+
+    There is no dropout in CLIP, so `train()` and `eval()` are the same. A network made by the constructor has random
+    weights and can be trained; one that was loaded has frozen weights.
+
+    Args:
+        config: What transformers' `CLIPConfig` takes, as `config.json` holds it.
+        tokenizer: Turns prompts into ids below the config's vocabulary size.
+    """
+
+    def __init__(self, config: Mapping[str, Any], tokenizer: ClipTokenizer) -> None:
+        from transformers import CLIPConfig, CLIPModel
+
+        super().__init__()
+        if config.get("model_type", "clip") != "clip":
+            raise ValueError(f"model_type must be 'clip', got {config['model_type']!r}")
+        # A config may say that a tower is made in half precision.
+        model = CLIPModel(CLIPConfig.from_dict(dict(config))).float()
+        vocab_size = model.text_model.embeddings.token_embedding.num_embeddings
+        if len(tokenizer) > vocab_size:
+            raise ValueError(f"vocab_size must cover the tokenizer's {len(tokenizer)} ids, got {vocab_size}")
+        self.model = model
+        self.tokenizer = tokenizer
+
+    @classmethod
+    def from_folder(cls, folder: str | Path, tokenizer: ClipTokenizer | None = None) -> "ClipEncoder":
+        """Loads `config.json` and the weights of a checkpoint in transformers' layout; frozen, in float32.
+
+        Args:
+            folder: Holds `config.json`, `model.safetensors` or `pytorch_model.bin` (of which nothing but tensors is
+                unpickled), and the tokenizer's files.
+            tokenizer: Takes the place of the folder's.
+
+        Raises:
+            FileNotFoundError: A file is missing.
+            ValueError: A tensor is missing, unknown or of another shape than the config says.
+        """
+        folder = Path(folder)
+        weights = next((name for name in WEIGHTS if (folder / name).is_file()), WEIGHTS[0])
+        check_folder(folder, {"config.json": "sizes", weights: "weights"}, "a CLIP checkpoint")
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        return cls.with_weights(config, tokenizer or ClipTokenizer.from_folder(folder), read_tensors(folder / weights))
+
+    @classmethod
+    def with_weights(
+        cls, config: Mapping[str, Any], tokenizer: ClipTokenizer, state: Mapping[str, Tensor]
+    ) -> "ClipEncoder":
+        """Makes a frozen network of weights with the names of transformers' `CLIPModel`, every one of which must fit.
+
+        Random numbers are not drawn, so that loading does not change a run's.
+        """
+        with torch.device("meta"):
+            encoder = cls(config, tokenizer)
+        encoder.to_empty(device="cpu")
+        for name, positions in encoder.model.named_buffers():
+            if not name.endswith(POSITION_IDS):
+                raise ValueError(f"the buffers of a CLIP model must be position_ids, got {name!r}")
+            positions.copy_(torch.arange(positions.shape[1])[None])
+        # Old checkpoints carry 0, 1, 2, ... along, which transformers makes anew.
+        frozen_with(encoder.model, {name: state[name] for name in state if not name.endswith(POSITION_IDS)})
+        return encoder.eval()
+
+    def save_pretrained(self, folder: str | Path, *, dtype: torch.dtype | None = None) -> None:
+        """Writes `config.json`, `model.safetensors` and the tokenizer, which `from_folder` and transformers read."""
+        from safetensors.torch import save_file
+
+        folder = Path(folder)
+        self.tokenizer.save(folder)
+        (folder / "config.json").write_text(self.model.config.to_json_string(), encoding="utf-8")
+        state = {
+            name: tensor.detach().cpu().to(dtype or tensor.dtype) for name, tensor in self.model.state_dict().items()
+        }
+        tensors = {name: tensor.contiguous() for name, tensor in state.items()}
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+    def image_embeddings(self, images: Images) -> Vectors:
+        """Returns a unit vector for each image; RGB in [0, 1], of any size.
+
+        The short side is scaled to the network's by antialiased bicubic interpolation, and the centre cropped.
+        """
+        return self.square_embeddings(resize_and_crop(at_least_float32(images), self.image_size))
+
+    def square_embeddings(self, squares: Images) -> Vectors:
+        """Returns a unit vector for each image that already has the network's size."""
+        pixels = normalise(at_least_float32(squares))
+        pooled = self.model.vision_model(pixel_values=pixels).pooler_output
+        return _unit(self.model.visual_projection(pooled))
+
+    def text_embeddings(self, prompts: Sequence[str]) -> Vectors:
+        """Returns a unit vector for each prompt, read off at its first end token.
+
+        The config's own `eos_token_id` does not matter: OpenAI's configs say 2, which is wrong and stands for the
+        place of the largest id. That is the first end token as well.
+        """
+        tokens = self.tokenizer(prompts, self.model.text_model.embeddings.position_embedding.num_embeddings)
+        ids = tokens.ids.to(self.device)
+        hidden = self.model.text_model(input_ids=ids, attention_mask=tokens.mask.to(self.device)).last_hidden_state
+        ends = (ids == self.tokenizer.end_id).int().argmax(dim=1)
+        pooled = hidden[torch.arange(len(ids), device=ids.device), ends]
+        return _unit(self.model.text_projection(pooled))
+
+    def cosines(self, images: Images, prompts: Sequence[str]) -> PerSample:
+        """Returns the cosine between each image and its prompt, in [-1, 1].
+
+        Raises:
+            TypeError: A prompt is not a string, or the images are not floating point.
+            ValueError: The images are not a batch of RGB images, or there is not one prompt for each.
+        """
+        check_pairs(images, prompts)
+        return (self.image_embeddings(images) * self.text_embeddings(prompts)).sum(dim=1)
+
+    @property
+    def logit_scale(self) -> Float[Tensor, ""]:
+        """What cosines are multiplied by to give the logits that CLIP was trained with; about 100."""
+        return at_least_float32(self.model.logit_scale).exp()
+
+    @property
+    def image_size(self) -> int:
+        """Side of the square that the vision tower takes, in pixels."""
+        return self.model.vision_model.embeddings.image_size
+
+    @property
+    def dim(self) -> int:
+        """Number of components of an embedding."""
+        return self.model.visual_projection.out_features
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.model.logit_scale.device
+
+
+def at_least_float32(tensor: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+    """Returns half precision in float32, and anything else as it is."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+def _unit(vectors: Vectors) -> Vectors:
+    """Returns the vectors at length 1, in float32 at least."""
+    return functional.normalize(at_least_float32(vectors), dim=1)

@@ -1,0 +1,91 @@
+"""Images as files in memory, as they travel to a server; what arrives there is not trusted."""
+
+import io
+from typing import Literal
+
+import numpy
+import torch
+from jaxtyping import Float
+from PIL import Image
+from torch import Tensor
+
+from policy.types import Images
+
+from .preprocess import to_pixels
+
+ImageFormat = Literal["png", "jpeg"]
+"""How images travel: without loss, or as a JPEG, which is smaller and changes them a little."""
+_PNG = b"\x89PNG\r\n\x1a\n"
+_JPEG = b"\xff\xd8\xff"
+
+
+def encode_images(images: Images, format: ImageFormat = "png", quality: int = 95) -> list[bytes]:
+    """Returns each image as a file; values are rounded to 8 bits, and those outside [0, 1] are clamped.
+
+    Args:
+        images: RGB in [0, 1].
+        format: "png", which keeps all 8 bits, or "jpeg".
+        quality: Quality of a JPEG, from 1 to 100; Pillow's chroma subsampling is its default, 4:2:0.
+
+    Raises:
+        ValueError: An image holds a value that is not finite, or there is no such format or quality.
+    """
+    check_format(format, quality)
+    finite = torch.isfinite(images).flatten(1).all(dim=1)
+    if not finite.all():
+        first = int((~finite).nonzero()[0])
+        raise ValueError(f"images must be finite, got NaN or infinity in image {first} of {len(images)}")
+    files = []
+    for pixels in to_pixels(images):
+        file = io.BytesIO()
+        if format == "png":
+            # The fastest level: on noise, as on photographs, higher ones take several times as long for a few percent.
+            Image.fromarray(pixels).save(file, format="PNG", compress_level=1)
+        else:
+            Image.fromarray(pixels).save(file, format="JPEG", quality=quality)
+        files.append(file.getvalue())
+    return files
+
+
+def decode_image(content: bytes, max_pixels: int) -> Float[Tensor, "3 H W"]:
+    """Returns the image of a file, RGB in [0, 1], float32.
+
+    Args:
+        content: A PNG or a JPEG, RGB or grey, 8 bits per channel.
+        max_pixels: Largest width times height that is decoded; read off the header first.
+
+    Raises:
+        ValueError: It is neither a PNG nor a JPEG, is too large, is damaged, or has other channels.
+    """
+    if content.startswith(_PNG):
+        format = "PNG"
+    elif content.startswith(_JPEG):
+        format = "JPEG"
+    else:
+        raise ValueError("an image must be a PNG or a JPEG, and this is neither")
+    try:
+        with Image.open(io.BytesIO(content), formats=[format]) as opened:
+            width, height = opened.size
+            if not 0 < width * height <= max_pixels:
+                raise ValueError(f"an image must have at most {max_pixels} pixels, got {width} x {height}")
+            if opened.mode not in ("RGB", "L"):
+                raise ValueError(f"an image must be 8-bit RGB or grey, without transparency, got {opened.mode}")
+            # A copy, because torch takes no array that it may not write to.
+            pixels = torch.from_numpy(numpy.array(opened.convert("RGB"), dtype=numpy.uint8))
+    except ValueError:
+        raise
+    except Exception as error:  # decoders fail on damaged files in more ways than they document
+        raise ValueError(f"an image must be a whole {format}, got one that ends in {type(error).__name__}") from error
+    return pixels.permute(2, 0, 1).float() / 255
+
+
+def check_format(format: str, quality: int) -> None:
+    """Checks how images are to be encoded.
+
+    Raises:
+        ValueError: There is no such format or quality.
+    """
+    if format not in ("png", "jpeg"):
+        raise ValueError(f"format must be png or jpeg, got {format!r}")
+    if quality not in range(1, 101):
+        raise ValueError(f"quality must be a whole number from 1 to 100, got {quality!r}")
