@@ -1,6 +1,6 @@
 """What each reward costs for an image: time, parameters and memory, at full size with random weights.
 
-    python -m benchmarks.reward_cost                       # about ten minutes on one core; the largest takes 6 GB
+    python -m benchmarks.reward_cost                       # about ten minutes on one core; the largest takes 5 GB
     python -m benchmarks.reward_cost --device cuda --batch 16
     python -m benchmarks.reward_cost --rewards blip pick --output cost.json
 

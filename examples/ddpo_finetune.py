@@ -27,6 +27,7 @@ from evaluation.tasks import Task, TaskName, animal_task, tiny_task
 from policy import DiffusionPolicy, LoRAConfig, check_checkpoint
 from policy.types import Images, PerSample
 from rewards import HeldOut, reward_named
+from rewards.combine import to_device
 from training import TrainingConfig, check_output_dir
 
 Algorithm = Literal["ddpo-is", "ddpo-sf", "rwr", "rwr-sparse"]
@@ -240,6 +241,7 @@ def main(config: Config) -> None:
     training = run_config(config)
     check_output_dir(training)
     policy, task = load(config)
+    to_device(task.reward, policy.device)
     trainer = trainer_of(config, policy, task)
     settings = trainer.config
     state = PartialState()

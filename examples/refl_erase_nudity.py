@@ -35,6 +35,7 @@ from evaluation.subject import TINY_WORLD, Subject, subject
 from policy import DiffusionPolicy, LoRAConfig
 from refl import ReFLConfig, ReFLTrainer
 from rewards import HeldOut
+from rewards.combine import to_device
 from training import TrainingConfig, check_output_dir
 
 
@@ -130,6 +131,7 @@ def main(config: Config) -> None:
     check_output_dir(run_config)
     about = subject(config.policy, prompts_file=config.prompts_file)
     policy = about.load(LoRAConfig(rank=8, alpha=8))
+    to_device(about.reward, policy.device)
 
     looks = [look(policy, about, config, model="before")]
     erasure = UCE().erase(policy, about.concept, strength=config.strength)

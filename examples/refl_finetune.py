@@ -20,6 +20,7 @@ from evaluation.subject import TINY_WORLD, subject
 from policy import LoRAConfig
 from refl import ReFLConfig, ReFLTrainer
 from rewards import HeldOut
+from rewards.combine import to_device
 from training import TrainingConfig, check_output_dir
 
 
@@ -82,6 +83,7 @@ def main(config: Config) -> None:
     check_output_dir(run_config)
     about = subject(config.policy)
     policy = about.load(LoRAConfig(rank=8, alpha=8))
+    to_device(about.reward, policy.device)
 
     state = PartialState()
     planned = plan({"benign": about.prompts("benign", config.prompts, config.seed + 100)}, seed=config.seed)

@@ -15,7 +15,7 @@ from torch.nn import functional
 
 from policy.types import Images, PerSample
 
-from .blip_files import frozen_with, read_tensors
+from .checkpoint import frozen_with, read_tensors
 from .clip_encoder import VIT_L_14, ClipEncoder, Vectors, at_least_float32
 from .public_files import PublicFile, fetch
 from .types import check_pairs

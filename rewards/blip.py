@@ -19,10 +19,11 @@ from torch.nn import functional
 from policy.types import Images, PerSample
 
 from .blip_config import BlipConfig, check_count
-from .blip_files import check_our_folder, frozen_with, read_tensors, tokenizer_from, write_folder
+from .blip_files import check_our_folder, tokenizer_from, write_folder
 from .blip_layout import from_official_names, without_training_parts
 from .blip_tokenizer import BlipTokenizer
 from .blip_towers import check_tokenizer, text_tower, vision_tokens, vision_tower
+from .checkpoint import frozen_with, read_tensors
 from .preprocess import normalise, resize_and_crop
 from .types import check_pairs, check_strings
 

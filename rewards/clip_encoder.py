@@ -16,7 +16,7 @@ from torch.nn import functional
 
 from policy.types import Images, PerSample
 
-from .blip_files import frozen_with, read_tensors
+from .checkpoint import frozen_with, read_tensors
 from .clip_tokenizer import BYTE_PAIRS, ClipTokenizer
 from .hub import HubFiles, check_folder
 from .preprocess import normalise, resize_and_crop

@@ -16,10 +16,11 @@ from torch import Tensor, nn
 
 from policy.types import Images, PerSample
 
-from .blip_files import check_our_folder, frozen_with, read_tensors, tokenizer_from, write_folder
+from .blip_files import check_our_folder, tokenizer_from, write_folder
 from .blip_layout import from_official_names
 from .blip_tokenizer import BlipTokenizer
 from .blip_towers import check_tokenizer, text_tower, vision_tokens, vision_tower
+from .checkpoint import frozen_with, read_tensors
 from .hub import HubFiles
 from .image_reward_config import ImageRewardConfig
 from .preprocess import ImageFile, normalise, open_image, pil_to_square, resize_and_crop
