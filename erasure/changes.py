@@ -26,6 +26,9 @@ from policy.weights import base_parameters
 KINDS = MappingProxyType(
     {
         "weights": "erasure.changes:WeightChange",
+        "erasers": "erasure.erasers:AddedNetworks",
+        "safree": "erasure.safree:SAFREEChange",
+        "sld": "erasure.sld:SafetyGuidance",
     }
 )
 """The class of each kind of change, by the name that a saved erasure has for it."""

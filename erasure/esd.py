@@ -11,10 +11,12 @@ from pathlib import Path
 from typing import Literal
 
 import torch
+from jaxtyping import Int
+from torch import Tensor
 from torch.nn import Parameter
 
 from policy import ClassifierFree, DiffusionPolicy, WeightDelta, merged_state
-from policy.types import Latents, PerSample
+from policy.types import Embeddings, Latents, PerSample
 
 from .changes import WeightChange
 from .concept import Concept, check_words
@@ -30,11 +32,14 @@ class ESDConfig:
     """Settings of ESD; those of the paper for nudity by default (ESD-u)."""
 
     train: str = "noxattn"
-    """Parameter set: "noxattn" is ESD-u, for what any prompt may bring; "xattn" is ESD-x, for what is named. See
-    `policy.PARAMETER_SETS`."""
+    """Parameter set: "noxattn" is ESD-u, for what any prompt may bring; "xattn" is ESD-x, for what is named. The newer
+    code's are "noxattn-layers" and "xattn", and its strict one is "xattn-kv". See `policy.PARAMETER_SETS`."""
 
     negative_guidance: float = 1.0
     """How far the prediction is led away from the concept (eta). The newer code's 2 is this 1: see `variant`."""
+
+    erase_from: str | None = None
+    """Prompt whose prediction is led away from the concept; None is the concept's own. Newer code only."""
 
     variant: Literal["paper", "released"] = "paper"
     """Where noised latents come from: ``paper`` draws them with the model as erased so far, ``released``, the newer
@@ -48,6 +53,11 @@ class ESDConfig:
 
     descent: DescentConfig = field(default_factory=lambda: DescentConfig(iterations=1000, learning_rate=1e-5))
     """How the loss is descended."""
+
+    @classmethod
+    def tiny_world(cls) -> "ESDConfig":
+        """Returns the settings for the tiny world's stripes: ESD-x, as few updates as take them away."""
+        return cls(train="xattn", steps=10, descent=DescentConfig(iterations=60, learning_rate=3e-4, batch_size=8))
 
     def __post_init__(self) -> None:
         if self.variant not in ("paper", "released"):
@@ -111,7 +121,8 @@ class ESD:
     def unet_calls(self) -> UNetCalls:
         """Returns the calls for a sample: the way to its step, the original's two predictions, and its own."""
         branches = 2 if self.config.guidance_scale != 1 else 1
-        return UNetCalls(forward=branches * (self.config.steps - 1) / 2 + 2, backward=1)
+        asked = 2 if self.config.erase_from is None else 3
+        return UNetCalls(forward=branches * (self.config.steps - 1) / 2 + asked, backward=1)
 
     def prepare(self, policy: DiffusionPolicy, concept: Concept) -> None:
         """Checks the concept's words.
@@ -137,13 +148,49 @@ class ESD:
             return latents_before(policy, prompts, stops, steps=cfg.steps, guidance=guidance, seeds=batch.seeds)
 
         latents = rolled() if cfg.variant == "paper" else None
-        with policy.reference():
-            if latents is None:
+        if latents is None:
+            with policy.reference():
                 latents = rolled()
-            both = policy.predict_noise(latents.repeat(2, 1, 1, 1), timesteps.repeat(2), torch.cat([prompts, empty]))
-        target = erased_target(*both.chunk(2), negative_guidance=cfg.negative_guidance)
-        prediction = policy.predict_noise(latents, timesteps, prompts)
-        return (prediction - target).square().flatten(1).mean(dim=1)
+        source = None if cfg.erase_from is None else policy.encode([cfg.erase_from] * len(batch.prompts))
+        return erased_loss(
+            policy, latents, timesteps, prompts, empty, source=source, negative_guidance=cfg.negative_guidance
+        )
+
+
+def erased_loss(
+    policy: DiffusionPolicy,
+    latents: Latents,
+    timesteps: Int[Tensor, " batch"],
+    concept: Embeddings,
+    empty: Embeddings,
+    *,
+    source: Embeddings | None = None,
+    negative_guidance: float = 1.0,
+) -> PerSample:
+    """Returns the mean squared distance of each sample's prediction from `ε*(s) - (1 + η) (ε*(c) - ε*(∅))`.
+
+    ε* is the policy's reference, and s the concept c itself unless a source is given: then the target is the paper's
+    `ε*(∅) - η (ε*(c) - ε*(∅))`.
+
+    Args:
+        policy: What is trained.
+        latents: Noised latents.
+        timesteps: The scheduler's integer of each sample.
+        concept: Embeddings of the concept.
+        empty: Embeddings of the empty prompt.
+        source: Embeddings of what is led away from the concept, if not the concept.
+        negative_guidance: How far (η).
+    """
+    asked = [concept, empty] if source is None else [concept, empty, source]
+    count = len(asked)
+    with policy.reference():
+        original = policy.predict_noise(latents.repeat(count, 1, 1, 1), timesteps.repeat(count), torch.cat(asked))
+    conditional, unconditional, *rest = original.chunk(count)
+    target = erased_target(conditional, unconditional, negative_guidance=negative_guidance)
+    if rest:
+        target = rest[0] - conditional + target
+    prediction = policy.predict_noise(latents, timesteps, concept if source is None else source)
+    return (prediction - target).square().flatten(1).mean(dim=1)
 
 
 def erased_target(conditional: Latents, unconditional: Latents, *, negative_guidance: float) -> Latents:

@@ -41,6 +41,11 @@ class UCEConfig:
     regularization: float = 0.5
     """Pull towards the original weights (lambda); above zero, so that the system has one solution."""
 
+    @classmethod
+    def tiny_world(cls) -> "UCEConfig":
+        """Returns the settings for the tiny world's stripes, which are the paper's."""
+        return cls()
+
     def __post_init__(self) -> None:
         if self.variant not in ("paper", "released"):
             raise ValueError(f"UCEConfig.variant must be 'paper' or 'released', got {self.variant!r}")

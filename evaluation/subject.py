@@ -29,8 +29,8 @@ class Subject:
 
     name: str
     """Name for titles and tables."""
-    load: Callable[[LoRAConfig], DiffusionPolicy]
-    """Loads the policy with a LoRA to train."""
+    load: Callable[[LoRAConfig | None], DiffusionPolicy]
+    """Loads the policy, with a LoRA to train or as it is."""
     concept: Concept
     """What is erased."""
     reward: Reward

@@ -1,36 +1,29 @@
 """Erase a concept from a text-to-image model, then win back its ImageReward while the concept stays gone.
 
     accelerate launch examples/refl_erase_nudity.py
+    accelerate launch examples/refl_erase_nudity.py --method esd
     accelerate launch examples/refl_erase_nudity.py --policy CompVis/stable-diffusion-v1-4
 
 By default this runs on the tiny world, whose harmful concept is stripes, in minutes on a CPU and without a download.
 With ``--policy`` it is the same program on a Stable Diffusion: nudity, the official ImageReward, NudeNet. Three
-states of the model are compared on the same prompts and seeds: ``before``, ``erased`` (by UCE) and ``recovered`` (by
-ReFL under the constraint).
+states of the model are compared on the same prompts and seeds: ``before``, ``erased`` (by UCE, or any other method) and
+``recovered`` (by ReFL under the constraint).
 """
 
 import json
 import sys
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import tyro
 
-from erasure import UCE, ImageConstraint
-from evaluation import (
-    DrawConfig,
-    DrawnImages,
-    Panel,
-    Report,
-    Scores,
-    compare,
-    draw,
-    gather,
-    plan,
-    score,
-    shard,
-    text_table,
-)
+from erasure import Erasure, ImageConstraint
+from erasure.changes import WeightChange
+from erasure.methods import erase, method_named
+from evaluation import DrawConfig, Panel, Report, compare, text_table
+from evaluation.examine import Examination, examine
 from evaluation.subject import TINY_WORLD, Subject, subject
 from policy import DiffusionPolicy, LoRAConfig
 from refl import ReFLConfig, ReFLTrainer
@@ -49,8 +42,14 @@ class Config:
     output_dir: Path = Path("runs/refl_erase_nudity")
     """Where everything is written."""
 
+    method: str = "uce"
+    """What erases: sld, safree, uce, mace, esd, ac, sa, receler or ant."""
+
     strength: float = 1.0
-    """Strength of the erasure; 1 is the authors' setting of UCE."""
+    """Strength of the erasure, for methods that have one; 1 is the method's own setting."""
+
+    erasure: Path | None = None
+    """A folder of a saved erasure (`Erasure.save`), in place of computing one."""
 
     iterations: int = 80
     """ReFL iterations of the recovery."""
@@ -102,42 +101,27 @@ def refl_config(config: Config) -> ReFLConfig:
     )
 
 
-def look(policy: DiffusionPolicy, about: Subject, config: Config, *, model: str) -> tuple[DrawnImages, Scores]:
-    """Draws and scores the pictures of one state of the policy; under several processes each does its part."""
-    from accelerate import PartialState
+def erasure_for(config: Config, policy: DiffusionPolicy, about: Subject) -> Erasure:
+    """Returns the erasure that is asked for: a saved one, or one that is computed now.
 
-    state = PartialState()
-    planned = plan(about.evaluation_prompts(config.prompts_per_kind, config.seed + 100), seed=config.seed)
-    settings = DrawConfig(steps=config.evaluation_steps, guidance_scale=config.guidance_scale)
-    mine = shard(planned, state.process_index, state.num_processes)
-    images = draw(policy, mine, settings, model=model, progress=state.is_main_process)
-    scores = score(images, about.measures, device=policy.device, progress=state.is_main_process)
-    return images, gather(scores, planned)
-
-
-def main(config: Config) -> None:
-    """Runs the whole job."""
-    settings = refl_config(config)
-    learning_rate = config.learning_rate or (1e-3 if config.policy == TINY_WORLD else 1e-4)
-    run_config = TrainingConfig(
-        output_dir=config.output_dir,
-        iterations=config.iterations,
-        learning_rate=learning_rate,
-        mixed_precision="no" if config.policy == TINY_WORLD else "bf16",
-        checkpoint_every=20,
+    Raises:
+        ValueError: There is no such method, or a strength is given to one that has none.
+    """
+    if config.erasure is not None:
+        return Erasure.load(config.erasure)
+    preset = "tiny-world" if config.policy == TINY_WORLD else "official"
+    return erase(
+        method_named(config.method, preset, seed=config.seed),
+        policy,
+        about.concept,
+        strength=config.strength,
+        output_dir=config.output_dir / "erasing",
         resume=config.resume,
-        seed=config.seed,
     )
-    check_output_dir(run_config)
-    about = subject(config.policy, prompts_file=config.prompts_file)
-    policy = about.load(LoRAConfig(rank=8, alpha=8))
-    to_device(about.reward, policy.device)
 
-    looks = [look(policy, about, config, model="before")]
-    erasure = UCE().erase(policy, about.concept, strength=config.strength)
-    erasure.apply(policy)
-    looks.append(look(policy, about, config, model="erased"))
 
+def recover(config: Config, policy: DiffusionPolicy, about: Subject, *, progress: bool = True) -> None:
+    """Raises the reward of an erased policy under the constraint."""
     held_out = None
     if about.held_out is not None:
         held_out = HeldOut(about.prompts("benign", 48, config.seed + 200), about.held_out)
@@ -145,17 +129,47 @@ def main(config: Config) -> None:
         policy,
         about.reward,
         about.prompts("train", 1000, config.seed + 300),
-        settings,
+        refl_config(config),
         erasure=about.constraint,
         held_out=held_out,
     )
-    trainer.train(run_config)
-    looks.append(look(policy, about, config, model="recovered"))
+    trainer.train(replace(run_config(config), progress=progress))
+
+
+def run_config(config: Config) -> TrainingConfig:
+    """Returns the settings of the recovery's run."""
+    tiny = config.policy == TINY_WORLD
+    return TrainingConfig(
+        output_dir=config.output_dir,
+        iterations=config.iterations,
+        learning_rate=config.learning_rate or (1e-3 if tiny else 1e-4),
+        mixed_precision="no" if tiny else "bf16",
+        checkpoint_every=20,
+        resume=config.resume,
+        seed=config.seed,
+    )
+
+
+def main(config: Config) -> None:
+    """Runs the whole job."""
+    check_output_dir(run_config(config))
+    about = subject(config.policy, prompts_file=config.prompts_file)
+    policy = about.load(LoRAConfig(rank=8, alpha=8))
+    to_device(about.reward, policy.device)
+    drawing = DrawConfig(steps=config.evaluation_steps, guidance_scale=config.guidance_scale)
+    look = partial(examine, policy, about, drawing, prompts_per_kind=config.prompts_per_kind, seed=config.seed)
+
+    looks = [look(model="before")]
+    erasure = erasure_for(config, policy, about)
+    erasure.apply(policy)
+    looks.append(look(model="erased"))
+    recover(config, policy, about)
+    looks.append(look(model="recovered"))
     write(config, about, policy, erasure, looks)
 
 
 def write(
-    config: Config, about: Subject, policy: DiffusionPolicy, erasure, looks: list[tuple[DrawnImages, Scores]]
+    config: Config, about: Subject, policy: DiffusionPolicy, erasure: Erasure, looks: Sequence[Examination]
 ) -> None:
     """Prints the table, and saves weights, numbers and the report."""
     from accelerate import PartialState
@@ -171,16 +185,17 @@ def write(
     (folder / "config.json").write_text(json.dumps(asdict(config), default=str, indent=1) + "\n", encoding="utf-8")
     erasure.save(folder / "erasure")
     policy.save_lora(folder / "lora")
-    policy.save_pipeline(folder / "pipeline")
+    if isinstance(erasure.change, WeightChange):
+        policy.save_pipeline(folder / "pipeline")
     kind = "detector's score" if isinstance(about.constraint, ImageConstraint) else "squared distance"
     Report(
         title=f"{about.concept.name.capitalize()} erased, reward recovered",
-        lead=f"UCE took {about.concept.name} out of {about.name}; ReFL then raised ImageReward "
+        lead=f"{erasure.method} took {about.concept.name} out of {about.name}; ReFL then raised ImageReward "
         "under the constraint that the concept stays gone.",
         comparison=comparison,
         models={
             "before": f"{about.name}, as it came",
-            "erased": f"after UCE of strength {config.strength:g}",
+            "erased": f"after {erasure.method}",
             "recovered": f"then {config.iterations} iterations of ReFL with a LoRA, under the constraint",
         },
         metrics=folder / "metrics.jsonl",

@@ -59,6 +59,10 @@ def _is_neither_cross_attention_nor_time_nor_output(name: str) -> bool:
     return not (_is_cross_attention(name) or "time_embed" in name or name.startswith(("conv_out.", "conv_norm_out.")))
 
 
+def _is_norm(name: str) -> bool:
+    return "norm" in name
+
+
 PARAMETER_SETS: dict[str, Callable[[str], bool]] = {
     "xattn": _is_cross_attention,
     "xattn-kv": lambda name: _is_cross_attention(name) and (".to_k." in name or ".to_v." in name),
@@ -66,11 +70,14 @@ PARAMETER_SETS: dict[str, Callable[[str], bool]] = {
     "noxattn": _is_neither_cross_attention_nor_time_nor_output,
     "attn": lambda name: _is_cross_attention(name) or ".attn1." in name,
     "full": lambda name: True,
+    "noxattn-layers": lambda name: not _is_cross_attention(name) and not _is_norm(name),
+    "layers": lambda name: not _is_norm(name),
     "added": lambda name: False,
 }
 """Which of a UNet's own parameters each named set holds; "added" is what `policy.added` has put beside them.
 
-Source of the names: rohitgandikota/erasing; "attn" is nupurkmr9/concept-ablation's.
+Source of the names: rohitgandikota/erasing, whose newer code takes linear and convolutional layers only, which are
+"noxattn-layers" (esd-u) and "layers" (esd-all) here; "attn" is nupurkmr9/concept-ablation's.
 """
 
 

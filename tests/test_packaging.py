@@ -124,7 +124,7 @@ def test_programs_are_not_named_like_a_package() -> None:
 def test_examples_are_named_trainer_task_or_after_what_they_do() -> None:
     names = [path.stem for path in sources("examples")]
     assert names
-    trainerless = {"score_images"}
+    trainerless = {"compare_erasures", "erase", "score_images"}
     odd = [name for name in names if not re.fullmatch(rf"({'|'.join(TRAINERS)})_[a-z0-9_]+", name)]
     assert set(odd) == trainerless
 
@@ -171,7 +171,7 @@ def test_every_import_is_declared() -> None:
     requirements = [*PYPROJECT["project"]["dependencies"], *(r for name in OPTIONAL for r in extras[name])]
     names = {re.split(r"[<>=!~\[ ]", requirement)[0] for requirement in requirements}
     modules = {"PIL" if name == "pillow" else name.replace("-", "_") for name in names}
-    programs = {"examples", "benchmarks", "ddpo_finetune"}  # which may build on each other
+    programs = {"examples", "benchmarks", "ddpo_finetune", "refl_erase_nudity"}  # which may build on each other
     elsewhere = {"trl"}  # lives in an environment of its own, which benchmarks/peers.py makes
     allowed = {*modules, *PACKAGES, *sys.stdlib_module_names, *programs, *elsewhere}
     found = {root: path for path in sources(*PACKAGES, "examples", "benchmarks") for root in imported_roots(path)}

@@ -102,7 +102,7 @@ def test_the_estimate_counts_what_training_does(bare: DiffusionPolicy) -> None:
         seen[torch.is_grad_enabled()] += len(inputs[0])
 
     config = replace(CONFIG, descent=replace(DESCENT, batch_size=60, iterations=2))
-    said = estimate(ESD(config), bare, "xattn")
+    said = estimate(ESD(config), bare, train="xattn")
     student = bare.trainee("xattn")
     student.unet.register_forward_pre_hook(count, with_kwargs=True)
     for seed in range(2):

@@ -1,0 +1,362 @@
+"""Concept ablation: what the UNet predicts for a concept is drawn to what it predicts for an anchor.
+
+Source: Kumari et al. (2023), https://arxiv.org/abs/2303.13516, written from its equations. The authors' code is
+nupurkmr9/concept-ablation (MIT), commit c11fb1b. See docs/erasure.md for each departure.
+"""
+
+import json
+import math
+import random
+from collections.abc import Generator
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from torch.nn import Parameter
+
+from policy import ClassifierFree, DiffusionPolicy, WeightDelta, merged_state
+from policy.noise import SampleNoise
+from policy.types import Latents, PerSample
+from tinyworld.caption import captions
+
+from .changes import WeightChange
+from .concept import Concept, check_words
+from .descend import DescentConfig, descend
+from .erased import Erasure
+from .estimate import UNetCalls
+from .generated import generated_latents
+from .protocols import ConceptBatch
+
+PEOPLE = tuple(
+    scene.format(who)
+    for who in ("a person", "people", "a body", "a boy", "a girl", "women", "a man", "a child")
+    for scene in (
+        *("a photo of {}", "a portrait of {}", "a painting of {}", "a drawing of {}", "a statue of {}"),
+        *("{} in a street", "{} in a garden", "{} in a kitchen", "{} in a snowy forest", "{} on a beach"),
+        *("{} reading a book", "{} playing music", "{} dancing", "{} sleeping on a sofa", "{} riding a bicycle"),
+        *("{} at work", "{} at a party", "{} at a window", "{} in the rain", "{} in bright sunlight"),
+        *("a close view of {}", "{} seen from afar", "{} in black and white", "{} in a film scene", "{} and a dog"),
+    )
+)
+"""Anchor prompts for nudity: the class words of the authors' configuration in scenes of our own."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ACConfig:
+    """Settings of concept ablation; those of the authors for nudity by default."""
+
+    train: str = "attn"
+    """Parameter set: "attn", the projections of both attentions, for nudity; "xattn-kv" for styles and single things.
+    See `policy.PARAMETER_SETS`."""
+
+    target: Literal["model", "original", "noise"] = "model"
+    """What is learned for the concept: the present UNet's prediction for the anchor, as the authors have it; that of
+    the UNet that training started from, which is ours and lets the anchor drift less; or the noise in its picture."""
+
+    prior_weight: float = 1.0
+    """Weight of the pretraining loss on the anchor's pictures; 0 leaves it out."""
+
+    detach_start: bool = True
+    """Whether gradient is kept from flowing through keys and values of the start token, which all prompts share."""
+
+    anchors: tuple[str, ...] = PEOPLE
+    """Prompts of the pictures that are trained on, without the concept; they take turns."""
+
+    templates: tuple[str, ...] = ("{concept}, {anchor}", "in {concept} style, {anchor}", "{anchor}, {concept}")
+    """How a phrase of the concept is put into an anchor prompt; each is as likely as any other."""
+
+    images: int = 1000
+    """Pictures that are drawn before training starts."""
+
+    negative: str | None = None
+    """Negative prompt that they are drawn with; None is the concept's phrases, empty is none."""
+
+    steps: int = 25
+    """Denoising steps of a picture (DDIM)."""
+
+    guidance_scale: float = 6.0
+    """Classifier-free guidance of a picture."""
+
+    mirror: bool = True
+    """Whether half of the time a picture is taken as in a mirror."""
+
+    draw_batch_size: int = 16
+    """Pictures drawn at a time. Changes speed and memory, not the pictures."""
+
+    descent: DescentConfig = field(
+        default_factory=lambda: DescentConfig(
+            iterations=800, learning_rate=3.2e-5, batch_size=4, weight_decay=1e-2, max_grad_norm=1.0
+        )
+    )
+    """How the loss is descended. 3.2e-5 is what the authors' 4e-6 becomes with --scale_lr on one GPU: times a batch of
+    4, times 2 for the prior; on two GPUs it is 6.4e-5 for 400 updates of 8. For styles, their 2e-6 gives 1.6e-5."""
+
+    def __post_init__(self) -> None:
+        if self.target not in ("model", "original", "noise"):
+            raise ValueError(f"ACConfig.target must be 'model', 'original' or 'noise', got {self.target!r}")
+        if not 0 <= self.prior_weight < math.inf:
+            raise ValueError(f"ACConfig.prior_weight must be finite and at least 0, got {self.prior_weight}")
+        if not 0 <= self.guidance_scale < math.inf:
+            raise ValueError(f"ACConfig.guidance_scale must be finite and at least 0, got {self.guidance_scale}")
+        for name in ("images", "steps", "draw_batch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"ACConfig.{name} must be at least 1, got {getattr(self, name)}")
+        if not self.anchors:
+            raise ValueError("ACConfig.anchors must hold at least one prompt, got ()")
+        if not self.templates:
+            raise ValueError("ACConfig.templates must hold at least one text, got ()")
+        for template in self.templates:
+            if "{concept}" not in template or "{anchor}" not in template:
+                raise ValueError(f"ACConfig.templates must each hold {{concept}} and {{anchor}}, got {template!r}")
+
+    @classmethod
+    def tiny_world(cls) -> "ACConfig":
+        """Returns settings for the tiny world's stripes, found by experiment."""
+        return cls(
+            train="xattn-kv",
+            anchors=tuple(captions("benign", 64, 5)),
+            templates=("{concept} {anchor}", "{anchor} {concept}"),
+            images=64,
+            negative="",
+            steps=20,
+            guidance_scale=3.0,
+            mirror=False,
+            descent=DescentConfig(
+                iterations=200, learning_rate=6e-4, batch_size=8, weight_decay=1e-2, max_grad_norm=1.0
+            ),
+        )
+
+
+class Examples(NamedTuple):
+    """Noised pictures, two for each sample: first those that the concept is unlearned on, then those of the prior."""
+
+    latents: Latents
+    """Noised."""
+
+    noise: Latents
+    """What they were noised with."""
+
+    timesteps: Int[Tensor, " both"]
+    """How far."""
+
+    captions: list[str]
+    """What they are said to show: the first ones with the concept put in."""
+
+    anchors: list[str]
+    """What the first ones show."""
+
+    mask: Float[Tensor, "batch 1 h w"]
+    """Where the first ones are picture; 0 where they are padding."""
+
+
+class AC:
+    """Erases a concept by teaching the UNet to take it for an anchor, on pictures of the anchor that it draws itself.
+
+    As an `Objective` beside a reward its loss has a floor, what no UNet can know of the noise; set `prior_weight` to 0
+    there, as the reward's own prompts keep the rest.
+
+    Args:
+        config: Settings.
+        folder: Keeps the anchor's pictures; by default `erase` keeps them in its own folder, if it has one.
+        progress: Whether a progress bar is shown while they are drawn.
+    """
+
+    name = "AC"
+
+    def __init__(
+        self, config: ACConfig | None = None, *, folder: str | Path | None = None, progress: bool = True
+    ) -> None:
+        self.config = config or ACConfig()
+        self.folder = None if folder is None else Path(folder)
+        self.progress = progress
+        self._pictures: Latents | None = None
+
+    def erase(
+        self,
+        policy: DiffusionPolicy,
+        concept: Concept,
+        *,
+        output_dir: str | Path | None = None,
+        resume: bool = False,
+        progress: bool = True,
+    ) -> Erasure:
+        """Trains a copy of the UNet. The policy is not changed: see `Erasure.apply`.
+
+        Args:
+            policy: Whose model is erased; a LoRA counts as part of it.
+            concept: Each update takes some of its phrases.
+            output_dir: Keeps pictures of the anchor, metrics and checkpoints; None keeps nothing.
+            resume: Go on with an interrupted run in the same folder.
+            progress: Whether progress bars are shown.
+
+        Raises:
+            ValueError: As `descend`.
+        """
+        folder = self.folder
+        if folder is None and output_dir is not None:
+            folder = Path(output_dir) / "anchors"
+        objective = AC(self.config, folder=folder, progress=progress)
+        student = policy.trainee(self.config.train)
+        before = {name: value.clone() for name, value in merged_state(student.unet).items()}
+        descend(
+            objective, student, concept, self.config.descent,
+            output_dir=output_dir, resume=resume, progress=progress, settings={"ac": self.config},
+        )  # fmt: skip
+        delta = WeightDelta.between(before, student.unet)
+        return Erasure.of(policy, self.name, json.loads(json.dumps(asdict(self.config))), concept, WeightChange(delta))
+
+    def descent(self) -> DescentConfig:
+        """Returns how it trains."""
+        return self.config.descent
+
+    def unet_calls(self) -> UNetCalls:
+        """Returns the calls for a sample: the teacher's, and the student's for the concept and for the prior."""
+        return UNetCalls(forward=float(self.config.target != "noise"), backward=1.0 + (self.config.prior_weight > 0))
+
+    def prepare(self, policy: DiffusionPolicy, concept: Concept) -> None:
+        """Draws the anchor's pictures with the policy's reference.
+
+        Raises:
+            ValueError: The tokenizer cuts a prompt off, or a phrase of the concept is in an anchor prompt.
+        """
+        cfg = self.config
+        negative = ", ".join(concept.phrases) if cfg.negative is None else cfg.negative
+        check_texts(policy, concept, cfg, negative)
+        if cfg.detach_start and policy.unet.is_gradient_checkpointing:
+            raise ValueError(
+                "detach_start must be False for a policy with gradient checkpointing, which would compute keys and "
+                "values anew without it"
+            )
+        prompts = [cfg.anchors[index % len(cfg.anchors)] for index in range(cfg.images)]
+        seeds = [random.Random(f"anchor {index} of {cfg.descent.seed}").randrange(2**31) for index in range(cfg.images)]
+        away = policy.encode([negative]) if negative else None
+        with policy.reference():
+            pictures = generated_latents(
+                policy, prompts, seeds,
+                steps=cfg.steps, guidance=ClassifierFree(cfg.guidance_scale, away),
+                batch_size=cfg.draw_batch_size, folder=self.folder, progress=self.progress,
+            )  # fmt: skip
+        self._pictures = torch.cat([pictures, mirrored(policy, pictures)]) if cfg.mirror else pictures
+
+    def parameters(self, policy: DiffusionPolicy) -> list[Parameter]:
+        """Returns everything that the policy trains."""
+        return policy.trainable_parameters()
+
+    def loss(self, policy: DiffusionPolicy, batch: ConceptBatch) -> PerSample:
+        """Returns the concept's error and the weighted prior of each sample, with gradient.
+
+        Raises:
+            ValueError: `prepare` was not called.
+        """
+        erased, prior = self.losses(policy, self.examples(policy, batch))
+        return erased + self.config.prior_weight * prior
+
+    def examples(self, policy: DiffusionPolicy, batch: ConceptBatch) -> Examples:
+        """Returns what the seeds choose: picture, noises, timesteps, and how the phrase is put into the prompt.
+
+        Raises:
+            ValueError: `prepare` was not called.
+        """
+        cfg = self.config
+        if self._pictures is None:
+            raise ValueError("prepare must be called before the first loss, and was not")
+        size, total = len(batch.seeds), len(policy.alphas)
+        choices = [random.Random(f"concept ablation {seed}") for seed in batch.seeds]
+        indices = [choice.randrange(len(self._pictures)) for choice in choices]
+        anchors = [cfg.anchors[index % cfg.images % len(cfg.anchors)] for index in indices]
+        rewritten = [
+            choice.choice(cfg.templates).format(concept=phrase, anchor=anchor)
+            for choice, phrase, anchor in zip(choices, batch.prompts, anchors, strict=True)
+        ]
+        timesteps = torch.tensor([[choice.randrange(total) for _ in range(2)] for choice in choices]).T.flatten()
+        clean = self._pictures[indices].to(policy.device).repeat(2, 1, 1, 1)
+        height, width = clean.shape[-2:]
+        stream = SampleNoise(batch.seeds, height=height, width=width, device=policy.device)
+        noise = torch.cat([stream.draw(), stream.draw()])
+        timesteps = timesteps.to(policy.device)
+        return Examples(
+            latents=policy.add_noise(clean, noise, timesteps),
+            noise=noise,
+            timesteps=timesteps,
+            captions=rewritten + anchors,
+            anchors=anchors,
+            mask=torch.ones_like(clean[:size, :1]),
+        )
+
+    def losses(self, policy: DiffusionPolicy, examples: Examples) -> tuple[PerSample, PerSample]:
+        """Returns the concept's squared error, summed over channels, and the prior's, averaged over them.
+
+        The prior's is zero where its weight is.
+        """
+        cfg = self.config
+        size = len(examples.mask)
+        target = examples.noise[:size]
+        if cfg.target != "noise":
+            with policy.reference() if cfg.target == "original" else torch.no_grad():
+                anchors = policy.encode(examples.anchors)
+                target = policy.predict_noise(examples.latents[:size], examples.timesteps[:size], anchors)
+        rows = slice(2 * size if cfg.prior_weight else size)
+        with start_detached(policy.unet) if cfg.detach_start else nullcontext():
+            prediction = policy.predict_noise(
+                examples.latents[rows], examples.timesteps[rows], policy.encode(examples.captions[rows])
+            )
+        erased = masked_error(prediction[:size], target, examples.mask)
+        if not cfg.prior_weight:
+            return erased, torch.zeros_like(erased)
+        return erased, (prediction[size:] - examples.noise[size:]).square().flatten(1).mean(dim=1)
+
+
+def masked_error(prediction: Latents, target: Latents, mask: Float[Tensor, "batch 1 h w"]) -> PerSample:
+    """Returns the squared error within the mask, over the number of its pixels: four times a mean over elements.
+
+    The authors divide by the sum of a mask of one channel, which the errors of all four channels are under.
+    """
+    return ((prediction - target).square() * mask).flatten(1).sum(dim=1) / mask.flatten(1).sum(dim=1)
+
+
+@contextmanager
+def start_detached(unet: nn.Module) -> Generator[None]:
+    """Keeps gradient from flowing through keys and values of the first token, in every cross-attention."""
+    layers = [layer for name, layer in unet.named_modules() if name.endswith((".attn2.to_k", ".attn2.to_v"))]
+    hooks = [layer.register_forward_hook(_detach_first) for layer in layers]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _detach_first(layer: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor:
+    return torch.cat([output[:, :1].detach(), output[:, 1:]], dim=1)
+
+
+def mirrored(policy: DiffusionPolicy, latents: Latents) -> Latents:
+    """Returns the latents of the mirrored images; mirrored latents are not quite the same."""
+    parts = [policy.encode_images(policy.decode(part.to(policy.device)).flip(-1)).cpu() for part in latents.split(8)]
+    return torch.cat(parts)
+
+
+def check_texts(policy: DiffusionPolicy, concept: Concept, config: ACConfig, negative: str) -> None:
+    """Checks every text that the method will ask the policy to encode.
+
+    Raises:
+        ValueError: The tokenizer cuts one off, or a phrase of the concept is in an anchor prompt.
+    """
+    check_words(policy, concept)
+    for anchor in config.anchors:
+        for phrase in concept.phrases:
+            if f" {phrase.strip().lower()} " in f" {anchor.lower()} ":
+                raise ValueError(f"ACConfig.anchors must be free of {concept.name!r}, got {phrase!r} in {anchor!r}")
+
+    def length(text: str) -> int:
+        return len(policy.tokenizer(text, truncation=False, verbose=False)["input_ids"])
+
+    phrase, anchor = max(concept.phrases, key=length), max(config.anchors, key=length)
+    room = min(policy.tokenizer.model_max_length, policy.text_encoder.config.max_position_embeddings)
+    for text in (negative, *(template.format(concept=phrase, anchor=anchor) for template in config.templates)):
+        if (needed := length(text)) > room:
+            raise ValueError(f"AC's prompts must have at most {room} tokens, got {needed} in {text!r}")

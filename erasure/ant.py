@@ -1,0 +1,371 @@
+"""ANT: the UNet is asked for the concept, and keeps its way early on, when a picture is laid out, but turns back later.
+
+With ε* the original model, and x on the way to a picture of the concept c, drawn with the model as trained so far:
+
+    early:      keep = ε*(x, ∅) + η (ε*(x, c) - ε*(x, ∅))       reverse = ε*(x, ∅) - η (ε*(x, c) - ε*(x, ∅))    :late
+    loss = (ε(x_late, c) - reverse)² + λ3 (ε(x_late, ∅) - ε*(x_late, ∅))²
+         + λ1 [ (ε(x_early, c) - keep)² + λ2 (ε(x_early, ∅) - ε*(x_early, ∅))² ]
+
+Only weights that the loss pulls at for every one of several prompts and seeds are trained: see `erasure.saliency`.
+
+Source: Li et al. (2025), https://arxiv.org/abs/2504.12782, written from its equations. The authors' code is
+lileyang1210/ANT, for non-commercial use only; nothing here was taken from it. See docs/erasure.md for each departure.
+"""
+
+import json
+import math
+import os
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch.nn import Parameter
+
+from policy import ClassifierFree, DiffusionPolicy, Guidance, WeightDelta, merged_state
+from policy.types import Embeddings, Latents, PerSample
+from training import TrainingConfig, check_output_dir
+
+from .changes import WeightChange, weights_hash
+from .concept import Concept, check_words
+from .descend import DescentConfig, descend
+from .erased import Erasure
+from .esd import erased_target
+from .estimate import UNetCalls
+from .protocols import ConceptBatch
+from .rollout import random_stops
+from .saliency import Mask, SaliencyConfig, masked_gradients, read_mask, saliency_mask, write_mask
+
+MASK_FILE = "saliency.safetensors"
+"""Where a run keeps its saliency mask, in its folder."""
+
+
+class Behaviour(NamedTuple):
+    """What the paper and the released code do differently."""
+
+    stage_orientation: Literal["keep_early", "keep_late"]
+    mask_keep: Literal["high", "low"]
+    uncond_grad: bool
+
+
+BEHAVIOURS = {
+    "paper": Behaviour("keep_early", "high", uncond_grad=True),
+    "released": Behaviour("keep_late", "low", uncond_grad=False),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ANTConfig:
+    """Settings of ANT; those of the paper for nudity by default."""
+
+    variant: Literal["paper", "released"] = "paper"
+    """What the three fields after it are where they are None; ``released`` is what the code for a single concept
+    does, against the paper in all three."""
+
+    stage_orientation: Literal["keep_early", "keep_late"] | None = None
+    """Which end of the way is kept: ``keep_early``, the paper's, the noisy one; ``keep_late`` the clean one."""
+
+    mask_keep: Literal["high", "low"] | None = None
+    """Which half of each tensor's summed gradients a saliency map keeps: ``high``, the paper's, or ``low``."""
+
+    uncond_grad: bool | None = None
+    """Whether gradients flow through the predictions for the empty prompt, as in the paper. Without it these terms
+    are constants, that train nothing."""
+
+    kept_share: float = 0.14
+    """Share of the denoising steps that are kept. The paper counts 50 steps from 50 down to 1 and keeps those above
+    t' = 43, which are 7 of 50: index 0 to 6 from noise. See `kept_steps`."""
+
+    negative_guidance: float = 1.0
+    """How far from the unconditional prediction both targets lie (η)."""
+
+    keep_weight: float = 1.0
+    """Of what is kept, against what is reversed (λ1)."""
+
+    keep_empty_weight: float = 0.5
+    """Of the unconditional prediction in what is kept (λ2)."""
+
+    reverse_empty_weight: float = 0.5
+    """Of the unconditional prediction where the concept is reversed (λ3)."""
+
+    steps: int = 50
+    """Denoising steps of a whole image (DDIM); each of a stage is as likely to be trained on as any other of it."""
+
+    guidance_scale: float = 3.0
+    """Classifier-free guidance of the rollout that leads to noised latents."""
+
+    saliency: SaliencyConfig | None = field(default_factory=SaliencyConfig)
+    """How the weights that are trained are found; None trains the whole UNet."""
+
+    descent: DescentConfig = field(default_factory=lambda: DescentConfig(iterations=250, learning_rate=5e-4))
+    """How the loss is descended."""
+
+    @classmethod
+    def tiny_world(cls) -> "ANTConfig":
+        """Returns the settings for the tiny world's stripes that have done best so far; they cost accuracy."""
+        words = ("striped", "with stripes", "zebra", "in prison", "at the circus")
+        return cls(
+            steps=10,
+            negative_guidance=0.3,
+            kept_share=0.4,
+            saliency=SaliencyConfig(prompts=words, seeds=(1,), iterations=3, learning_rate=1e-3),
+            descent=DescentConfig(iterations=60, learning_rate=2e-4, batch_size=8),
+        )
+
+    def __post_init__(self) -> None:
+        choices: dict[str, tuple[Any, ...]] = {
+            "variant": tuple(BEHAVIOURS),
+            "stage_orientation": ("keep_early", "keep_late", None),
+            "mask_keep": ("high", "low", None),
+            "uncond_grad": (True, False, None),
+        }
+        for name, allowed in choices.items():
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"ANTConfig.{name} must be one of {allowed}, got {getattr(self, name)!r}")
+        for name in ("negative_guidance", "keep_weight", "keep_empty_weight", "reverse_empty_weight"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"ANTConfig.{name} must be positive and finite, got {getattr(self, name)}")
+        if not 0 < self.kept_share < 1:
+            raise ValueError(f"ANTConfig.kept_share must be between 0 and 1, got {self.kept_share}")
+        if self.steps < 2:
+            raise ValueError(f"ANTConfig.steps must be at least 2, got {self.steps}")
+        if not 0 <= self.guidance_scale < math.inf:
+            raise ValueError(f"ANTConfig.guidance_scale must be finite and at least 0, got {self.guidance_scale}")
+        if self.saliency is not None and self.descent.weight_decay:
+            decay = self.descent.weight_decay
+            raise ValueError(f"descent.weight_decay must be 0 with a mask, as it moves every weight, got {decay}")
+
+    def behaviour(self) -> Behaviour:
+        """Returns the variant, with what was chosen otherwise."""
+        chosen = {name: getattr(self, name) for name in Behaviour._fields}
+        return BEHAVIOURS[self.variant]._replace(**{name: value for name, value in chosen.items() if value is not None})
+
+    def kept_steps(self) -> int:
+        """Returns how many steps are kept: the share of all, at least one, and not all."""
+        return min(max(round(self.kept_share * self.steps), 1), self.steps - 1)
+
+    def stages(self) -> tuple[range, range]:
+        """Returns the steps that are kept and those that are reversed, by their index from noise."""
+        kept = self.kept_steps()
+        if self.behaviour().stage_orientation == "keep_early":
+            return range(kept), range(kept, self.steps)
+        return range(self.steps - kept, self.steps), range(self.steps - kept)
+
+    def settings(self) -> dict[str, Any]:
+        """Returns everything as JSON knows it, with the behaviour that the variant stands for."""
+        return json.loads(json.dumps(asdict(self) | self.behaviour()._asdict()))
+
+
+class Terms(NamedTuple):
+    """The parts of a loss, for each sample."""
+
+    keep: PerSample
+    keep_empty: PerSample
+    reverse: PerSample
+    reverse_empty: PerSample
+
+
+class ANT:
+    """Erases a concept by turning the way to its pictures round, after the steps in which they are laid out.
+
+    As an objective in a trainer it is the loss alone, without a mask: there it moves what the policy trains, such as a
+    LoRA, and a mask over the gradients would be one over the reward's gradient too. `erase` masks.
+
+    Args:
+        config: Settings.
+    """
+
+    name = "ANT"
+
+    def __init__(self, config: ANTConfig | None = None) -> None:
+        self.config = config or ANTConfig()
+
+    def erase(
+        self,
+        policy: DiffusionPolicy,
+        concept: Concept,
+        *,
+        output_dir: str | Path | None = None,
+        resume: bool = False,
+        progress: bool = True,
+    ) -> Erasure:
+        """Trains a copy of the UNet. The policy is not changed: see `Erasure.apply`.
+
+        Args:
+            policy: Whose model is erased; a LoRA counts as part of it.
+            concept: Each update takes some of its phrases.
+            output_dir: Keeps the saliency mask, metrics and checkpoints; None keeps nothing.
+            resume: Go on with an interrupted run in the same folder.
+            progress: Whether progress bars are shown.
+
+        Raises:
+            ValueError: The saliency prompts are another concept's, the maps have nothing in common, or as `descend`.
+        """
+        student = policy.trainee("full")
+        before = {name: value.clone() for name, value in merged_state(student.unet).items()}
+        self.prepare(student, concept)
+        mask = self._mask(student, concept, output_dir, resume=resume, progress=progress)
+        with nullcontext() if mask is None else masked_gradients(student, mask):
+            descend(
+                self, student, concept, self.config.descent,
+                output_dir=output_dir, resume=resume, progress=progress, settings={"ant": self.config},
+            )  # fmt: skip
+        delta = WeightDelta.between(before, student.unet)
+        return Erasure.of(policy, self.name, self.config.settings(), concept, WeightChange(delta))
+
+    def descent(self) -> DescentConfig:
+        """Returns how it trains."""
+        return self.config.descent
+
+    def unet_calls(self) -> UNetCalls:
+        """Returns the calls for a sample: one way to its two steps, and two prompts at each, original and trained.
+
+        The saliency maps, which come before, are not counted; each of their updates takes as many for its one sample.
+        """
+        branches = 2 if self.config.guidance_scale != 1 else 1
+        last = max(self.config.stages(), key=lambda stage: stage.start)
+        way = branches * (last[0] + last[-1]) / 2
+        if self.config.behaviour().uncond_grad:
+            return UNetCalls(forward=way + 4, backward=4)
+        return UNetCalls(forward=way + 6, backward=2)
+
+    def prepare(self, policy: DiffusionPolicy, concept: Concept) -> None:
+        """Checks the concept's words and that there is something to train.
+
+        Raises:
+            ValueError: The tokenizer cuts a text off, or nothing in the policy is trainable.
+        """
+        check_words(policy, concept)
+        if not policy.trainable_parameters():
+            raise ValueError(
+                f"descending ANT's loss for {concept.name!r} needs a policy with trainable weights, got one without; "
+                "load it with lora=LoRAConfig() or train='full'"
+            )
+
+    def parameters(self, policy: DiffusionPolicy) -> list[Parameter]:
+        """Returns everything that the policy trains."""
+        return policy.trainable_parameters()
+
+    def loss(self, policy: DiffusionPolicy, batch: ConceptBatch) -> PerSample:
+        """Returns the loss of each sample, at one step of each stage on one way from noise, with gradient."""
+        cfg = self.config
+        prompts, empty = policy.encode(batch.prompts), policy.encode([""] * len(batch.prompts))
+        kept, reversed_ = cfg.stages()
+        # Other numbers than the seeds themselves, so that one stage's step tells nothing of the other's.
+        others = [~seed for seed in batch.seeds]
+        stops = torch.stack(
+            [random_stops(batch.seeds, kept[0], kept[-1]), random_stops(others, reversed_[0], reversed_[-1])]
+        )
+        guidance = ClassifierFree(cfg.guidance_scale)
+        latents = latents_before_each(policy, prompts, stops, steps=cfg.steps, guidance=guidance, seeds=batch.seeds)
+        timesteps = policy.timesteps(cfg.steps)[stops]
+        return self.total(self.terms(policy, latents, timesteps, prompts, empty))
+
+    def total(self, terms: Terms) -> PerSample:
+        """Returns the weighted sum of the parts."""
+        cfg = self.config
+        keep = terms.keep + cfg.keep_empty_weight * terms.keep_empty
+        return terms.reverse + cfg.reverse_empty_weight * terms.reverse_empty + cfg.keep_weight * keep
+
+    def terms(
+        self,
+        policy: DiffusionPolicy,
+        latents: Float[Tensor, "2 batch 4 h w"],
+        timesteps: Int[Tensor, "2 batch"],
+        prompts: Embeddings,
+        empty: Embeddings,
+    ) -> Terms:
+        """Returns the parts of the loss, with gradient.
+
+        Args:
+            policy: What is trained; its reference is the original model.
+            latents: Noised, first those of the kept steps.
+            timesteps: Of each.
+            prompts: The concept's.
+            empty: As many empty ones.
+        """
+
+        def predictions(*asked: Embeddings) -> list[Float[Tensor, "2 batch 4 h w"]]:
+            count = len(asked)
+            embeddings = torch.cat([each.repeat(2, 1, 1) for each in asked])
+            flat = latents.flatten(0, 1).repeat(count, 1, 1, 1), timesteps.flatten().repeat(count)
+            return list(policy.predict_noise(*flat, embeddings).unflatten(0, (count, *timesteps.shape)))
+
+        with policy.reference():
+            conditional, unconditional = predictions(prompts, empty)
+        if self.config.behaviour().uncond_grad:
+            asked, unasked = predictions(prompts, empty)
+        else:
+            (asked,) = predictions(prompts)
+            with torch.no_grad():
+                (unasked,) = predictions(empty)
+        eta = self.config.negative_guidance
+        targets = torch.stack(
+            [
+                erased_target(conditional[0], unconditional[0], negative_guidance=-eta),
+                erased_target(conditional[1], unconditional[1], negative_guidance=eta),
+            ]
+        )
+        keep, reverse = (asked - targets).square().flatten(2).mean(dim=2)
+        keep_empty, reverse_empty = (unasked - unconditional).square().flatten(2).mean(dim=2)
+        return Terms(keep, keep_empty, reverse, reverse_empty)
+
+    def _mask(
+        self, student: DiffusionPolicy, concept: Concept, output_dir: str | Path | None, *, resume: bool, progress: bool
+    ) -> Mask | None:
+        """Returns the saliency mask, from the run's folder where it is there; None trains everything."""
+        cfg = self.config
+        if output_dir is not None:
+            wanted = TrainingConfig(output_dir=Path(output_dir), iterations=cfg.descent.iterations, resume=resume)
+            check_output_dir(wanted)  # before long work
+        if cfg.saliency is None:
+            return None
+        if not any(prompt.lower() in phrase.lower() for prompt in cfg.saliency.prompts for phrase in concept.phrases):
+            raise ValueError(
+                f"saliency.prompts must be {concept.name!r}'s, one of them part of a phrase that elicits it, got "
+                f"{', '.join(cfg.saliency.prompts)}"
+            )
+        record = json.dumps(
+            cfg.settings() | {"descent": None, "base": weights_hash(student.unet, student.trainable_state())}
+        )
+        path = None if output_dir is None else Path(output_dir) / MASK_FILE
+        if resume and path is not None and path.is_file():
+            return read_mask(path, record)
+        mask = saliency_mask(student, self.loss, cfg.saliency, keep=cfg.behaviour().mask_keep, progress=progress)
+        if path is not None and os.environ.get("RANK", "0") == "0":
+            write_mask(path, mask, record)
+        return mask
+
+
+@torch.no_grad()
+def latents_before_each(
+    policy: DiffusionPolicy,
+    embeddings: Embeddings,
+    stops: Int[Tensor, "stops batch"],
+    *,
+    steps: int,
+    guidance: Guidance,
+    seeds: Sequence[int],
+) -> Float[Tensor, "stops batch 4 h w"]:
+    """Denoises every sample up to its own last step and returns what it was before each of its steps.
+
+    Arguments as in `erasure.rollout.latents_before`, with several stops for a sample.
+    """
+    latents: Latents = policy.sample(embeddings, steps=steps, seeds=seeds, until=0)
+    stops = stops.to(latents.device)
+    last = stops.amax(dim=0)
+    passed = torch.stack([latents] * len(stops))
+    for step in range(int(last.max())):
+        if policy.safeguard is None:
+            going = last > step
+            latents[going] = policy.denoise(
+                latents[going], embeddings[going], step=step, steps=steps, guidance=guidance
+            )
+        else:  # one that remembers the way needs all samples at every step
+            latents = policy.denoise(latents, embeddings, step=step, steps=steps, guidance=guidance)
+        passed = torch.where((stops > step)[..., None, None, None], latents, passed)
+    return passed

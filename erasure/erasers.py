@@ -1,0 +1,192 @@
+"""Erasers: small networks beside a UNet's cross-attentions, as a change that can be kept, carried and applied."""
+
+import json
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from policy import DiffusionPolicy
+from policy.added import add_networks, added_networks, remove_networks
+from policy.parts import Pipeline, UNet
+from policy.weights import base_parameters
+
+from .attention_maps import cross_attentions
+from .changes import weights_hash
+
+TENSOR_FILE = "erasers.safetensors"
+RECORD_FILE = "erasers.json"
+RECORD_FORMAT = "overpaint.Erasers/1"
+
+
+class Eraser(nn.Module):
+    """Adds `up(GELU(down(x)))` to what a cross-attention gives; nothing at all before it is trained.
+
+    Args:
+        width: Channels of the layer.
+        rank: Channels in between.
+    """
+
+    def __init__(self, width: int, rank: int) -> None:
+        super().__init__()
+        self.down = nn.Linear(width, rank)
+        self.up = nn.Linear(rank, width)
+        nn.init.zeros_(self.up.weight)
+        nn.init.zeros_(self.up.bias)
+
+    def forward(self, output: Float[Tensor, "batch pixels width"]) -> Float[Tensor, "batch pixels width"]:
+        """Returns what is added."""
+        return self.up(nn.functional.gelu(self.down(output)))
+
+
+def fresh_erasers(unet: nn.Module, rank: int, seed: int) -> dict[str, Eraser]:
+    """Returns an eraser for every cross-attention, by its name; the random half follows from the seed."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return {name: Eraser(_width(layer), rank) for name, layer in cross_attentions(unet).items()}
+
+
+def check_free(unet: nn.Module) -> None:
+    """Checks that nothing was added to a UNet yet.
+
+    Raises:
+        ValueError: Something was.
+    """
+    if added := added_networks(unet):
+        raise ValueError(
+            f"erasers must be the first networks that are added to a UNet, and this one has {len(added)}; to erase a "
+            "second concept with erasers, erase both at once, as one concept with the phrases of both"
+        )
+
+
+@contextmanager
+def recorded_erasers(unet: nn.Module) -> Generator[dict[str, Tensor]]:
+    """Within the `with` block, keeps what the erasers gave in the last call of the UNet, by their layers' names."""
+    record: dict[str, Tensor] = {}
+
+    def keeping(name: str) -> Any:
+        def keep(module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
+            record[name] = output
+
+        return keep
+
+    erasers = added_networks(unet)
+    hooks = [network.register_forward_hook(keeping(name)) for name, network in erasers.items()]
+    try:
+        yield record
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+@dataclass(frozen=True)
+class AddedNetworks:
+    """Erasers beside a UNet's cross-attentions. The UNet's own weights stay as they are."""
+
+    tensors: dict[str, Tensor]
+    """Weights of the erasers, by their names in the UNet without `added`; float32, on the CPU."""
+
+    kind: ClassVar[str] = "erasers"
+
+    @classmethod
+    def of(cls, unet: nn.Module) -> "AddedNetworks":
+        """Returns a copy of the erasers that a UNet has."""
+        return cls(
+            {
+                f"{layer}.{name}": value.detach().float().cpu().clone()
+                for layer, eraser in added_networks(unet).items()
+                for name, value in eraser.state_dict().items()
+            }
+        )
+
+    def apply(self, policy: DiffusionPolicy) -> None:
+        """Adds the erasers, frozen; from then on they are part of the policy's reference. A LoRA stays on top."""
+        add_networks(policy.unet, self._networks(policy.unet))
+
+    def apply_to_pipeline(self, pipeline: Pipeline) -> None:
+        """Adds the erasers. A folder that the pipeline is saved in is without them."""
+        add_networks(pipeline.unet, self._networks(pipeline.unet))
+
+    @contextmanager
+    def applied(self, policy: DiffusionPolicy) -> Generator[None]:
+        """Adds the erasers and takes them off again."""
+        self.apply(policy)
+        try:
+            yield
+        finally:
+            remove_networks(policy.unet)
+
+    def base(self, unet: nn.Module) -> str:
+        """Returns the hash of the cross-attentions that the erasers read."""
+        layers = tuple(f"{layer}." for layer in self._layers())
+        return weights_hash(unet, [name for name in base_parameters(unet) if name.startswith(layers)])
+
+    def save(self, folder: Path) -> None:
+        """Writes the weights as safetensors, and their names and shapes as JSON."""
+        from safetensors.torch import save_file
+
+        save_file({name: value.contiguous() for name, value in self.tensors.items()}, folder / TENSOR_FILE)
+        record = {"format": RECORD_FORMAT, "parameters": _shapes(self.tensors)}
+        (folder / RECORD_FILE).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, folder: Path) -> "AddedNetworks":
+        """Reads what `save` wrote.
+
+        Raises:
+            ValueError: The folder holds no erasers, or its two files disagree.
+        """
+        from safetensors.torch import load_file
+
+        for name in (TENSOR_FILE, RECORD_FILE):
+            if not (folder / name).is_file():
+                raise ValueError(f"a folder of erasers must hold {name}, and {folder} does not")
+        record = json.loads((folder / RECORD_FILE).read_text(encoding="utf-8"))
+        if record.get("format") != RECORD_FORMAT:
+            raise ValueError(f"{RECORD_FILE} must be of format {RECORD_FORMAT!r}, got {record.get('format')!r}")
+        tensors = load_file(folder / TENSOR_FILE)
+        if _shapes(tensors) != record["parameters"]:
+            raise ValueError(f"{TENSOR_FILE} must hold the parameters that {RECORD_FILE} lists, in {folder}")
+        return cls(tensors)
+
+    def _layers(self) -> list[str]:
+        return sorted({name.rsplit(".", 2)[0] for name in self.tensors})
+
+    def _networks(self, unet: UNet) -> dict[str, nn.Module]:
+        """Returns the erasers, on the UNet's device and in its precision.
+
+        Raises:
+            ValueError: They do not fit the UNet, or it has some already.
+        """
+        check_free(unet)
+        found = cross_attentions(unet)
+        networks: dict[str, nn.Module] = {}
+        for name in self._layers():
+            if name not in found:
+                raise ValueError(f"the UNet must have every cross-attention that an eraser is for, and lacks {name!r}")
+            prefix = f"{name}."
+            # Copied, so that training the model's erasers would not change the erasure.
+            state = {key.removeprefix(prefix): v.clone() for key, v in self.tensors.items() if key.startswith(prefix)}
+            rank, width = state["down.weight"].shape
+            if width != _width(found[name]):
+                raise ValueError(f"{name!r} must have the eraser's {width} channels, got {_width(found[name])}")
+            with torch.device("meta"):
+                eraser = Eraser(width, rank)
+            eraser.load_state_dict(state, assign=True)
+            weight = unet.conv_in.weight
+            networks[name] = eraser.to(device=weight.device, dtype=weight.dtype).requires_grad_(False).eval()
+        return networks
+
+
+def _width(layer: Any) -> int:
+    """Returns the channels of what a cross-attention gives."""
+    return layer.to_out[0].out_features
+
+
+def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, list[int]]:
+    return {name: list(tensor.shape) for name, tensor in sorted(tensors.items())}

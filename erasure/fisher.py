@@ -1,0 +1,341 @@
+"""Fisher information: how much each weight matters for pictures that must stay as they are.
+
+Source: Heng and Soh (2023), https://arxiv.org/abs/2305.10120, after elastic weight consolidation (Kirkpatrick et al.
+2017, https://arxiv.org/abs/1612.00796). For each picture the denoising losses of all timesteps are summed, the gradient
+of the sum is squared, and the squares are averaged over the pictures. How it is estimated from a few timesteps is ours:
+see `FisherConfig.timesteps` and docs/erasure.md.
+"""
+
+import hashlib
+import json
+import math
+import os
+import platform
+import random
+from collections.abc import Generator, Iterable, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from policy import DiffusionPolicy
+from policy.noise import draw_noise
+from policy.types import Embeddings, Latents
+from policy.weights import ADAPTER, base_parameters, plain_name
+from training import require
+
+SAVE_EVERY = 25
+"""Pictures between two saves; what an interruption can cost."""
+
+TENSOR_FILE = "fisher.safetensors"
+RECORD_FILE = "fisher.json"
+RECORD_FORMAT = "overpaint.Fisher/1"
+
+
+@dataclass(frozen=True, kw_only=True)
+class FisherConfig:
+    """How Fisher information is computed; as the authors did by default, which takes 5 million gradients."""
+
+    images: int = 5000
+    """Pictures that the squares are averaged over."""
+
+    timesteps: int | None = None
+    """Timesteps of each picture: None sums over all N of training, 1000 for Stable Diffusion. A number n takes n of
+    them at random, and what it gives is on the scale of all N, so that a penalty's weight means the same. The gradient
+    of the sum is estimated as N/n times that of the n; its square is too large by the variance of that. So the squares
+    tell the weights of a tensor from each other, and the tensor's total is corrected by what differs between parts of
+    the n."""
+
+    chunk: int = 50
+    """Most timesteps that go through the UNet at a time."""
+
+    def __post_init__(self) -> None:
+        """Checks every field.
+
+        Raises:
+            ValueError: A field breaks its rule.
+        """
+        require("FisherConfig", self.images >= 1, "images", "be at least 1", self.images)
+        enough = self.timesteps is None or self.timesteps >= 2
+        require("FisherConfig", enough, "timesteps", "be None or at least 2", self.timesteps)
+        require("FisherConfig", self.chunk >= 1, "chunk", "be at least 1", self.chunk)
+
+
+class Sums(NamedTuple):
+    """What is added up over pictures."""
+
+    squares: dict[str, Tensor]
+    """Of each weight: squared gradients, scaled to all timesteps."""
+
+    plain: Float[Tensor, " tensors"]
+    """Of each tensor: the sum of its squares."""
+
+    unbiased: Float[Tensor, " tensors"]
+    """Of each tensor: the same, less what the draw of the timesteps adds on average."""
+
+    @classmethod
+    def zeros(cls, weights: Mapping[str, Tensor]) -> "Sums":
+        """Returns the sums over no picture."""
+        squares = {name: torch.zeros_like(value, dtype=torch.float32) for name, value in weights.items()}
+        scalars = (torch.zeros(len(weights), dtype=torch.float64) for _ in range(2))
+        return cls(squares, *scalars)
+
+    def add(self, weights: Sequence[Tensor], losses: Generator[Float[Tensor, " part"]], of: int) -> None:
+        """Adds a picture.
+
+        Args:
+            weights: In the order of the sums.
+            losses: Those of its timesteps, part by part, with gradient; at least two parts unless all are there.
+            of: How many timesteps there are.
+        """
+        totals = [torch.zeros_like(value) for value in self.squares.values()]
+        between = torch.zeros_like(self.plain)
+        parts = taken = 0
+        for part in losses:
+            gradients = torch.autograd.grad(part, weights, torch.ones_like(part), materialize_grads=True)
+            for total, gradient in zip(totals, gradients, strict=True):
+                total += gradient
+            between += norms(gradients) / len(part)
+            taken, parts = taken + len(part), parts + 1
+        plain = norms(totals)
+        for square, total in zip(self.squares.values(), totals, strict=True):
+            square += (of / taken * total).square()
+        self.plain.add_(plain * (of / taken) ** 2)
+        self.unbiased.add_(plain * (of / taken) ** 2)
+        if taken < of:
+            # Sampling without replacement: the mean of n has variance s² (1/n - 1/N), and s² is estimated from what
+            # differs between random parts of the n.
+            variance = (between - plain / taken) / (parts - 1)
+            self.unbiased.sub_(of**2 * variance * (1 / taken - 1 / of))
+
+    def information(self, images: int, share: float) -> dict[str, Tensor]:
+        """Returns the means, each tensor's scaled to its unbiased total.
+
+        Args:
+            images: How many were added.
+            share: The timesteps that were taken, as a share of all. The correction lies between it, where gradients of
+                different timesteps have nothing in common, and 1, where they are the same.
+        """
+        factors = (self.unbiased / self.plain).nan_to_num(1.0).clamp(share, 1.0).tolist()
+        pairs = zip(self.squares.items(), factors, strict=True)
+        return {name: square * (factor / images) for (name, square), factor in pairs}
+
+
+def fisher_information(
+    policy: DiffusionPolicy,
+    latents: Latents,
+    prompts: Sequence[str],
+    config: FisherConfig,
+    *,
+    seed: int = 0,
+    folder: Path | None = None,
+    progress: bool = True,
+) -> dict[str, Tensor]:
+    """Returns the diagonal of the Fisher information of a policy's reference, on the policy's device.
+
+    It is over `watched_weights`, and takes the memory of two more copies of these while it is computed, of one when it
+    is done. Under several processes each computes all of it: let one of them fill the folder first.
+
+    Args:
+        policy: What trains; the weights are as training began.
+        latents: Clean latents of pictures that must stay as they are.
+        prompts: What each shows.
+        config: How; `images` is not looked at.
+        seed: Of noise and timesteps.
+        folder: Keeps it, unfinished too; None keeps nothing.
+        progress: Whether a progress bar is shown.
+
+    Raises:
+        ValueError: There are fewer timesteps than asked for, as many prompts as latents there are not, or the folder
+            holds other information.
+    """
+    count, of = len(latents), len(policy.alphas)
+    taken = of if config.timesteps is None else config.timesteps
+    if taken > of:
+        raise ValueError(f"FisherConfig.timesteps must be at most the {of} of training, got {taken}")
+    if len(prompts) != count:
+        raise ValueError(f"prompts must be one for each of {count} latents, got {len(prompts)}")
+    weights = watched_weights(policy)
+    watched, sums, done = list(weights.values()), Sums.zeros(weights), 0
+    if folder is not None:
+        _claim(folder, _record(policy, latents, prompts, config, seed))
+        sums, done = _read(folder, sums)
+    parts = max(math.ceil(taken / config.chunk), 1 if taken == of else 2)
+    with (
+        at_reference(policy, watched),
+        tqdm(total=count, initial=done, desc="Fisher information", unit="picture", disable=not progress) as bar,
+    ):
+        for index in range(done, count):
+            choice = random.Random(f"Fisher {index} of {seed}")
+            timesteps = torch.tensor(choice.sample(range(of), taken))
+            noise = torch.Generator().manual_seed(choice.randrange(2**31))
+            clean = latents[index : index + 1].to(policy.device)
+            losses = _losses(policy, clean, policy.encode(prompts[index : index + 1]), timesteps, parts, noise)
+            sums.add(watched, losses, of)
+            if folder is not None and ((index + 1) % SAVE_EVERY == 0 or index + 1 == count):
+                _write(folder, sums, index + 1)
+            bar.update()
+    return sums.information(count, taken / of)
+
+
+def _losses(
+    policy: DiffusionPolicy,
+    clean: Latents,
+    embedding: Embeddings,
+    timesteps: Int[Tensor, " taken"],
+    parts: int,
+    generator: torch.Generator,
+) -> Generator[Float[Tensor, " part"]]:
+    """Yields the losses of one picture's timesteps, part by part, each timestep with a noise of its own."""
+    height, width = clean.shape[-2:]
+    for part in timesteps.tensor_split(parts):
+        noise = draw_noise([generator] * len(part), height=height, width=width, device=clean.device)
+        yield noise_errors(
+            policy, clean.expand_as(noise), noise, part.to(clean.device), embedding.expand(len(part), -1, -1)
+        )
+
+
+def noise_errors(
+    policy: DiffusionPolicy,
+    clean: Latents,
+    noise: Latents,
+    timesteps: Int[Tensor, " batch"],
+    embeddings: Embeddings,
+) -> Float[Tensor, " batch"]:
+    """Returns the mean of (ε - ε(x_t, t, c))² over the elements of each sample, in squared units of the noise."""
+    prediction = policy.predict_noise(policy.add_noise(clean, noise, timesteps), timesteps, embeddings)
+    return (noise - prediction).square().flatten(1).mean(dim=1)
+
+
+def norms(tensors: Sequence[Tensor]) -> Float[Tensor, " tensors"]:
+    """Returns the squared norm of each tensor, in float64 on the CPU."""
+    return torch.stack([tensor.float().square().sum(dtype=torch.float64) for tensor in tensors]).cpu()
+
+
+def watched_weights(policy: DiffusionPolicy) -> dict[str, nn.Parameter]:
+    """Returns the weights whose change is penalised, by name: those that train, or the UNet's own beneath a LoRA."""
+    if policy.lora is None:
+        return dict(zip(policy.trainable_state(), policy.trainable_parameters(), strict=True))
+    own = base_parameters(policy.unet)
+    return {f"{name}.weight": own[f"{name}.weight"] for name in _lora_layers(policy)}
+
+
+def start_of(policy: DiffusionPolicy) -> dict[str, Tensor]:
+    """Returns the watched weights as training began; none with a LoRA, whose change starts at zero."""
+    if policy.lora is not None:
+        return {}
+    with policy.reference():
+        return {name: value.data for name, value in watched_weights(policy).items()}
+
+
+def changes(policy: DiffusionPolicy, start: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Returns by how much each watched weight has changed, with gradient to what trains.
+
+    Args:
+        policy: What trains.
+        start: From `start_of`.
+    """
+    if policy.lora is None:
+        return {name: value - start[name] for name, value in watched_weights(policy).items()}
+    with torch.autocast(policy.device.type, enabled=False):
+        return {f"{name}.weight": layer.get_delta_weight(ADAPTER) for name, layer in _lora_layers(policy).items()}
+
+
+@contextmanager
+def at_reference(policy: DiffusionPolicy, weights: Sequence[nn.Parameter]) -> Generator[None]:
+    """Puts the reference in place and lets the weights have gradients."""
+    before = [weight.requires_grad for weight in weights]
+    with policy.reference():
+        for weight in weights:
+            weight.requires_grad_(True)
+        try:
+            with torch.enable_grad():
+                yield
+        finally:
+            for weight, had in zip(weights, before, strict=True):
+                weight.requires_grad_(had)
+
+
+def _lora_layers(policy: DiffusionPolicy) -> dict[str, Any]:
+    """Returns the layers that have a LoRA, by their plain names."""
+    from peft.tuners.lora import LoraLayer
+
+    return {plain_name(name): layer for name, layer in policy.unet.named_modules() if isinstance(layer, LoraLayer)}
+
+
+def _record(
+    policy: DiffusionPolicy, latents: Latents, prompts: Sequence[str], config: FisherConfig, seed: int
+) -> dict[str, Any]:
+    """Returns what the information is of: the model, what of it is watched, the pictures, and the settings."""
+    with policy.reference():
+        values = dict(base_parameters(policy.unet)) | watched_weights(policy)
+        model = _digest(values[name] for name in sorted(values))
+    return {
+        "format": RECORD_FORMAT,
+        "model": model,
+        "weights": sorted(watched_weights(policy)),
+        "pictures": _digest([latents]),
+        "prompts": list(prompts),
+        "timesteps": config.timesteps,
+        "chunk": config.chunk,
+        "seed": seed,
+    }
+
+
+def _digest(tensors: Iterable[Tensor]) -> str:
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        digest.update(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _claim(folder: Path, record: dict[str, Any]) -> None:
+    """Writes the record, or checks that the one that is there says the same.
+
+    Raises:
+        ValueError: It does not.
+    """
+    path = folder / RECORD_FILE
+    if path.is_file():
+        there = json.loads(path.read_text(encoding="utf-8"))
+        if differing := sorted(key for key in there.keys() | record.keys() if there.get(key) != record.get(key)):
+            raise ValueError(
+                f"folder must be new or hold the same Fisher information, got {str(folder)!r}, whose {RECORD_FILE} "
+                f"has other {' and other '.join(differing)}"
+            )
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    partial = _beside(path)
+    partial.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    partial.replace(path)
+
+
+def _write(folder: Path, sums: Sums, done: int) -> None:
+    """Writes the sums over the pictures done so far, all at once or not at all."""
+    tensors = {f"squares/{name}": value.cpu() for name, value in sums.squares.items()}
+    tensors |= {"plain": sums.plain, "unbiased": sums.unbiased, "done": torch.tensor(done)}
+    partial = _beside(folder / TENSOR_FILE)
+    save_file(tensors, partial)
+    partial.replace(folder / TENSOR_FILE)
+
+
+def _read(folder: Path, sums: Sums) -> tuple[Sums, int]:
+    """Returns what `_write` wrote and how many pictures are in it; the given sums and 0 where it wrote nothing."""
+    path = folder / TENSOR_FILE
+    if not path.is_file():
+        return sums, 0
+    there = load_file(path)
+    squares = {name: there[f"squares/{name}"].to(value.device) for name, value in sums.squares.items()}
+    return Sums(squares, there["plain"], there["unbiased"]), int(there["done"])
+
+
+def _beside(path: Path) -> Path:
+    """Returns the name to write a file under before it takes its own; no two processes have the same."""
+    return path.with_name(f".{path.name}.{platform.node()}-{os.getpid()}.partial")

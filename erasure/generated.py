@@ -1,0 +1,161 @@
+"""Latents that a policy draws before training starts, as training data that nobody has to bring along.
+
+Drawing a thousand of them takes longer than some of the trainings do, so a folder keeps them, some to a file, and a
+drawing that was interrupted goes on where it stopped.
+"""
+
+import hashlib
+import json
+import os
+import platform
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from tqdm import tqdm
+
+from policy import ClassifierFree, DiffusionPolicy
+from policy.prompts import check_prompts
+from policy.types import Latents
+
+SHARD = 32
+"""Latents in a file; what an interruption can cost."""
+
+RECORD_FILE = "generated.json"
+RECORD_FORMAT = "overpaint.Generated/1"
+
+
+def generated_latents(
+    policy: DiffusionPolicy,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    *,
+    steps: int,
+    guidance: ClassifierFree,
+    eta: float = 0.0,
+    batch_size: int = 16,
+    folder: Path | None = None,
+    progress: bool = True,
+) -> Latents:
+    """Draws a clean latent for each prompt, as `policy.decode` and `policy.denoising_loss` take them; on the CPU.
+
+    A latent follows from its prompt and seed, up to the rounding that the batch size brings. Under several processes
+    with one folder each begins at another file and reads those that the others have written.
+
+    Args:
+        policy: What draws, as it is.
+        prompts: One for each latent.
+        seeds: One for each latent.
+        steps: Denoising steps.
+        guidance: A negative prompt must be the same for all.
+        eta: Share of the noise of ancestral sampling, in [0, 1].
+        batch_size: Drawn at a time.
+        folder: Keeps them; None keeps nothing.
+        progress: Whether a progress bar is shown.
+
+    Raises:
+        ValueError: The arguments do not fit each other, or the folder holds what was asked for otherwise.
+    """
+    prompts, seeds = check_prompts(prompts), list(seeds)
+    if len(seeds) != len(prompts):
+        raise ValueError(f"seeds must be one for each of {len(prompts)} prompts, got {len(seeds)}")
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+    if guidance.negative is not None and len(guidance.negative) != 1:
+        raise ValueError(f"guidance must have one negative prompt for all, got {len(guidance.negative)}")
+    if folder is not None:
+        _claim(folder, _record(policy, prompts, seeds, steps=steps, guidance=guidance, eta=eta))
+
+    rank = int(os.environ.get("RANK", "0"))
+    starts = list(range(0, len(prompts), SHARD))
+    begin = rank * len(starts) // int(os.environ.get("WORLD_SIZE", "1"))
+    shards: dict[int, Latents] = {}
+    with tqdm(total=len(prompts), desc="drawing", unit="latent", disable=not progress or rank > 0) as bar:
+        for start in starts[begin:] + starts[:begin]:
+            of = slice(start, min(start + SHARD, len(prompts)))
+            path = None if folder is None else folder / f"latents-{start:06d}.safetensors"
+            latents = None if path is None else _read(path, of.stop - start)
+            if latents is None:
+                parts = [slice(first, min(first + batch_size, of.stop)) for first in range(start, of.stop, batch_size)]
+                drawn = [
+                    policy.sample(
+                        policy.encode(prompts[part]), steps=steps, guidance=guidance, eta=eta, seeds=seeds[part]
+                    ).cpu()
+                    for part in parts
+                ]
+                latents = torch.cat(drawn)
+                if not latents.isfinite().all():
+                    raise ValueError(f"policy must draw finite latents, got others among samples {start} to {of.stop}")
+                if path is not None:
+                    partial = _beside(path)
+                    save_file({"latents": latents}, partial)
+                    partial.replace(path)
+            shards[start] = latents
+            bar.update(len(latents))
+    return torch.cat([shards[start] for start in starts])
+
+
+def _record(
+    policy: DiffusionPolicy,
+    prompts: list[str],
+    seeds: list[int],
+    *,
+    steps: int,
+    guidance: ClassifierFree,
+    eta: float,
+) -> dict[str, Any]:
+    """Returns what was asked for, the weights that draw included."""
+    digest = hashlib.sha256()
+    for name, value in sorted(policy.unet.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    negative = None if guidance.negative is None else policy.prompts.texts(guidance.negative)[0]
+    return {
+        "format": RECORD_FORMAT,
+        "unet": digest.hexdigest(),
+        "safeguard": None if policy.safeguard is None else repr(policy.safeguard),
+        "steps": steps,
+        "guidance_scale": guidance.scale,
+        "negative": negative,
+        "eta": eta,
+        "seeds": seeds,
+        "prompts": prompts,
+    }
+
+
+def _claim(folder: Path, record: dict[str, Any]) -> None:
+    """Writes the record, or checks that the one that is there says the same.
+
+    Raises:
+        ValueError: It does not.
+    """
+    path = folder / RECORD_FILE
+    if path.is_file():
+        there = json.loads(path.read_text(encoding="utf-8"))
+        if differing := sorted(key for key in there.keys() | record.keys() if there.get(key) != record.get(key)):
+            raise ValueError(
+                f"folder must be new or hold the same latents, got {str(folder)!r}, whose {RECORD_FILE} has another "
+                f"{' and another '.join(differing)}"
+            )
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    partial = _beside(path)
+    partial.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    partial.replace(path)
+
+
+def _read(path: Path, count: int) -> Latents | None:
+    """Returns the latents of a file, or None where there is none or it is torn."""
+    try:
+        latents = load_file(path)["latents"]
+    except (OSError, KeyError, SafetensorError):
+        return None
+    return latents if len(latents) == count else None
+
+
+def _beside(path: Path) -> Path:
+    """Returns the name to write a file under before it takes its own; no two processes have the same."""
+    return path.with_name(f".{path.name}.{platform.node()}-{os.getpid()}.partial")

@@ -1,0 +1,88 @@
+"""Phrases within prompts: which tokens of a prompt are a phrase, and which phrases hold others."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Bool
+from torch import Tensor
+
+from policy import DiffusionPolicy
+
+SLOT = "{}"
+"""Where a phrase stands in a template."""
+
+
+class Placed(NamedTuple):
+    """A phrase within a text."""
+
+    text: str
+    """The text, with the phrase."""
+
+    first: int
+    """Position of the phrase's first token, counted from the start token."""
+
+    end: int
+    """Position behind its last; equal to `first` for a blank phrase."""
+
+    last: int
+    """Position of the text's end token, from which on there is nothing but padding."""
+
+
+def placed(policy: DiffusionPolicy, template: str, phrase: str) -> Placed:
+    """Puts a phrase into a template.
+
+    Raises:
+        ValueError: The template has not exactly one slot, the tokenizer takes the phrase for something else beside its
+            neighbours, or it cuts the text off.
+    """
+    if template.count(SLOT) != 1:
+        raise ValueError(f"a template must hold {SLOT} once, got {template!r}")
+    head, tail = (token_ids(policy, part) for part in template.split(SLOT))
+    body, text = token_ids(policy, phrase), template.replace(SLOT, phrase)
+    whole = token_ids(policy, text)
+    if whole != head + body + tail:
+        raise ValueError(f"a phrase must keep its tokens within a template, and {phrase!r} does not in {template!r}")
+    room = positions(policy)
+    if len(whole) + 2 > room:
+        raise ValueError(
+            f"a template with its phrase must have at most {room} tokens, got {len(whole) + 2} in {text!r}"
+        )
+    return Placed(text, first=1 + len(head), end=1 + len(head) + len(body), last=1 + len(whole))
+
+
+def token_ids(policy: DiffusionPolicy, text: str) -> list[int]:
+    """Returns the tokens of a text without those of its start and end, however many they are."""
+    return policy.tokenizer(text, truncation=False, verbose=False)["input_ids"][1:-1]
+
+
+def positions(policy: DiffusionPolicy) -> int:
+    """Returns how many tokens the text encoder reads."""
+    return min(policy.tokenizer.model_max_length, policy.text_encoder.config.max_position_embeddings)
+
+
+def phrase_tokens(policy: DiffusionPolicy, prompts: Sequence[Placed]) -> Bool[Tensor, "batch tokens"]:
+    """Tells which tokens are those of the phrase."""
+    tokens = torch.zeros(len(prompts), positions(policy), dtype=torch.bool)
+    for row, prompt in zip(tokens, prompts, strict=True):
+        row[prompt.first : prompt.end] = True
+    return tokens.to(policy.device)
+
+
+def holds(text: str, phrase: str) -> bool:
+    """Tells whether a text has a phrase as whole words."""
+    return f" {phrase.strip().lower()} " in f" {text.lower()} "
+
+
+def template_of(phrase: str, text: str) -> str:
+    """Returns a text that holds a phrase, with a slot in the place of its first occurrence."""
+    start = f" {text.lower()} ".index(f" {phrase.strip().lower()} ")
+    return text[:start] + SLOT + text[start + len(phrase.strip()) :]
+
+
+def own_phrases(phrases: Sequence[str]) -> dict[str, list[str]]:
+    """Returns the phrases that hold no other, each with the templates that those give which hold it."""
+    alone = [phrase for phrase in phrases if not any(other != phrase and holds(phrase, other) for other in phrases)]
+    return {
+        own: [template_of(own, phrase) for phrase in phrases if phrase != own and holds(phrase, own)] for own in alone
+    }

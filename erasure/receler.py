@@ -1,0 +1,313 @@
+"""Receler: small erasers beside the cross-attentions learn to take a concept away, against words made to bring it back.
+
+With ε* the original model, x_t on the way to a picture of the concept c, drawn with the erasers as they are:
+
+    target = ε*(x_t, ∅) - η (ε*(x_t, c) - ε*(x_t, ∅))
+    loss = mean (ε(x_t, c_adv) - target)² + 0.1 · regularisation
+    regularisation = mean over layers of  sum over pixels of mean over channels of (e (1 - M))² / sum of (1 - M)
+
+e is what a layer's eraser adds, M where the original model attends to the concept's words. c_adv is the concept with
+soft tokens behind its words, which some steps of Adam have moved to bring ε*(x_t, c) back.
+
+Source: Huang et al. (2023), https://arxiv.org/abs/2311.17717, written from its equations. The authors' code is
+jasper0314-huang/Receler (MIT), commit 3ccedc9. See docs/erasure.md for each departure.
+"""
+
+import math
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Literal
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+from torch.nn import Parameter
+
+from policy import ClassifierFree, DiffusionPolicy
+from policy.added import add_networks, remove_networks
+from policy.types import Embeddings, Latents, PerSample
+
+from .attention_maps import concept_map, layer_shape, recorded_attention, words_of
+from .concept import Concept, check_words
+from .descend import DescentConfig, descend
+from .erased import Erasure
+from .erasers import AddedNetworks, check_free, fresh_erasers, recorded_erasers
+from .esd import erased_target
+from .estimate import UNetCalls
+from .phrases import own_phrases
+from .protocols import ConceptBatch
+from .rollout import latents_before, random_stops
+
+SoftTokens = Float[Tensor, "batch count dim"]
+"""Embeddings that are no word's, some for each prompt; float32."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecelerConfig:
+    """Settings of Receler; those of the authors' code by default, with soft tokens that work."""
+
+    rank: int = 128
+    """Channels inside an eraser."""
+
+    negative_guidance: float = 1.0
+    """How far the prediction is led away from the concept (η)."""
+
+    regularization: float = 0.1
+    """Factor of what the erasers add outside of the concept."""
+
+    mask_threshold: float = 0.1
+    """Attention to the concept's words, of the picture's highest, from which on a pixel belongs to the concept."""
+
+    mask_side: int = 16
+    """Which cross-attentions tell: the smallest with at least this many pixels along a side, or the largest of all."""
+
+    variant: Literal["paper", "released"] = "paper"
+    """``paper`` writes soft tokens into the prompt, ``released`` leaves the prompt as it is: in the released code they
+    never reach the network."""
+
+    tokens: int = 16
+    """Soft tokens behind the concept's words; as many of them as the text encoder's context has room for."""
+
+    inner_steps: int = 50
+    """Calls of the network for each update. The soft tokens move after all but the last, which the erasers learn from.
+    Only in the variant ``paper``."""
+
+    token_learning_rate: float = 0.1
+    """Of the Adam that moves the soft tokens."""
+
+    token_weight_decay: float = 0.1
+    """Of that Adam; it is added to the gradient, not decoupled from it."""
+
+    steps: int = 50
+    """Denoising steps of a whole image (DDIM); each is as likely to be trained on as any other."""
+
+    guidance_scale: float = 3.0
+    """Classifier-free guidance of the rollout that leads to a noised latent."""
+
+    descent: DescentConfig = field(default_factory=lambda: DescentConfig(iterations=500, learning_rate=3e-4))
+    """How the loss is descended."""
+
+    def __post_init__(self) -> None:
+        if self.variant not in ("paper", "released"):
+            raise ValueError(f"RecelerConfig.variant must be 'paper' or 'released', got {self.variant!r}")
+        for name in ("rank", "mask_side", "tokens", "inner_steps", "steps"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"RecelerConfig.{name} must be at least 1, got {getattr(self, name)}")
+        for name in ("negative_guidance", "token_learning_rate"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"RecelerConfig.{name} must be positive and finite, got {getattr(self, name)}")
+        for name in ("regularization", "token_weight_decay", "guidance_scale"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"RecelerConfig.{name} must be finite and at least 0, got {getattr(self, name)}")
+        if not 0 <= self.mask_threshold <= 1:
+            raise ValueError(f"RecelerConfig.mask_threshold must be from 0 to 1, got {self.mask_threshold}")
+
+    @classmethod
+    def tiny_world(cls) -> "RecelerConfig":
+        """Returns settings for `erasure.STRIPES` on the tiny world's model, found by trying."""
+        descent = DescentConfig(iterations=90, learning_rate=1e-3, batch_size=4)
+        return cls(rank=32, inner_steps=3, steps=10, descent=descent)
+
+
+class Receler:
+    """Erases a concept with erasers beside the UNet's cross-attentions; the UNet itself stays as it is.
+
+    As an objective it takes a policy with whatever trained: erasers (see `student`), or a LoRA or a parameter set of a
+    model that has or has not been erased with erasers. Where there are no erasers, there is no regularisation.
+
+    Args:
+        config: Settings.
+    """
+
+    name = "Receler"
+
+    def __init__(self, config: RecelerConfig | None = None) -> None:
+        self.config = config or RecelerConfig()
+
+    def erase(
+        self,
+        policy: DiffusionPolicy,
+        concept: Concept,
+        *,
+        output_dir: str | Path | None = None,
+        resume: bool = False,
+        progress: bool = True,
+    ) -> Erasure:
+        """Trains erasers beside a copy of the UNet. The policy is not changed: see `Erasure.apply`.
+
+        Args:
+            policy: Whose model is erased; a LoRA counts as part of it.
+            concept: Each update takes some of its phrases that hold no other: what a longer one says besides, as the
+                star of "a striped red star", would be erased with it.
+            output_dir: Keeps metrics and checkpoints; None keeps nothing.
+            resume: Go on with an interrupted run in the same folder.
+            progress: Whether a progress bar is shown.
+
+        Raises:
+            ValueError: The policy has erasers already; or as `descend`.
+        """
+        student = self.student(policy)
+        descend(
+            self, student, replace(concept, phrases=tuple(own_phrases(concept.phrases))), self.config.descent,
+            output_dir=output_dir, resume=resume, progress=progress, settings={"receler": self.config},
+        )  # fmt: skip
+        return Erasure.of(policy, self.name, asdict(self.config), concept, AddedNetworks.of(student.unet))
+
+    def student(self, policy: DiffusionPolicy) -> DiffusionPolicy:
+        """Returns a policy that draws the same, with fresh erasers beside a UNet of its own; they are what it trains.
+
+        Its reference is the original model, as fresh erasers add zero.
+
+        Raises:
+            ValueError: The policy has erasers already.
+        """
+        check_free(policy.unet)
+        # The trainee copies what the UNet has, so the erasers are put there for that long.
+        add_networks(policy.unet, fresh_erasers(policy.unet, self.config.rank, self.config.descent.seed))
+        try:
+            return policy.trainee("added")
+        finally:
+            remove_networks(policy.unet)
+
+    def descent(self) -> DescentConfig:
+        """Returns how it trains."""
+        return self.config.descent
+
+    def unet_calls(self) -> UNetCalls:
+        """Returns the calls for a sample: the way to its step, the original's two predictions, and the inner steps.
+
+        All inner steps but the last want a gradient for the soft tokens only.
+        """
+        branches = 2 if self.config.guidance_scale != 1 else 1
+        inner = self.config.inner_steps if self.config.variant == "paper" else 1
+        return UNetCalls(forward=branches * (self.config.steps - 1) / 2 + 2, backward=inner)
+
+    def prepare(self, policy: DiffusionPolicy, concept: Concept) -> None:
+        """Checks the concept's words and that there is something to train.
+
+        Raises:
+            ValueError: The tokenizer cuts a text off, or nothing in the policy is trainable.
+        """
+        check_words(policy, concept)
+        if not policy.trainable_parameters():
+            raise ValueError(
+                f"descending Receler's loss for {concept.name!r} needs a policy with trainable weights, got one "
+                "without; see Receler.student"
+            )
+
+    def parameters(self, policy: DiffusionPolicy) -> list[Parameter]:
+        """Returns everything that the policy trains."""
+        return policy.trainable_parameters()
+
+    def loss(self, policy: DiffusionPolicy, batch: ConceptBatch) -> PerSample:
+        """Returns the loss of each sample, with gradient; see the module for the equations."""
+        cfg = self.config
+        prompts = policy.encode(batch.prompts)
+        stops = random_stops(batch.seeds, 0, cfg.steps - 1)
+        guidance = ClassifierFree(cfg.guidance_scale)
+        latents = latents_before(policy, prompts, stops, steps=cfg.steps, guidance=guidance, seeds=batch.seeds)
+        tokens = first_tokens(batch.seeds, cfg.tokens, prompts.shape[-1]).to(policy.device)
+        return self.loss_at(policy, batch.prompts, latents, policy.timesteps(cfg.steps)[stops], tokens)
+
+    def loss_at(
+        self,
+        policy: DiffusionPolicy,
+        prompts: Sequence[str],
+        latents: Latents,
+        timesteps: Int[Tensor, " batch"],
+        tokens: SoftTokens,
+    ) -> PerSample:
+        """Returns the loss of each sample for given latents and soft tokens before their first step."""
+        cfg = self.config
+        embeddings, words = policy.encode(prompts), words_of(policy, prompts)
+        height, width = latents.shape[-2:]
+        with policy.reference():
+            unconditional = policy.predict_noise(latents, timesteps, policy.encode([""] * len(prompts)))
+            with recorded_attention(policy.unet) as attention:
+                conditional = policy.predict_noise(latents, timesteps, embeddings)
+            where = concept_map(attention, words, height=height, width=width, side=cfg.mask_side)
+        target = erased_target(conditional, unconditional, negative_guidance=cfg.negative_guidance)
+
+        if cfg.variant == "paper":
+            tokens = self.attack(policy, embeddings, words, latents, timesteps, conditional, tokens)
+            embeddings = with_tokens(embeddings, words, tokens)
+        with recorded_erasers(policy.unet) as added:
+            prediction = policy.predict_noise(latents, timesteps, embeddings)
+        loss = (prediction - target).square().flatten(1).mean(dim=1)
+        if added:
+            mask = where >= cfg.mask_threshold
+            loss = loss + cfg.regularization * outside(added, mask, height=height, width=width)
+        return loss
+
+    def attack(
+        self,
+        policy: DiffusionPolicy,
+        embeddings: Embeddings,
+        words: Bool[Tensor, "batch tokens"],
+        latents: Latents,
+        timesteps: Int[Tensor, " batch"],
+        wanted: Latents,
+        tokens: SoftTokens,
+    ) -> SoftTokens:
+        """Returns soft tokens, moved so that the policy predicts what is wanted.
+
+        Args:
+            policy: Under attack.
+            embeddings: The concept's.
+            words: Where the words of each are.
+            latents: Noised.
+            timesteps: Of each sample.
+            wanted: The original model's prediction for the concept.
+            tokens: Where the soft tokens start.
+        """
+        cfg = self.config
+        tokens = tokens.detach().clone().requires_grad_()
+        adam = torch.optim.Adam([tokens], lr=cfg.token_learning_rate, weight_decay=cfg.token_weight_decay)
+        for _ in range(cfg.inner_steps - 1):
+            with torch.enable_grad():
+                prediction = policy.predict_noise(latents, timesteps, with_tokens(embeddings, words, tokens))
+                distance = (prediction - wanted).square().sum()
+            # Of the sum and then divided: the gradient of a mean is too small for half precision.
+            tokens.grad = torch.autograd.grad(distance, tokens)[0] / wanted[0].numel()
+            adam.step()
+        return tokens.detach()
+
+
+def first_tokens(seeds: Sequence[int], count: int, width: int) -> SoftTokens:
+    """Returns soft tokens as they are before the first step, uniform from 0 to 1; they follow from the seed alone."""
+    generators = [torch.Generator().manual_seed(random.Random(f"tokens of {seed}").getrandbits(63)) for seed in seeds]
+    return torch.stack([torch.rand(count, width, generator=generator) for generator in generators])
+
+
+def with_tokens(prompts: Embeddings, words: Bool[Tensor, "batch tokens"], tokens: SoftTokens) -> Embeddings:
+    """Returns prompts in which soft tokens take the places behind the words, as far as there are places.
+
+    The end token's place is the first of them. Gradients flow to the tokens.
+    """
+    places = torch.arange(prompts.shape[1], device=prompts.device) - 1 - words.sum(dim=1, keepdim=True)
+    taken = (places >= 0) & (places < tokens.shape[1])
+    index = places.clamp(0, tokens.shape[1] - 1).unsqueeze(-1).expand_as(prompts)
+    return torch.where(taken.unsqueeze(-1), tokens.gather(1, index), prompts)
+
+
+def outside(
+    added: Mapping[str, Tensor], mask: Bool[Tensor, "batch mask_h mask_w"], *, height: int, width: int
+) -> PerSample:
+    """Returns what erasers add outside of a mask: the mean square there, averaged over the layers.
+
+    Args:
+        added: What each eraser gave, pixels row by row.
+        mask: Where the concept is; resized to each layer by the nearest pixel.
+        height: Of the latents.
+        width: Of the latents.
+    """
+    free = (~mask).float().unsqueeze(1)
+    found = []
+    for output in added.values():
+        shape = layer_shape(output.shape[1], height, width)
+        weight = torch.nn.functional.interpolate(free, shape, mode="nearest").flatten(1)
+        square = output.float().square().mean(dim=2)
+        found.append((square * weight).sum(dim=1) / (weight.sum(dim=1) + 1e-9))
+    return torch.stack(found).mean(dim=0)

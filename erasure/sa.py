@@ -1,0 +1,359 @@
+"""Selective amnesia: the concept's words come to mean other pictures, and the weights that matter elsewhere are held.
+
+Source: Heng and Soh (2023), https://arxiv.org/abs/2305.10120, written from its equations. The authors' code is
+clear-nus/selective-amnesia, commit b736571 (MIT at its root; its `sd/` folder, which is under OpenRAIL-M, was not
+opened). See docs/erasure.md for each departure.
+"""
+
+import math
+import random
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch.nn import Parameter
+
+from policy import ClassifierFree, DiffusionPolicy, WeightDelta, merged_state
+from policy.noise import SampleNoise
+from policy.types import Latents, PerSample
+from tinyworld.caption import captions
+
+from .changes import WeightChange
+from .concept import Concept, check_words
+from .descend import DescentConfig, descend
+from .erased import Erasure
+from .estimate import UNetCalls
+from .fisher import FisherConfig, changes, fisher_information, noise_errors, start_of
+from .generated import generated_latents
+from .protocols import ConceptBatch
+
+EVERYDAY = tuple(
+    scene.format(subject)
+    for scene in (
+        *("a photo of {}", "an oil painting of {}", "a watercolour of {}", "a pencil drawing of {}", "a statue of {}"),
+        *("{} at sunrise", "{} at night", "{} in the rain", "{} in the snow", "{} in thick fog"),
+        *(
+            "{} seen from above",
+            "{} seen from afar",
+            "a close view of {}",
+            "{} in black and white",
+            "{} in a film scene",
+        ),
+        *("{} in a museum", "{} in a busy street", "{} in a quiet village", "{} by the sea", "{} in the mountains"),
+        *("a poster of {}", "a children's book picture of {}", "{} made of paper", "{} in bright colours", "two of {}"),
+    )
+    for subject in (
+        *("a dog", "a cat", "a horse", "a bird", "a fish", "a car", "a bicycle", "a train", "a boat", "an aeroplane"),
+        *(
+            "a house",
+            "a bridge",
+            "a castle",
+            "a city",
+            "a forest",
+            "a lake",
+            "a garden",
+            "a flower",
+            "a tree",
+            "a river",
+        ),
+        *("a bowl of fruit", "a cup of coffee", "a loaf of bread", "a cake", "a chair", "a table", "a lamp", "a clock"),
+        *("a guitar", "a piano", "a robot", "a dragon", "a spaceship", "a doctor", "a farmer", "a musician"),
+        *("an old man", "a young woman", "a child", "a crowd"),
+    )
+)
+"""A thousand prompts of ordinary things, for pictures that must stay as they are."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SAConfig:
+    """Settings of selective amnesia; those of the authors for nudity by default."""
+
+    train: str = "noxattn"
+    """Parameter set, see `policy.PARAMETER_SETS`; the authors take "full" for celebrities."""
+
+    penalty: float = 50.0
+    """Weight of the squared change of each weight times its Fisher information (lambda)."""
+
+    replay_weight: float = 1.0
+    """Weight of the loss on pictures that must stay as they are (gamma); 0 leaves it out."""
+
+    weight_cap: float = 1.0
+    """Largest weight of a timestep in either loss: they are min(1/ᾱ_t, cap), which turns errors of the noise into
+    those of a velocity where it is not capped. 1 is the paper's, and learns little where a picture begins."""
+
+    surrogates: tuple[str, ...] = ("a person wearing clothes",)
+    """Prompts of the pictures that the concept's words come to mean; they take turns. Only for a concept without an
+    anchor: an anchor that is not blank takes their place."""
+
+    templates: tuple[str, ...] = ("{concept}",)
+    """What such a picture is said to show, of a phrase of the concept and maybe the picture's own prompt, written
+    {surrogate}; each is as likely as any other."""
+
+    replay: tuple[str, ...] = EVERYDAY
+    """Prompts of the pictures that must stay as they are; they take turns."""
+
+    images: int = 1000
+    """Pictures of either kind that are trained on."""
+
+    steps: int = 50
+    """Denoising steps of a picture (DDIM)."""
+
+    guidance_scale: float = 7.5
+    """Classifier-free guidance of a picture."""
+
+    draw_batch_size: int = 16
+    """Pictures drawn at a time. Changes speed and memory, not the pictures."""
+
+    fisher: FisherConfig = field(default_factory=FisherConfig)
+    """How the Fisher information is computed, on pictures of the replay prompts."""
+
+    descent: DescentConfig = field(
+        default_factory=lambda: DescentConfig(iterations=31_250, learning_rate=1.6e-4, batch_size=16, weight_decay=1e-2)
+    )
+    """How the loss is descended. The authors' 1e-5 is scaled by 4 GPUs and by the 4 samples of each, to 1.6e-4; 500
+    epochs over 1000 pictures in batches of 16 are 31,250 updates."""
+
+    def __post_init__(self) -> None:
+        for name in ("penalty", "replay_weight", "guidance_scale"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"SAConfig.{name} must be finite and at least 0, got {getattr(self, name)}")
+        if not 1 <= self.weight_cap < math.inf:
+            raise ValueError(f"SAConfig.weight_cap must be finite and at least 1, got {self.weight_cap}")
+        for name in ("images", "steps", "draw_batch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"SAConfig.{name} must be at least 1, got {getattr(self, name)}")
+        for name in ("surrogates", "templates", "replay"):
+            if not getattr(self, name):
+                raise ValueError(f"SAConfig.{name} must hold at least one text, got ()")
+        for template in self.templates:
+            if "{concept}" not in template:
+                raise ValueError(f"SAConfig.templates must each hold {{concept}}, got {template!r}")
+
+    @classmethod
+    def tiny_world(cls) -> "SAConfig":
+        """Returns settings for the tiny world's stripes, found by experiment."""
+        return cls(
+            surrogates=tuple(captions("benign", 64, 5)),
+            templates=("{concept} {surrogate}", "{surrogate} {concept}"),
+            replay=(*captions("benign", 32, 6), *captions("neighbour", 32, 6)),
+            images=64,
+            steps=20,
+            guidance_scale=3.0,
+            fisher=FisherConfig(images=32, timesteps=16),
+            descent=DescentConfig(iterations=200, learning_rate=3e-4, batch_size=8, weight_decay=1e-2),
+        )
+
+
+class Examples(NamedTuple):
+    """Pictures, noises and captions: first of what the concept comes to mean, then of the replay."""
+
+    clean: Latents
+    """The pictures."""
+
+    noise: Latents
+    """What they are noised with."""
+
+    timesteps: Int[Tensor, " both"]
+    """How far."""
+
+    captions: list[str]
+    """What they are said to show."""
+
+
+class SA:
+    """Erases a concept by training the UNet to draw surrogate pictures for it, near the weights that it started from.
+
+    The nearness is measured by Fisher information, on pictures that the model draws itself. As an `Objective` beside a
+    reward its loss has a floor, what no UNet can know of the noise; with a LoRA the change that is penalised is that of
+    the UNet's weights beneath it.
+
+    Args:
+        config: Settings.
+        folder: Keeps pictures and Fisher information; by default `erase` keeps them in its own folder, if it has one.
+    """
+
+    name = "SA"
+
+    def __init__(self, config: SAConfig | None = None, folder: str | Path | None = None) -> None:
+        self.config = config or SAConfig()
+        self.folder = None if folder is None else Path(folder)
+        self.progress = True
+        self._surrogates: tuple[tuple[str, ...], Latents] | None = None
+        self._replay: Latents | None = None
+        self._fisher: dict[str, Tensor] = {}
+        self._start: dict[str, Tensor] = {}
+
+    def erase(
+        self,
+        policy: DiffusionPolicy,
+        concept: Concept,
+        *,
+        output_dir: str | Path | None = None,
+        resume: bool = False,
+        progress: bool = True,
+    ) -> Erasure:
+        """Trains a copy of the UNet. The policy is not changed: see `Erasure.apply`.
+
+        Args:
+            policy: Whose model is erased; a LoRA counts as part of it.
+            concept: Each update takes some of its phrases.
+            output_dir: Keeps pictures, Fisher information, metrics and checkpoints; None keeps nothing.
+            resume: Go on with an interrupted run in the same folder.
+            progress: Whether progress bars are shown.
+
+        Raises:
+            ValueError: As `descend`.
+        """
+        folder = self.folder
+        if folder is None and output_dir is not None:
+            folder = Path(output_dir) / "prepared"
+        objective = SA(self.config, folder)
+        objective.progress = progress
+        student = policy.trainee(self.config.train)
+        before = {name: value.clone() for name, value in merged_state(student.unet).items()}
+        descend(
+            objective, student, concept, self.config.descent,
+            output_dir=output_dir, resume=resume, progress=progress, settings={"sa": self.config},
+        )  # fmt: skip
+        delta = WeightDelta.between(before, student.unet)
+        return Erasure.of(policy, self.name, asdict(self.config), concept, WeightChange(delta))
+
+    def descent(self) -> DescentConfig:
+        """Returns how it trains."""
+        return self.config.descent
+
+    def unet_calls(self) -> UNetCalls:
+        """Returns the calls for a sample: one for the concept, one for the replay."""
+        return UNetCalls(forward=0.0, backward=1.0 + (self.config.replay_weight > 0))
+
+    def prepare(self, policy: DiffusionPolicy, concept: Concept) -> None:
+        """Draws both kinds of pictures with the policy's reference, and computes its Fisher information.
+
+        Raises:
+            ValueError: The policy trains nothing, the tokenizer cuts a text off, or a phrase of the concept is in a
+                prompt of the surrogates or of the replay.
+        """
+        cfg = self.config
+        if not policy.trainable_parameters():
+            raise ValueError(
+                f"erasing {concept.name!r} by SA needs a policy with trainable weights, got one without; load it with "
+                "lora=LoRAConfig() or train='noxattn'"
+            )
+        prompts = (concept.anchor,) if concept.anchor.strip() else cfg.surrogates
+        check_prompts_of(policy, concept, cfg, prompts)
+        replayed = max(cfg.images if cfg.replay_weight else 0, cfg.fisher.images if cfg.penalty else 0)
+        self._surrogates = prompts, self._draw(policy, "surrogates", prompts, cfg.images)
+        self._replay = self._draw(policy, "replay", cfg.replay, replayed) if replayed else None
+        self._fisher = {}
+        if cfg.penalty and self._replay is not None:
+            self._start = start_of(policy)
+            self._fisher = fisher_information(
+                policy, self._replay[: cfg.fisher.images], _turns(cfg.replay, cfg.fisher.images), cfg.fisher,
+                seed=cfg.descent.seed, folder=None if self.folder is None else self.folder / "fisher",
+                progress=self.progress,
+            )  # fmt: skip
+
+    def parameters(self, policy: DiffusionPolicy) -> list[Parameter]:
+        """Returns everything that the policy trains."""
+        return policy.trainable_parameters()
+
+    def loss(self, policy: DiffusionPolicy, batch: ConceptBatch) -> PerSample:
+        """Returns the three terms of each sample, with gradient; the penalty is the same for all.
+
+        Raises:
+            ValueError: `prepare` was not called.
+        """
+        forgotten, replayed = self.errors(policy, self.examples(policy, batch))
+        loss = forgotten + self.config.replay_weight * replayed
+        if not self.config.penalty:
+            return loss
+        return loss + self.config.penalty * weighted_change(self._fisher, changes(policy, self._start))
+
+    def examples(self, policy: DiffusionPolicy, batch: ConceptBatch) -> Examples:
+        """Returns what the seeds choose: pictures, noises, timesteps, and how the phrase is put.
+
+        Raises:
+            ValueError: `prepare` was not called.
+        """
+        cfg = self.config
+        if self._surrogates is None:
+            raise ValueError("prepare must be called before the first loss, and was not")
+        prompts, surrogates = self._surrogates
+        choices = [random.Random(f"selective amnesia {seed}") for seed in batch.seeds]
+        total = len(policy.alphas)
+        indices = [choice.randrange(cfg.images) for choice in choices]
+        timesteps = [choice.randrange(total) for choice in choices]
+        said = [
+            choice.choice(cfg.templates).format(concept=phrase, surrogate=prompts[index % len(prompts)])
+            for choice, phrase, index in zip(choices, batch.prompts, indices, strict=True)
+        ]
+        clean = surrogates[indices]
+        if cfg.replay_weight and self._replay is not None:
+            indices = [choice.randrange(cfg.images) for choice in choices]
+            timesteps += [choice.randrange(total) for choice in choices]
+            said += [cfg.replay[index % len(cfg.replay)] for index in indices]
+            clean = torch.cat([clean, self._replay[indices]])
+        height, width = clean.shape[-2:]
+        stream = SampleNoise(batch.seeds, height=height, width=width, device=policy.device)
+        noise = torch.cat([stream.draw() for _ in range(len(clean) // len(batch.seeds))])
+        return Examples(clean.to(policy.device), noise, torch.tensor(timesteps, device=policy.device), said)
+
+    def errors(self, policy: DiffusionPolicy, examples: Examples) -> tuple[PerSample, PerSample]:
+        """Returns the weighted squared errors for the concept and the replay; the latter are zero without weight."""
+        embeddings = policy.encode(examples.captions)
+        errors = noise_errors(policy, examples.clean, examples.noise, examples.timesteps, embeddings)
+        errors = errors * (1 / policy.alphas[examples.timesteps]).clamp(max=self.config.weight_cap)
+        if not self.config.replay_weight:
+            return errors, torch.zeros_like(errors)
+        forgotten, replayed = errors.chunk(2)
+        return forgotten, replayed
+
+    def _draw(self, policy: DiffusionPolicy, kind: str, prompts: Sequence[str], count: int) -> Latents:
+        cfg = self.config
+        seeds = [random.Random(f"{kind} {index} of {cfg.descent.seed}").randrange(2**31) for index in range(count)]
+        with policy.reference():
+            return generated_latents(
+                policy, _turns(prompts, count), seeds,
+                steps=cfg.steps, guidance=ClassifierFree(cfg.guidance_scale), batch_size=cfg.draw_batch_size,
+                folder=None if self.folder is None else self.folder / kind, progress=self.progress,
+            )  # fmt: skip
+
+
+def weighted_change(fisher: dict[str, Tensor], changed: dict[str, Tensor]) -> Float[Tensor, ""]:
+    """Returns the sum of F (θ - θ*)² over all weights, without a factor of 1/2."""
+    return torch.stack([(fisher[name] * change.square()).sum() for name, change in changed.items()]).sum()
+
+
+def check_prompts_of(policy: DiffusionPolicy, concept: Concept, config: SAConfig, surrogates: Sequence[str]) -> None:
+    """Checks every text that the method will ask the policy to encode.
+
+    Raises:
+        ValueError: The tokenizer cuts one off, or a phrase of the concept is in a prompt of a picture.
+    """
+    check_words(policy, concept)
+    for field_name, prompts in (("surrogates", surrogates), ("replay", config.replay)):
+        for prompt in prompts:
+            for phrase in concept.phrases:
+                if f" {phrase.strip().lower()} " in f" {prompt.lower()} ":
+                    raise ValueError(
+                        f"SAConfig.{field_name} must be free of {concept.name!r}, got {phrase!r} in {prompt!r}"
+                    )
+
+    def length(text: str) -> int:
+        return len(policy.tokenizer(text, truncation=False, verbose=False)["input_ids"])
+
+    phrase, surrogate = max(concept.phrases, key=length), max(surrogates, key=length)
+    room = min(policy.tokenizer.model_max_length, policy.text_encoder.config.max_position_embeddings)
+    said = (template.format(concept=phrase, surrogate=surrogate) for template in config.templates)
+    for text in (*said, *surrogates, *config.replay):
+        if (needed := length(text)) > room:
+            raise ValueError(f"SA's prompts must have at most {room} tokens, got {needed} in {text!r}")
+
+
+def _turns(prompts: Sequence[str], count: int) -> list[str]:
+    """Returns as many prompts as asked for; they take turns."""
+    return [prompts[index % len(prompts)] for index in range(count)]

@@ -1,0 +1,198 @@
+"""Which weights a loss pulls at most: a mask over a UNet's weights from summed gradients, and training under it.
+
+For each prompt and each seed the policy descends the loss for a few updates from the weights that it has. The gradients
+of these updates are added up; a map is the half of each tensor's entries whose sum is largest. The mask is what all
+maps have in common. Source: ANT, see `erasure.ant`.
+"""
+
+import math
+import os
+import random
+from collections.abc import Callable, Generator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Literal
+
+import torch
+from jaxtyping import Bool, Shaped
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.nn import Parameter
+from tqdm import tqdm
+
+from policy import DiffusionPolicy
+from policy.types import PerSample
+from policy.weights import base_parameters
+
+from .protocols import ConceptBatch
+
+Mask = dict[str, Bool[Tensor, "..."]]
+"""For each parameter, by its plain name, the entries that are kept."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SaliencyConfig:
+    """How the mask is found; as in the paper for nudity by default: 20 maps of 10 updates."""
+
+    prompts: tuple[str, ...] = ("nudity", "naked", "erotic", "sexual")
+    """Texts that elicit the concept; each gives a map with each seed."""
+
+    seeds: tuple[int, ...] = (24, 42, 98, 403, 3407)
+    """What noise and denoising steps of a map follow from."""
+
+    iterations: int = 10
+    """Updates of a map, with one sample each."""
+
+    learning_rate: float = 1e-2
+    """Of Adam in these updates, which move the weights for the length of a map."""
+
+    kept: float = 0.5
+    """Share of each tensor's entries in a map."""
+
+    def __post_init__(self) -> None:
+        for name in ("prompts", "seeds"):
+            if not getattr(self, name):
+                raise ValueError(f"SaliencyConfig.{name} must hold at least one, got ()")
+        if blank := [prompt for prompt in self.prompts if not prompt.strip()]:
+            raise ValueError(f"SaliencyConfig.prompts must not be blank, got {blank[0]!r}")
+        if self.iterations < 1:
+            raise ValueError(f"SaliencyConfig.iterations must be at least 1, got {self.iterations}")
+        if not 0 < self.learning_rate < math.inf:
+            raise ValueError(f"SaliencyConfig.learning_rate must be positive and finite, got {self.learning_rate}")
+        if not 0 < self.kept <= 1:
+            raise ValueError(f"SaliencyConfig.kept must be above 0 and at most 1, got {self.kept}")
+
+
+def saliency_mask(
+    policy: DiffusionPolicy,
+    loss: Callable[[DiffusionPolicy, ConceptBatch], PerSample],
+    config: SaliencyConfig,
+    *,
+    keep: Literal["high", "low"] = "high",
+    progress: bool = True,
+) -> Mask:
+    """Returns the mask over what the policy trains; its weights are put back to the bit after each map.
+
+    Args:
+        policy: Trains parameters of its own UNet.
+        loss: What is descended.
+        config: How.
+        keep: Which half of each tensor's entries a map keeps: those of the largest sums, or of the smallest.
+        progress: Whether a progress bar is shown.
+
+    Raises:
+        ValueError: A gradient is not finite, or the maps have nothing in common.
+    """
+    before, parameters = policy.trainable_state(), trained(policy)
+    mask: Mask = {}
+    pairs = [(prompt, seed) for prompt in config.prompts for seed in config.seeds]
+    for prompt, seed in tqdm(pairs, desc="saliency", unit="map", disable=not progress):
+        try:
+            sums = summed_gradients(policy, loss, config, prompt, seed)
+        finally:
+            policy.load_trainable_state(before)
+        for name, total in sums.items():
+            if not total.isfinite().all():
+                raise ValueError(
+                    f"gradients of the saliency phase must be finite, got others in {name} after {config.iterations} "
+                    f"updates with SaliencyConfig.learning_rate {config.learning_rate}; lower it"
+                )
+            found = salient(total, config.kept, keep=keep)
+            mask[name] = mask[name] & found if name in mask else found
+    if not any(kept.any() for kept in mask.values()):
+        raise ValueError(
+            f"the {len(pairs)} saliency maps must have something in common, got nothing among "
+            f"{sum(parameter.numel() for parameter in parameters.values())} weights; take fewer, or keep more of each"
+        )
+    return mask
+
+
+def summed_gradients(
+    policy: DiffusionPolicy,
+    loss: Callable[[DiffusionPolicy, ConceptBatch], PerSample],
+    config: SaliencyConfig,
+    prompt: str,
+    seed: int,
+) -> dict[str, Tensor]:
+    """Descends the loss for a prompt, in place, and returns the sum of the gradients by parameter name."""
+    parameters = trained(policy)
+    sums = {name: torch.zeros_like(parameter) for name, parameter in parameters.items()}
+    adam = torch.optim.Adam(parameters.values(), lr=config.learning_rate)
+    numbers = random.Random(f"saliency {seed}")
+    for _ in range(config.iterations):
+        batch = ConceptBatch([prompt], [numbers.randrange(2**31)])
+        adam.zero_grad()
+        loss(policy, batch).mean().backward()
+        for name, parameter in parameters.items():
+            if parameter.grad is not None:
+                sums[name] += parameter.grad
+        adam.step()
+    adam.zero_grad()
+    return sums
+
+
+def salient(
+    sums: Shaped[Tensor, "*shape"], share: float, *, keep: Literal["high", "low"] = "high"
+) -> Bool[Tensor, "*shape"]:
+    """Returns where a tensor's absolute values are largest, or smallest: a share of its entries, rounded down."""
+    magnitudes = sums.abs().flatten()
+    chosen = magnitudes.topk(int(share * len(magnitudes)), largest=keep == "high", sorted=False).indices
+    found = torch.zeros_like(magnitudes, dtype=torch.bool)
+    found[chosen] = True
+    return found.view(sums.shape)
+
+
+@contextmanager
+def masked_gradients(policy: DiffusionPolicy, mask: Mapping[str, Bool[Tensor, "..."]]) -> Generator[None]:
+    """Makes every gradient zero outside a mask for the length of a `with` block.
+
+    Adam without weight decay then leaves these weights as they are, to the bit.
+
+    Raises:
+        ValueError: The mask is not one for what the policy trains.
+    """
+    parameters = trained(policy)
+    if differing := sorted(parameters.keys() ^ mask.keys()):
+        raise ValueError(f"a saliency mask must be for the trained parameters, differs in {differing[:3]}")
+    for name, parameter in parameters.items():
+        if mask[name].shape != parameter.shape:
+            expected, got = tuple(parameter.shape), tuple(mask[name].shape)
+            raise ValueError(f"the saliency mask of {name} must have shape {expected}, got {got}")
+    handles = [
+        parameter.register_hook(partial(torch.masked_fill, mask=~mask[name].to(parameter.device), value=0.0))
+        for name, parameter in parameters.items()
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def trained(policy: DiffusionPolicy) -> dict[str, Parameter]:
+    """Returns the UNet's own parameters that the policy trains, by plain name."""
+    return {name: value for name, value in base_parameters(policy.unet).items() if value.requires_grad}
+
+
+def write_mask(path: Path, mask: Mask, record: str) -> None:
+    """Writes a mask, and what it belongs to; in whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    save_file({name: kept.cpu() for name, kept in mask.items()}, unfinished, metadata={"record": record})
+    unfinished.replace(path)
+
+
+def read_mask(path: Path, record: str) -> Mask:
+    """Reads what `write_mask` wrote.
+
+    Raises:
+        ValueError: It belongs to something else.
+    """
+    with safe_open(path, framework="pt") as file:
+        found = (file.metadata() or {}).get("record")
+        if found != record:
+            raise ValueError(f"resume must keep model and settings, and {path} was found with others")
+        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  not a dictionary

@@ -1,0 +1,365 @@
+"""Safe Latent Diffusion: sampling is led away from a safety concept wherever the prompt's prediction comes close to it.
+
+With ε_u, ε_p and ε_S the noise predicted for the empty (or negative) prompt, the prompt and the safety concept, at step
+i, element by element:
+
+    μ = 0 where ε_p - ε_S >= λ, else min(|ε_p - ε_S| s_S, 1)
+    term = μ (ε_S - ε_u) + s_m m
+    m ← β_m m + (1 - β_m) term             from m = 0, during warm-up too
+    ε = ε_u + s_g (ε_p - ε_u - term)       without the term during warm-up, i < δ
+
+Source: Schramowski et al. (2023), https://arxiv.org/abs/2211.05105, equations 3 to 8, written from them. The authors'
+code is ml-research/safe-latent-diffusion (MIT), commit a42923c. See docs/erasure.md for each departure; for plain
+diffusers pipelines, `erasure.sld_pipeline`.
+"""
+
+import json
+import math
+from collections.abc import Generator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import ClassVar, Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from policy import ClassifierFree, DiffusionPolicy, Guidance, Moment
+from policy.parts import Pipeline, TextEncoder, Tokenizer
+from policy.prompts import PromptEncoder
+from policy.types import Embeddings, Latents
+
+from .concept import Concept
+from .erased import Erasure
+
+PUBLISHED_TEXT = (
+    "hate, harassment, violence, suffering, humiliation, harm, suicide, sexual, nudity, bodily fluids, blood, "
+    "obscene gestures, illegal activity, drug use, theft, vandalism, weapons, child abuse, brutality, cruelty"
+)
+"""The authors' safety concept, for `SLDConfig.concept_text`; diffusers puts "an image showing " before it."""
+
+FILE = "sld.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class SLDConfig:
+    """Settings of SLD; the authors' Medium by default. How strongly to erase is an argument of `SLD.erase` besides."""
+
+    warmup_steps: int = 10
+    """Steps at the start, by index, that are drawn without safety guidance (δ). The authors draw in 50 steps."""
+
+    guidance_scale: float = 1000.0
+    """How soon an element counts as fully unsafe (s_S): from a difference of its inverse on."""
+
+    threshold: float = 0.01
+    """Signed difference from the safety concept, in units of noise, from which on an element is safe (λ)."""
+
+    momentum_scale: float = 0.3
+    """How much of the momentum is added (s_m). With 0 nothing is remembered from step to step, which updates that mix
+    steps (DDPO) need."""
+
+    momentum_beta: float = 0.4
+    """How much of the momentum is kept from step to step (β_m)."""
+
+    concept_text: str | None = None
+    """The safety concept. None takes the phrases of the concept that is erased, joined by commas. `PUBLISHED_TEXT` is
+    the authors' broad one; one for nudity alone is another setting than theirs."""
+
+    def __post_init__(self) -> None:
+        if self.warmup_steps < 0:
+            raise ValueError(f"SLDConfig.warmup_steps must be at least 0, got {self.warmup_steps}")
+        for field in ("guidance_scale", "momentum_scale"):
+            if not 0 <= getattr(self, field) < math.inf:
+                raise ValueError(f"SLDConfig.{field} must be finite and at least 0, got {getattr(self, field)}")
+        if not math.isfinite(self.threshold):
+            raise ValueError(f"SLDConfig.threshold must be finite, got {self.threshold}")
+        if not 0 <= self.momentum_beta < 1:
+            raise ValueError(f"SLDConfig.momentum_beta must be from 0 to below 1, got {self.momentum_beta}")
+        if self.concept_text is not None and not self.concept_text.strip():
+            raise ValueError(f"SLDConfig.concept_text must be None or not blank, got {self.concept_text!r}")
+
+    @classmethod
+    def weak(cls, variant: Literal["paper", "released"] = "paper") -> "SLDConfig":
+        """The weakest of the paper's four settings; ``released`` has diffusers' tenth of its guidance scale."""
+        if variant not in ("paper", "released"):
+            raise ValueError(f"variant must be 'paper' or 'released', got {variant!r}")
+        scale = 200.0 if variant == "paper" else 20.0
+        return cls(warmup_steps=15, guidance_scale=scale, threshold=0.0, momentum_scale=0.0, momentum_beta=0.0)
+
+    @classmethod
+    def medium(cls) -> "SLDConfig":
+        """The paper's second setting, and the default of its code."""
+        return cls()
+
+    @classmethod
+    def strong(cls) -> "SLDConfig":
+        """The paper's third setting."""
+        return cls(warmup_steps=7, guidance_scale=2000.0, threshold=0.025, momentum_scale=0.5, momentum_beta=0.7)
+
+    @classmethod
+    def max(cls) -> "SLDConfig":
+        """The strongest of the paper's four settings."""
+        return cls(warmup_steps=0, guidance_scale=5000.0, threshold=1.0, momentum_scale=0.5, momentum_beta=0.7)
+
+    @classmethod
+    def tiny_world(cls) -> "SLDConfig":
+        """For the tiny world's stripes, in 20 steps with guidance 3: Max without momentum, which would be too much.
+
+        Dots are in the text because the opposite of stripes is dots there: led away from stripes alone, plain objects
+        become dotted. Captions of dots keep theirs all the same.
+        """
+        return replace(cls.max(), momentum_scale=0.0, momentum_beta=0.0, concept_text="a striped dotted zebra")
+
+
+class SLD:
+    """Keeps a concept out of pictures while they are sampled, with a third prediction at every step. No weight changes.
+
+    Args:
+        config: Settings.
+    """
+
+    name = "SLD"
+
+    def __init__(self, config: SLDConfig | None = None) -> None:
+        self.config = config or SLDConfig()
+
+    def erase(self, policy: DiffusionPolicy, concept: Concept, strength: float = 1.0) -> Erasure:
+        """Returns the erasure of a concept. The policy is not changed: see `Erasure.apply`.
+
+        Args:
+            policy: What the safety concept has to be readable for.
+            concept: Its phrases are the safety concept, unless the settings name one.
+            strength: Factor of the guidance scale (s_S): 0 changes nothing, 1 is the setting.
+
+        Raises:
+            ValueError: The strength is negative or not finite, or the text encoder cuts the safety concept off.
+        """
+        if not 0 <= strength < math.inf:
+            raise ValueError(f"strength must be finite and at least 0, got {strength}")
+        text = self.config.concept_text or ", ".join(concept.phrases)
+        _check_length(text, policy.tokenizer, policy.text_encoder)
+        applied = replace(self.config, guidance_scale=strength * self.config.guidance_scale, concept_text=text)
+        settings = {**asdict(self.config), "strength": strength}
+        return Erasure.of(policy, self.name, settings, concept, SafetyGuidance(applied))
+
+
+@dataclass(frozen=True)
+class SafetyGuidance:
+    """The change that SLD is: guidance away from a text."""
+
+    config: SLDConfig
+    """Settings with which it samples; their text is given."""
+
+    kind: ClassVar[str] = "sld"
+
+    def __post_init__(self) -> None:
+        if self.config.concept_text is None:
+            raise ValueError("SafetyGuidance.config must give its concept_text, got None")
+
+    def apply(self, policy: DiffusionPolicy) -> None:
+        """Makes it the policy's safeguard; trained weights and their reference sample with it alike.
+
+        Raises:
+            ValueError: The policy has a safeguard, or its text encoder cuts the safety concept off.
+        """
+        if policy.safeguard is not None:
+            raise ValueError(f"a policy takes one safeguard, and this one has {policy.safeguard!r}")
+        policy.safeguard = SLDSafeguard.of(self.config, policy.prompts)
+
+    def apply_to_pipeline(self, pipeline: Pipeline) -> None:
+        """Attaches it to the pipeline; `erasure.sld_pipeline.detach` takes it off again.
+
+        Raises:
+            ValueError: The pipeline has a safeguard, or its text encoder cuts the safety concept off.
+        """
+        from .sld_pipeline import attach
+
+        attach(pipeline, self.config)
+
+    @contextmanager
+    def applied(self, policy: DiffusionPolicy) -> Generator[None]:
+        """Makes it the policy's safeguard for the length of a `with` block."""
+        self.apply(policy)
+        try:
+            yield
+        finally:
+            policy.safeguard = None
+
+    def base(self, unet: nn.Module) -> None:
+        """Returns None: it works with any weights."""
+
+    def save(self, folder: Path) -> None:
+        """Writes the settings."""
+        (folder / FILE).write_text(json.dumps(asdict(self.config), indent=1) + "\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, folder: Path) -> "SafetyGuidance":
+        """Reads what `save` wrote.
+
+        Raises:
+            ValueError: There is no such file, or a setting in it is not valid.
+        """
+        if not (folder / FILE).is_file():
+            raise ValueError(f"the folder of SLD's settings must hold {FILE}, and {folder} does not")
+        saved = json.loads((folder / FILE).read_text(encoding="utf-8"))
+        expected = asdict(SLDConfig()).keys()
+        if saved.keys() != expected:
+            raise ValueError(f"{folder / FILE} must hold {sorted(expected)}, got {sorted(saved)}")
+        return cls(SLDConfig(**saved))
+
+
+class SLDSafeguard:
+    """SLD at work: the safety concept's embedding, and what is remembered of the trajectory that is being drawn.
+
+    Args:
+        config: Settings.
+        embedding: The safety concept.
+    """
+
+    def __init__(self, config: SLDConfig, embedding: Float[Tensor, "1 tokens dim"]) -> None:
+        self.config = config
+        self._embedding = embedding
+        self._trail = Trail()
+
+    @classmethod
+    def of(cls, config: SLDConfig, prompts: PromptEncoder) -> "SLDSafeguard":
+        """Encodes the safety concept.
+
+        Raises:
+            ValueError: The text encoder cuts it off.
+        """
+        text = str(config.concept_text)
+        _check_length(text, prompts.tokenizer, prompts.text_encoder)
+        return cls(config, prompts([text]))
+
+    def __repr__(self) -> str:
+        """Shows the settings."""
+        return f"SLDSafeguard({self.config!r})"
+
+    def guided(self, guidance: ClassifierFree) -> Guidance:
+        """Returns guidance with the safety concept as third branch, or the given one where there is nothing to do."""
+        if guidance.scale == 1.0 or self.config.guidance_scale == 0:
+            return guidance
+        return SafelyGuided(self, guidance)
+
+    def attach(self, pipeline: Pipeline) -> None:
+        """Makes a plain diffusers pipeline draw in the same way, with its own text encoder's safety concept."""
+        SafetyGuidance(self.config).apply_to_pipeline(pipeline)
+
+    def embedding(self, like: Embeddings) -> Embeddings:
+        """Returns the safety concept, once for each row of `like`; the copy on its device stays there."""
+        if self._embedding.device != like.device or self._embedding.dtype != like.dtype:
+            self._embedding = self._embedding.to(like)
+        return self._embedding.expand_as(like)
+
+    def towards(
+        self, predictions: Float[Tensor, "3 batch 4 h w"], moment: Moment, trajectory: object
+    ) -> Float[Tensor, "batch 4 h w"]:
+        """Returns what takes the place of the prompt's prediction in classifier-free guidance.
+
+        Args:
+            predictions: For the empty or negative prompt, the prompt and the safety concept; of the network's kind.
+            moment: Where on the way each sample is.
+            trajectory: The same object at every step of one trajectory.
+
+        Raises:
+            ValueError: Momentum is asked for, and this is no step of the latest trajectory.
+        """
+        scale = moment.noise_scale.view(-1, 1, 1, 1)
+        away, prompt, safety = scale * predictions
+        remembers = self.config.momentum_scale > 0
+        momentum = self._trail.before(moment.steps, trajectory, away) if remembers else torch.zeros_like(away)
+        term, momentum = safety_term(away, prompt, safety, momentum, self.config)
+        if remembers:
+            self._trail.keep(momentum)
+        acts = (moment.steps >= self.config.warmup_steps).view(-1, 1, 1, 1)
+        # At the very end of a schedule without any signal the scale is zero, and so is the term.
+        own_kind = term / torch.where(scale == 0, 1.0, scale)
+        return torch.where(acts, predictions[1] - own_kind, predictions[1])
+
+
+class SafelyGuided:
+    """Classifier-free guidance with the safety term taken from the prompt's prediction."""
+
+    def __init__(self, safeguard: SLDSafeguard, guidance: ClassifierFree) -> None:
+        self.safeguard = safeguard
+        self.guidance = guidance
+        self._prompt: Embeddings | None = None
+
+    def embeddings(
+        self, prompt: Embeddings, empty: Embeddings, moment: Moment
+    ) -> Float[Tensor, "branches batch tokens dim"]:
+        """Returns the branches of classifier-free guidance and the safety concept's."""
+        self._prompt = prompt
+        branches = self.guidance.embeddings(prompt, empty, moment)
+        return torch.cat([branches, self.safeguard.embedding(prompt).unsqueeze(0)])
+
+    def combine(
+        self, predictions: Float[Tensor, "branches batch 4 h w"], moment: Moment
+    ) -> Float[Tensor, "batch 4 h w"]:
+        """Returns away + scale * (towards - term - away)."""
+        # The embeddings are one object all along a trajectory, and of no other.
+        towards = self.safeguard.towards(predictions, moment, self._prompt)
+        return self.guidance.combine(torch.stack([predictions[0], towards]), moment)
+
+
+class Trail:
+    """The momentum before each step of the latest trajectory, so that any step that was taken may be taken again.
+
+    Gradient checkpointing takes steps again, from late to early.
+    """
+
+    def __init__(self) -> None:
+        self._trajectory: object = None
+        self._before: dict[int, Latents] = {}
+        self._step = 0
+
+    def before(self, steps: Tensor, trajectory: object, like: Latents) -> Latents:
+        """Returns the momentum before a step; step 0 begins a trajectory.
+
+        Raises:
+            ValueError: Samples are at different steps, or the trajectory's earlier steps were not the latest taken.
+        """
+        first, last = int(steps.min()), int(steps.max())
+        if first == last == 0:
+            self._trajectory, self._before = trajectory, {0: torch.zeros_like(like)}
+        known = self._before if trajectory is self._trajectory else {}
+        if first != last or first not in known:
+            asked = f"step {first}" if first == last else f"steps {first} to {last} together"
+            raise ValueError(
+                f"SLD's momentum needs the steps of one batch in their order from step 0 on, got {asked} of a batch "
+                "whose momentum before is not known; set SLDConfig.momentum_scale to 0 to do without (DDPO's updates "
+                "mix steps)"
+            )
+        self._step = first
+        return known[first]
+
+    def keep(self, momentum: Latents) -> None:
+        """Notes the momentum after the step that was asked for last."""
+        self._before[self._step + 1] = momentum
+
+
+def safety_term(
+    away: Latents, prompt: Latents, safety: Latents, momentum: Latents, config: SLDConfig
+) -> tuple[Latents, Latents]:
+    """Returns the safety term and the momentum after the step, both in units of noise.
+
+    Gradients flow through the predictions that the term is a difference of, not through the mask μ, which is a decision
+    and changes by leaps, nor through the momentum.
+    """
+    difference = (prompt - safety).detach()
+    weight = (difference.abs() * config.guidance_scale).clamp(max=1)
+    weight = torch.where(difference >= config.threshold, 0.0, weight)  # the sign counts, unlike in the line above
+    term = weight * (safety - away) + config.momentum_scale * momentum
+    beta = config.momentum_beta
+    return term, beta * momentum + (1 - beta) * term.detach()
+
+
+def _check_length(text: str, tokenizer: Tokenizer, text_encoder: TextEncoder) -> None:
+    """Checks that no word of a text is beyond what the text encoder reads."""
+    room = min(tokenizer.model_max_length, text_encoder.config.max_position_embeddings) - 2
+    tokens = tokenizer.tokenize(text)
+    if len(tokens) > room:
+        lost = " ".join(token.removesuffix("</w>") for token in tokens[room:])
+        raise ValueError(f"the safety concept must have at most {room} tokens, got {len(tokens)}; {lost!r} is cut off")

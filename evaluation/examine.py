@@ -1,0 +1,56 @@
+"""One look at a policy: the pictures of a subject's prompts, and what is measured of them."""
+
+from typing import NamedTuple
+
+from policy import DiffusionPolicy
+
+from .generate import draw
+from .images import DrawnImages
+from .plan import DrawConfig, plan
+from .processes import gather, shard
+from .score import Scores, score
+from .subject import Subject
+
+
+class Examination(NamedTuple):
+    """What came of it, on this process."""
+
+    images: DrawnImages
+    """This process's part."""
+
+    scores: Scores
+    """Those of all processes."""
+
+
+def examine(
+    policy: DiffusionPolicy,
+    about: Subject,
+    drawing: DrawConfig,
+    *,
+    model: str,
+    prompts_per_kind: int,
+    seed: int,
+    progress: bool = True,
+) -> Examination:
+    """Draws prompts of every kind with a policy and measures them; under several processes each does its part.
+
+    Policies that are examined with the same numbers are compared on the same prompts and seeds.
+
+    Args:
+        policy: What draws.
+        about: Whose prompts and measures.
+        drawing: How.
+        model: Name for tables and pictures.
+        prompts_per_kind: Prompts of each kind.
+        seed: Chooses the prompts and their seeds.
+        progress: Whether progress bars are shown, by the main process.
+    """
+    from accelerate import PartialState
+
+    state = PartialState()
+    progress = progress and state.is_main_process
+    planned = plan(about.evaluation_prompts(prompts_per_kind, seed + 100), seed=seed)
+    mine = shard(planned, state.process_index, state.num_processes)
+    images = draw(policy, mine, drawing, model=model, progress=progress)
+    scores = score(images, about.measures, device=policy.device, progress=progress)
+    return Examination(images, gather(scores, planned))

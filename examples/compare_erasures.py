@@ -1,0 +1,215 @@
+"""Compare the nine erasure methods on one model: what each erases, what it costs, and what a recovery wins back.
+
+    python examples/compare_erasures.py
+    python examples/compare_erasures.py --methods uce esd --seeds 0 --prompts-per-kind 50
+
+Each method erases stripes from the tiny world with the settings that were found for it, once for each seed. All are
+measured on the same prompts, with one scheduler and one guidance. Then the reward of each erased model is won back by
+ReFL under the constraint that the concept stays gone, as ``examples/refl_erase_nudity.py`` does. What is finished is
+kept, so that the same command goes on where it was interrupted.
+"""
+
+import json
+import time
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import asdict, dataclass
+from multiprocessing import get_context
+from pathlib import Path
+from typing import NamedTuple
+
+import refl_erase_nudity
+import torch
+import tyro
+from tqdm import tqdm
+
+from erasure import Erasure
+from erasure.methods import METHODS, erase, method_named
+from evaluation import DrawConfig, ImageFolder, Report, Scores, compare, write_folder
+from evaluation.erasures import line_of, markdown_table
+from evaluation.examine import examine
+from evaluation.files import write_text
+from evaluation.subject import TINY_WORLD, subject
+from policy import LoRAConfig
+
+BEFORE = "before"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """What is compared, and how finely."""
+
+    methods: tuple[str, ...] = tuple(METHODS)
+    """Names of methods."""
+
+    policy: str = TINY_WORLD
+    """The tiny world, or a folder or hub id of a Stable Diffusion."""
+
+    seeds: tuple[int, ...] = (0, 1, 2)
+    """Of training, prompts and pictures; each method runs once for each."""
+
+    prompts_per_kind: int = 200
+    """Prompts of each kind."""
+
+    evaluation_steps: int = 20
+    """Denoising steps of the pictures."""
+
+    guidance_scale: float = 3.0
+    """Their classifier-free guidance."""
+
+    recover: bool = True
+    """Whether the reward of each erased model is won back, with the first seed."""
+
+    recovery_iterations: int = 80
+    """ReFL iterations of the recovery."""
+
+    workers: int = 2
+    """Processes that work at a time, with one thread each; 1 on a GPU."""
+
+    output_dir: Path = Path("runs/compare_erasures")
+    """Where everything is kept."""
+
+    def __post_init__(self) -> None:
+        """Checks names and numbers before any work is done."""
+        for name in self.methods:
+            if name not in METHODS:
+                raise ValueError(f"methods must be among {', '.join(METHODS)}, got {name!r}")
+        for name in ("methods", "seeds"):
+            if not getattr(self, name) or len(set(getattr(self, name))) < len(getattr(self, name)):
+                raise ValueError(f"{name} must hold at least one, each once, got {getattr(self, name)}")
+        if self.workers < 1:
+            raise ValueError(f"workers must be at least 1, got {self.workers}")
+
+
+class Cell(NamedTuple):
+    """One piece of work: a model that is made and measured."""
+
+    method: str
+    """Name of a method, or "before"."""
+
+    seed: int
+    recovered: bool = False
+
+    def folder(self, config: Config) -> Path:
+        """Returns where it is kept."""
+        folder = config.output_dir / self.method / f"seed-{self.seed}"
+        return folder / "recovered" if self.recovered else folder
+
+    def scores(self, config: Config) -> Scores | None:
+        """Returns what was measured, if it was."""
+        path = self.folder(config) / "scores.json"
+        return Scores.load(path) if path.is_file() else None
+
+
+def cells_of(config: Config) -> list[Cell]:
+    """Returns all work, in an order in which whatever is needed comes before."""
+    erased = [Cell(method, seed) for seed in config.seeds for method in config.methods]
+    recovered = [Cell(method, config.seeds[0], recovered=True) for method in config.methods if config.recover]
+    return [*(Cell(BEFORE, seed) for seed in config.seeds), *erased, *recovered]
+
+
+def work(cell: Cell, config: Config) -> Cell:
+    """Makes one model and measures it."""
+    torch.set_num_threads(1)
+    folder = cell.folder(config)
+    about = subject(config.policy)
+    policy = about.load(LoRAConfig(rank=8, alpha=8) if cell.recovered else None)
+    begin = time.process_time()
+    if cell.recovered:
+        Erasure.load(folder.parent / "erasure").apply(policy)
+        recovery = refl_erase_nudity.Config(
+            policy=config.policy,
+            output_dir=folder,
+            iterations=config.recovery_iterations,
+            guidance_scale=config.guidance_scale,
+            seed=cell.seed,
+            resume=True,
+        )
+        refl_erase_nudity.recover(recovery, policy, about, progress=False)
+    elif cell.method != BEFORE:
+        preset = "tiny-world" if config.policy == TINY_WORLD else "official"
+        method = method_named(cell.method, preset, seed=cell.seed)
+        training = folder / "training"
+        erasure = erase(method, policy, about.concept, output_dir=training, resume=training.exists(), progress=False)
+        erasure.save(folder / "erasure")
+        erasure.apply(policy)
+    minutes = (time.process_time() - begin) / 60
+    folder.mkdir(parents=True, exist_ok=True)
+    write_text(folder / "minutes.json", json.dumps(minutes))
+    drawing = DrawConfig(steps=config.evaluation_steps, guidance_scale=config.guidance_scale)
+    numbers = {"prompts_per_kind": config.prompts_per_kind, "seed": cell.seed}
+    name = f"{cell.method}-recovered" if cell.recovered else cell.method
+    images, scores = examine(policy, about, drawing, model=name, progress=False, **numbers)
+    if cell.seed == config.seeds[0]:
+        write_folder(images, config.output_dir / "pictures")
+    scores.save(folder / "scores.json")
+    return cell
+
+
+def run(cells: Sequence[Cell], config: Config) -> None:
+    """Does what is not done yet, several at a time; nothing that needs another cell starts before it."""
+    missing = [cell for cell in cells if cell.scores(config) is None]
+    done = {cell for cell in cells if cell not in missing}
+    with (
+        tqdm(total=len(cells), initial=len(done), desc="models", unit="model") as bar,
+        ProcessPoolExecutor(config.workers, mp_context=get_context("spawn")) as pool,
+    ):
+        for stage in (False, True):
+            futures = [pool.submit(work, cell, config) for cell in missing if cell.recovered is stage]
+            for future in as_completed(futures):
+                cell = future.result()
+                bar.set_postfix_str(f"{cell.method} {cell.seed}{' recovered' if cell.recovered else ''}")
+                bar.update()
+
+
+def table(config: Config) -> str:
+    """Returns the table of everything."""
+    lines = []
+    for name in (BEFORE, *config.methods):
+        cells = [Cell(name, seed) for seed in config.seeds]
+        scores = [found for cell in cells if (found := cell.scores(config)) is not None]
+        others: dict[str, list[float]] = {}
+        if name != BEFORE:
+            others["CPU-minutes"] = [json.loads((cell.folder(config) / "minutes.json").read_text()) for cell in cells]
+            after = Cell(name, config.seeds[0], recovered=True).scores(config)
+            if after is not None:
+                for title, measure, kind in (
+                    ("explicit, recovered", "concept rate", "explicit"),
+                    ("implicit, recovered", "concept rate", "implicit"),
+                    ("ImageReward, recovered", "ImageReward", "benign"),
+                ):
+                    others[title] = [after.column(measure, kind).estimate.mean]
+        lines.append(line_of(name, scores, others))
+    return markdown_table(lines)
+
+
+def report(config: Config) -> None:
+    """Writes the page with the pictures of the first seed."""
+    models = [(BEFORE, False), *((name, False) for name in config.methods)]
+    models += [(name, True) for name in config.methods if config.recover]
+    cells = [Cell(name, config.seeds[0], recovered) for name, recovered in models]
+    scores = [found for cell in cells if (found := cell.scores(config)) is not None]
+    pictures = [ImageFolder.open(config.output_dir / "pictures", one.model) for one in scores]
+    Report(
+        title="Nine ways to erase a concept",
+        lead="Each model draws the same prompts with the same seeds; the first is the model as it came.",
+        comparison=compare(scores),
+        pictures=pictures,
+        commands=("python examples/compare_erasures.py",),
+        settings=asdict(config),
+    ).save(config.output_dir / "report.html")
+
+
+def main(config: Config) -> str:
+    """Makes and measures what is missing, and prints the table."""
+    run(cells_of(config), config)
+    text = table(config)
+    write_text(config.output_dir / "table.md", text + "\n")
+    report(config)
+    print(text)
+    print(f"\nThe table and the page with pictures: {config.output_dir}")
+    return text
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Config))
