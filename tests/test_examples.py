@@ -106,3 +106,36 @@ def test_what_cannot_be_is_said_before_any_work(options: list[str], message: str
     assert done.returncode != 0
     assert message in done.stderr
     assert not (tmp_path / "run").exists()
+
+
+def test_erasing_keeps_the_erasure_and_compares(tmp_path: Path) -> None:
+    small = ["--prompts-per-kind", "2", "--evaluation-steps", "2"]
+    first = launch("erase.py", "--method", "uce", "--output-dir", str(tmp_path / "uce"), *small)
+    assert first.returncode == 0, first.stderr
+    assert "stripes erased by UCE" in first.stdout
+    assert (tmp_path / "uce" / "erasure" / "erasure.json").is_file()
+    assert "Stripes erased by UCE" in (tmp_path / "uce" / "report.html").read_text()
+
+    onto = ["--method", "sld", "--onto", str(tmp_path / "uce" / "erasure"), "--output-dir", str(tmp_path / "sld")]
+    second = launch("erase.py", *onto, *small)
+    assert second.returncode == 0, second.stderr
+    assert json.loads((tmp_path / "sld" / "comparison.json").read_text())["models"] == ["before", "erased"]
+
+    again = launch("erase.py", *onto, *small)
+    assert again.returncode != 0
+    assert "output_dir must not hold another erasure" in again.stderr
+
+
+def test_comparison_of_erasures_goes_on_and_writes_table_and_page(tmp_path: Path) -> None:
+    options = ["--methods", "uce", "--seeds", "0", "--prompts-per-kind", "2", "--evaluation-steps", "2"]
+    options += ["--recovery-iterations", "1", "--workers", "1", "--output-dir", str(tmp_path)]
+    command = [sys.executable, str(ROOT / "examples" / "compare_erasures.py"), *options]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    for fresh in (True, False):  # the second time everything is there
+        done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT)
+        assert done.returncode == 0, done.stderr
+        assert ("Loading pipeline" in done.stderr) is fresh
+        assert "ImageReward, recovered" in done.stdout
+    rows = (tmp_path / "table.md").read_text().splitlines()
+    assert [row.split("|")[1].strip() for row in rows] == ["method", "---", "before", "uce"]
+    assert "uce-recovered" in (tmp_path / "report.html").read_text()
