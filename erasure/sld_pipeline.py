@@ -54,7 +54,6 @@ class AttachedSafeguard:
         self.safeguard = safeguard
         self._pipeline = weakref.ref(pipeline)
         self._step = -1
-        self._run = object()
         self._moment: Moment | None = None
         self._handles = (
             pipeline.unet.register_forward_pre_hook(self._before, with_kwargs=True),
@@ -99,7 +98,7 @@ class AttachedSafeguard:
         if self._moment is None:
             return None
         predictions = output[0].float().unflatten(0, (3, -1))
-        towards = self.safeguard.towards(predictions, self._moment, self._run)
+        towards = self.safeguard.towards(predictions, self._moment, self)
         return (torch.cat([predictions[0], towards]).to(output[0].dtype),)
 
     def _moment_of(self, scheduler: Any, timestep: Tensor, count: int, device: torch.device) -> Moment:
@@ -110,7 +109,7 @@ class AttachedSafeguard:
         timesteps = scheduler.timesteps
         self._step += 1
         if timestep == timesteps[0]:
-            self._step, self._run = 0, object()
+            self._step = 0
         if self._step >= len(timesteps) or timestep != timesteps[self._step]:
             raise ValueError(
                 f"SLD needs every step of a pipeline's run from the first on, got timestep {timestep.item()} as step "

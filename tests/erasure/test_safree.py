@@ -361,6 +361,19 @@ def test_widest_features_have_the_first_factor_and_the_next_width_the_second(bar
     assert Reattention(bare.unet, coarse=0.9, fine=0.2, replace=False).factors == {16: 0.9, 8: 0.2}
 
 
+def test_sample_that_is_not_filtered_is_compared_with_itself(bare: DiffusionPolicy) -> None:
+    reattention = Reattention(bare.unet, coarse=0.9, fine=0.2, replace=False)
+    latents, timestep = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0)), torch.tensor(500)
+    prompts = bare.encode(["a cat", "striped", "a photo"])
+    predictions = []
+    for active, rows in ((torch.tensor([False]), 3), (None, 2), (torch.tensor([True]), 3)):
+        reattention.start(active)
+        predictions.append(bare.unet(latents.expand(rows, -1, -1, -1), timestep, prompts[:rows]).sample[:2].detach())
+        reattention.stop()
+    torch.testing.assert_close(predictions[0], predictions[1], rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(predictions[2], predictions[1], rtol=1e-3, atol=1e-3)
+
+
 def test_reattention_changes_pictures_and_the_released_variant_lacks_it(bare: DiffusionPolicy) -> None:
     configs = {
         "paper": SAFREEConfig(),
@@ -488,6 +501,7 @@ def test_pipeline_and_policy_draw_the_same(
     torch.testing.assert_close(plain_images(pipeline, PROMPTS), erased, rtol=0, atol=1e-5)
     torch.testing.assert_close(plain_images(ddim_pipeline(policy), PROMPTS), erased, rtol=0, atol=1e-5)
     detach(pipeline)
+    assert "encode_prompt" not in vars(pipeline)
     assert torch.equal(plain_images(pipeline, PROMPTS), plain)
 
 
@@ -503,7 +517,7 @@ def test_pipeline_without_guidance_draws_as_before(bare: DiffusionPolicy) -> Non
     plain = plain_images(ddim_pipeline(bare), PROMPTS, guidance_scale=1.0)
     apply(bare)
     pipeline = ddim_pipeline(bare)
-    plain_images(pipeline, PROMPTS)  # what a run leaves behind must not reach the next
+    plain_images(pipeline, PROMPTS[2:])  # what a run leaves behind must not reach the next: the same last half
     assert torch.equal(plain_images(pipeline, PROMPTS, guidance_scale=1.0), plain)
 
 
