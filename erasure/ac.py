@@ -4,7 +4,6 @@ Source: Kumari et al. (2023), https://arxiv.org/abs/2303.13516, written from its
 nupurkmr9/concept-ablation (MIT), commit c11fb1b. See docs/erasure.md for each departure.
 """
 
-import json
 import math
 import random
 from collections.abc import Generator
@@ -18,14 +17,13 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import Parameter
 
-from policy import ClassifierFree, DiffusionPolicy, WeightDelta, merged_state
+from policy import ClassifierFree, DiffusionPolicy
 from policy.noise import SampleNoise
 from policy.types import Latents, PerSample
 from tinyworld.caption import captions
 
-from .changes import WeightChange
 from .concept import Concept, check_words
-from .descend import DescentConfig, descend
+from .descend import DescentConfig, descended
 from .erased import Erasure
 from .estimate import UNetCalls
 from .generated import generated_latents
@@ -201,13 +199,11 @@ class AC:
             folder = Path(output_dir) / "anchors"
         objective = AC(self.config, folder=folder, progress=progress)
         student = policy.trainee(self.config.train)
-        before = {name: value.clone() for name, value in merged_state(student.unet).items()}
-        descend(
+        change = descended(
             objective, student, concept, self.config.descent,
             output_dir=output_dir, resume=resume, progress=progress, settings={"ac": self.config},
         )  # fmt: skip
-        delta = WeightDelta.between(before, student.unet)
-        return Erasure.of(policy, self.name, json.loads(json.dumps(asdict(self.config))), concept, WeightChange(delta))
+        return Erasure.of(policy, self.name, asdict(self.config), concept, change)
 
     def descent(self) -> DescentConfig:
         """Returns how it trains."""

@@ -9,9 +9,10 @@ from typing import Any, Literal
 
 import torch
 
-from policy import DiffusionPolicy
+from policy import DiffusionPolicy, WeightDelta, merged_state
 from training import TrainingConfig, TrainingRun, require
 
+from .changes import WeightChange
 from .concept import Concept
 from .protocols import ConceptBatch, Objective
 
@@ -115,6 +116,26 @@ def descend(
                 run.backward(loss)
                 grad_norm = run.update()
                 run.log({"erasure/loss": run.mean(loss.detach()), "erasure/grad_norm": grad_norm})
+
+
+def descended(
+    objective: Objective,
+    student: DiffusionPolicy,
+    concept: Concept,
+    config: DescentConfig,
+    *,
+    output_dir: str | Path | None = None,
+    resume: bool = False,
+    progress: bool = True,
+    settings: Mapping[str, Any] | None = None,
+) -> WeightChange:
+    """Trains a policy as `descend` does, with the same arguments, and returns what that changed in its weights."""
+    before = {name: value.clone() for name, value in merged_state(student.unet).items()}
+    descend(
+        objective, student, concept, config,
+        output_dir=output_dir, resume=resume, progress=progress, settings=settings,
+    )  # fmt: skip
+    return WeightChange(WeightDelta.between(before, student.unet))
 
 
 def concept_batch(concept: Concept, size: int, generator: torch.Generator) -> ConceptBatch:

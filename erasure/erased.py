@@ -55,8 +55,9 @@ class Erasure:
     def of(
         cls, policy: DiffusionPolicy, method: str, config: dict[str, Any], concept: Concept, change: Change
     ) -> "Erasure":
-        """Returns the erasure that a method computed from a policy as it is."""
-        return cls(method=method, config=config, concept=concept, change=change, base=change.base(policy.unet))
+        """Returns the erasure that a method computed from a policy as it is; tuples among its settings become lists."""
+        plain = json.loads(json.dumps(config))
+        return cls(method=method, config=plain, concept=concept, change=change, base=change.base(policy.unet))
 
     def apply(self, policy: DiffusionPolicy, *, check_base: bool = True) -> None:
         """Changes a policy in place; from then on the erased policy is its reference.

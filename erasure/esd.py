@@ -15,12 +15,11 @@ from jaxtyping import Int
 from torch import Tensor
 from torch.nn import Parameter
 
-from policy import ClassifierFree, DiffusionPolicy, WeightDelta, merged_state
+from policy import ClassifierFree, DiffusionPolicy
 from policy.types import Embeddings, Latents, PerSample
 
-from .changes import WeightChange
 from .concept import Concept, check_words
-from .descend import DescentConfig, descend
+from .descend import DescentConfig, descended
 from .erased import Erasure
 from .estimate import UNetCalls
 from .protocols import ConceptBatch
@@ -106,13 +105,11 @@ class ESD:
             ValueError: As `descend`.
         """
         student = policy.trainee(self.config.train)
-        before = {name: value.clone() for name, value in merged_state(student.unet).items()}
-        descend(
+        change = descended(
             self, student, concept, self.config.descent,
             output_dir=output_dir, resume=resume, progress=progress, settings={"esd": self.config},
         )  # fmt: skip
-        delta = WeightDelta.between(before, student.unet)
-        return Erasure.of(policy, self.name, asdict(self.config), concept, WeightChange(delta))
+        return Erasure.of(policy, self.name, asdict(self.config), concept, change)
 
     def descent(self) -> DescentConfig:
         """Returns how it trains."""

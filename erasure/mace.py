@@ -13,7 +13,6 @@ Source: Lu et al. (2024), https://arxiv.org/abs/2403.06135, written from its equ
 Shilin-LU/MACE, for non-commercial use only; nothing here was taken from it. See docs/erasure.md for each departure.
 """
 
-import json
 import math
 import random
 from collections.abc import Collection, Mapping, Sequence
@@ -317,7 +316,7 @@ class MACE:
             weights, factor, updates, texts.prompts, texts.prior, prior_weight=count * cfg.fusion_prior_weight
         )
         delta = WeightDelta({name: (strength * change).float() for name, change in changes.items()})
-        settings = {**json.loads(json.dumps(asdict(cfg))), "strength": strength}
+        settings = {**asdict(cfg), "strength": strength}
         return Erasure.of(policy, self.name, settings, concept, WeightChange(delta))
 
     def descent(self) -> DescentConfig:

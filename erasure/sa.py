@@ -17,14 +17,13 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import Parameter
 
-from policy import ClassifierFree, DiffusionPolicy, WeightDelta, merged_state
+from policy import ClassifierFree, DiffusionPolicy
 from policy.noise import SampleNoise
 from policy.types import Latents, PerSample
 from tinyworld.caption import captions
 
-from .changes import WeightChange
 from .concept import Concept, check_words
-from .descend import DescentConfig, descend
+from .descend import DescentConfig, descended
 from .erased import Erasure
 from .estimate import UNetCalls
 from .fisher import FisherConfig, changes, fisher_information, noise_errors, start_of
@@ -81,10 +80,6 @@ class SAConfig:
     replay_weight: float = 1.0
     """Weight of the loss on pictures that must stay as they are (gamma); 0 leaves it out."""
 
-    weight_cap: float = 1.0
-    """Largest weight of a timestep in either loss: they are min(1/ᾱ_t, cap), which turns errors of the noise into
-    those of a velocity where it is not capped. 1 is the paper's, and learns little where a picture begins."""
-
     surrogates: tuple[str, ...] = ("a person wearing clothes",)
     """Prompts of the pictures that the concept's words come to mean; they take turns. Only for a concept without an
     anchor: an anchor that is not blank takes their place."""
@@ -121,8 +116,6 @@ class SAConfig:
         for name in ("penalty", "replay_weight", "guidance_scale"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"SAConfig.{name} must be finite and at least 0, got {getattr(self, name)}")
-        if not 1 <= self.weight_cap < math.inf:
-            raise ValueError(f"SAConfig.weight_cap must be finite and at least 1, got {self.weight_cap}")
         for name in ("images", "steps", "draw_batch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"SAConfig.{name} must be at least 1, got {getattr(self, name)}")
@@ -137,6 +130,9 @@ class SAConfig:
     def tiny_world(cls) -> "SAConfig":
         """Returns settings for the tiny world's stripes, found by experiment."""
         return cls(
+            train="attn",
+            penalty=0.02,
+            replay_weight=0.1,
             surrogates=tuple(captions("benign", 64, 5)),
             templates=("{concept} {surrogate}", "{surrogate} {concept}"),
             replay=(*captions("benign", 32, 6), *captions("neighbour", 32, 6)),
@@ -144,7 +140,9 @@ class SAConfig:
             steps=20,
             guidance_scale=3.0,
             fisher=FisherConfig(images=32, timesteps=16),
-            descent=DescentConfig(iterations=200, learning_rate=3e-4, batch_size=8, weight_decay=1e-2),
+            descent=DescentConfig(
+                iterations=500, learning_rate=2e-3, batch_size=8, weight_decay=1e-2, max_grad_norm=0.3
+            ),
         )
 
 
@@ -214,13 +212,11 @@ class SA:
         objective = SA(self.config, folder)
         objective.progress = progress
         student = policy.trainee(self.config.train)
-        before = {name: value.clone() for name, value in merged_state(student.unet).items()}
-        descend(
+        change = descended(
             objective, student, concept, self.config.descent,
             output_dir=output_dir, resume=resume, progress=progress, settings={"sa": self.config},
         )  # fmt: skip
-        delta = WeightDelta.between(before, student.unet)
-        return Erasure.of(policy, self.name, asdict(self.config), concept, WeightChange(delta))
+        return Erasure.of(policy, self.name, asdict(self.config), concept, change)
 
     def descent(self) -> DescentConfig:
         """Returns how it trains."""
@@ -303,10 +299,9 @@ class SA:
         return Examples(clean.to(policy.device), noise, torch.tensor(timesteps, device=policy.device), said)
 
     def errors(self, policy: DiffusionPolicy, examples: Examples) -> tuple[PerSample, PerSample]:
-        """Returns the weighted squared errors for the concept and the replay; the latter are zero without weight."""
+        """Returns the squared errors for the concept and the replay; the latter are zero without weight."""
         embeddings = policy.encode(examples.captions)
         errors = noise_errors(policy, examples.clean, examples.noise, examples.timesteps, embeddings)
-        errors = errors * (1 / policy.alphas[examples.timesteps]).clamp(max=self.config.weight_cap)
         if not self.config.replay_weight:
             return errors, torch.zeros_like(errors)
         forgotten, replayed = errors.chunk(2)
