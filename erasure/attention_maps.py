@@ -38,7 +38,15 @@ class CrossAttention(NamedTuple):
 
 def cross_attentions(unet: nn.Module) -> dict[str, nn.Module]:
     """Returns the cross-attention layers by their names in the UNet, in the order of its modules."""
-    return {name: module for name, module in unet.named_modules() if name.endswith(".attn2")}
+    # Down the tree of a Stable Diffusion's UNet; looking at every module would take as long as a small UNet's layer.
+    tree: Any = unet
+    blocks = [(f"{part}.{k}", block) for part in ("down_blocks", "up_blocks") for k, block in enumerate(getattr(tree, part))]
+    return {
+        f"{name}.attentions.{k}.transformer_blocks.{depth}.attn2": layer.attn2
+        for name, block in (*blocks, ("mid_block", tree.mid_block))
+        for k, attention in enumerate(getattr(block, "attentions", ()))
+        for depth, layer in enumerate(attention.transformer_blocks)
+    }
 
 
 @contextmanager

@@ -109,13 +109,20 @@ def descend(
         )
         with TrainingRun(student, run_config, configs={"descent": config, **(settings or {})}) as run:
             for _ in run.iterations():
-                batch = concept_batch(concept, config.batch_size, run.generator)
-                mine = ConceptBatch(run.shard(batch.prompts), run.shard(batch.seeds))
-                with run.autocast():
-                    loss = objective.loss(student, mine).mean()
-                run.backward(loss)
-                grad_norm = run.update()
-                run.log({"erasure/loss": run.mean(loss.detach()), "erasure/grad_norm": grad_norm})
+                descend_once(objective, student, concept, config, run)
+
+
+def descend_once(
+    objective: Objective, student: DiffusionPolicy, concept: Concept, config: DescentConfig, run: TrainingRun
+) -> None:
+    """Does one update of a run, on prompts and seeds that its generator draws."""
+    batch = concept_batch(concept, config.batch_size, run.generator)
+    mine = ConceptBatch(run.shard(batch.prompts), run.shard(batch.seeds))
+    with run.autocast():
+        loss = objective.loss(student, mine).mean()
+    run.backward(loss)
+    grad_norm = run.update()
+    run.log({"erasure/loss": run.mean(loss.detach()), "erasure/grad_norm": grad_norm})
 
 
 def descended(
