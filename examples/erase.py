@@ -23,7 +23,7 @@ from accelerate import PartialState
 from erasure import Concept, Erasure
 from erasure.estimate import TrainedMethod, estimate
 from erasure.methods import METHODS, erase, method_named
-from evaluation import DrawConfig, Report, compare, text_table
+from evaluation import DrawConfig, Panel, Report, compare, text_table
 from evaluation.examine import examine
 from evaluation.subject import TINY_WORLD, Subject, subject
 from policy import DiffusionPolicy
@@ -133,7 +133,7 @@ def main(config: Config) -> Erasure:
         comparison=comparison,
         models={"before": f"{about.name}, as it came", "erased": f"after {method.name}"},
         metrics=metrics if metrics.is_file() else None,
-        panels=(),
+        panels=(Panel(title="Loss", tags={"loss": "erasure/loss"}),),
         pictures=[look.images for look in looks],
         commands=("python examples/erase.py " + " ".join(sys.argv[1:]),),
         settings={"run": asdict(config), "erasure": erasure.config},
