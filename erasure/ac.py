@@ -124,7 +124,7 @@ class ACConfig:
             guidance_scale=3.0,
             mirror=False,
             descent=DescentConfig(
-                iterations=200, learning_rate=6e-4, batch_size=8, weight_decay=1e-2, max_grad_norm=1.0
+                iterations=300, learning_rate=1e-3, batch_size=8, weight_decay=1e-2, max_grad_norm=1.0
             ),
         )
 

@@ -5,12 +5,25 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
+from .bootstrap import bootstrap_interval
 from .files import write_text
 from .plan import DrawConfig
 from .score import Better, Column, Scores
-from .statistics import Estimate, paired_difference, paired_rate_difference
+from .statistics import (
+    Estimate,
+    correlation,
+    joined_rates,
+    mean_estimate,
+    means_by_cluster,
+    paired_rate_difference,
+)
+
+Pairing = Literal["image", "prompt"]
+"""What is compared with what: images of the same prompt and seed, or the images of the same prompt."""
+Intervals = Literal["closed", "bootstrap"]
+"""How the intervals of means are found; those of rates are always in closed form."""
 
 
 class Row(NamedTuple):
@@ -49,8 +62,8 @@ class Comparison:
 
     models: tuple[str, ...]
     """The first is what the others are compared with."""
-    config: DrawConfig
-    """How the images of all models were drawn."""
+    config: DrawConfig | None
+    """How the images of all models were drawn, those of other systems apart; None where nothing is known of any."""
     rows: tuple[Row, ...]
 
     def row(self, measure: str, kind: str) -> Row:
@@ -80,22 +93,33 @@ class Comparison:
             }
             for row in self.rows
         ]
-        return {"format": 1, "models": list(self.models), "config": asdict(self.config), "rows": rows}
+        config = None if self.config is None else asdict(self.config)
+        return {"format": 1, "models": list(self.models), "config": config, "rows": rows}
 
     def save(self, path: Path | str) -> None:
         """Writes the comparison as JSON, whole or not at all."""
         write_text(Path(path), json.dumps(self.as_dict(), indent=1, ensure_ascii=False, allow_nan=False) + "\n")
 
 
-def compare(scores: Sequence[Scores]) -> Comparison:
-    """Compares models that were scored on the same prompts, seeds and settings.
+def compare(scores: Sequence[Scores], *, by: Pairing = "image", intervals: Intervals = "closed") -> Comparison:
+    """Compares models that were scored on the same prompts, and on the same seeds and settings where these are known.
+
+    Images of one prompt count as dependent in all errors and intervals.
 
     Args:
         scores: Scores of each model; the others are compared with the first.
+        by: "image" pairs images of the same prompt and seed; "prompt" pairs the means of the images of a prompt,
+            whatever their seeds, settings and number, as it must be with images that another system drew.
+        intervals: "closed" are Student's t intervals; "bootstrap" draws prompts, BCa, which fits skewed values better
+            and is too narrow below about 20 prompts. Rates have Wilson's and Newcombe's intervals in both.
 
     Raises:
         ValueError: The models are not paired: two share a name, or differ in settings, measures, prompts or seeds.
     """
+    if by not in ("image", "prompt"):
+        raise ValueError(f"by must be 'image' or 'prompt', got {by!r}")
+    if intervals not in ("closed", "bootstrap"):
+        raise ValueError(f"intervals must be 'closed' or 'bootstrap', got {intervals!r}")
     if not scores:
         raise ValueError("scores must hold at least one model, got none")
     models = tuple(one.model for one in scores)
@@ -103,11 +127,10 @@ def compare(scores: Sequence[Scores]) -> Comparison:
         raise ValueError(f"scores must be of models with unique names, got {list(models)}")
     first, *others = scores
     for other in others:
-        _check_paired(first, other)
+        _check_paired(first, other, by)
     rows = []
     for column in first.columns:
         rest = [other.column(column.measure, column.kind) for other in others]
-        difference = paired_rate_difference if column.is_rate else paired_difference
         rows.append(
             Row(
                 measure=column.measure,
@@ -115,16 +138,47 @@ def compare(scores: Sequence[Scores]) -> Comparison:
                 is_rate=column.is_rate,
                 better=column.better,
                 note=column.note,
-                estimates=tuple(one.estimate for one in (column, *rest)),
-                differences=tuple(difference(one.values, column.values) for one in rest),
+                estimates=tuple(_estimate(one, intervals) for one in (column, *rest)),
+                differences=tuple(_difference(one, column, by, intervals) for one in rest),
             )
         )
-    return Comparison(models=models, config=first.config, rows=tuple(rows))
+    configs = [one.config for one in scores if one.config is not None]
+    return Comparison(models=models, config=configs[0] if configs else None, rows=tuple(rows))
 
 
-def _check_paired(first: Scores, other: Scores) -> None:
+def _estimate(column: Column, intervals: Intervals) -> Estimate:
+    """Returns the mean of a column."""
+    if column.is_rate or intervals == "closed":
+        return column.estimate
+    return _with_bootstrap(column.estimate, column.values, column.prompts)
+
+
+def _difference(after: Column, before: Column, by: Pairing, intervals: Intervals) -> Estimate:
+    """Returns the paired difference of two columns."""
+    if by == "image" and after.is_rate:
+        return paired_rate_difference(after.values, before.values, after.prompts)
+    if by == "image":
+        changes = [a - b for a, b in zip(after.values, before.values, strict=True)]
+        change = mean_estimate(changes, after.prompts)
+        return change if intervals == "closed" else _with_bootstrap(change, changes, after.prompts)
+    before_means, after_means = (means_by_cluster(column.values, column.prompts) for column in (before, after))
+    pairs = [(after_means[prompt], mean) for prompt, mean in before_means.items()]
+    changes = [a - b for a, b in pairs]
+    change = mean_estimate(changes)
+    if after.is_rate:
+        return joined_rates(after.estimate, before.estimate, change, correlation(*zip(*pairs, strict=True)))
+    return change if intervals == "closed" else _with_bootstrap(change, changes, tuple(before_means))
+
+
+def _with_bootstrap(estimate: Estimate, values: Sequence[float], prompts: Sequence[str]) -> Estimate:
+    return estimate._replace(**bootstrap_interval(values, prompts)._asdict())
+
+
+def _check_paired(first: Scores, other: Scores, by: Pairing) -> None:
     pair = f"{first.model} and {other.model}"
-    if first.config != other.config:
+    if by == "image" and (first.config is None or other.config is None):
+        raise ValueError(f"scores: {pair} must both be drawn from known seeds, got another system's; compare by prompt")
+    if by == "image" and first.config != other.config:
         raise ValueError(f"scores: {pair} must be drawn with the same settings, got {first.config} and {other.config}")
     columns: Mapping[tuple[str, str], Column] = {(column.measure, column.kind): column for column in other.columns}
     if {(column.measure, column.kind) for column in first.columns} != columns.keys():
@@ -135,15 +189,26 @@ def _check_paired(first: Scores, other: Scores) -> None:
         where = f"scores: {pair}, {column.measure} on {column.kind}:"
         if column.is_rate != twin.is_rate:
             raise ValueError(f"{where} values must be rates for both or for neither")
-        if len(column.images) != len(twin.images):
-            raise ValueError(
-                f"{where} must be of the same images, got {len(column.images)} and {len(twin.images)} of them"
-            )
-        for one, two in zip(column.images, twin.images, strict=True):
-            if one != two:
-                raise ValueError(
-                    f"{where} must be of the same prompts and seeds in the same order, got {one} and {two}"
-                )
+        if by == "image":
+            _check_same_images(where, column, twin)
+        else:
+            _check_same_prompts(where, column, twin)
+
+
+def _check_same_images(where: str, column: Column, twin: Column) -> None:
+    if len(column.images) != len(twin.images):
+        raise ValueError(f"{where} must be of the same images, got {len(column.images)} and {len(twin.images)} of them")
+    for one, two in zip(column.images, twin.images, strict=True):
+        if one != two:
+            raise ValueError(f"{where} must be of the same prompts and seeds in the same order, got {one} and {two}")
+
+
+def _check_same_prompts(where: str, column: Column, twin: Column) -> None:
+    texts = [{image.id: image.prompt for image in one.images} for one in (column, twin)]
+    for name in texts[0] | texts[1]:
+        one, two = texts[0].get(name), texts[1].get(name)
+        if one != two:
+            raise ValueError(f"{where} must be of the same prompts, got {one!r} and {two!r} for {name!r}")
 
 
 def _known(estimate: Estimate) -> dict[str, float | None]:

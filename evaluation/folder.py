@@ -1,7 +1,9 @@
 """Drawn images as files, in ImageReward's layout.
 
-    <root>/prompts.json                 what each image shows and how it was drawn; one file for all models
-    <root>/<model>/<id>_<k>.png            one image of a prompt
+    <root>/prompts.json            what each image shows and how it was drawn; one file for all models
+    <root>/<model>/<id>_<k>.png    one image of a prompt
+    <root>/<model>/model.json      which model drew them, where `generate` did
+    <root>/<model>/manifest.jsonl  a row for each image, where `generate` did
 
 One `prompts.json` for all models is what pairs them: a model drawn otherwise is refused.
 """
@@ -17,7 +19,7 @@ import torch
 
 from .files import is_whole, read_png, write_png, write_text
 from .images import ImageSource, Pixels
-from .plan import DrawConfig, PlannedImage
+from .plan import DrawConfig, PlannedImage, check_plan
 
 MANIFEST = "prompts.json"
 
@@ -73,19 +75,26 @@ def write_folder(images: ImageSource, root: Path | str, *, chunk: int = 64) -> I
     return ImageFolder(root=root, model=images.model, planned=images.planned, config=images.config)
 
 
-def write_manifest(root: Path | str, planned: Sequence[PlannedImage], config: DrawConfig) -> None:
+def write_manifest(root: Path | str, planned: Sequence[PlannedImage], config: DrawConfig, *, writer: str = "") -> None:
     """Writes `prompts.json`, or checks that the one that is there says the same.
 
+    Args:
+        root: The folder of all models compared.
+        planned: What is drawn.
+        config: How images are drawn.
+        writer: Tells processes apart that may write it at the same time.
+
     Raises:
-        ValueError: The folder's manifest tells of other prompts, seeds or settings.
+        ValueError: The folder's manifest tells of other prompts, seeds or settings, or two images have one name.
     """
+    check_plan(planned)
     root = Path(root)
     if (root / MANIFEST).exists():
         check_manifest(root, planned, config)
         return
     images = [{"file": image.file_name, **image._asdict()} for image in planned]
     content = {"format": 1, **asdict(config), "images": images}
-    write_text(root / MANIFEST, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+    write_text(root / MANIFEST, json.dumps(content, indent=1, ensure_ascii=False) + "\n", writer=writer)
 
 
 def check_manifest(root: Path, planned: Sequence[PlannedImage], config: DrawConfig) -> None:
@@ -119,7 +128,8 @@ def read_manifest(root: Path) -> tuple[tuple[PlannedImage, ...], DrawConfig]:
         content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         planned = tuple(PlannedImage(*(image[field] for field in PlannedImage._fields)) for image in content["images"])
         steps, scale = content["steps"], content["guidance_scale"]
-        return planned, DrawConfig(steps=steps, guidance_scale=scale, eta=content.get("eta", 0.0))
+        eta, size = content.get("eta", 0.0), content.get("size")
+        return planned, DrawConfig(steps=steps, guidance_scale=scale, eta=eta, size=size)
     except (KeyError, TypeError, json.JSONDecodeError) as error:
         raise ValueError(f"root: {path} must be a manifest of drawn images, got {error!r}") from error
 

@@ -1,20 +1,24 @@
 """The images of pairs: looked into before any work, sorted into batches of one size, and read a batch ahead."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import TypeVar
 
+import torch
 from jaxtyping import UInt8
 from PIL import Image
 from torch import Tensor
 
 from .files import read_png
-from .pairs import Pair
+from .images import Pixels
+from .pairs import Pair, read_pairs
 
 Size = tuple[int, int]
 """Width and height in pixels."""
 Read = UInt8[Tensor, "3 H W"] | str
 """An image, or why it cannot be read."""
+Item = TypeVar("Item")
 
 
 def image_sizes(pairs: Sequence[Pair], *, skip_broken: bool = False) -> list[Size | str]:
@@ -45,11 +49,20 @@ def batches_of(sizes: Sequence[Size | str], batch_size: int) -> list[list[int]]:
     return sorted(batches)
 
 
-def read_ahead(batches: Mapping[int, list[int]], pairs: Sequence[Pair]) -> Iterator[tuple[int, list[int], list[Read]]]:
-    """Yields the number of each batch, its indices and its images, while those of the next are being read."""
+def read_ahead(
+    batches: Mapping[int, Sequence[int]], read: Callable[[int], Item]
+) -> Iterator[tuple[int, Sequence[int], list[Item]]]:
+    """Yields the number of each batch, its indices and what was read of each, while the next batch is being read.
 
-    def ask(batch: Sequence[int]) -> list[Future[Read]]:
-        return [pool.submit(_read, pairs[index].path) for index in batch]
+    Two batches at most are in memory, however many there are.
+
+    Args:
+        batches: The indices of each batch, by its number.
+        read: Reads what has an index; called by several threads at once.
+    """
+
+    def ask(batch: Sequence[int]) -> list[Future[Item]]:
+        return [pool.submit(read, index) for index in batch]
 
     numbers = list(batches)
     with ThreadPoolExecutor() as pool:
@@ -57,6 +70,46 @@ def read_ahead(batches: Mapping[int, list[int]], pairs: Sequence[Pair]) -> Itera
         for place, number in enumerate(numbers):
             asked += [ask(batches[later]) for later in numbers[place + 1 : place + 2]]
             yield number, batches[number], [future.result() for future in asked.pop(0)]
+
+
+def image_files(folder: Path | str) -> list[Path]:
+    """Returns the images of a folder and its subfolders, sorted by name.
+
+    Raises:
+        FileNotFoundError: There is no such folder.
+        ValueError: There are no images.
+    """
+    return [pair.path for pair in read_pairs(Path(folder))]
+
+
+def in_batches(paths: Sequence[Path], batch_size: int) -> Iterator[tuple[list[int], Pixels]]:
+    """Yields the images of files, a few of one size at a time, with their places; two batches are in memory at most.
+
+    Raises:
+        ValueError: There are no images, one cannot be read, or `batch_size` is not positive.
+    """
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+    if not paths:
+        raise ValueError("paths must hold at least one image, got none")
+    sizes = [_size(path) for path in paths]
+    for path, size in zip(paths, sizes, strict=True):
+        if isinstance(size, str):
+            raise ValueError(f"{path}: {size}")
+    batches = dict(enumerate(batches_of(sizes, batch_size)))
+    for _, places, images in read_ahead(batches, lambda place: read_image(paths[place])):
+        for place, image in zip(places, images, strict=True):
+            if isinstance(image, str):
+                raise ValueError(f"{paths[place]}: {image}")
+        yield list(places), torch.stack([image for image in images if not isinstance(image, str)])
+
+
+def read_image(path: Path) -> Read:
+    """Returns an image, or why it cannot be read."""
+    try:
+        return read_png(path)
+    except Exception as error:  # Pillow's readers raise almost anything for a damaged file
+        return f"it cannot be read: {error}"
 
 
 def _size(path: Path) -> Size | str:
@@ -67,12 +120,4 @@ def _size(path: Path) -> Size | str:
                 return f"it must have 8 bits for each colour, got Pillow's mode {image.mode}"
             return image.size
     except Exception as error:  # Pillow's readers raise almost anything for a damaged file
-        return f"it cannot be read: {error}"
-
-
-def _read(path: Path) -> Read:
-    """Returns an image, or why it cannot be read."""
-    try:
-        return read_png(path)
-    except Exception as error:
         return f"it cannot be read: {error}"

@@ -16,7 +16,7 @@ from rewards.scores import scores_of
 
 from .images import to_images
 from .journal import Journal
-from .pair_images import Read, Size, batches_of, read_ahead
+from .pair_images import Read, Size, batches_of, read_ahead, read_image
 from .pairs import Pair
 
 
@@ -73,7 +73,7 @@ def score_pairs(
         count = sum(len(batches[number]) for number in done)
         total = sum(map(len, batches))
         with tqdm(total=total, initial=count, desc="scoring", unit="image", disable=not progress) as bar:
-            for number, batch, images in read_ahead(todo, pairs):
+            for number, batch, images in read_ahead(todo, lambda index: read_image(pairs[index].path)):
                 broken = {index: image for index, image in zip(batch, images, strict=True) if isinstance(image, str)}
                 if not broken or skip_broken:
                     scores, unscored = _score_batch(batch, images, pairs, rewards, device)

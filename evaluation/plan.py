@@ -42,6 +42,8 @@ class DrawConfig:
     """Scale of classifier-free guidance; 1 is none."""
     eta: float = 0.0
     """Share of the noise of ancestral sampling in each step, in [0, 1]; 0 is deterministic."""
+    size: int | None = None
+    """Side of the images in pixels, a multiple of 8; None is the model's own."""
 
     def __post_init__(self) -> None:
         if self.steps < 1:
@@ -50,6 +52,8 @@ class DrawConfig:
             raise ValueError(f"guidance_scale must be at least 0, got {self.guidance_scale}")
         if not 0 <= self.eta <= 1:
             raise ValueError(f"eta must lie in [0, 1], got {self.eta}")
+        if self.size is not None and (self.size < 8 or self.size % 8):
+            raise ValueError(f"size must be a positive multiple of 8, got {self.size}")
 
 
 def plan(
@@ -84,12 +88,60 @@ def plan(
     return tuple(planned)
 
 
+def plan_named(
+    prompts: Mapping[str, str], *, kind: str = "benign", images_per_prompt: int = 1, seed: int = 0
+) -> tuple[PlannedImage, ...]:
+    """Lists the images to draw for prompts that have names of their own, such as those of a benchmark.
+
+    As in `plan`, the seed of an image follows from `seed`, `kind`, the name of its prompt and its copy alone.
+
+    Args:
+        prompts: The text of each prompt by its name, which becomes part of file names.
+        kind: The kind of all.
+        images_per_prompt: Images drawn for each prompt, each with its own noise.
+        seed: Chooses the noise of all images.
+
+    Raises:
+        ValueError: There are no prompts, or a name cannot be part of a file name.
+    """
+    if images_per_prompt < 1:
+        raise ValueError(f"images_per_prompt must be at least 1, got {images_per_prompt}")
+    _check_kind(kind, list(prompts.values()))
+    planned = tuple(
+        PlannedImage(kind, name, copy, prompt, _image_seed(seed, kind, name, copy))
+        for name, prompt in prompts.items()
+        for copy in range(images_per_prompt)
+    )
+    check_plan(planned)
+    return planned
+
+
+def check_plan(planned: Sequence[PlannedImage]) -> None:
+    """Checks that every image can have a file of its own.
+
+    Raises:
+        ValueError: There is no image, two have one name, or a name cannot be that of a file.
+    """
+    if not planned:
+        raise ValueError("planned must hold at least one image, got none")
+    seen: dict[str, PlannedImage] = {}
+    for image in planned:
+        if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._-]*", image.id):
+            raise ValueError(f"planned: an id must be letters, digits, '.', '_' and '-', got {image.id!r}")
+        if image.file_name in seen:
+            raise ValueError(
+                f"planned must name every image once, got {image.file_name} for {seen[image.file_name].prompt!r} and "
+                f"for {image.prompt!r}"
+            )
+        seen[image.file_name] = image
+
+
 def kinds_of(planned: Sequence[PlannedImage]) -> tuple[str, ...]:
     """Returns the kinds that occur, in the order in which they first do."""
     return tuple(dict.fromkeys(image.kind for image in planned))
 
 
-def _image_seed(seed: int, kind: str, number: int, copy: int) -> int:
+def _image_seed(seed: int, kind: str, number: int | str, copy: int) -> int:
     """Returns 32 bits, which is all that torch's CPU generator uses of a seed."""
     digest = hashlib.sha256(f"{seed}/{kind}/{number}/{copy}".encode()).digest()
     return int.from_bytes(digest[:4], "big")

@@ -9,18 +9,16 @@ import math
 from collections.abc import Sequence
 from itertools import combinations
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
-import numpy
 import torch
-from jaxtyping import Float
-from torch import Tensor
-from tqdm import tqdm
 
-from rewards import Reward, scores_of
-from rewards.preprocess import open_image
+from rewards import Reward
 from rewards.public_files import PublicFile, fetch
 
+from .pair_images import image_sizes
+from .pair_scores import score_pairs
+from .pairs import Pair
 from .statistics import mean_estimate
 
 IMAGE_REWARD_TEST = PublicFile(
@@ -144,9 +142,11 @@ def score_ranked(
     reward: Reward,
     ranked: Sequence[RankedImages],
     folder: Path,
+    journal: Path,
     *,
+    name: str = "reward",
     device: torch.device | str = "cpu",
-    batch: int = 16,
+    batch_size: int = 16,
     progress: bool = True,
 ) -> list[list[float]]:
     """Scores ranked images with a reward, for `preference_accuracy`.
@@ -155,35 +155,31 @@ def score_ranked(
         reward: Scores the images, as they are stored, for their prompt.
         ranked: Which images.
         folder: Where their paths begin.
+        journal: File of what is finished, with which a killed run goes on; it is left there, so that a repeated call
+            scores nothing anew.
+        name: What the reward is called in the journal, which is of one reward only.
         device: Where the reward wants its images.
-        batch: Images that are read at once; those of one size are scored together.
+        batch_size: Images that are scored at once; they are of one size.
         progress: Whether a progress bar is shown.
 
     Returns:
         For each prompt the score of each of its images.
 
     Raises:
-        FileNotFoundError: Images are missing; none has been scored then.
-        OSError: A file cannot be read as an image.
-        ValueError: `batch` is not positive, or the reward gave not one finite number for each image.
+        ValueError: Images are missing or cannot be read, of which those that show at once are found before any is
+            scored; `batch_size` is not positive; the journal is of another reward or of other images; or the reward
+            gave not one finite number for each image.
     """
-    if batch < 1:
-        raise ValueError(f"batch must be at least 1, got {batch}")
-    wanted = [(folder / image, images.prompt) for images in ranked for image in images.images]
-    missing = [path for path, _ in wanted if not path.is_file()]
-    if missing:
-        raise FileNotFoundError(f"folder must hold all {len(wanted)} images, and lacks {len(missing)}: {missing[0]}")
-    found: list[float] = []
-    with tqdm(total=len(wanted), desc="scoring", unit="image", disable=not progress) as bar:
-        for start in range(0, len(wanted), batch):
-            part = wanted[start : start + batch]
-            found += _scored(reward, [_read(path).to(device) for path, _ in part], [prompt for _, prompt in part])
-            for (path, _), score in zip(part, found[start:], strict=True):
-                if not math.isfinite(score):
-                    raise ValueError(f"reward must give finite scores, got {score} for {path}")
-            bar.update(len(part))
-    scores = iter(found)
-    return [[next(scores) for _ in images.images] for images in ranked]
+    pairs = [
+        Pair(image, folder / image, images.prompt, {"image": image, "prompt": images.prompt})
+        for images in ranked
+        for image in images.images
+    ]
+    sizes = image_sizes(pairs)
+    found = score_pairs(pairs, sizes, {name: reward}, journal, batch_size=batch_size, device=device, progress=progress)
+    scores = iter(found.scores[name])
+    # None stands for images that were skipped, and none is.
+    return [[cast(float, next(scores)) for _ in images.images] for images in ranked]
 
 
 def _ratio_error(correct: Sequence[int], pairs: Sequence[int]) -> float:
@@ -218,27 +214,3 @@ def _checked(entry: Any, where: str) -> RankedImages:
         if type(rank) is not int or not 1 <= rank <= WORST_RANK:
             raise ValueError(f"ranking of {where} must hold whole numbers from 1 to {WORST_RANK}, got {rank!r}")
     return RankedImages(entry["id"], entry["prompt"], tuple(images), tuple(ranking))
-
-
-def _read(path: Path) -> Float[Tensor, "3 H W"]:
-    """Reads one image as RGB in [0, 1]."""
-    try:
-        image = open_image(path).convert("RGB")
-    except (OSError, SyntaxError) as error:  # Pillow raises SyntaxError for a damaged PNG chunk
-        raise OSError(f"{path} must be an image, and cannot be read: {error}") from error
-    return torch.from_numpy(numpy.array(image)).permute(2, 0, 1).float() / 255
-
-
-def _scored(reward: Reward, images: Sequence[Float[Tensor, "3 _ _"]], prompts: Sequence[str]) -> list[float]:
-    """Scores images of any sizes, those of one size together."""
-    of_size: dict[torch.Size, list[int]] = {}
-    for place, image in enumerate(images):
-        of_size.setdefault(image.shape, []).append(place)
-    scores = [math.nan] * len(images)
-    for places in of_size.values():
-        with torch.no_grad():
-            stack = torch.stack([images[place] for place in places])
-            own = scores_of("reward", reward, stack, [prompts[place] for place in places])
-        for place, score in zip(places, own.tolist(), strict=True):
-            scores[place] = score
-    return scores

@@ -15,14 +15,33 @@ def process_rank_and_count() -> tuple[int, int]:
 
 
 def shard(planned: Sequence[PlannedImage], rank: int, world_size: int) -> tuple[PlannedImage, ...]:
-    """Returns the images that one of several processes draws: every `world_size`-th.
+    """Returns the images that one of several processes draws into memory: every `world_size`-th.
 
     Raises:
         ValueError: The process is not one of the processes.
     """
+    check_rank(rank, world_size)
+    return tuple(planned[rank::world_size])
+
+
+def batches_of(planned: Sequence[PlannedImage], batch_size: int) -> list[tuple[PlannedImage, ...]]:
+    """Cuts a plan into batches.
+
+    Processes that share a folder share out whole batches, so that the batches, and with them the last bit of every
+    image, do not depend on the number of processes.
+
+    Raises:
+        ValueError: `batch_size` is below 1.
+    """
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+    return [tuple(planned[start : start + batch_size]) for start in range(0, len(planned), batch_size)]
+
+
+def check_rank(rank: int, world_size: int) -> None:
+    """Raises a ValueError unless the process is one of the processes."""
     if not 0 <= rank < world_size:
         raise ValueError(f"rank must be at least 0 and below world_size {world_size}, got {rank}")
-    return tuple(planned[rank::world_size])
 
 
 def gather(scores: Scores, planned: Sequence[PlannedImage]) -> Scores:

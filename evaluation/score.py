@@ -1,40 +1,26 @@
 """Apply measures to drawn images and keep the value of every image."""
 
 import json
-import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
+from jaxtyping import UInt8
 from torch import Tensor
 from tqdm import tqdm
 
-from policy.types import Images
-
 from .files import write_text
-from .images import ImageSource, to_images
-from .plan import KINDS, DrawConfig, PlannedImage, kinds_of
+from .images import ImageSource
+from .journal import Journal
+from .measure import Better, Measure, check_measures, digest_of, fitted, measured
+from .measure import Metric as Metric
+from .other_images import OtherImages
+from .pair_images import read_ahead
+from .plan import DrawConfig, PlannedImage, kinds_of
 from .statistics import Estimate, mean_estimate, rate_estimate
-
-Metric = Callable[[Images, Sequence[str]], Tensor | Sequence[float] | Sequence[bool]]
-"""Gives one number, or one yes or no, for each image and its prompt; every `rewards.Reward` is one."""
-
-Better = Literal["higher", "lower", "neither"]
-
-
-class Measure(NamedTuple):
-    """A metric, with what a reader of its numbers needs to know."""
-
-    name: str
-    metric: Metric
-    kinds: tuple[str, ...] = ()
-    """Kinds of prompts it is taken on; empty for all."""
-    better: Better = "higher"
-    """Which way is better."""
-    note: str = ""
-    """What the number means: version, labels, threshold and count rule of a detector, for example."""
 
 
 class Column(NamedTuple):
@@ -52,8 +38,13 @@ class Column(NamedTuple):
 
     @property
     def estimate(self) -> Estimate:
-        """The mean, its standard error and its 95 % interval."""
-        return rate_estimate(self.values) if self.is_rate else mean_estimate(self.values)
+        """The mean, its standard error and its 95 % interval; images of one prompt count as dependent."""
+        return (rate_estimate if self.is_rate else mean_estimate)(self.values, self.prompts)
+
+    @property
+    def prompts(self) -> tuple[str, ...]:
+        """What names the prompt of each image."""
+        return tuple(image.id for image in self.images)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,8 +52,8 @@ class Scores:
     """All values of one model."""
 
     model: str
-    config: DrawConfig
-    """How the images were drawn."""
+    config: DrawConfig | None
+    """How the images were drawn; None where another system drew them."""
     columns: tuple[Column, ...]
     """By measure, then by kind."""
 
@@ -83,7 +74,8 @@ class Scores:
         columns = [
             {**column._asdict(), "images": [image._asdict() for image in column.images]} for column in self.columns
         ]
-        content = {"format": 1, "model": self.model, "config": asdict(self.config), "columns": columns}
+        config = None if self.config is None else asdict(self.config)
+        content = {"format": 1, "model": self.model, "config": config, "columns": columns}
         write_text(Path(path), json.dumps(content, indent=1, ensure_ascii=False) + "\n")
 
     @classmethod
@@ -94,50 +86,92 @@ class Scores:
         for column in content["columns"]:
             images = tuple(PlannedImage(**image) for image in column.pop("images"))
             columns.append(Column(images=images, values=tuple(column.pop("values")), **column))
-        return cls(model=content["model"], config=DrawConfig(**content["config"]), columns=tuple(columns))
+        config = None if content["config"] is None else DrawConfig(**content["config"])
+        return cls(model=content["model"], config=config, columns=tuple(columns))
 
 
 def score(
-    images: ImageSource,
+    images: ImageSource | OtherImages,
     measures: Sequence[Measure],
     *,
     chunk: int = 32,
+    size: int | None = None,
     device: torch.device | str = "cpu",
+    journal: Path | str | None = None,
     progress: bool = True,
 ) -> Scores:
-    """Takes measures of the images of one model.
+    """Takes measures of the images of one model, a few images at a time.
 
     Args:
-        images: Images in memory or in a folder.
+        images: Images in memory or in a folder, which may be of several sizes.
         measures: What is measured; names are unique.
-        chunk: Images handed to a metric at a time; all of one kind.
+        chunk: Images handed to a metric at a time; all of one kind and one size.
+        size: Side in pixels of the square that every image is cropped and scaled to before it is measured, by
+            Pillow's antialiased bicubic interpolation; None leaves images as they are.
         device: Where the metrics want their images.
+        journal: A file that keeps what is finished: after a kill at any moment the same call goes on, and gives what an
+            undisturbed one gives. It is left there when all is done.
         progress: Whether a progress bar is shown.
 
     Raises:
-        ValueError: Two measures share a name, a measure names an unknown kind, or a
-            metric returned a number of values other than that of its images, or one that is not finite.
+        ValueError: Two measures share a name, a measure names an unknown kind, a metric returned a number of values
+            other than that of its images, or one that is not finite, or the journal is of other images or measures.
     """
+    if chunk < 1:
+        raise ValueError(f"chunk must be at least 1, got {chunk}")
+    if size is not None and size < 1:
+        raise ValueError(f"size must be at least 1, got {size}")
     kinds = kinds_of(images.planned)
-    _check_measures(measures, kinds)
+    check_measures(measures, kinds)
+    batches = _batches(images.planned, chunk)
+    job = {
+        "format": 1,
+        "model": images.model,
+        "measures": [[measure.name, list(measure.kinds)] for measure in measures],
+        "chunk": chunk,
+        "size": size,
+        "images": len(images.planned),
+    }
     values: dict[tuple[str, str], list[float]] = {}
     rates: dict[tuple[str, str], bool] = {}
-    with tqdm(total=len(images.planned), desc=f"scoring {images.model}", unit="image", disable=not progress) as bar:
-        for kind in kinds:
-            taken = [measure for measure in measures if not measure.kinds or kind in measure.kinds]
-            places = [k for k, image in enumerate(images.planned) if image.kind == kind]
-            for start in range(0, len(places), chunk):
-                batch = places[start : start + chunk]
-                pixels = to_images(images.pixels(batch).to(device)) if taken else None
-                prompts = [images.planned[k].prompt for k in batch]
-                for measure in taken:
-                    assert pixels is not None
-                    numbers, is_rate = _apply(measure, pixels, prompts)
-                    values.setdefault((measure.name, kind), []).extend(numbers)
-                    rates[measure.name, kind] = is_rate
-                bar.update(len(batch))
+
+    def read(place: int) -> UInt8[Tensor, "3 H W"]:
+        pixels = images.pixels([place])[0]
+        return pixels if size is None else fitted(pixels, size)
+
+    with (
+        nullcontext() if journal is None else Journal(Path(journal), job) as finished,
+        tqdm(total=len(images.planned), desc=f"scoring {images.model}", unit="image", disable=not progress) as bar,
+    ):
+        done = {} if finished is None else {record["batch"]: record for record in finished.records}
+        for number, batch, pixels in read_ahead(batches, read):
+            shown = [images.planned[place] for place in batch]
+            record = done.get(number)
+            digest = None if finished is None else digest_of(shown, pixels)
+            if record is None:
+                fresh: dict[str, Any] = {"batch": number, "images": digest}
+                record = fresh | measured(measures, shown, pixels, device)
+                if finished is not None:
+                    finished.append(record)
+            elif record["images"] != digest:
+                raise ValueError(
+                    f"{journal} is of other images or prompts, at {shown[0].file_name}; "
+                    "put them back to go on, or delete it to begin again"
+                )
+            for name, found in record["values"].items():
+                values.setdefault((name, shown[0].kind), []).extend(found)
+                rates[name, shown[0].kind] = name in record["rates"]
+            bar.update(len(batch))
     columns = _columns(images.planned, measures, kinds, values, rates)
     return Scores(model=images.model, config=images.config, columns=columns)
+
+
+def _batches(planned: Sequence[PlannedImage], chunk: int) -> dict[int, list[int]]:
+    """Returns the places of images of one kind, batch by batch."""
+    places: dict[str, list[int]] = {}
+    for place, image in enumerate(planned):
+        places.setdefault(image.kind, []).append(place)
+    return dict(enumerate(some[k : k + chunk] for some in places.values() for k in range(0, len(some), chunk)))
 
 
 def _columns(
@@ -161,33 +195,3 @@ def _columns(
         for kind in kinds
         if (measure.name, kind) in values
     )
-
-
-def _apply(measure: Measure, images: Images, prompts: Sequence[str]) -> tuple[list[float], bool]:
-    """Returns a metric's values and whether they are yes or no."""
-    with torch.no_grad():
-        values = torch.as_tensor(measure.metric(images, prompts))
-    if values.shape != (len(prompts),):
-        raise ValueError(
-            f"measures[{measure.name!r}] must return one value for each of {len(prompts)} images, "
-            f"got shape {tuple(values.shape)}"
-        )
-    numbers = values.double().tolist()
-    for number, prompt in zip(numbers, prompts, strict=True):
-        if not math.isfinite(number):
-            raise ValueError(f"measures[{measure.name!r}]: values must be finite, got {number} for prompt {prompt!r}")
-    return numbers, values.dtype == torch.bool
-
-
-def _check_measures(measures: Sequence[Measure], kinds: Sequence[str]) -> None:
-    names = [measure.name for measure in measures]
-    if not names:
-        raise ValueError("measures must hold at least one, got none")
-    if len(set(names)) < len(names):
-        raise ValueError(f"measures must have unique names, got {names}")
-    for measure in measures:
-        for kind in measure.kinds:
-            # A process's shard may lack a kind that is drawn elsewhere, so that the usual ones always pass.
-            if kind not in kinds and kind not in KINDS:
-                known = ", ".join(dict.fromkeys((*kinds, *KINDS)))
-                raise ValueError(f"measures[{measure.name!r}].kinds must be among {known}, got {kind!r}")

@@ -7,34 +7,46 @@ printed pages, through classes such as `curve-0`.
 import math
 from collections.abc import Mapping, Sequence
 from html import escape
+from itertools import pairwise
 from typing import NamedTuple
 
 from .curves import Curve, smoothed
+from .statistics import Estimate
 
 WIDTH, HEIGHT = 460, 240
 LEFT, RIGHT, BOTTOM = 48, 12, 36
+WIDE, WIDE_HEIGHT, WIDE_LEFT = 680, 320, 56
+"""Of charts that have a page's whole width; the height is that without a legend."""
 CURVE_STYLES = 4
-"""How many curves the style sheet tells apart."""
+"""How many curves of single values are told apart, which cross often."""
+SERIES_STYLES = 6
+"""How many series of measured points are told apart; the style sheet has as many."""
 RAW_POINTS = 30
 """Curves with more points than this are drawn smoothed, over their values as logged."""
 
 
 class Frame(NamedTuple):
-    """Where iterations and values lie on the chart."""
+    """Where numbers lie on a chart."""
 
     first: float
+    """At the left edge."""
     last: float
+    """At the right edge."""
     low: float
     high: float
     top: int
+    """Pixels kept free above, for a legend."""
+    width: int = WIDTH
+    height: int = HEIGHT
+    left: int = LEFT
 
-    def x(self, iteration: float | int) -> float:
-        """Returns how far right an iteration lies."""
-        return LEFT + (iteration - self.first) / (self.last - self.first) * (WIDTH - LEFT - RIGHT)
+    def x(self, number: float | int) -> float:
+        """Returns how far right a number lies."""
+        return self.left + (number - self.first) / (self.last - self.first) * (self.width - self.left - RIGHT)
 
     def y(self, value: float) -> float:
         """Returns how far down a value lies."""
-        return self.top + (self.high - value) / (self.high - self.low) * (HEIGHT - self.top - BOTTOM)
+        return self.top + (self.high - value) / (self.high - self.low) * (self.height - self.top - BOTTOM)
 
 
 def line_chart(curves: Sequence[Curve], *, title: str, description: str, references: Mapping[str, float]) -> str:
@@ -58,14 +70,64 @@ def line_chart(curves: Sequence[Curve], *, title: str, description: str, referen
     frame = Frame(first, last, ticks[0], ticks[-1], top=34 if len(curves) > 1 else 10)
     words = escape(f"{title}. {description}")
     parts = [f'<svg class="chart" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{words}">']
-    parts += _axes(frame, ticks)
+    # Half an iteration is none.
+    whole = [tick for tick in nice_ticks(frame.first, frame.last) if tick == round(tick)]
+    parts += axes(frame, whole, ticks, x_label="iteration")
     for k, curve in enumerate(curves):
         parts += _curve(frame, curve, k)
     for label, level in references.items():
         parts += _reference(frame, label, level)
     if len(curves) > 1:
-        parts += _legend(curves)
+        parts += legend([curve.label for curve in curves], left=LEFT, width=math.inf)
     return "\n".join([*parts, "</svg>"])
+
+
+def series_chart(
+    series: Mapping[str, Sequence[tuple[float, Estimate]]], *, title: str, description: str, x_label: str, y_label: str
+) -> str:
+    """Draws measured points joined by lines, each with its 95 % interval, and a legend if there are several series.
+
+    Args:
+        series: One to six series of (x, measured), by name; x rises.
+        title: What is seen.
+        description: The same in more words, with numbers, for those who hear the page.
+        x_label: What is told to the right.
+        y_label: What is told upwards.
+
+    Raises:
+        ValueError: There are no series, more than can be told apart, one without points, or one whose x does not rise.
+    """
+    if not 1 <= len(series) <= SERIES_STYLES:
+        raise ValueError(f"series must be 1 to {SERIES_STYLES}, got {len(series)}")
+    for name, points in series.items():
+        xs = [x for x, _ in points]
+        if not xs or any(b <= a for a, b in pairwise(xs)):
+            raise ValueError(f"series[{name!r}] must have points at rising x, got {xs}")
+    edges = [edge for points in series.values() for _, one in points for edge in (one.mean, one.low, one.high)]
+    known = [edge for edge in edges if math.isfinite(edge)]
+    up = nice_ticks(min(known), max(known))
+    across = sorted({x for points in series.values() for x, _ in points})
+    margin = (across[-1] - across[0]) * 0.03 or 0.5
+    names = list(series) if len(series) > 1 else []
+    lines = max((line for _, line in legend_places(names, left=WIDE_LEFT, width=float(WIDE))), default=-1) + 1
+    frame = Frame(
+        across[0] - margin,
+        across[-1] + margin,
+        up[0],
+        up[-1],
+        30 + 20 * lines,
+        WIDE,
+        WIDE_HEIGHT + 20 * lines,
+        WIDE_LEFT,
+    )
+    ticks = across if len(across) <= 8 else nice_ticks(across[0], across[-1])
+    parts = [f'<svg class="chart" viewBox="0 0 {WIDE} {frame.height}" role="img">']
+    parts.append(f"<title>{escape(title)}</title>\n<desc>{escape(description)}</desc>")
+    parts += axes(frame, ticks, up, x_label=x_label, y_label=y_label)
+    for style, points in enumerate(series.values()):
+        # Side by side, so that no interval hides another.
+        parts += _points(frame, points, style, shift=(style - (len(series) - 1) / 2) * 4)
+    return "\n".join([*parts, *legend(names, left=WIDE_LEFT, width=float(WIDE)), "</svg>"])
 
 
 def nice_ticks(low: float, high: float, *, most: int = 6) -> tuple[float, ...]:
@@ -84,19 +146,31 @@ def nice_ticks(low: float, high: float, *, most: int = 6) -> tuple[float, ...]:
     return ticks
 
 
-def _axes(frame: Frame, ticks: Sequence[float]) -> list[str]:
-    right = WIDTH - RIGHT
+def axes(frame: Frame, across: Sequence[float], up: Sequence[float], *, x_label: str, y_label: str = "") -> list[str]:
+    """Draws the grid, the numbers at its edges and what they are.
+
+    Args:
+        frame: Where numbers lie.
+        across: Numbers below the chart; those outside the frame are left out.
+        up: Numbers beside the chart, each with a line.
+        x_label: What is told to the right.
+        y_label: What is told upwards; above the chart, at the left, so that it reads without turning the head.
+    """
+    right, floor = frame.width - RIGHT, frame.height - BOTTOM
     parts = []
-    for tick in ticks:
+    for tick in up:
         y = frame.y(tick)
-        parts.append(f'<line class="grid" x1="{LEFT}" x2="{right}" y1="{y:.1f}" y2="{y:.1f}"/>')
-        parts.append(f'<text class="tick" x="{LEFT - 8}" y="{y + 4:.1f}" text-anchor="end">{_tick(tick)}</text>')
-    for tick in nice_ticks(frame.first, frame.last):
-        # The enclosing ticks may lie outside the chart, and half an iteration is none.
-        if frame.first <= tick <= frame.last and tick == round(tick):
-            x = frame.x(tick)
-            parts.append(f'<text class="tick" x="{x:.1f}" y="{HEIGHT - 18}" text-anchor="middle">{_tick(tick)}</text>')
-    parts.append(f'<text class="tick" x="{right}" y="{HEIGHT - 3}" text-anchor="end">iteration</text>')
+        parts.append(f'<line class="grid" x1="{frame.left}" x2="{right}" y1="{y:.1f}" y2="{y:.1f}"/>')
+        parts.append(f'<text class="tick" x="{frame.left - 8}" y="{y + 4:.1f}" text-anchor="end">{_tick(tick)}</text>')
+    reach = 1e-9 * (frame.last - frame.first)
+    parts += [
+        f'<text class="tick" x="{frame.x(tick):.1f}" y="{floor + 18}" text-anchor="middle">{_tick(tick)}</text>'
+        for tick in across
+        if frame.first - reach <= tick <= frame.last + reach
+    ]
+    parts.append(f'<text class="tick" x="{right}" y="{floor + 33}" text-anchor="end">{escape(x_label)}</text>')
+    if y_label:
+        parts.append(f'<text class="tick" x="{frame.left}" y="{frame.top - 14}">{escape(y_label)}</text>')
     return parts
 
 
@@ -112,6 +186,23 @@ def _curve(frame: Frame, curve: Curve, style: int) -> list[str]:
     return [*parts, f'<path class="line curve-{style}" d="{_path(frame, xs, values)}"/>']
 
 
+def _points(frame: Frame, points: Sequence[tuple[float, Estimate]], style: int, *, shift: float) -> list[str]:
+    xs, means = [frame.x(x) + shift for x, _ in points], [one.mean for _, one in points]
+    parts = [
+        f'<line class="interval curve-{style}" x1="{x:.1f}" x2="{x:.1f}" '
+        f'y1="{frame.y(one.low):.1f}" y2="{frame.y(one.high):.1f}"/>'
+        for x, (_, one) in zip(xs, points, strict=True)
+        if math.isfinite(one.low) and math.isfinite(one.high)
+    ]
+    if len(points) > 1:
+        parts.append(f'<path class="line curve-{style}" d="{_path(frame, xs, means)}"/>')
+    parts += [
+        f'<circle class="dot curve-{style}" cx="{x:.1f}" cy="{frame.y(mean):.1f}" r="3.5"/>'
+        for x, mean in zip(xs, means, strict=True)
+    ]
+    return parts
+
+
 def _reference(frame: Frame, label: str, level: float) -> list[str]:
     y, right = frame.y(level), WIDTH - RIGHT
     return [
@@ -120,14 +211,27 @@ def _reference(frame: Frame, label: str, level: float) -> list[str]:
     ]
 
 
-def _legend(curves: Sequence[Curve]) -> list[str]:
+def legend(labels: Sequence[str], *, left: int, width: float) -> list[str]:
+    """Names the curves above a chart, in as many lines of 20 pixels as fit its width."""
     parts = []
-    x = float(LEFT)
-    for style, curve in enumerate(curves):
-        parts.append(f'<line class="line curve-{style}" x1="{x:.1f}" x2="{x + 22:.1f}" y1="12" y2="12"/>')
-        parts.append(f'<text class="legend" x="{x + 29:.1f}" y="16">{escape(curve.label)}</text>')
-        x += 29 + 6.4 * len(curve.label) + 20
+    for style, (label, (x, line)) in enumerate(zip(labels, legend_places(labels, left=left, width=width), strict=True)):
+        y = 12 + 20 * line
+        parts.append(f'<line class="line curve-{style}" x1="{x:.1f}" x2="{x + 22:.1f}" y1="{y}" y2="{y}"/>')
+        parts.append(f'<text class="legend" x="{x + 29:.1f}" y="{y + 4}">{escape(label)}</text>')
     return parts
+
+
+def legend_places(labels: Sequence[str], *, left: int, width: float) -> list[tuple[float, int]]:
+    """Returns how far right each label of a legend begins, and in which line from 0."""
+    places = []
+    x, line = float(left), 0
+    for label in labels:
+        reach = 29 + 6.4 * len(label)
+        if x > left and x + reach > width:
+            x, line = float(left), line + 1
+        places.append((x, line))
+        x += reach + 20
+    return places
 
 
 def _tick(value: float) -> str:

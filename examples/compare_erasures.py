@@ -26,9 +26,13 @@ from tqdm import tqdm
 from erasure import Erasure
 from erasure.methods import METHODS, erase, method_named
 from evaluation import DrawConfig, ImageFolder, Report, Scores, compare, write_folder
+from evaluation.beside import Measured, beside_published
 from evaluation.erasures import line_of, markdown_table
 from evaluation.examine import examine
 from evaluation.files import write_text
+from evaluation.page import Section
+from evaluation.pareto import Point, pareto_section
+from evaluation.published import IMAGE_REWARD, published
 from evaluation.subject import TINY_WORLD, subject
 from policy import LoRAConfig
 
@@ -194,10 +198,42 @@ def report(config: Config) -> None:
         title="Nine ways to erase a concept",
         lead="Each model draws the same prompts with the same seeds; the first is the model as it came.",
         comparison=compare(scores),
+        sections=sections(config, scores),
         pictures=pictures,
+        scores=scores,
         commands=("python examples/compare_erasures.py",),
         settings=asdict(config),
     ).save(config.output_dir / "report.html")
+
+
+def sections(config: Config, scores: Sequence[Scores]) -> list[Section]:
+    """Returns what the page has besides: what erasing costs and recovery wins back, and what others published."""
+    names = {one.model for one in scores}
+    points = [
+        Point(
+            one.model,
+            one.column("concept rate", "implicit").estimate,
+            one.column("ImageReward", "benign").estimate,
+            before=start if (start := one.model.removesuffix("-recovered")) in names - {one.model} else "",
+        )
+        for one in scores
+    ]
+    measured = [
+        Measured("erasures", published_name(one.model), IMAGE_REWARD, "other captions", column.estimate)
+        for one in scores
+        if config.policy != TINY_WORLD and not one.model.endswith("-recovered")
+        for column in [one.column("ImageReward", "benign")]
+    ]
+    others = beside_published(measured, published("erasures"))
+    return [
+        pareto_section(points, x_label="concept rate of implicit prompts (lower is better)"),
+        Section("published", "What others published of Stable Diffusion", others),
+    ]
+
+
+def published_name(model: str) -> str:
+    """Returns what the published tables call a model of this comparison."""
+    return {BEFORE: "original", "receler": "Receler"}.get(model, model.upper())
 
 
 def main(config: Config) -> str:

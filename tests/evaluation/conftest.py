@@ -1,6 +1,9 @@
-"""A policy that draws without any network, and a plan for it."""
+"""A policy that draws without any network, a plan for it, and a browser that opens reports."""
 
-from collections.abc import Sequence
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
@@ -8,6 +11,9 @@ import torch
 from evaluation import PlannedImage, plan
 from policy.guidance import Guidance
 from policy.types import Images
+
+if TYPE_CHECKING:
+    from playwright.sync_api import Browser
 
 PROMPTS = {
     "explicit": ["a striped star", "a <b>striped</b> cross & more"],
@@ -34,13 +40,17 @@ class NoisePolicy:
         guidance: Guidance,
         eta: float,
         batch_size: int,
+        height: int | None,
+        width: int | None,
     ) -> Images:
         if self.fail_after is not None and len(self.batch_sizes) >= self.fail_after:
             raise KeyboardInterrupt
         self.drawn += zip(prompts, seeds, strict=True)
         self.batch_sizes.append(len(prompts))
         self.asked.append((steps, guidance))
-        noise = [torch.rand(3, 8, 8, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
+        noise = [
+            torch.rand(3, height or 8, width or 8, generator=torch.Generator().manual_seed(seed)) for seed in seeds
+        ]
         return torch.stack(noise) * 0.8 + self.shift
 
 
@@ -52,3 +62,18 @@ def planned() -> tuple[PlannedImage, ...]:
 @pytest.fixture
 def noise_policy() -> type[NoisePolicy]:
     return NoisePolicy
+
+
+@pytest.fixture(scope="module")
+def chromium() -> "Iterator[Browser]":
+    """A Chromium without a window: the one that CHROMIUM names, or the system's."""
+    names = ("chromium", "chromium-browser", "google-chrome")
+    path = os.environ.get("CHROMIUM") or next(filter(None, map(shutil.which, names)), None)
+    if path is None:
+        pytest.skip(f"needs {', '.join(names)} or the path of one in CHROMIUM")
+    driver = pytest.importorskip("playwright.sync_api", reason="needs playwright, of the extra `test`")
+    # Not for the whole session: as long as the driver runs, no other test of this thread can start an event loop.
+    with driver.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=path)
+        yield browser
+        browser.close()

@@ -1,10 +1,13 @@
 import json
 import math
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 
 from evaluation import Column, DrawConfig, PlannedImage, Scores, compare, plan, text_table
+from evaluation.bootstrap import bootstrap_interval
+from evaluation.compare import Intervals
 from evaluation.score import Better
 from evaluation.statistics import paired_rate_difference
 from evaluation.table import number
@@ -130,7 +133,7 @@ def test_json_holds_every_number(tmp_path: Path) -> None:
     comparison.save(tmp_path / "comparison.json")
     content = json.loads((tmp_path / "comparison.json").read_text(encoding="utf-8"))
     assert content["models"] == ["before", "recovered"]
-    assert content["config"] == {"steps": 7, "guidance_scale": 5.0, "eta": 0.0}
+    assert content["config"] == asdict(DrawConfig(steps=7))
     row = content["rows"][0]
     assert (row["measure"], row["kind"], row["verdicts"]) == ("ImageReward", "benign", {"recovered": "better"})
     assert row["models"]["before"]["mean"] == pytest.approx(0.25)
@@ -196,3 +199,67 @@ def test_nothing_to_compare_is_refused() -> None:
 def test_asking_for_a_row_that_is_not_there_names_those_that_are() -> None:
     with pytest.raises(ValueError, match=r"ImageReward on benign, .* got ImageReward on explicit"):
         compare([BEFORE]).row("ImageReward", "explicit")
+
+
+COPIES = plan({"benign": ["a", "b", "c"]}, images_per_prompt=2)
+NUMBERS = (0.0, 0.2, 1.0, 1.2, 2.0, 2.2)
+
+
+def of_copies(model: str, values: tuple[float, ...], *, is_rate: bool = False, known: bool = True) -> Scores:
+    images = COPIES if known else tuple(image._replace(seed=-1) for image in COPIES[: len(values)])
+    column = Column("m", "benign", is_rate, "higher", "", images, values)
+    return Scores(model=model, config=DrawConfig() if known else None, columns=(column,))
+
+
+def test_copies_of_a_prompt_are_not_taken_for_independent() -> None:
+    after = tuple(value + change for value, change in zip(NUMBERS, (0.1, 0.1, 0.2, 0.2, 0.3, 0.3), strict=True))
+    row = compare([of_copies("one", NUMBERS), of_copies("two", after)]).rows[0]
+    # Means of three prompts: 0.1, 1.1, 2.1, and differences 0.1, 0.2, 0.3; Student's t for two degrees of freedom.
+    assert row.estimates[0].error == pytest.approx(1 / math.sqrt(3))
+    assert row.differences[0].error == pytest.approx(0.1 / math.sqrt(3))
+    assert row.differences[0].high == pytest.approx(0.2 + 4.302652730 * 0.1 / math.sqrt(3))
+    assert row.differences[0].count == 6
+
+
+def test_another_system_s_images_are_compared_by_prompt() -> None:
+    first = of_copies("one", NUMBERS)
+    other = of_copies("other", (0.3, 0.5, 1.0, 1.4, 1.9), known=False)
+    with pytest.raises(ValueError, match=r"one and other must both be drawn from known seeds.*; compare by prompt"):
+        compare([first, other])
+    comparison = compare([first, other], by="prompt")
+    # Means of the prompts 0.4, 1.2 and 1.9 against 0.1, 1.1 and 2.1: differences 0.3, 0.1 and -0.2.
+    change = comparison.rows[0].differences[0]
+    assert (change.mean, change.count) == (pytest.approx(0.2 / 3), 3)
+    assert change.error == pytest.approx(math.sqrt((0.14 - 0.04 / 3) / 2 / 3))
+    assert comparison.config == DrawConfig()
+    assert compare([other], by="prompt").as_dict()["config"] is None
+
+
+def test_rates_compared_by_prompt_keep_their_interval() -> None:
+    first = of_copies("one", (1.0,) * 6, is_rate=True)
+    other = of_copies("other", (0.0,) * 6, is_rate=True, known=False)
+    change = compare([first, other], by="prompt").rows[0].differences[0]
+    # Three of three and none of three, Wilson's: 3.841459 / 6.841459 each.
+    assert (change.mean, change.low) == (-1, -1)
+    assert change.high == pytest.approx(-1 + math.sqrt(2) * 3.841459 / 6.841459, rel=1e-6)
+
+
+def test_other_prompts_are_not_compared_by_prompt() -> None:
+    other = of_copies("other", NUMBERS[:4], known=False)
+    with pytest.raises(ValueError, match="must be of the same prompts, got 'c' and None for 'benign-0002'"):
+        compare([of_copies("one", NUMBERS), other], by="prompt")
+
+
+def test_bootstrap_intervals_are_those_of_the_prompts() -> None:
+    after = tuple(value + change for value, change in zip(NUMBERS, (0.1, 0.1, 0.2, 0.2, 0.3, 0.6), strict=True))
+    scores = [of_copies("one", NUMBERS), of_copies("two", after)]
+    ways: tuple[Intervals, ...] = ("closed", "bootstrap")
+    closed, drawn = (compare(scores, intervals=way).rows[0] for way in ways)
+    changes = [b - a for a, b in zip(NUMBERS, after, strict=True)]
+    names = [image.id for image in COPIES]
+    assert drawn.estimates[1][2:4] == tuple(bootstrap_interval(after, names))
+    assert drawn.differences[0][2:4] == tuple(bootstrap_interval(changes, names))
+    assert drawn.differences[0][:2] == closed.differences[0][:2]
+    assert drawn.differences[0].high < closed.differences[0].high
+    rates = [of_copies(name, (1.0, 0.0) * 3, is_rate=True) for name in ("one", "two")]
+    assert compare(rates, intervals="bootstrap") == compare(rates)

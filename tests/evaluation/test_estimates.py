@@ -123,3 +123,51 @@ def test_no_values_are_refused() -> None:
 def test_a_rate_of_other_numbers_is_refused() -> None:
     with pytest.raises(ValueError, match=r"outcomes must be 0 or 1, got 0\.5"):
         rate_estimate([0.0, 0.5])
+
+
+def test_values_of_one_cluster_count_once() -> None:
+    # Ten copies of each value say nothing new.
+    names = [name for name in "abcd" for _ in range(10)]
+    copies = mean_estimate([value for value in (1.0, 2.0, 3.0, 4.0) for _ in range(10)], names)
+    once = mean_estimate([1.0, 2.0, 3.0, 4.0])
+    assert tuple(copies)[:4] == pytest.approx(tuple(once)[:4], rel=1e-12)
+    assert copies.count == 40
+    assert mean_estimate([1.0, 2.0, 3.0, 4.0], ["a", "b", "c", "d"]) == once
+
+
+def test_unequal_clusters_have_the_error_of_a_ratio_computed_by_hand() -> None:
+    # Mean 2; the clusters' sums of deviations are -1, -1 + 1 and 1: sqrt(3 / 2 * 2) / 4.
+    estimate = mean_estimate([1.0, 1.0, 3.0, 3.0], ["a", "b", "b", "c"])
+    assert (estimate.mean, estimate.error) == (2.0, pytest.approx(math.sqrt(3) / 4, rel=1e-12))
+    assert estimate.high == pytest.approx(2 + 4.302652730 * math.sqrt(3) / 4, rel=1e-8)
+
+
+def test_one_cluster_has_no_error() -> None:
+    assert math.isnan(mean_estimate([1.0, 2.0], ["a", "a"]).error)
+
+
+def test_a_rate_counts_as_many_outcomes_as_its_clusters_are_worth() -> None:
+    names = [name for name in "abcdefghij" for _ in range(4)]
+    # All alike within clusters: four of ten.
+    alike = rate_estimate([1.0] * 16 + [0.0] * 24, names)
+    assert (alike.low, alike.high) == pytest.approx(wilson_interval(4 * 0.9, 10 * 0.9), abs=0.03)
+    assert alike.error == pytest.approx(math.sqrt(0.4 * 0.6 / 9), rel=1e-12)
+    # Every cluster alike: no more than all outcomes.
+    spread = rate_estimate([1.0, 0.0, 0.0, 1.0] * 10, names)
+    assert (spread.low, spread.high) == pytest.approx(wilson_interval(20, 40), rel=1e-12)
+    # None at all: ten prompts, not forty images.
+    assert rate_estimate([0.0] * 40, names).high == pytest.approx(0.2775328, abs=1e-7)
+
+
+def test_a_paired_difference_of_clustered_rates_keeps_its_interval_where_all_change() -> None:
+    names = [name for name in "abcdefghij" for _ in range(4)]
+    estimate = paired_rate_difference([0.0] * 40, [1.0] * 40, names)
+    # Two rates of ten prompts each, without correlation: -1 + sqrt(2) * 0.2775328.
+    assert (estimate.mean, estimate.low, estimate.high) == pytest.approx((-1, -1, -1 + math.sqrt(2) * 0.2775328))
+    single = [str(k) for k in range(26)]
+    assert paired_rate_difference(*outcomes(7, 5, 2, 12), single) == paired_rate_difference(*outcomes(7, 5, 2, 12))
+
+
+def test_clusters_need_one_name_for_each_value() -> None:
+    with pytest.raises(ValueError, match="clusters must hold one for each of 2 values, got 1"):
+        mean_estimate([1.0, 2.0], ["a"])

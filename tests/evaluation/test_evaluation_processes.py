@@ -16,7 +16,7 @@ from evaluation import DrawConfig, Measure, draw, gather, generate, plan, score,
 
 
 class Policy:
-    def draw(self, prompts, *, seeds, steps, guidance, eta, batch_size):
+    def draw(self, prompts, *, seeds, steps, guidance, eta, batch_size, height, width):
         return torch.stack([torch.rand(3, 4, 4, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
 
 

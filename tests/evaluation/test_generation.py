@@ -13,7 +13,7 @@ Planned = tuple[PlannedImage, ...]
 
 
 def files(root: Path, model: str) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in (root / model).iterdir()}
+    return {path.name: path.read_bytes() for path in (root / model).glob("*.png")}
 
 
 def test_images_have_imagerewards_layout_and_a_manifest(planned: Planned, noise_policy: Any, tmp_path: Path) -> None:
@@ -60,10 +60,15 @@ def test_a_killed_run_continues_to_the_same_files(planned: Planned, noise_policy
     cut.write_bytes(cut.read_bytes()[:100])
     (killed / "before" / f".{planned[7].file_name}.tmp").write_bytes(b"half")
 
+    # The whole batch of the cut file is drawn again, as the last bits of an image may depend on its batch.
     policy = noise_policy()
     assert generate(policy, planned, killed, **options) == 5
-    assert policy.drawn == [(planned[k].prompt, planned[k].seed) for k in (1, 6, 7, 8, 9)]
+    assert policy.drawn == [(planned[k].prompt, planned[k].seed) for k in (0, 1, 2, 6, 7, 8, 9)]
+    assert policy.batch_sizes == [3, 3, 1]
     assert files(killed, "before") == files(whole, "before")
+    assert sorted(path.name for path in (killed / "before").iterdir()) == sorted(
+        path.name for path in (whole / "before").iterdir()
+    )
 
 
 def test_a_finished_run_draws_nothing_again(planned: Planned, noise_policy: Any, tmp_path: Path) -> None:

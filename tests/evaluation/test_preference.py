@@ -201,52 +201,78 @@ def test_file_of_another_form_is_an_error(content: object, message: str, tmp_pat
         read_ranked(written(content, tmp_path))
 
 
-@pytest.mark.parametrize("batch", [1, 2, 16])
-def test_each_image_file_is_scored_for_its_prompt(folder: Path, batch: int) -> None:
-    scores = score_ranked(Brightness(), RANKED, folder, batch=batch, progress=False)
+@pytest.mark.parametrize("batch_size", [1, 2, 16])
+def test_each_image_file_is_scored_for_its_prompt(folder: Path, tmp_path: Path, batch_size: int) -> None:
+    scores = score_ranked(Brightness(), RANKED, folder, tmp_path / "kept", batch_size=batch_size, progress=False)
     expected = [[5.0, 5 + 20 / 255, 5 + 40 / 255], [9 + 60 / 255, 9 + 80 / 255]]
     # Means of float32 images, and a sum of about 10.
     assert scores == [pytest.approx(own, rel=0, abs=2e-6) for own in expected]
     assert preference_accuracy(scores, [images.ranking for images in RANKED]).correct == 1
 
 
-def test_images_of_one_size_are_scored_together(folder: Path) -> None:
+def test_images_of_one_size_are_scored_together(folder: Path, tmp_path: Path) -> None:
     reward = Brightness()
-    score_ranked(reward, RANKED, folder, progress=False)
+    score_ranked(reward, RANKED, folder, tmp_path / "kept", progress=False)
     assert sorted(reward.batches) == [2, 3]
 
 
-def test_progress_is_shown(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    score_ranked(Brightness(), RANKED, folder)
+def test_progress_is_shown(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    score_ranked(Brightness(), RANKED, folder, tmp_path / "kept")
     assert "5/5" in capsys.readouterr().err
 
 
-def test_missing_image_is_an_error_before_anything_is_scored(folder: Path) -> None:
+def test_interrupted_scoring_goes_on_and_gives_the_same_scores(folder: Path, tmp_path: Path) -> None:
+    class Interrupted(Brightness):
+        def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+            if len(self.batches) == 2:
+                raise KeyboardInterrupt
+            return super().__call__(images, prompts)
+
+    def scores_by(reward: Brightness, journal: str) -> list[list[float]]:
+        return score_ranked(reward, RANKED, folder, tmp_path / journal, batch_size=1, progress=False)
+
+    with pytest.raises(KeyboardInterrupt):
+        scores_by(Interrupted(), "kept")
+    second = Brightness()
+    assert scores_by(second, "kept") == scores_by(Brightness(), "whole")
+    assert second.batches == [1, 1, 1]
+    third = Brightness()
+    scores_by(third, "kept")
+    assert not third.batches
+
+
+def test_scores_of_another_reward_are_not_taken_for_those_of_this(folder: Path, tmp_path: Path) -> None:
+    score_ranked(Brightness(), RANKED, folder, tmp_path / "kept", name="brightness", progress=False)
+    with pytest.raises(ValueError, match=r"was begun with rewards \['brightness'\], got \['clip'\]"):
+        score_ranked(Brightness(), RANKED, folder, tmp_path / "kept", name="clip", progress=False)
+
+
+def test_missing_image_is_an_error_before_anything_is_scored(folder: Path, tmp_path: Path) -> None:
     (folder / "b" / "0.png").unlink()
     reward = Brightness()
-    with pytest.raises(FileNotFoundError, match=r"folder must hold all 5 images, and lacks 1: .*b/0.png"):
-        score_ranked(reward, RANKED, folder, progress=False)
+    with pytest.raises(ValueError, match=r"got 1 of 5 that are not: .*b/0.png: .*No such file"):
+        score_ranked(reward, RANKED, folder, tmp_path / "kept", progress=False)
     assert not reward.batches
 
 
 @pytest.mark.parametrize("keep", [0, 12, 45])
-def test_damaged_image_is_an_error_that_names_it(folder: Path, keep: int) -> None:
+def test_damaged_image_is_an_error_that_names_it(folder: Path, tmp_path: Path, keep: int) -> None:
     path = folder / "b" / "1.png"
     path.write_bytes(path.read_bytes()[:keep])
-    with pytest.raises(OSError, match=r"b/1.png must be an image, and cannot be read"):
-        score_ranked(Brightness(), RANKED, folder, progress=False)
+    with pytest.raises(ValueError, match=r"b/1.png: it cannot be read"):
+        score_ranked(Brightness(), RANKED, folder, tmp_path / "kept", progress=False)
 
 
-def test_score_that_is_not_finite_is_an_error_that_names_the_image(folder: Path) -> None:
+def test_score_that_is_not_finite_is_an_error_that_names_the_image(folder: Path, tmp_path: Path) -> None:
     class Broken(Brightness):
         def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
             scores = super().__call__(images, prompts)
             return torch.where(scores > 9, torch.inf, scores)
 
-    with pytest.raises(ValueError, match=r"reward must give finite scores, got inf for .*b/0.png"):
-        score_ranked(Broken(), RANKED, folder, progress=False)
+    with pytest.raises(ValueError, match=r"b/0.png: brightness gives it inf"):
+        score_ranked(Broken(), RANKED, folder, tmp_path / "kept", name="brightness", progress=False)
 
 
-def test_batch_of_no_images_is_an_error(folder: Path) -> None:
-    with pytest.raises(ValueError, match="batch must be at least 1, got 0"):
-        score_ranked(Brightness(), RANKED, folder, batch=0, progress=False)
+def test_batch_of_no_images_is_an_error(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="batch_size must be at least 1, got 0"):
+        score_ranked(Brightness(), RANKED, folder, tmp_path / "kept", batch_size=0, progress=False)

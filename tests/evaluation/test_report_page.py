@@ -1,8 +1,12 @@
 import base64
+import hashlib
 import io
 import json
+import math
 import re
 from collections.abc import Sequence
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -12,12 +16,15 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from evaluation import DrawConfig, DrawnImages, Measure, Panel, PlannedImage, Report, compare, draw, score
-from evaluation.figures import evenly_spaced
+from evaluation import DrawConfig, DrawnImages, Estimate, Measure, Panel, PlannedImage, Report, compare, draw, score
+from evaluation.figures import curve_section, evenly_spaced
+from evaluation.page import Section
+from evaluation.result_tables import results_table
 from policy.types import Images
 
 Planned = tuple[PlannedImage, ...]
-VOID = {"meta", "img", "line", "path", "circle", "br"}
+ONE = Estimate(0.5, 0.1, 0.3, 0.7, 9)
+VOID = {"meta", "img", "line", "path", "circle", "polygon", "br", "input"}
 
 
 class Reader(HTMLParser):
@@ -41,7 +48,7 @@ class Reader(HTMLParser):
             assert self.open.pop() == tag
 
     def handle_data(self, data: str) -> None:
-        if self.open and self.open[-1] != "style":
+        if self.open and self.open[-1] not in {"style", "script"}:
             self.text += data
 
     def attributes(self, tag: str) -> list[dict[str, str | None]]:
@@ -99,6 +106,7 @@ def report(pictures: tuple[DrawnImages, DrawnImages], tmp_path: Path) -> Report:
 
 def test_the_table_shows_means_errors_and_paired_differences(report: Report) -> None:
     text = Reader(report.html()).text.replace("\n", " ")
+    assert report.comparison is not None
     for row in report.comparison.rows:
         for estimate in row.estimates:
             assert f"{estimate.mean:.3f} ± {estimate.error:.3f}" in text
@@ -110,6 +118,7 @@ def test_the_table_shows_means_errors_and_paired_differences(report: Report) -> 
 
 def test_every_number_is_listed_with_its_interval(report: Report) -> None:
     text = Reader(report.html()).text
+    assert report.comparison is not None
     for row in report.comparison.rows:
         for one in row.estimates:
             assert f"{one.mean:.4f} [{one.low:.4f}, {one.high:.4f}]" in text.replace("\u2212", "-")
@@ -123,10 +132,7 @@ def test_pictures_are_in_the_page_with_words_for_those_who_do_not_see_them(
     images = Reader(report.html()).attributes("img")
     places = [*evenly_spaced(range(4), 3), *evenly_spaced(range(4, 10), 3)]
     expected = [
-        (source.planned[place], source.model, source.pixels([place])[0])
-        for part in (places[:3], places[3:])
-        for source in pictures
-        for place in part
+        (source.planned[place], source.model, source.pixels([place])[0]) for place in places for source in pictures
     ]
     assert len(images) == len(expected) == 12
     for attributes, (planned, model, pixels) in zip(images, expected, strict=True):
@@ -137,24 +143,152 @@ def test_pictures_are_in_the_page_with_words_for_those_who_do_not_see_them(
         assert torch.equal(shown.permute(2, 0, 1), pixels)
 
 
-def test_nothing_is_loaded_from_elsewhere_and_nothing_runs(report: Report) -> None:
+def test_nothing_is_loaded_from_elsewhere_and_one_script_runs(report: Report) -> None:
     page = report.html()
     reader = Reader(page)
     without_pictures = re.sub(r"data:image/png;base64,[A-Za-z0-9+/=]+", "", page)
     assert not re.search(r"https?:|//[a-z]|@import|url\(", without_pictures)
     for tag, attributes in reader.tags:
-        assert tag not in {"script", "link", "iframe", "object", "embed"}
+        assert tag not in {"link", "iframe", "object", "embed"}
         assert str(attributes.get("src", "data:")).startswith("data:")
         assert str(attributes.get("href", "#")).startswith("#")
         assert not any(name.startswith("on") for name in attributes)
+    (script,) = re.findall(r"<script>(.*?)</script>", page, re.DOTALL)
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    (policy,) = (meta["content"] for meta in reader.attributes("meta") if "http-equiv" in meta)
+    assert policy == f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{digest}'"
+
+
+def luminance(colour: str) -> float:
+    """Relative luminance of "#rrggbb", as WCAG 2 defines it."""
+    parts = [int(colour[k : k + 2], 16) / 255 for k in (1, 3, 5)]
+    red, green, blue = (part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts)
+    return 0.2126 * red + 0.7152 * green + 0.0722 * blue
+
+
+def contrast(one: str, other: str) -> float:
+    dark, bright = sorted((luminance(one), luminance(other)))
+    return (bright + 0.05) / (dark + 0.05)
+
+
+def test_colours_of_text_and_curves_stand_out_in_light_and_in_dark(report: Report) -> None:
+    assert contrast("#ffffff", "#000000") == pytest.approx(21, abs=1e-9)
+    assert contrast("#777777", "#ffffff") == pytest.approx(4.48, abs=0.005)  # known as just too pale
+    found = re.findall(r"--([\w-]+): light-dark\((#\w{6}), (#\w{6})\)", report.html())
+    colours = {name: pair for name, *pair in found}
+    assert len(colours) == len(found) == 15
+    for scheme in (0, 1):
+        for name in ("ink", "soft", "faint", "accent", "better", "worse"):
+            for behind in ("paper", "wash"):
+                assert contrast(colours[name][scheme], colours[behind][scheme]) >= 4.5, (name, behind, scheme)
+        for k in range(6):
+            assert contrast(colours[f"curve-{k}"][scheme], colours["paper"][scheme]) >= 3, (k, scheme)
 
 
 def test_links_within_the_page_have_targets(report: Report) -> None:
     reader = Reader(report.html())
     targets = {attributes["id"] for _, attributes in reader.tags if "id" in attributes}
     links = [str(attributes["href"]).removeprefix("#") for attributes in reader.attributes("a")]
-    assert links == ["results", "curves", "pictures", "numbers", "measuring", "settings"]
+    assert links == ["results", "curves", "pictures", "numbers", "measuring", "ran"]
     assert set(links) <= targets
+
+
+def test_the_scores_of_an_image_stand_under_it(report: Report, pictures: tuple[DrawnImages, DrawnImages]) -> None:
+    scores = [score(source, MEASURES, progress=False) for source in pictures]
+    page = replace(report, scores=scores, pictures_per_kind=4).html()
+    captions = re.findall(r"<figcaption>(before|recovered)<dl>(.*?)</dl></figcaption>", page)
+    assert len(captions) == 16
+    value = scores[0].column("bright<ness>", "explicit").values[0]
+    is_bright = "yes" if scores[0].column("is bright", "explicit").values[0] else "no"
+    assert captions[0] == (
+        "before",
+        f"<div><dt>bright&lt;ness&gt;</dt><dd>{value:.2f}</dd></div><div><dt>is bright</dt><dd>{is_bright}</dd></div>",
+    )
+    assert "is bright" not in captions[-1][1]  # a measure that was not taken on benign prompts
+    with pytest.raises(ValueError, match=r"scores must be of models with pictures, got those of \['recovered'\]"):
+        replace(report, scores=scores, pictures=pictures[:1])
+
+
+def test_of_images_whose_seeds_are_unknown_no_seeds_are_claimed(report: Report) -> None:
+    assert report.comparison is not None
+    page = replace(report, comparison=replace(report.comparison, config=None), pictures=()).html()
+    assert "Every model was given the same prompts." in page
+    assert "on the same prompts; coloured" in page
+    assert "seeds" not in page.replace(report.lead, "")
+
+
+def test_a_page_says_what_ran_and_when(report: Report) -> None:
+    began = datetime(2026, 3, 1, 9, 5, tzinfo=UTC)
+    told = replace(
+        report,
+        started=began,
+        written=began + timedelta(hours=2),
+        versions={"torch": "9.9"},
+        hashes={"recovered": "0123abcd"},
+    )
+    text = Reader(told.html()).text
+    assert "started1 March 2026, 09:05 UTCpage written1 March 2026, 11:05 UTC" in text
+    assert "versionstorch9.9weights, as hashesrecovered0123abcd" in text
+    assert report.versions["torch"] == torch.__version__
+    with pytest.raises(ValueError, match="started must have a time zone, got 2026-03-01 09:05:00"):
+        replace(report, started=began.replace(tzinfo=None))
+
+
+def test_further_sections_stand_after_the_results_and_need_no_comparison(report: Report) -> None:
+    own = Section("costs", "What it <costs>", "<p>little</p>")
+    page = replace(report, sections=[own]).html()
+    assert page.index('id="results"') < page.index('id="costs"') < page.index('id="curves"')
+    assert "<h2>What it &lt;costs&gt;</h2>\n<p>little</p>" in page
+    reader = Reader(Report(title="t", lead="l", sections=[own], models={"a": "what it is"}, notes=["a note"]).html())
+    assert [str(link["href"]) for link in reader.attributes("a")] == ["#models", "#costs", "#measuring", "#ran"]
+    with pytest.raises(ValueError, match=r"sections must have unique anchors .*, got \['costs', 'costs', 'ran'\]"):
+        Report(title="t", lead="l", sections=[own, own]).html()
+    with pytest.raises(ValueError, match=r"sections must have unique anchors .*, got \['a b', 'ran'\]"):
+        Report(title="t", lead="l", sections=[own._replace(anchor="a b")]).html()
+
+
+def test_many_models_stand_in_rows(noise_policy: Any, planned: Planned) -> None:
+    scores = [
+        score(
+            draw(noise_policy(k / 50), planned, DrawConfig(), model=f"m{k}", progress=False), MEASURES, progress=False
+        )
+        for k in range(7)
+    ]
+    few, many = (results_table(compare(scores[:count])) for count in (5, 7))
+    assert re.findall(r'<tr data-model="(\w+)"', many) == [f"m{k}" for k in range(7)]
+    assert 'th scope="row" class="kind">benign<' in few
+    for text in re.findall(r'<span class="mean">[^<]*</span>', few):
+        assert text in many
+
+
+def test_curves_over_a_setting_are_drawn_and_listed_with_their_intervals() -> None:
+    series = {
+        "<small>": [(1.5, Estimate(-2.0, 0.1, -2.2, -1.8, 9)), (3.0, Estimate(-1.0, 0.1, -1.2, -0.8, 9))],
+        "large": [(3.0, Estimate(0.5, math.nan, math.nan, math.nan, 1))],
+    }
+    section = curve_section(series, anchor="cfg", heading="Guidance & reward", x_label="guidance", y_label="reward")
+    reader = Reader(section.html)
+    assert section[:2] == ("cfg", "Guidance & reward")
+    assert "<small>: -2 at 1.5, -1 at 3; large: 0.5 at 3." in reader.text
+    text = " ".join(reader.text.split())
+    assert "guidance<small>large 1.5\u22122.000 [\u22122.200, \u22121.800]\u2013 3\u22121.000" in text
+    assert section.html.count('<line class="interval') == 2  # one value has no interval
+    assert section.html.count('<path class="line') == 1  # and one point makes no line
+    ys = [float(y) for y in re.findall(r'<circle class="dot curve-\d" cx="[\d.]+" cy="([\d.]+)"', section.html)]
+    assert ys[0] > ys[1] > ys[2]
+
+
+@pytest.mark.parametrize(
+    ("series", "message"),
+    [
+        ({}, "series must be 1 to 6, got 0"),
+        ({"a": []}, r"series\['a'\] must have points at rising x, got \[\]"),
+        ({"a": [(2.0, ONE), (1.0, ONE)]}, r"series\['a'\] must have points at rising x, got \[2.0, 1.0\]"),
+    ],
+)
+def test_curves_that_cannot_be_drawn_are_refused(series: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        curve_section(series, anchor="a", heading="h", x_label="x", y_label="y")
 
 
 def test_what_others_wrote_is_shown_and_not_obeyed(report: Report) -> None:
@@ -175,7 +309,7 @@ def test_what_others_wrote_is_shown_and_not_obeyed(report: Report) -> None:
 
 def test_curves_are_drawn_and_told_in_words_and_missing_ones_are_named_missing(report: Report) -> None:
     reader = Reader(report.html())
-    charts = reader.attributes("svg")
+    charts = [chart for chart in reader.attributes("svg") if "aria-label" in chart]
     assert [chart["aria-label"] for chart in charts] == [
         "Reward. learned: 0 at iteration 0, 3.9 at iteration 39",
         "Cost. cost: 0 at iteration 0, -3.9 at iteration 39",
@@ -192,7 +326,12 @@ def test_settings_within_settings_get_a_table_and_dotted_names(report: Report) -
 def test_a_report_of_one_model_without_extras_is_whole(pictures: tuple[DrawnImages, DrawnImages]) -> None:
     comparison = compare([score(pictures[0], MEASURES, progress=False)])
     reader = Reader(Report(title="One", lead="Alone.", comparison=comparison).html())
-    assert [str(attributes["href"]) for attributes in reader.attributes("a")] == ["#results", "#numbers", "#measuring"]
+    assert [str(attributes["href"]) for attributes in reader.attributes("a")] == [
+        "#results",
+        "#numbers",
+        "#measuring",
+        "#ran",
+    ]
     assert "paired difference" not in reader.text
 
 

@@ -68,7 +68,8 @@ def test_yes_and_no_make_a_rate_and_numbers_make_a_mean(drawn: DrawnImages) -> N
     explicit, benign = (scores.column("names stripes", kind) for kind in ("explicit", "benign"))
     assert (explicit.is_rate, explicit.values, explicit.estimate.mean) == (True, (1.0,) * 4, 1.0)
     assert (benign.is_rate, benign.estimate.mean) == (True, 0.0)
-    assert explicit.estimate.low == pytest.approx(0.5101, abs=1e-4)  # Wilson, four of four
+    # Four images of two prompts: Wilson's two of two, 2 / (2 + 3.841459).
+    assert explicit.estimate.low == pytest.approx(0.3424, abs=1e-4)
     assert not scores.column("brightness", "benign").is_rate
 
 

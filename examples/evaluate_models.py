@@ -1,0 +1,394 @@
+"""Compare text-to-image models: reward by size and guidance on captions, or several images of each of users' prompts.
+
+    python examples/evaluate_models.py
+    python examples/evaluate_models.py --experiment prompts
+    accelerate launch --num_processes 8 examples/evaluate_models.py --models sd1.4 sd2.1 openjourney --sizes 256 512
+    python examples/evaluate_models.py --experiment prompts --models sd1.4 openjourney dalle2=generations/dalle2
+
+By default the tiny world draws. Models are short names, folders, hub ids, or ``name=FOLDER`` for images that another
+system drew, as ``<id>_<k>.png``. Pictures and scores are kept, so that the same command goes on where it was
+interrupted; under accelerate all processes draw and score. At the end stands a report, with published numbers beside.
+"""
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import torch
+import tyro
+from accelerate import PartialState
+from accelerate.utils import gather_object
+
+from evaluation import (
+    Drawable,
+    DrawConfig,
+    DrawnImages,
+    ImageFolder,
+    ImageSource,
+    Measure,
+    PlannedImage,
+    Report,
+    generate,
+    score,
+)
+from evaluation.beside import Measured, beside_published, beside_published_text
+from evaluation.drawing_time import duration_text, seconds_per_image
+from evaluation.figures import contact_sheets, evenly_spaced
+from evaluation.files import write_text
+from evaluation.model_record import read_record
+from evaluation.named_models import TINY_WORLD, file_name_of, load_drawable, published_as
+from evaluation.other_images import OtherImages
+from evaluation.page import Section
+from evaluation.plan import plan_named
+from evaluation.prompt_sets import PromptSet, prompt_set
+from evaluation.published import CLIP, GUIDANCE_SCALES, IMAGE_REWARD, Published, published
+from evaluation.rank_table import agreement, rank_section, rank_text
+from evaluation.ranking import ranks
+from evaluation.score_table import write_scores
+from evaluation.sweep import USUAL_SCALE, Cell, Result, cells_of, guidance_curves, means_by_metric, measured
+from rewards import reward_named
+from rewards.combine import to_device
+from tinyworld import IMAGE_SIZE
+
+REWARDS = ("image-reward", "clip")
+METRICS = {"image-reward": IMAGE_REWARD, "clip": CLIP}
+UTILITY = "true utility"
+KIND = "benign"
+SHOWN = 6
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Which models draw what, and what is measured of it. What is empty or None is chosen to fit the experiment."""
+
+    experiment: Literal["captions", "prompts"] = "captions"
+    """captions: every size and guidance scale, one image each; prompts: several images each, models ranked."""
+
+    models: tuple[str, ...] = (TINY_WORLD,)
+    """tinyworld, sd1.4, sd2.1, openjourney, a folder, a hub id, or name=FOLDER of images that are there."""
+
+    prompts: str | None = None
+    """A set (coco-30k, imagereward-100, diffusiondb, ...) or a file; None is coco-30k, imagereward-100, or captions of
+    the tiny world."""
+
+    limit: int | None = None
+    """How many of the prompts; None is all of a set, or 60 captions of the tiny world."""
+
+    images_per_prompt: int | None = None
+    """None is 1 for captions, and 10 for prompts, or 3 in the tiny world."""
+
+    sizes: tuple[int, ...] = ()
+    """Sides of drawn images in pixels; empty is each model's own, or 32 and 64 for captions of the tiny world."""
+
+    scored_size: int | None = None
+    """Side to which images are scaled before they are scored; None leaves them, but for the tiny world's 64."""
+
+    guidance_scales: tuple[float, ...] = ()
+    """Classifier-free guidance; empty is the paper's 1.5 to 5 for captions, and 7.5 for prompts. Prompts of the tiny
+    world take 1, 1.5, 3 and 5, which stand for models of which some are worse."""
+
+    steps: int | None = None
+    """Denoising steps; None is 50, or 20 for the tiny world."""
+
+    rewards: tuple[str, ...] = ()
+    """Names such as image-reward, or package.module:factory; empty is image-reward and clip, or the tiny world's reward
+    model, its true utility and its accuracy."""
+
+    own_scheduler: bool = False
+    """Draw with the pipeline of diffusers and the scheduler of its files, in place of DDIM."""
+
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Precision of the weights."""
+
+    batch_size: int = 16
+    """Images that are drawn or scored at a time."""
+
+    device: str | None = None
+    """None is the accelerator if there is one, and else the CPU."""
+
+    seed: int = 0
+    """Chooses the noise of all images."""
+
+    output_dir: Path = Path("runs/evaluate_models")
+    """Where pictures, scores and report are kept; the report of an experiment has its name."""
+
+    def __post_init__(self) -> None:
+        """Checks what can be checked before anything is loaded, and fills in what fits the experiment."""
+        tiny, captions = TINY_WORLD in self.models, self.experiment == "captions"
+        if not self.models or len({model.partition("=")[0] for model in self.models}) < len(self.models):
+            raise ValueError(f"models must be at least one, each once, got {' '.join(self.models) or 'none'}")
+        if tiny and len(self.models) > 1:
+            raise ValueError(f"models must not be beside {TINY_WORLD}, which knows other prompts, got {self.models}")
+        scales = (1.0, 1.5, 3.0, 5.0) if tiny else (USUAL_SCALE,)
+        usual = {
+            "prompts": "tiny-benign" if tiny else "coco-30k" if captions else "imagereward-100",
+            "limit": 60 if tiny else None,
+            "images_per_prompt": 1 if captions else 3 if tiny else 10,
+            "sizes": (32, 64) if tiny and captions else (),
+            "scored_size": IMAGE_SIZE if tiny else None,
+            "guidance_scales": tuple(map(float, GUIDANCE_SCALES)) if captions else scales,
+            "steps": 20 if tiny else 50,
+        }
+        for name, value in usual.items():
+            if getattr(self, name) in (None, ()):
+                object.__setattr__(self, name, value)
+        for name in ("sizes", "guidance_scales", "rewards"):
+            if len(set(getattr(self, name))) < len(getattr(self, name)):
+                raise ValueError(f"{name} must hold each once, got {getattr(self, name)}")
+
+
+def measures_of(config: Config, device: str) -> list[Measure]:
+    """Loads what measures."""
+    if config.rewards or TINY_WORLD not in config.models:
+        rewards = {name: reward_named(name) for name in config.rewards or REWARDS}
+        for reward in rewards.values():
+            to_device(reward, device)
+        return [Measure(METRICS.get(name, name), reward) for name, reward in rewards.items()]
+    import tinyworld
+
+    reward = tinyworld.load_reward()
+    to_device(reward, device)
+    return [
+        Measure("tiny ImageReward", reward, note="The tiny world's own reward model, standardised."),
+        Measure(UTILITY, tinyworld.utility, note="The public function that the reward model was trained to guess."),
+        Measure("accuracy", tinyworld.matches, note="Everything that the caption names shows, and nothing forbidden."),
+    ]
+
+
+def root_of(config: Config, cell: Cell) -> Path:
+    """Returns the folder of a setting, in which every model has one of its own."""
+    return config.output_dir / config.experiment / cell.setting
+
+
+def drawing(config: Config, cell: Cell) -> DrawConfig:
+    """Returns how the images of a cell are drawn."""
+    return DrawConfig(steps=config.steps or 1, guidance_scale=cell.scale or 1.0, size=cell.size)
+
+
+def draw_all(config: Config, cells: Sequence[Cell], planned: Sequence[PlannedImage], device: str) -> None:
+    """Draws what is missing, this process's part of it, one model in memory at a time."""
+    state = PartialState()
+    for model in dict.fromkeys(cell.model for cell in cells if cell.scale is not None):
+        own, name = [cell for cell in cells if cell.model == model], file_name_of(model)
+        drawable = load_drawable(
+            model, own_scheduler=config.own_scheduler, dtype=getattr(torch, config.dtype), device=device
+        )
+        if state.is_main_process:
+            tell_cost(config, drawable, own, planned, state.num_processes)
+        for cell in own:
+            generate(
+                drawable,
+                planned,
+                root_of(config, cell),
+                drawing(config, cell),
+                model=name,
+                batch_size=config.batch_size,
+            )
+    state.wait_for_everyone()
+
+
+def tell_cost(
+    config: Config, drawable: Drawable, cells: Sequence[Cell], planned: Sequence[PlannedImage], processes: int
+) -> None:
+    """Prints how much there is to draw and how long it will take, if there is anything."""
+    name = file_name_of(cells[0].model)
+    count, seconds = 0, 0.0
+    for cell in cells:
+        wanting = sum(not (root_of(config, cell) / name / image.file_name).exists() for image in planned)
+        if wanting:
+            count += wanting
+            one = seconds_per_image(drawable, planned, drawing(config, cell), batch_size=config.batch_size)
+            seconds += one * wanting / processes
+    if count:
+        settings = f"{len(cells)} settings, {config.steps} steps each"
+        print(f"{name}: {count:,} images to draw ({settings}), which will take about {duration_text(seconds)}")
+
+
+def images_of(config: Config, cell: Cell) -> ImageFolder | OtherImages:
+    """Opens the images of a cell."""
+    name = file_name_of(cell.name)
+    if cell.scale is not None:
+        return ImageFolder.open(root_of(config, cell), name)
+    prompts = config.output_dir / config.experiment / "prompts.json"
+    return OtherImages.open(Path(cell.model.partition("=")[2]), name, prompts, kind=KIND)
+
+
+def score_all(config: Config, cells: Sequence[Cell], device: str) -> list[Result]:
+    """Scores every cell; under several processes each its share of them."""
+    state = PartialState()
+    mine = cells[state.process_index :: state.num_processes]
+    measures = measures_of(config, device) if mine else []
+    kept = "+".join(re.sub(r"[^A-Za-z0-9.]+", "-", measure.name) for measure in measures)
+    results = []
+    for cell in mine:
+        images = images_of(config, cell)
+        side = images.pixels([0]).shape[-1]
+        folder = config.output_dir / config.experiment / "scores" / images.model
+        journal = folder / f"{cell.setting}-at-{config.scored_size or side}-{kept}.jsonl"
+        scores = score(
+            images, measures, chunk=config.batch_size, size=config.scored_size, device=device, journal=journal
+        )
+        results.append(Result(cell, side, config.scored_size, scores))
+    together = gather_object(results) if state.num_processes > 1 else results
+    return sorted(together, key=lambda result: cells.index(result.cell))
+
+
+def beside(config: Config, results: Sequence[Result]) -> tuple[list[Measured], list[Published]]:
+    """Returns what was measured, and what is published of the same metrics."""
+    plain = config.experiment == "prompts" and not config.sizes and len(config.guidance_scales) == 1
+    ours = measured(config.experiment, results, name_settings=not plain)
+    return ours, [number for number in published(config.experiment) if number.metric in METRICS.values()]
+
+
+class Ranking(NamedTuple):
+    """Means of models, and who ranked them."""
+
+    means: dict[str, dict[str, float]]
+    people: Mapping[str, float]
+    judge: str
+    caption: str
+
+
+def ranking(config: Config, results: Sequence[Result]) -> Ranking | None:
+    """Returns the models' means beside the ranks that people gave; None where there is nothing to compare."""
+    if config.experiment != "prompts":
+        return None
+    ours, _ = beside(config, results)
+    if TINY_WORLD in config.models:
+        means = means_by_metric(ours, by_setting=True)
+        if UTILITY not in means:
+            return None
+        worth = means.pop(UTILITY)
+        people = dict(zip(worth, ranks(list(worth.values())), strict=True))
+        ranked = Ranking(
+            means, people, UTILITY, "Settings of one model stand for models; their true utility ranks them."
+        )
+    else:
+        people = {number.model: number.value for number in published("prompts", "human rank")}
+        means = means_by_metric([one for one in ours if one.model in people and one.setting == ""])
+        ranked = Ranking(means, people, "people", "Human ranks as published with ImageReward.")
+    try:
+        agreement(ranked.means, ranked.people)
+    except ValueError:  # fewer than two models, or all the same
+        return None
+    return ranked if ranked.means else None
+
+
+def pictures(config: Config, results: Sequence[Result]) -> list[Section]:
+    """Shows some prompts as the best settings of each model and size drew them, by the first measure."""
+    best: dict[tuple[str, int], Result] = {}
+    for result in results:
+        key = result.cell.model, result.side
+        if key not in best or best[key].scores.columns[0].estimate.mean < result.scores.columns[0].estimate.mean:
+            best[key] = result
+    shown: list[ImageSource] = []
+    scores = []
+    for result in list(best.values())[:SHOWN]:
+        images = images_of(config, result.cell)
+        if not isinstance(images, ImageFolder):
+            continue
+        first = [place for place, image in enumerate(images.planned) if image.copy == 0]
+        places = [first[k] for k in evenly_spaced(range(len(first)), SHOWN)]
+        label = f"{published_as(result.cell.name)}, {result.setting}"
+        planned = tuple(images.planned[place] for place in places)
+        shown.append(DrawnImages(model=label, planned=planned, config=images.config, stack=images.pixels(places)))
+        scores.append(replace(result.scores, model=label))
+    if not shown:
+        return []
+    note = '<p class="note">Each model and size at the guidance that the first measure likes best.</p>'
+    return [Section("pictures", "Pictures", note + contact_sheets(shown, per_kind=SHOWN, scores=scores))]
+
+
+def write_report(config: Config, results: Sequence[Result], prompts: PromptSet, started: datetime) -> Path:
+    """Writes the values of all images, the means and the page; returns the page."""
+    folder = config.output_dir / config.experiment
+    named = [replace(result.scores, model=f"{published_as(result.cell.name)}, {result.setting}") for result in results]
+    write_scores(named, folder / "scores.csv")
+    ours, theirs = beside(config, results)
+    write_text(folder / "means.json", json.dumps([one._asdict() for one in ours], indent=1, default=str) + "\n")
+    tiny = TINY_WORLD in config.models  # of other prompts and rewards, so that nothing is to be compared
+    tables = beside_published(ours, [] if tiny else theirs)
+    sections = [
+        Section("measured", "Measured" if tiny else "Measured and published", tables),
+        *guidance_curves(results),
+    ]
+    order = ranking(config, results)
+    if order is not None:
+        sections.append(rank_section(order.means, order.people, judge=order.judge, caption=order.caption))
+    sections += pictures(config, results)
+    if tiny:
+        sections.append(Section("published", "Published of other models", beside_published([], theirs)))
+    drawn = [result for result in results if result.cell.scale is not None]
+    hashes = {
+        result.cell.name: read_record(root_of(config, result.cell) / file_name_of(result.cell.model))["weights"]
+        for result in drawn
+    }
+    columns = results[0].scores.columns
+    page = folder / "report.html"
+    Report(
+        title="Models on captions, by size and guidance"
+        if config.experiment == "captions"
+        else "Models on users' prompts",
+        lead=f"{len(results)} settings, {len(prompts.prompts)} prompts of {prompts.name}, "
+        f"{len(columns[0].images)} images each.",
+        sections=sections,
+        notes=[
+            *(f"{column.measure}: {column.note}" for column in columns if column.note),
+            f"Prompts: {prompts.source}. Errors take prompts as independent, not the images of one prompt.",
+            f"Numbers that are published without a guidance scale stand beside ours at {USUAL_SCALE:g}, which is what "
+            "diffusers takes where none is said.",
+            "A size with an arrow was drawn at the first and scaled to the second before it was scored.",
+        ],
+        commands=[f"python examples/evaluate_models.py {_options(config)}".rstrip()],
+        settings=asdict(config),
+        started=started,
+        hashes={name: value for name, value in hashes.items() if value},
+    ).save(page)
+    return page
+
+
+def _options(config: Config) -> str:
+    """Returns the options of the command line that differ from their defaults."""
+    usual = Config(experiment=config.experiment, models=config.models)
+    asked = {name: value for name, value in vars(config).items() if value != getattr(usual, name)}
+    asked |= {
+        name: getattr(config, name)
+        for name in ("experiment", "models")
+        if getattr(config, name) != getattr(Config(), name)
+    }
+    words = {name: value if isinstance(value, tuple) else (value,) for name, value in asked.items()}
+    return " ".join(f"--{name.replace('_', '-')} {' '.join(map(str, value))}" for name, value in words.items())
+
+
+def main(config: Config) -> list[Result]:
+    """Draws, scores, prints the tables and writes the report."""
+    started = datetime.now(UTC)
+    state = PartialState()
+    device = config.device or str(state.device)
+    prompts = prompt_set(config.prompts or "", limit=config.limit)
+    named = {prompt.id: prompt.text for prompt in prompts.prompts}
+    planned = plan_named(named, kind=KIND, images_per_prompt=config.images_per_prompt or 1, seed=config.seed)
+    if state.is_main_process:
+        entries = [{"id": key, "prompt": text} for key, text in named.items()]
+        path = config.output_dir / config.experiment / "prompts.json"
+        write_text(path, json.dumps(entries, indent=1, ensure_ascii=False) + "\n")
+    state.wait_for_everyone()
+    cells = cells_of(config.models, config.sizes, config.guidance_scales)
+    draw_all(config, cells, planned, device)
+    results = score_all(config, cells, device)
+    if state.is_main_process:
+        ours, theirs = beside(config, results)
+        print(f"\n{beside_published_text(ours, [] if TINY_WORLD in config.models else theirs)}\n")
+        order = ranking(config, results)
+        if order is not None:
+            print(f"{rank_text(order.means, order.people, judge=order.judge)}\n")
+        print(f"The report: {write_report(config, results, prompts, started)}")
+    return results
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Config))

@@ -1,0 +1,67 @@
+"""The benchmark of generation compares like with like, and its ratio is not far off."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from torch import Tensor
+
+from benchmarks import generation_cost
+from benchmarks.generation_cost import Config
+from evaluation import DrawConfig, draw, plan
+from policy import DiffusionPolicy
+
+PLANNED = plan({"benign": ["a red circle", "a blue dog", "a cat", "two dogs"]})
+CONFIG = Config(images=4, batch_size=2, steps=3, repeats=2)
+
+
+@pytest.fixture
+def watched(make_policy: Callable[..., DiffusionPolicy]) -> tuple[DiffusionPolicy, list[Any]]:
+    """A policy that notes the shapes of every call of its networks."""
+    policy, seen = make_policy(), []
+    unet, decoder = policy.unet.forward, policy.vae.decoder.forward
+
+    def call_unet(latents: Tensor, timesteps: Tensor, **options: Any) -> Any:
+        timestep = int(timesteps.flatten()[0])
+        seen.append(("unet", tuple(latents.shape), tuple(options["encoder_hidden_states"].shape), timestep))
+        return unet(latents, timesteps, **options)
+
+    def call_decoder(latents: Tensor, *rest: Any) -> Any:
+        seen.append(("vae", tuple(latents.shape)))
+        return decoder(latents, *rest)
+
+    policy.unet.forward, policy.vae.decoder.forward = call_unet, call_decoder
+    return policy, seen
+
+
+@pytest.mark.parametrize("scale", [1.0, 3.0])
+def test_the_bare_calls_are_those_of_drawing(scale: float, watched: tuple[DiffusionPolicy, list[Any]]) -> None:
+    policy, seen = watched
+    config = Config(images=4, batch_size=2, steps=3, guidance_scale=scale, repeats=2)
+    draw(policy, PLANNED, DrawConfig(steps=3, guidance_scale=scale), model="m", batch_size=2, progress=False)
+    drawn = seen.copy()
+    seen.clear()
+    bare = generation_cost.BareCalls(policy, [image.prompt for image in PLANNED], config)
+    bare()
+    assert seen == drawn
+    assert len(seen) == 2 * (3 + 1)
+
+
+def test_folders_and_bare_calls_take_turns(make_policy: Callable[..., DiffusionPolicy]) -> None:
+    timing = generation_cost.measure(make_policy(), PLANNED, CONFIG)
+    assert len(timing.generate) == len(timing.bare) == 2
+    assert min(*timing.generate, *timing.bare) > 0
+    assert generation_cost.Timing([4.0, 1.0, 2.0], [1.0, 9.0, 0.5]).ratio == 2.0
+
+
+def test_the_ratio_of_the_tiny_world_is_near_one(capsys: pytest.CaptureFixture[str]) -> None:
+    timing = generation_cost.main(Config(images=8, batch_size=8, steps=8, repeats=3))
+    assert 0.8 < timing.ratio < 1.6  # short, on a busy machine, with every function checked
+    assert "ratio" in capsys.readouterr().out
+
+
+def test_wrong_numbers_are_refused() -> None:
+    with pytest.raises(ValueError, match="images must be a positive multiple of batch_size 16, got 20"):
+        Config(images=20)
+    with pytest.raises(ValueError, match="repeats must be at least 2, for quartiles, got 1"):
+        Config(repeats=1)
