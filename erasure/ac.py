@@ -115,7 +115,7 @@ class ACConfig:
     def tiny_world(cls) -> "ACConfig":
         """Returns settings for the tiny world's stripes, found by experiment."""
         return cls(
-            train="xattn-kv",
+            train="xattn",
             anchors=tuple(captions("benign", 64, 5)),
             templates=("{concept} {anchor}", "{anchor} {concept}"),
             images=64,
@@ -124,7 +124,7 @@ class ACConfig:
             guidance_scale=3.0,
             mirror=False,
             descent=DescentConfig(
-                iterations=300, learning_rate=1e-3, batch_size=8, weight_decay=1e-2, max_grad_norm=1.0
+                iterations=350, learning_rate=6e-4, batch_size=8, weight_decay=1e-2, max_grad_norm=1.0
             ),
         )
 

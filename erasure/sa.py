@@ -131,8 +131,8 @@ class SAConfig:
         """Returns settings for the tiny world's stripes, found by experiment."""
         return cls(
             train="attn",
-            penalty=0.01,
-            replay_weight=0.05,
+            penalty=0.005,
+            replay_weight=0.03,
             surrogates=tuple(captions("benign", 64, 5)),
             templates=("{concept} {surrogate}", "{surrogate} {concept}"),
             replay=(*captions("benign", 32, 6), *captions("neighbour", 32, 6)),
@@ -141,7 +141,7 @@ class SAConfig:
             guidance_scale=3.0,
             fisher=FisherConfig(images=32, timesteps=16),
             descent=DescentConfig(
-                iterations=600, learning_rate=2e-3, batch_size=8, weight_decay=1e-2, max_grad_norm=0.3
+                iterations=900, learning_rate=1e-3, batch_size=8, weight_decay=1e-2, max_grad_norm=0.3
             ),
         )
 

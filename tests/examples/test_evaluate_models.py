@@ -16,6 +16,7 @@ from evaluation.named_models import checkpoint_of, file_name_of, load_drawable, 
 from evaluation.pipelines import PipelineDrawable
 from evaluation.published import CLIP, DALLE2, IMAGE_REWARD, OWN_SIZE, SD14, SD21
 from evaluation.rank_table import agreement, rank_section, rank_text
+from evaluation.result_tables import MINUS
 from evaluation.sweep import Cell, Result, cells_of, guidance_curves, means_by_metric, measured
 from examples import evaluate_models
 from examples.evaluate_models import Config, main
@@ -69,7 +70,7 @@ def test_captions_give_a_table_curves_and_pictures_and_a_second_call_draws_nothi
     with Image.open(folder / "32-cfg3" / "tinyworld" / "tiny-benign-0001_0.png") as picture:
         assert picture.size == (32, 32)
     page = (folder / "report.html").read_text(encoding="utf-8")
-    for words in ("tiny ImageReward by guidance", "not run", "−1.5598", "data:image/png", "32² → 64², CFG 1.5"):
+    for words in ("tiny ImageReward by guidance", "not run", f"{MINUS}1.5598", "data:image/png", "32² → 64², CFG 1.5"):
         assert words in page
     assert read_record(folder / "32-cfg3" / "tinyworld")["weights"] in page
 
@@ -260,12 +261,12 @@ def test_rankings_agree_where_the_orders_do(order: Any) -> None:
     assert agreement(means, people) == {IMAGE_REWARD: 1.0, CLIP: -1.0}
     text = rank_text(means, people, judge="people")
     assert "| b | 0.2000 (2) | 0.2700 (1) | 2 |" in text
-    assert "| c | −1.0000 (3) | not run | 3 |" in text
+    assert f"| c | {MINUS}1.0000 (3) | not run | 3 |" in text
     assert "strange" not in text
     assert "Spearman with people, CLIP score: -1.00" in text
     page = rank_section(means, people, judge="<people>", caption="Of & with.").html
     assert "&lt;people&gt;" in page
-    assert '<td class="number">1.00</td><td class="number">−1.00</td>' in page
+    assert f'<td class="number">1.00</td><td class="number">{MINUS}1.00</td>' in page
 
 
 def test_published_means_of_six_models_give_the_published_agreement() -> None:
