@@ -40,7 +40,9 @@ def cross_attentions(unet: nn.Module) -> dict[str, nn.Module]:
     """Returns the cross-attention layers by their names in the UNet, in the order of its modules."""
     # Down the tree of a Stable Diffusion's UNet; looking at every module would take as long as a small UNet's layer.
     tree: Any = unet
-    blocks = [(f"{part}.{k}", block) for part in ("down_blocks", "up_blocks") for k, block in enumerate(getattr(tree, part))]
+    blocks = [
+        (f"{part}.{k}", block) for part in ("down_blocks", "up_blocks") for k, block in enumerate(getattr(tree, part))
+    ]
     return {
         f"{name}.attentions.{k}.transformer_blocks.{depth}.attn2": layer.attn2
         for name, block in (*blocks, ("mid_block", tree.mid_block))

@@ -63,8 +63,12 @@ class Comparison:
     models: tuple[str, ...]
     """The first is what the others are compared with."""
     config: DrawConfig | None
-    """How the images of all models were drawn, those of other systems apart; None where nothing is known of any."""
+    """How the images were drawn by all models of which it is known; None where it is known of none, or differs."""
     rows: tuple[Row, ...]
+    by: Pairing = "image"
+    """What was paired: images of the same prompt and seed, or the means of each prompt."""
+    intervals: Intervals = "closed"
+    """How the intervals of means were found, see `compare`."""
 
     def row(self, measure: str, kind: str) -> Row:
         """Returns one row.
@@ -94,7 +98,8 @@ class Comparison:
             for row in self.rows
         ]
         config = None if self.config is None else asdict(self.config)
-        return {"format": 1, "models": list(self.models), "config": config, "rows": rows}
+        how = {"by": self.by, "intervals": self.intervals}
+        return {"format": 1, "models": list(self.models), "config": config, **how, "rows": rows}
 
     def save(self, path: Path | str) -> None:
         """Writes the comparison as JSON, whole or not at all."""
@@ -142,8 +147,9 @@ def compare(scores: Sequence[Scores], *, by: Pairing = "image", intervals: Inter
                 differences=tuple(_difference(one, column, by, intervals) for one in rest),
             )
         )
-    configs = [one.config for one in scores if one.config is not None]
-    return Comparison(models=models, config=configs[0] if configs else None, rows=tuple(rows))
+    known = {one.config for one in scores if one.config is not None}
+    config = known.pop() if len(known) == 1 else None
+    return Comparison(models=models, config=config, rows=tuple(rows), by=by, intervals=intervals)
 
 
 def _estimate(column: Column, intervals: Intervals) -> Estimate:

@@ -122,8 +122,14 @@ class Report:
             return list(self.notes)
         config = self.comparison.config
         drawn = "Every model was given the same prompts"
+        if self.comparison.by == "image":
+            drawn = "Every model drew the same prompts from the same seeds"
         if config is not None:
-            drawn = f"Every model drew the same prompts from the same seeds, in {config.steps} denoising steps"
+            drawn += (
+                f", in {config.steps} denoising steps"
+                if self.comparison.by == "image"
+                else (f"; where it is known how, in {config.steps} denoising steps")
+            )
             drawn += f" with guidance scale {config.guidance_scale:g} and eta {config.eta:g}"
         measures = {row.measure: row.note for row in self.comparison.rows if row.note}
         return [f"{drawn}.", *(f"{measure}: {note}" for measure, note in measures.items()), *self.notes]

@@ -25,7 +25,7 @@ def results_table(comparison: Comparison) -> str:
     first, *others = comparison.models
     caption = "Mean \u00b1 standard error."
     if others:
-        alike = "prompts" if comparison.config is None else "prompts and seeds"
+        alike = "prompts and seeds" if comparison.by == "image" else "prompts"
         caption += (
             f" Below it the paired difference from \u201c{escape(first)}\u201d, on the same {alike}; "
             "coloured where its 95 % interval leaves out zero, green for better and orange for worse."
@@ -53,10 +53,11 @@ def numbers_table(comparison: Comparison) -> str:
         body = f'<tbody class="group" data-group data-kind="{escape(row.kind)}">'
         groups.append(f"{body}\n" + "\n".join(lines) + "\n</tbody>")
     intervals = "Wilson\u2019s for rates" + (" and Newcombe\u2019s for their paired differences" if others else "")
+    rest = "Student\u2019s t" if comparison.intervals == "closed" else "the bootstrap over prompts (BCa)"
     change_head = f'<th scope="col" class="number">change from {escape(first)} [95 %]</th>' if others else ""
     return (
         '<div class="scroll" tabindex="0" role="region" aria-label="All numbers"><table class="plain">\n'
-        f"<caption>95 % intervals: {intervals}, Student\u2019s t for everything else.</caption>\n"
+        f"<caption>95 % intervals: {intervals}, {rest} for everything else.</caption>\n"
         '<thead><tr><th scope="col">model</th>'
         '<th scope="col" class="number">images</th><th scope="col" class="number">mean [95 %]</th>'
         f"{change_head}</tr></thead>\n" + "\n".join(groups) + "\n</table></div>"

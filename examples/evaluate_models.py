@@ -46,7 +46,7 @@ from evaluation.page import Section
 from evaluation.plan import plan_named
 from evaluation.prompt_sets import PromptSet, prompt_set
 from evaluation.published import CLIP, GUIDANCE_SCALES, IMAGE_REWARD, Published, published
-from evaluation.rank_table import agreement, rank_section, rank_text
+from evaluation.rank_table import rank_section, rank_text
 from evaluation.ranking import ranks
 from evaluation.score_table import write_scores
 from evaluation.sweep import USUAL_SCALE, Cell, Result, cells_of, guidance_curves, means_by_metric, measured
@@ -197,12 +197,15 @@ def tell_cost(
     """Prints how much there is to draw and how long it will take, if there is anything."""
     name = file_name_of(cells[0].model)
     count, seconds = 0, 0.0
+    timed: dict[tuple[int | None, bool], float] = {}
     for cell in cells:
         wanting = sum(not (root_of(config, cell) / name / image.file_name).exists() for image in planned)
         if wanting:
             count += wanting
-            one = seconds_per_image(drawable, planned, drawing(config, cell), batch_size=config.batch_size)
-            seconds += one * wanting / processes
+            how = cell.size, cell.scale == 1.0  # without guidance half as much is computed
+            if how not in timed:
+                timed[how] = seconds_per_image(drawable, planned, drawing(config, cell), batch_size=config.batch_size)
+            seconds += timed[how] * wanting / processes
     if count:
         settings = f"{len(cells)} settings, {config.steps} steps each"
         print(f"{name}: {count:,} images to draw ({settings}), which will take about {duration_text(seconds)}")
@@ -271,11 +274,9 @@ def ranking(config: Config, results: Sequence[Result]) -> Ranking | None:
         people = {number.model: number.value for number in published("prompts", "human rank")}
         means = means_by_metric([one for one in ours if one.model in people and one.setting == ""])
         ranked = Ranking(means, people, "people", "Human ranks as published with ImageReward.")
-    try:
-        agreement(ranked.means, ranked.people)
-    except ValueError:  # fewer than two models, or all the same
-        return None
-    return ranked if ranked.means else None
+    # Neither one model nor a metric that is the same for all has an order.
+    ordered = {metric: values for metric, values in ranked.means.items() if len(set(values.values())) > 1}
+    return ranked._replace(means=ordered) if ordered and len(set(ranked.people.values())) > 1 else None
 
 
 def pictures(config: Config, results: Sequence[Result]) -> list[Section]:
@@ -301,6 +302,18 @@ def pictures(config: Config, results: Sequence[Result]) -> list[Section]:
         return []
     note = '<p class="note">Each model and size at the guidance that the first measure likes best.</p>'
     return [Section("pictures", "Pictures", note + contact_sheets(shown, per_kind=SHOWN, scores=scores))]
+
+
+def extremes(results: Sequence[Result]) -> str:
+    """Says which model in which setting is best and which is worst by the first measure."""
+
+    def mean(result: Result) -> float:
+        return result.scores.columns[0].estimate.mean
+
+    best, worst = max(results, key=mean), min(results, key=mean)
+    told = [f"{published_as(one.cell.name)} at {one.setting}, {mean(one):.3f}" for one in (best, worst)]
+    name = results[0].scores.columns[0].measure
+    return f"Best by {name}: {told[0]}." if best is worst else f"Best by {name}: {told[0]}; worst: {told[1]}."
 
 
 def write_report(config: Config, results: Sequence[Result], prompts: PromptSet, started: datetime) -> Path:
@@ -333,8 +346,8 @@ def write_report(config: Config, results: Sequence[Result], prompts: PromptSet, 
         title="Models on captions, by size and guidance"
         if config.experiment == "captions"
         else "Models on users' prompts",
-        lead=f"{len(results)} settings, {len(prompts.prompts)} prompts of {prompts.name}, "
-        f"{len(columns[0].images)} images each.",
+        lead=f"{len(prompts.prompts)} prompts of {prompts.name}, {len(columns[0].images)} images in each of "
+        f"{len(results)} settings. {extremes(results)}",
         sections=sections,
         notes=[
             *(f"{column.measure}: {column.note}" for column in columns if column.note),

@@ -162,7 +162,7 @@ def test_wheel_holds_the_tiny_worlds_weights_within_their_budget(wheel: dict[str
     assert sum(weights) <= MAX_WEIGHT_BYTES
 
 
-OPTIONAL = ("nudity", "parquet", "server", "tensorboard")
+OPTIONAL = ("fid", "nudity", "parquet", "server", "tensorboard")
 """Extras that the packages themselves import from, where they are installed."""
 
 
