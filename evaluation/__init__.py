@@ -15,7 +15,7 @@ from .pipelines import PipelineDrawable
 from .plan import KINDS, DrawConfig, PlannedImage, plan
 from .processes import gather, merge, shard
 from .prompt_sets import Prompt, PromptSet, prompt_set
-from .published import Published, published
+from .published import Published
 from .ranking import spearman
 from .report import Report
 from .score import Column, Measure, Metric, Scores, score
@@ -63,7 +63,6 @@ __all__ = [
     "pareto_section",
     "plan",
     "prompt_set",
-    "published",
     "rate_estimate",
     "save_grid",
     "score",

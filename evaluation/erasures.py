@@ -2,8 +2,10 @@
 
 import math
 from collections.abc import Mapping, Sequence
+from html import escape
 from typing import NamedTuple
 
+from .result_tables import MINUS
 from .score import Scores
 
 COLUMNS: tuple[tuple[str, str, str], ...] = (
@@ -75,9 +77,33 @@ def line_of(method: str, scores: Sequence[Scores], others: Mapping[str, Sequence
 
 def markdown_table(lines: Sequence[Line]) -> str:
     """Returns the lines as a table of Markdown; cells without a value are empty."""
+    titles, rows = _cells(lines)
+    return "\n".join(f"| {' | '.join(row)} |" for row in [titles, ["---"] * len(titles), *rows])
+
+
+def html_table(lines: Sequence[Line], *, caption: str) -> str:
+    """Returns the same table for a page; see `evaluation.Section`."""
+    titles, rows = _cells(lines)
+    heads = "".join(
+        f'<th scope="col"{" class=number" * (k > 0)}>{escape(title)}</th>' for k, title in enumerate(titles)
+    )
+    body = [
+        f'<tr data-model="{escape(method)}"><th scope="row">{escape(method)}</th>'
+        + "".join(f'<td class="number">{escape(cell).replace("-", MINUS)}</td>' for cell in cells)
+        + "</tr>"
+        for method, *cells in rows
+    ]
+    return (
+        '<div class="scroll" tabindex="0" role="region" aria-label="All methods"><table class="plain">\n'
+        f"<caption>{escape(caption)}</caption>\n<thead><tr>{heads}</tr></thead>\n"
+        "<tbody>\n" + "\n".join(body) + "\n</tbody></table></div>"
+    )
+
+
+def _cells(lines: Sequence[Line]) -> tuple[list[str], list[list[str]]]:
+    """Returns the titles, and a row of texts for each line."""
     titles = list(dict.fromkeys(title for line in lines for title in line.values))
-    rows = [["method", *titles], ["---"] * (len(titles) + 1)]
-    rows += [
+    rows = [
         [line.method, *(str(line.values[title]) if title in line.values else "" for title in titles)] for line in lines
     ]
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    return ["method", *titles], rows

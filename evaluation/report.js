@@ -57,7 +57,11 @@
   tools.querySelector(".words").hidden = !document.querySelector("[data-prompt]");
   filter.addEventListener("submit", (event) => event.preventDefault());
   filter.addEventListener("input", apply);
-  filter.addEventListener("reset", () => setTimeout(apply));
+  filter.querySelector('[type="reset"]').addEventListener("click", (event) => {
+    event.preventDefault();
+    filter.reset();
+    apply();
+  });
   scheme.addEventListener("change", () => { document.documentElement.style.colorScheme = scheme.value; });
   tools.hidden = false;
   apply();

@@ -27,7 +27,7 @@ from erasure import Erasure
 from erasure.methods import METHODS, erase, method_named
 from evaluation import DrawConfig, ImageFolder, Report, Scores, compare, write_folder
 from evaluation.beside import Measured, beside_published
-from evaluation.erasures import line_of, markdown_table
+from evaluation.erasures import Line, html_table, line_of, markdown_table
 from evaluation.examine import examine
 from evaluation.files import write_text
 from evaluation.page import Section
@@ -166,8 +166,8 @@ def run(cells: Sequence[Cell], config: Config) -> None:
                 bar.update()
 
 
-def table(config: Config) -> str:
-    """Returns the table of everything."""
+def lines_of(config: Config) -> list[Line]:
+    """Returns a line for each method: means over the seeds, and after the recovery."""
     lines = []
     for name in (BEFORE, *config.methods):
         cells = [Cell(name, seed) for seed in config.seeds]
@@ -184,7 +184,7 @@ def table(config: Config) -> str:
                 ):
                     others[title] = [after.column(measure, kind).estimate.mean]
         lines.append(line_of(name, scores, others))
-    return markdown_table(lines)
+    return lines
 
 
 def report(config: Config) -> None:
@@ -217,6 +217,7 @@ def sections(config: Config, scores: Sequence[Scores]) -> list[Section]:
             before=start if (start := one.model.removesuffix("-recovered")) in names - {one.model} else "",
         )
         for one in scores
+        if one.model != BEFORE  # so far from all of them that they would lie on one another
     ]
     measured = [
         Measured("erasures", published_name(one.model), IMAGE_REWARD, "other captions", column.estimate)
@@ -225,7 +226,9 @@ def sections(config: Config, scores: Sequence[Scores]) -> list[Section]:
         for column in [one.column("ImageReward", "benign")]
     ]
     others = beside_published(measured, published("erasures"))
+    caption = f"Means over {len(config.seeds)} seeds ± standard error over them; recovered: the first seed alone."
     return [
+        Section("methods", "All methods", html_table(lines_of(config), caption=caption)),
         pareto_section(points, x_label="concept rate of implicit prompts (lower is better)"),
         Section("published", "What others published of Stable Diffusion", others),
     ]
@@ -239,7 +242,7 @@ def published_name(model: str) -> str:
 def main(config: Config) -> str:
     """Makes and measures what is missing, and prints the table."""
     run(cells_of(config), config)
-    text = table(config)
+    text = markdown_table(lines_of(config))
     write_text(config.output_dir / "table.md", text + "\n")
     report(config)
     print(text)

@@ -3,6 +3,7 @@
 import errno
 import hashlib
 import json
+import resource
 import shutil
 import subprocess
 import sys
@@ -16,7 +17,7 @@ from PIL import Image
 
 from evaluation import DrawConfig, ImageFolder, PlannedImage, generate, plan
 from evaluation import generate as generate_function
-from evaluation.image_rows import known_rows, read_image_rows
+from evaluation.image_rows import ImageRow, append_row, known_rows, read_image_rows
 from evaluation.model_record import model_record, read_record, weights_digest
 from evaluation.plan import check_plan, plan_named
 from policy import DiffusionPolicy, LoRAConfig
@@ -63,9 +64,12 @@ def test_an_image_without_a_row_or_with_other_bytes_is_drawn_again(
     before, rows = bytes_of(tmp_path), (tmp_path / "m" / "manifest.jsonl").read_text()
     (tmp_path / "m" / "manifest.jsonl").write_text("".join(rows.splitlines(keepends=True)[1:]))
     shutil.copy(tmp_path / "m" / planned[0].file_name, tmp_path / "m" / planned[5].file_name)
+    kept = [(tmp_path / "m" / planned[k].file_name) for k in (1, 4)]
+    times = [path.stat().st_mtime_ns for path in kept]
     policy = noise_policy()
     assert generate(policy, planned, tmp_path, batch_size=2, **ALONE) == 2
     assert policy.drawn == [(planned[k].prompt, planned[k].seed) for k in (0, 1, 4, 5)]
+    assert [path.stat().st_mtime_ns for path in kept] == times  # drawn, as their batches are, and not written
     assert bytes_of(tmp_path) == before
     assert [row.file for row in read_image_rows(tmp_path / "m")] == [image.file_name for image in planned]
 
@@ -77,8 +81,10 @@ def test_processes_share_out_whole_batches(
     policies = [noise_policy() for _ in range(world_size)]
     options: dict[str, Any] = {**ALONE, "world_size": world_size}
     for rank, policy in enumerate(policies):
+        assert not (tmp_path / "m" / "manifest.jsonl").exists()  # which the last brings together
         options["rank"] = rank
         generate(policy, planned, tmp_path, batch_size=3, **options)
+    assert (tmp_path / "m" / "manifest.jsonl").exists()
     batches = [[(image.prompt, image.seed) for image in planned[k : k + 3]] for k in (0, 3, 6, 9)]
     for rank, policy in enumerate(policies):
         assert policy.drawn == [pair for batch in batches[rank::world_size] for pair in batch]
@@ -302,6 +308,20 @@ def test_a_full_disk_is_named_with_what_stays_and_the_run_goes_on_once_there_is_
     assert generate(policy, planned, small_disk, batch_size=3, **ALONE) <= 10 - len(there) + 1
     assert bytes_of(small_disk) == bytes_of(tmp_path / "whole")
     assert [row.file for row in read_image_rows(small_disk / "m")] == [image.file_name for image in planned]
+
+
+def test_a_row_that_does_not_fit_leaves_no_part_of_it(tmp_path: Path) -> None:
+    row = ImageRow("a_0.png", "benign", "a", 0, "a red circle", 1, 8, 8, 0.5, 1, "0" * 64)
+    append_row(tmp_path, 0, row)
+    journal = tmp_path / ".drawn-0.jsonl"
+    before, limits = journal.read_bytes(), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) + 10, limits[1]))
+    try:
+        with pytest.raises(OSError, match=r"File too large: '.*\.drawn-0\.jsonl'"):
+            append_row(tmp_path, 0, row._replace(file="b_0.png"))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert journal.read_bytes() == before
 
 
 def test_a_disk_that_is_full_from_the_start_leaves_nothing_half(

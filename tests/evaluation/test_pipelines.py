@@ -44,10 +44,11 @@ def test_a_pipeline_with_ddim_draws_the_policys_own_images(
 
 def test_images_belong_to_their_seeds_and_not_to_their_batch(pipeline: Any, tmp_path: Path) -> None:
     drawable, config = PipelineDrawable(pipeline), DrawConfig(steps=2)
+    planned = plan({"benign": ["a red circle", "a cat"]}, images_per_prompt=2)
     options: dict[str, Any] = {"rank": 0, "world_size": 1, "progress": False}
     for batch_size in (1, 3):
-        generate(drawable, PLANNED, tmp_path, config, model=f"by-{batch_size}", batch_size=batch_size, **options)
-    one, three = (ImageFolder.open(tmp_path, f"by-{count}").pixels(range(3)).int() for count in (1, 3))
+        generate(drawable, planned, tmp_path, config, model=f"by-{batch_size}", batch_size=batch_size, **options)
+    one, three = (ImageFolder.open(tmp_path, f"by-{count}").pixels(range(4)).int() for count in (1, 3))
     assert (one - three).abs().max() <= 1
     assert (one[0] - one[1]).abs().max() > 1
 

@@ -135,6 +135,8 @@ def test_checkpoints_and_given_images_stand_side_by_side(
     assert DALLE2 in page
     assert "0.2114" in page
     assert f"| {DALLE2} |" in capsys.readouterr().out
+    unscaled, _ = main(replace(config, scored_size=None))
+    assert unscaled.scores.columns[0].values != drawn.scores.columns[0].values
 
 
 def test_the_pipelines_own_scheduler_is_asked_for_and_told(pipeline_dir: Path, prompts: Path, tmp_path: Path) -> None:
