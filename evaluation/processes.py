@@ -1,16 +1,32 @@
 """Evaluation over several processes: each draws and scores its shard, then the scores are brought together."""
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
 
 from .plan import PlannedImage, kinds_of
 from .score import Column, Scores
 
+if TYPE_CHECKING:
+    from accelerate import PartialState
+else:
+    PartialState = Any
+
+
+def process_state() -> PartialState:
+    """Returns accelerate's view of the processes.
+
+    Where there is no accelerator it has to be told so: it takes every one of several processes for the only one else.
+    """
+    from accelerate import PartialState
+
+    return PartialState(cpu=torch.accelerator.current_accelerator(check_available=True) is None)
+
 
 def process_rank_and_count() -> tuple[int, int]:
     """Asks accelerate which process this is, and of how many."""
-    from accelerate import PartialState
-
-    state = PartialState()
+    state = process_state()
     return state.process_index, state.num_processes
 
 
@@ -51,10 +67,9 @@ def gather(scores: Scores, planned: Sequence[PlannedImage]) -> Scores:
         scores: Scores of this process's shard.
         planned: The whole plan, which gives the order.
     """
-    from accelerate import PartialState
     from accelerate.utils import gather_object
 
-    if PartialState().num_processes == 1:
+    if process_state().num_processes == 1:
         return scores
     return merge(gather_object([scores]), planned)
 

@@ -20,7 +20,6 @@ from typing import Literal, NamedTuple
 
 import torch
 import tyro
-from accelerate import PartialState
 from accelerate.utils import gather_object
 
 from evaluation import (
@@ -44,6 +43,7 @@ from evaluation.named_models import TINY_WORLD, file_name_of, load_drawable, pub
 from evaluation.other_images import OtherImages
 from evaluation.page import Section
 from evaluation.plan import plan_named
+from evaluation.processes import process_state
 from evaluation.prompt_sets import PromptSet, prompt_set
 from evaluation.published import CLIP, GUIDANCE_SCALES, IMAGE_REWARD, Published, published
 from evaluation.rank_table import rank_section, rank_text
@@ -171,7 +171,7 @@ def drawing(config: Config, cell: Cell) -> DrawConfig:
 
 def draw_all(config: Config, cells: Sequence[Cell], planned: Sequence[PlannedImage], device: str) -> None:
     """Draws what is missing, this process's part of it, one model in memory at a time."""
-    state = PartialState()
+    state = process_state()
     for model in dict.fromkeys(cell.model for cell in cells if cell.scale is not None):
         own, name = [cell for cell in cells if cell.model == model], file_name_of(model)
         drawable = load_drawable(
@@ -222,7 +222,7 @@ def images_of(config: Config, cell: Cell) -> ImageFolder | OtherImages:
 
 def score_all(config: Config, cells: Sequence[Cell], device: str) -> list[Result]:
     """Scores every cell; under several processes each its share of them."""
-    state = PartialState()
+    state = process_state()
     mine = cells[state.process_index :: state.num_processes]
     measures = measures_of(config, device) if mine else []
     kept = "+".join(re.sub(r"[^A-Za-z0-9.]+", "-", measure.name) for measure in measures)
@@ -380,7 +380,7 @@ def _options(config: Config) -> str:
 def main(config: Config) -> list[Result]:
     """Draws, scores, prints the tables and writes the report."""
     started = datetime.now(UTC)
-    state = PartialState()
+    state = process_state()
     device = config.device or str(state.device)
     prompts = prompt_set(config.prompts or "", limit=config.limit)
     named = {prompt.id: prompt.text for prompt in prompts.prompts}

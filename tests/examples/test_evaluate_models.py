@@ -2,6 +2,9 @@
 
 import csv
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -155,6 +158,25 @@ def test_the_pipelines_own_scheduler_is_asked_for_and_told(pipeline_dir: Path, p
     assert read_record(folder)["scheduler"]["class"] == "PNDMScheduler"
     with pytest.raises(ValueError, match="was drawn by another model, with class"):
         main(replace(config, own_scheduler=False))
+
+
+@pytest.mark.slow
+def test_two_processes_write_what_one_alone_does(pipeline_dir: Path, prompts: Path, tmp_path: Path) -> None:
+    root = HERE.parents[1]
+    # accelerate 1.15's launcher starts one process with --cpu, whatever --num_processes says.
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    for start, name in ((launcher, "two"), ([], "one")):
+        command = [sys.executable, *start, str(root / "examples" / "evaluate_models.py"), "--models", str(pipeline_dir)]
+        command += ["--prompts", str(prompts), "--guidance-scales", "1", "3", "--steps", "2", "--batch-size", "2"]
+        command += ["--rewards", BRIGHTNESS, "--device", "cpu", "--output-dir", str(tmp_path / name)]
+        environment = {**os.environ, "PYTHONPATH": f"{root}:{HERE}", "OMP_NUM_THREADS": "1"}
+        done = subprocess.run(command, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.count("The report: ") == 1
+        assert "6 images to draw" in done.stdout
+    one, two = (tmp_path / name / "captions" for name in ("one", "two"))
+    assert (one / "scores.csv").read_bytes() == (two / "scores.csv").read_bytes()
+    assert (one / "means.json").read_bytes() == (two / "means.json").read_bytes()
 
 
 # What fits an experiment, and what does not
