@@ -7,7 +7,7 @@ from policy import DiffusionPolicy
 from .generate import draw
 from .images import DrawnImages
 from .plan import DrawConfig, plan
-from .processes import gather, shard
+from .processes import gather, process_state, shard
 from .score import Scores, score
 from .subject import Subject
 
@@ -45,9 +45,7 @@ def examine(
         seed: Chooses the prompts and their seeds.
         progress: Whether progress bars are shown, by the main process.
     """
-    from accelerate import PartialState
-
-    state = PartialState()
+    state = process_state()
     progress = progress and state.is_main_process
     planned = plan(about.evaluation_prompts(prompts_per_kind, seed + 100), seed=seed)
     mine = shard(planned, state.process_index, state.num_processes)

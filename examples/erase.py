@@ -18,13 +18,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 import tyro
-from accelerate import PartialState
 
 from erasure import Concept, Erasure
 from erasure.estimate import TrainedMethod, estimate
 from erasure.methods import METHODS, erase, method_named
 from evaluation import DrawConfig, Panel, Report, compare, text_table
 from evaluation.examine import examine
+from evaluation.processes import process_state
 from evaluation.subject import TINY_WORLD, Subject, subject
 from policy import DiffusionPolicy
 from rewards.combine import to_device
@@ -94,7 +94,7 @@ def main(config: Config) -> Erasure:
         Erasure.load(folder).apply(policy)
     concept = concept_of(config, about)
     method = method_named(config.method, "tiny-world" if config.policy == TINY_WORLD else "official", seed=config.seed)
-    main_process = PartialState().is_main_process
+    main_process = process_state().is_main_process
     if isinstance(method, TrainedMethod) and main_process:
         print(f"{method.name}: {estimate(method, policy)}")
 

@@ -179,6 +179,7 @@ def draw_all(config: Config, cells: Sequence[Cell], planned: Sequence[PlannedIma
         )
         if state.is_main_process:
             tell_cost(config, drawable, own, planned, state.num_processes)
+        state.wait_for_everyone()  # so that what is missing is counted and timed while nobody draws
         for cell in own:
             generate(
                 drawable,

@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import tyro
-from accelerate import PartialState
 from accelerate.utils import gather_object
 
 from evaluation import DrawConfig, Estimate, ImageFolder, Report, generate, plan, to_images
@@ -35,6 +34,7 @@ from evaluation.preference import (
     read_ranked,
     score_ranked,
 )
+from evaluation.processes import process_state
 from evaluation.prompt_sets import prompt_set
 from evaluation.published import PREFERENCE_ACCURACY, published
 from evaluation.statistics import student_95
@@ -113,7 +113,7 @@ def make_tiny_test(config: Config, device: str) -> RankedSet:
     planned = plan({"benign": captions.texts}, images_per_prompt=config.tiny_images)
     drawing = DrawConfig(steps=config.tiny_steps, guidance_scale=3.0)
     generate(tinyworld.load_policy(device=device), planned, root, drawing, model="tiny")
-    state = PartialState()
+    state = process_state()
     state.wait_for_everyone()
     if state.is_main_process:
         pictures = ImageFolder.open(root, "tiny")
@@ -222,7 +222,7 @@ def journal_of(config: Config, name: str) -> Path:
 
 def score_all(config: Config, names: Sequence[str], test: RankedSet, device: str) -> dict[str, list[list[float]]]:
     """Scores the test's images; under several processes each scores by its own rewards."""
-    state = PartialState()
+    state = process_state()
     found: list[tuple[str, list[list[float]]]] = []
     for name in names[state.process_index :: state.num_processes]:
         reward = reward_named(name)
@@ -238,7 +238,7 @@ def score_all(config: Config, names: Sequence[str], test: RankedSet, device: str
 
 def main(config: Config) -> dict[str, PreferenceAccuracy]:
     """Scores, writes numbers and page, and says how often each metric agrees."""
-    state = PartialState()
+    state = process_state()
     device = config.device or str(state.device)
     if config.images is None:
         names = config.rewards or TINY_REWARDS

@@ -10,7 +10,7 @@ import os
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -182,3 +182,45 @@ def shared() -> Path:
     if not folder.is_dir():
         pytest.skip(f"needs the folder {folder.name}/ next to the repository")
     return folder
+
+
+class Seen(NamedTuple):
+    """What a browser shows of a report."""
+
+    tables: int
+    pictures: int
+    charts: int
+
+
+@pytest.fixture
+def look_at() -> Callable[[Path], Seen | None]:
+    """Opens a report in Chromium without a window and holds it to being whole: pictures, no complaint, no request.
+
+    Where there is no Chromium it says nothing and returns None; `tests/evaluation/test_report_browser.py`, which is all
+    about the page, is skipped there for everyone to see.
+    """
+
+    def look(report: Path) -> Seen | None:
+        names = ("chromium", "chromium-browser", "google-chrome")
+        path = os.environ.get("CHROMIUM") or next(filter(None, map(shutil.which, names)), None)
+        if path is None:
+            return None
+        # A driver for each look: as long as one runs, no test can start an event loop.
+        from playwright.sync_api import sync_playwright
+
+        requests: list[str] = []
+        complaints: list[str] = []
+        with sync_playwright() as playwright, playwright.chromium.launch(executable_path=path) as browser:
+            page = browser.new_page(viewport={"width": 1180, "height": 800})
+            page.on("request", lambda request: requests.append(request.url))
+            page.on("console", lambda message: complaints.append(message.text))
+            page.on("pageerror", lambda error: complaints.append(str(error)))
+            page.goto(report.as_uri())
+            assert page.evaluate("[...document.images].every((image) => image.complete && image.naturalWidth > 0)")
+            assert page.evaluate("document.documentElement.scrollWidth <= document.documentElement.clientWidth")
+            seen = Seen(*(page.locator(kind).count() for kind in ("table", "img", "svg")))
+        assert [url for url in requests if not url.startswith("data:")] == [report.as_uri()]
+        assert complaints == []
+        return seen
+
+    return look

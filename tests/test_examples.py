@@ -4,7 +4,9 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -126,7 +128,9 @@ def test_erasing_keeps_the_erasure_and_compares(tmp_path: Path) -> None:
     assert "output_dir must not hold another erasure" in again.stderr
 
 
-def test_comparison_of_erasures_goes_on_and_writes_table_and_page(tmp_path: Path) -> None:
+def test_comparison_of_erasures_goes_on_and_writes_table_and_page(
+    tmp_path: Path, look_at: Callable[[Path], Any]
+) -> None:
     options = ["--methods", "uce", "--seeds", "0", "--prompts-per-kind", "2", "--evaluation-steps", "2"]
     options += ["--recovery-iterations", "1", "--workers", "1", "--output-dir", str(tmp_path)]
     command = [sys.executable, str(ROOT / "examples" / "compare_erasures.py"), *options]
@@ -139,3 +143,8 @@ def test_comparison_of_erasures_goes_on_and_writes_table_and_page(tmp_path: Path
     rows = (tmp_path / "table.md").read_text().splitlines()
     assert [row.split("|")[1].strip() for row in rows] == ["method", "---", "before", "uce"]
     assert "uce-recovered" in (tmp_path / "report.html").read_text()
+    seen = look_at(tmp_path / "report.html")
+    if seen is not None:
+        assert seen.pictures == 4 * 2 * 3  # kinds, prompts of each, models
+        assert seen.tables >= 4  # the results, all methods, the published ones, all numbers
+        assert seen.charts == 1

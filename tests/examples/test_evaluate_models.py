@@ -58,7 +58,7 @@ def files(folder: Path) -> dict[str, tuple[bytes, int]]:
 
 
 def test_captions_give_a_table_curves_and_pictures_and_a_second_call_draws_nothing(
-    tiny: Config, capsys: pytest.CaptureFixture[str]
+    tiny: Config, capsys: pytest.CaptureFixture[str], look_at: Callable[[Path], Any]
 ) -> None:
     results = main(tiny)
     assert [result.cell[1:] for result in results] == [(32, 1.5), (32, 3.0), (64, 1.5), (64, 3.0)]
@@ -85,6 +85,11 @@ def test_captions_give_a_table_curves_and_pictures_and_a_second_call_draws_nothi
     ):
         assert words in page
     assert read_record(folder / "32-cfg3" / "tinyworld")["weights"] in page
+    seen = look_at(folder / "report.html")
+    if seen is not None:
+        assert seen.tables >= 4  # three measures, settings
+        assert seen.charts == 3
+        assert seen.pictures == 3 * 2  # prompts, sizes
 
     before = files(folder)
     assert len(before) == 12 + 4 + 4  # pictures, their rows, scores
@@ -95,7 +100,7 @@ def test_captions_give_a_table_curves_and_pictures_and_a_second_call_draws_nothi
 
 
 def test_prompts_of_the_tiny_world_rank_its_settings_by_their_true_utility(
-    tiny: Config, capsys: pytest.CaptureFixture[str]
+    tiny: Config, capsys: pytest.CaptureFixture[str], look_at: Callable[[Path], Any]
 ) -> None:
     results = main(replace(tiny, experiment="prompts", images_per_prompt=2, sizes=(), guidance_scales=(1.0, 3.0)))
     assert [len(result.scores.columns[0].images) for result in results] == [6, 6]
@@ -110,6 +115,8 @@ def test_prompts_of_the_tiny_world_rank_its_settings_by_their_true_utility(
     assert f"Spearman with true utility, tiny ImageReward: {correlation:.2f}" in lines
     page = (tiny.output_dir / "prompts" / "report.html").read_text(encoding="utf-8")
     assert "Models in order" in page
+    seen = look_at(tiny.output_dir / "prompts" / "report.html")
+    assert seen is None or (seen.tables >= 3 and seen.pictures == 3)
 
 
 def test_checkpoints_and_given_images_stand_side_by_side(

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -130,10 +131,16 @@ def test_a_run_that_fails_keeps_what_other_rewards_scored(small: Config, noted: 
 def test_two_processes_share_the_rewards_and_find_the_same(small: Config, tmp_path: Path) -> None:
     both = replace(small, rewards=(HASH, MINUS_RANK))
     alone = {name: accuracy._asdict() for name, accuracy in main(both).items()}
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"]
+    # accelerate 1.15's launcher starts one process with --cpu, whatever --num_processes says.
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     command += [str(ROOT / "examples" / "evaluate_preference.py"), "--images", str(small.images)]
     command += ["--test", str(small.test), "--rewards", HASH, MINUS_RANK, "--output-dir", str(tmp_path / "two")]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE), "NOTED": str(tmp_path / "both")}
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": f"{ROOT}:{HERE}",
+        "NOTED": str(tmp_path / "both"),
+    }
     done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT)
     assert done.returncode == 0, done.stderr
     assert written(replace(small, output_dir=tmp_path / "two"))["accuracies"] == alone
@@ -141,7 +148,9 @@ def test_two_processes_share_the_rewards_and_find_the_same(small: Config, tmp_pa
     assert done.stdout.count("The report: ") == 1
 
 
-def test_by_default_a_test_is_made_in_the_tiny_world(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_by_default_a_test_is_made_in_the_tiny_world(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], look_at: Callable[[Path], Any]
+) -> None:
     config = Config(output_dir=tmp_path / "run", device="cpu", tiny_prompts=4, tiny_images=3, tiny_steps=2)
     found = main(config)
     assert list(found) == ["tiny-image-reward", "compressibility", "tinyworld:Utility"]
@@ -157,6 +166,10 @@ def test_by_default_a_test_is_made_in_the_tiny_world(tmp_path: Path, capsys: pyt
     html = page(config)
     for word in ("tiny-image-reward", "65.14", "not run", "Xu et al.", "evaluate_preference.py --output-dir"):
         assert word in html
+    seen = look_at(config.output_dir / "report.html")
+    if seen is not None:
+        assert seen.tables >= 3  # both accuracies, settings
+        assert seen.pictures == 6
 
 
 # What is refused
