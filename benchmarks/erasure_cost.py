@@ -12,7 +12,6 @@ UCE, which makes no such calls, erases nudity from a Stable Diffusion v1.4 with 
 
 import statistics
 import tempfile
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,6 +21,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.gpu import stable_diffusion
+from benchmarks.overhead import cpu_seconds
 from erasure import NUDITY, STRIPES, UCE
 from erasure.descend import DescentConfig, descend_once
 from erasure.fisher import FisherConfig
@@ -169,13 +169,6 @@ def student_of(name: str, method: Any, policy: DiffusionPolicy) -> DiffusionPoli
         rank = method.config.rank
         return with_lora(policy.trainee("xattn-kv"), LoRAConfig(rank=rank, alpha=float(rank), targets=TARGETS))
     return policy.trainee("full" if name == "ant" else method.config.train)
-
-
-def cpu_seconds(work: Callable[[], object]) -> float:
-    """Returns the processor time of one run of the work, over all threads of this process."""
-    start = time.process_time()
-    work()
-    return time.process_time() - start
 
 
 def uce_seconds(*, tiny: bool = False) -> float:

@@ -149,7 +149,7 @@ def measure(policy: DiffusionPolicy, reward: Reward, prompts: Sequence[str], con
     return timing
 
 
-def cpu_seconds(work: Callable[[], None]) -> float:
+def cpu_seconds(work: Callable[[], object]) -> float:
     """Returns the processor time of one run of the work, over all threads of this process."""
     start = time.process_time()
     work()

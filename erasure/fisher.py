@@ -7,10 +7,7 @@ see `FisherConfig.timesteps` and docs/erasure.md.
 """
 
 import hashlib
-import json
 import math
-import os
-import platform
 import random
 from collections.abc import Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
@@ -29,6 +26,8 @@ from policy.noise import draw_noise
 from policy.types import Embeddings, Latents
 from policy.weights import ADAPTER, base_parameters, plain_name
 from training import require
+
+from .kept import beside, claim
 
 SAVE_EVERY = 25
 """Pictures between two saves; what an interruption can cost."""
@@ -164,7 +163,7 @@ def fisher_information(
     weights = watched_weights(policy)
     watched, sums, done = list(weights.values()), Sums.zeros(weights), 0
     if folder is not None:
-        _claim(folder, _record(policy, latents, prompts, config, seed))
+        claim(folder / RECORD_FILE, _record(policy, latents, prompts, config, seed), "Fisher information")
         sums, done = _read(folder, sums)
     parts = max(math.ceil(taken / config.chunk), 1 if taken == of else 2)
     with (
@@ -296,32 +295,11 @@ def _digest(tensors: Iterable[Tensor]) -> str:
     return digest.hexdigest()
 
 
-def _claim(folder: Path, record: dict[str, Any]) -> None:
-    """Writes the record, or checks that the one that is there says the same.
-
-    Raises:
-        ValueError: It does not.
-    """
-    path = folder / RECORD_FILE
-    if path.is_file():
-        there = json.loads(path.read_text(encoding="utf-8"))
-        if differing := sorted(key for key in there.keys() | record.keys() if there.get(key) != record.get(key)):
-            raise ValueError(
-                f"folder must be new or hold the same Fisher information, got {str(folder)!r}, whose {RECORD_FILE} "
-                f"has other {' and other '.join(differing)}"
-            )
-        return
-    folder.mkdir(parents=True, exist_ok=True)
-    partial = _beside(path)
-    partial.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    partial.replace(path)
-
-
 def _write(folder: Path, sums: Sums, done: int) -> None:
     """Writes the sums over the pictures done so far, all at once or not at all."""
     tensors = {f"squares/{name}": value.cpu() for name, value in sums.squares.items()}
     tensors |= {"plain": sums.plain, "unbiased": sums.unbiased, "done": torch.tensor(done)}
-    partial = _beside(folder / TENSOR_FILE)
+    partial = beside(folder / TENSOR_FILE)
     save_file(tensors, partial)
     partial.replace(folder / TENSOR_FILE)
 
@@ -334,8 +312,3 @@ def _read(folder: Path, sums: Sums) -> tuple[Sums, int]:
     there = load_file(path)
     squares = {name: there[f"squares/{name}"].to(value.device) for name, value in sums.squares.items()}
     return Sums(squares, there["plain"], there["unbiased"]), int(there["done"])
-
-
-def _beside(path: Path) -> Path:
-    """Returns the name to write a file under before it takes its own; no two processes have the same."""
-    return path.with_name(f".{path.name}.{platform.node()}-{os.getpid()}.partial")

@@ -5,9 +5,7 @@ drawing that was interrupted goes on where it stopped.
 """
 
 import hashlib
-import json
 import os
-import platform
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -20,6 +18,8 @@ from tqdm import tqdm
 from policy import ClassifierFree, DiffusionPolicy
 from policy.prompts import check_prompts
 from policy.types import Latents
+
+from .kept import beside, claim
 
 SHARD = 32
 """Latents in a file; what an interruption can cost."""
@@ -67,7 +67,7 @@ def generated_latents(
     if guidance.negative is not None and len(guidance.negative) != 1:
         raise ValueError(f"guidance must have one negative prompt for all, got {len(guidance.negative)}")
     if folder is not None:
-        _claim(folder, _record(policy, prompts, seeds, steps=steps, guidance=guidance, eta=eta))
+        claim(folder / RECORD_FILE, _record(policy, prompts, seeds, steps=steps, guidance=guidance, eta=eta), "latents")
 
     rank = int(os.environ.get("RANK", "0"))
     starts = list(range(0, len(prompts), SHARD))
@@ -90,7 +90,7 @@ def generated_latents(
                 if not latents.isfinite().all():
                     raise ValueError(f"policy must draw finite latents, got others among samples {start} to {of.stop}")
                 if path is not None:
-                    partial = _beside(path)
+                    partial = beside(path)
                     save_file({"latents": latents}, partial)
                     partial.replace(path)
             shards[start] = latents
@@ -126,27 +126,6 @@ def _record(
     }
 
 
-def _claim(folder: Path, record: dict[str, Any]) -> None:
-    """Writes the record, or checks that the one that is there says the same.
-
-    Raises:
-        ValueError: It does not.
-    """
-    path = folder / RECORD_FILE
-    if path.is_file():
-        there = json.loads(path.read_text(encoding="utf-8"))
-        if differing := sorted(key for key in there.keys() | record.keys() if there.get(key) != record.get(key)):
-            raise ValueError(
-                f"folder must be new or hold the same latents, got {str(folder)!r}, whose {RECORD_FILE} has another "
-                f"{' and another '.join(differing)}"
-            )
-        return
-    folder.mkdir(parents=True, exist_ok=True)
-    partial = _beside(path)
-    partial.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    partial.replace(path)
-
-
 def _read(path: Path, count: int) -> Latents | None:
     """Returns the latents of a file, or None where there is none or it is torn."""
     try:
@@ -154,8 +133,3 @@ def _read(path: Path, count: int) -> Latents | None:
     except (OSError, KeyError, SafetensorError):
         return None
     return latents if len(latents) == count else None
-
-
-def _beside(path: Path) -> Path:
-    """Returns the name to write a file under before it takes its own; no two processes have the same."""
-    return path.with_name(f".{path.name}.{platform.node()}-{os.getpid()}.partial")

@@ -250,8 +250,8 @@ class SAFREESafeguard:
         self._seen: tuple[Embeddings, Embeddings, Int[Tensor, " batch"]] | None = None
 
     def __repr__(self) -> str:
-        """Shows the concepts."""
-        return f"SAFREESafeguard({len(self.config.concepts or ())} concepts, strength={self.strength})"
+        """Shows the settings: what was drawn under it is known by them."""
+        return f"SAFREESafeguard({self.config!r}, strength={self.strength})"
 
     def guided(self, guidance: ClassifierFree) -> Guidance:
         """Returns guidance with filtered prompts."""

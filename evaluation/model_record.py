@@ -135,7 +135,7 @@ def safeguard_of(holder: object) -> str | None:
     if safeguard is None:
         return None
     inner = getattr(safeguard, "safeguard", safeguard)  # what is attached to a pipeline wraps it
-    return f"{inner!r} {getattr(inner, 'config', '')!r}"
+    return repr(inner)
 
 
 def _describe_policy(policy: DiffusionPolicy) -> dict[str, Any]:

@@ -336,6 +336,10 @@ def test_settings_for_the_tiny_world_fit_it() -> None:
     policy = tinyworld.load_policy()
     method = AC(replace(ACConfig.tiny_world(), images=1, steps=1), progress=False)
     method.prepare(policy, STRIPES)
+    erased, prior = method.losses(policy, method.examples(policy, BATCH))
+    assert erased.isfinite().all()
+    assert (erased > 0).all()
+    assert (prior >= 0).all()
 
 
 @pytest.mark.parametrize(

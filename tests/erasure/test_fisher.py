@@ -212,15 +212,15 @@ def test_an_interrupted_computation_goes_on_to_the_same_bits(
 
 def test_a_folder_of_other_information_is_refused(trained: DiffusionPolicy, tmp_path: Path) -> None:
     information(trained, FEW, folder=tmp_path)
-    with pytest.raises(ValueError, match=r"folder must be new or .* has other timesteps$"):
+    with pytest.raises(ValueError, match=r"folder must be new or .* has another timesteps$"):
         information(trained, FisherConfig(timesteps=5, chunk=3), folder=tmp_path)
-    with pytest.raises(ValueError, match=r"has other seed$"):
+    with pytest.raises(ValueError, match=r"has another seed$"):
         information(trained, FEW, folder=tmp_path, seed=1)
-    with pytest.raises(ValueError, match=r"has other pictures$"):
+    with pytest.raises(ValueError, match=r"has another pictures$"):
         information(trained, FEW, folder=tmp_path, pictures=latents() + 1e-3)
     with torch.no_grad():
         trained.unet.conv_in.bias[0] += 1e-3
-    with pytest.raises(ValueError, match=r"has other model$"):
+    with pytest.raises(ValueError, match=r"has another model$"):
         information(trained, FEW, folder=tmp_path)
 
 

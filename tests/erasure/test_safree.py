@@ -1,6 +1,6 @@
 import math
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -268,10 +268,10 @@ def test_folder_without_settings_is_refused(tmp_path: Path) -> None:
 def test_second_safeguard_is_refused(bare: DiffusionPolicy) -> None:
     erasure = SAFREE().erase(bare, CONCEPT)
     erasure.apply(bare)
-    with pytest.raises(ValueError, match=r"one safeguard, and this one has SAFREESafeguard\(2 concepts, strength=1.0"):
+    with pytest.raises(ValueError, match=r"this one has SAFREESafeguard\(SAFREEConfig\(.* strength=1.0\)"):
         erasure.apply(bare)
     pipeline = bare.to_pipeline()
-    with pytest.raises(ValueError, match=r"one safeguard, and this one has AttachedSAFREE\(SAFREESafeguard\(2"):
+    with pytest.raises(ValueError, match=r"one safeguard, and this one has AttachedSAFREE\(SAFREESafeguard\(SAFREE"):
         erasure.apply_to_pipeline(pipeline)
 
 
@@ -593,3 +593,18 @@ def test_tiny_world_loses_its_stripes_and_keeps_its_dots() -> None:
         images = policy.draw(prompts, seeds=range(16), steps=20, guidance=CFG)
     assert not tinyworld.concept_shown(images[:8]).any()
     assert tinyworld.neighbour_shown(images[8:]).all()
+
+
+def test_two_safeguards_say_the_same_only_if_their_settings_are_the_same(policy: DiffusionPolicy) -> None:
+    # Pictures that are kept belong to the model that drew them, which its safeguard's words are part of.
+    def words(config: SAFREEConfig, strength: float = 1.0) -> str:
+        return repr(SAFREESafeguard(config, strength, policy.prompts, policy.unet))
+
+    config = SAFREEConfig(concepts=("striped", "with stripes"))
+    assert words(config) == words(replace(config))
+    others = [
+        replace(config, alpha=0.5),
+        replace(config, concepts=("dotted", "with dots")),
+        replace(config, midpoint=1.0),
+    ]
+    assert len({words(config), words(config, 0.5), *map(words, others)}) == 5
