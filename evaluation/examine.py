@@ -3,11 +3,12 @@
 from typing import NamedTuple
 
 from policy import DiffusionPolicy
+from training import process_state
 
 from .generate import draw
 from .images import DrawnImages
 from .plan import DrawConfig, plan
-from .processes import gather, process_state, shard
+from .processes import gather, shard
 from .score import Scores, score
 from .subject import Subject
 

@@ -1,27 +1,11 @@
 """Evaluation over several processes: each draws and scores its shard, then the scores are brought together."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
 
-import torch
+from training import process_state
 
 from .plan import PlannedImage, kinds_of
 from .score import Column, Scores
-
-if TYPE_CHECKING:
-    from accelerate import PartialState
-else:
-    PartialState = Any
-
-
-def process_state() -> PartialState:
-    """Returns accelerate's view of the processes.
-
-    Where there is no accelerator it has to be told so: it takes every one of several processes for the only one else.
-    """
-    from accelerate import PartialState
-
-    return PartialState(cpu=torch.accelerator.current_accelerator(check_available=True) is None)
 
 
 def process_rank_and_count() -> tuple[int, int]:

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Literal
 
 import tyro
-from accelerate import PartialState
 
 from ddpo import DDPOConfig, DDPOTrainer, RWRConfig, RWRTrainer
 from erasure import STRIPES, UCE, ImageConstraint, Lagrangian, LagrangianConfig, ScoreCeiling
@@ -28,7 +27,7 @@ from policy import DiffusionPolicy, LoRAConfig, check_checkpoint
 from policy.types import Images, PerSample
 from rewards import HeldOut, reward_named
 from rewards.combine import to_device
-from training import TrainingConfig, check_output_dir
+from training import TrainingConfig, check_output_dir, process_state
 
 Algorithm = Literal["ddpo-is", "ddpo-sf", "rwr", "rwr-sparse"]
 
@@ -244,7 +243,7 @@ def main(config: Config) -> None:
     to_device(task.reward, policy.device)
     trainer = trainer_of(config, policy, task)
     settings = trainer.config
-    state = PartialState()
+    state = process_state()
     splits = dict(task.splits)
     if config.erased or config.constrained:
         import tinyworld
@@ -317,3 +316,4 @@ def panels(config: Config) -> tuple[Panel, ...]:
 
 if __name__ == "__main__":
     main(tyro.cli(Config))
+    process_state().destroy_process_group()

@@ -24,10 +24,10 @@ from erasure.estimate import TrainedMethod, estimate
 from erasure.methods import METHODS, erase, method_named
 from evaluation import DrawConfig, Panel, Report, compare, text_table
 from evaluation.examine import examine
-from evaluation.processes import process_state
 from evaluation.subject import TINY_WORLD, Subject, subject
 from policy import DiffusionPolicy
 from rewards.combine import to_device
+from training import process_state
 
 MethodName = Literal["sld", "safree", "uce", "mace", "esd", "ac", "sa", "receler", "ant"]
 
@@ -146,3 +146,4 @@ assert set(MethodName.__args__) == set(METHODS)
 
 if __name__ == "__main__":
     main(tyro.cli(Config))
+    process_state().destroy_process_group()

@@ -43,7 +43,6 @@ from evaluation.named_models import TINY_WORLD, file_name_of, load_drawable, pub
 from evaluation.other_images import OtherImages
 from evaluation.page import Section
 from evaluation.plan import plan_named
-from evaluation.processes import process_state
 from evaluation.prompt_sets import PromptSet, prompt_set
 from evaluation.published import CLIP, GUIDANCE_SCALES, IMAGE_REWARD, Published, published
 from evaluation.rank_table import rank_section, rank_text
@@ -53,6 +52,7 @@ from evaluation.sweep import USUAL_SCALE, Cell, Result, cells_of, guidance_curve
 from rewards import reward_named
 from rewards.combine import to_device
 from tinyworld import IMAGE_SIZE
+from training import process_state
 
 REWARDS = ("image-reward", "clip")
 METRICS = {"image-reward": IMAGE_REWARD, "clip": CLIP}
@@ -406,3 +406,4 @@ def main(config: Config) -> list[Result]:
 
 if __name__ == "__main__":
     main(tyro.cli(Config))
+    process_state().destroy_process_group()

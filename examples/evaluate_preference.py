@@ -34,13 +34,13 @@ from evaluation.preference import (
     read_ranked,
     score_ranked,
 )
-from evaluation.processes import process_state
 from evaluation.prompt_sets import prompt_set
 from evaluation.published import PREFERENCE_ACCURACY, published
 from evaluation.statistics import student_95
 from rewards import reward_named
 from rewards.combine import to_device
 from rewards.public_files import fetch, sha256_of
+from training import process_state
 
 PAPER_REWARDS = ("clip", "aesthetic", "blip", "image-reward")
 TINY_REWARDS = ("tiny-image-reward", "compressibility", "tinyworld:Utility")
@@ -259,3 +259,4 @@ def main(config: Config) -> dict[str, PreferenceAccuracy]:
 
 if __name__ == "__main__":
     main(tyro.cli(Config))
+    process_state().destroy_process_group()

@@ -29,7 +29,7 @@ from policy import DiffusionPolicy, LoRAConfig
 from refl import ReFLConfig, ReFLTrainer
 from rewards import HeldOut
 from rewards.combine import to_device
-from training import TrainingConfig, check_output_dir
+from training import TrainingConfig, check_output_dir, process_state
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -172,9 +172,7 @@ def write(
     config: Config, about: Subject, policy: DiffusionPolicy, erasure: Erasure, looks: Sequence[Examination]
 ) -> None:
     """Prints the table, and saves weights, numbers and the report."""
-    from accelerate import PartialState
-
-    if not PartialState().is_main_process:
+    if not process_state().is_main_process:
         return
     comparison = compare([scores for _, scores in looks])
     table = text_table(comparison)
@@ -223,3 +221,4 @@ def write(
 
 if __name__ == "__main__":
     main(tyro.cli(Config))
+    process_state().destroy_process_group()

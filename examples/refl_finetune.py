@@ -13,7 +13,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import tyro
-from accelerate import PartialState
 
 from evaluation import DrawConfig, Panel, Report, compare, draw, gather, plan, score, shard, text_table
 from evaluation.subject import TINY_WORLD, subject
@@ -21,7 +20,7 @@ from policy import LoRAConfig
 from refl import ReFLConfig, ReFLTrainer
 from rewards import HeldOut
 from rewards.combine import to_device
-from training import TrainingConfig, check_output_dir
+from training import TrainingConfig, check_output_dir, process_state
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,7 +84,7 @@ def main(config: Config) -> None:
     policy = about.load(LoRAConfig(rank=8, alpha=8))
     to_device(about.reward, policy.device)
 
-    state = PartialState()
+    state = process_state()
     planned = plan({"benign": about.prompts("benign", config.prompts, config.seed + 100)}, seed=config.seed)
     drawing = DrawConfig(steps=config.evaluation_steps, guidance_scale=config.guidance_scale)
     measures = [measure for measure in about.measures if not measure.kinds or "benign" in measure.kinds]
@@ -134,3 +133,4 @@ def main(config: Config) -> None:
 
 if __name__ == "__main__":
     main(tyro.cli(Config))
+    process_state().destroy_process_group()

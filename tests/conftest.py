@@ -8,6 +8,8 @@ The tokenizer is written to disk here, because the dummy ones that libraries off
 import json
 import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,6 +20,8 @@ import torch
 from policy import DiffusionPolicy, LoRAConfig
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports huggingface_hub: no test asks the network
+
+ROOT = Path(__file__).resolve().parents[1]
 
 TOKENS = 24
 """Length of the tiny text encoder's context, on purpose not CLIP's 77."""
@@ -178,10 +182,39 @@ def v_policy(make_policy: Callable[..., DiffusionPolicy], v_pipeline_dir: Path) 
 @pytest.fixture(scope="session")
 def shared() -> Path:
     """The shared material (specifications, golden vectors, data) that lies next to a developer's checkout."""
-    folder = Path(__file__).resolve().parents[2] / "shared"
+    folder = ROOT.parent / "shared"
     if not folder.is_dir():
         pytest.skip(f"needs the folder {folder.name}/ next to the repository")
     return folder
+
+
+@pytest.fixture(scope="session")
+def torchrun() -> Callable[..., str]:
+    """Runs a program to its end in processes on CPUs, connected by gloo; returns what they printed.
+
+    accelerate 1.15's launcher starts one process with --cpu, whatever --num_processes says.
+    """
+
+    def run(program: Path, *arguments: object, processes: int = 2, **variables: str) -> str:
+        launcher = ["torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+        command = [sys.executable, "-m", *launcher, str(program), *map(str, arguments)]
+        environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"} | variables
+        done = subprocess.run(command, env=environment, cwd=program.parent, capture_output=True, text=True, timeout=800)
+        assert done.returncode == 0, done.stderr[-4000:]
+        return done.stdout
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def chromium_path() -> str:
+    """The Chromium that CHROMIUM names, or the system's."""
+    names = ("chromium", "chromium-browser", "google-chrome")
+    path = os.environ.get("CHROMIUM") or next(filter(None, map(shutil.which, names)), None)
+    if path is None:
+        pytest.skip(f"needs {', '.join(names)} or the path of one in CHROMIUM")
+    pytest.importorskip("playwright.sync_api", reason="needs playwright, of the extra `test`")
+    return path
 
 
 class Seen(NamedTuple):
@@ -193,18 +226,14 @@ class Seen(NamedTuple):
 
 
 @pytest.fixture
-def look_at() -> Callable[[Path], Seen | None]:
+def look_at(request: pytest.FixtureRequest) -> Callable[[Path], Seen]:
     """Opens a report in Chromium without a window and holds it to being whole: pictures, no complaint, no request.
 
-    Where there is no Chromium it says nothing and returns None; `tests/evaluation/test_report_browser.py`, which is all
-    about the page, is skipped there for everyone to see.
+    Where there is no Chromium the test is skipped from here on, which is why looking comes last.
     """
 
-    def look(report: Path) -> Seen | None:
-        names = ("chromium", "chromium-browser", "google-chrome")
-        path = os.environ.get("CHROMIUM") or next(filter(None, map(shutil.which, names)), None)
-        if path is None:
-            return None
+    def look(report: Path) -> Seen:
+        path = request.getfixturevalue("chromium_path")
         # A driver for each look: as long as one runs, no test can start an event loop.
         from playwright.sync_api import sync_playwright
 

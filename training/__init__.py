@@ -9,6 +9,7 @@ from .folder import check_output_dir
 from .images import image_grid
 from .metrics import MetricsFile, read_metrics
 from .optimizer import make_optimizer
+from .processes import process_state
 from .require import require
 from .run import TrainingRun, check_trainable
 from .signals import TERMINATED
@@ -32,6 +33,7 @@ __all__ = [
     "image_grid",
     "load_checkpoint",
     "make_optimizer",
+    "process_state",
     "read_metrics",
     "require",
 ]

@@ -9,6 +9,7 @@ import torch
 
 from .checkpoint import DamagedCheckpointError
 from .config import TrainingConfig
+from .processes import process_state
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -26,11 +27,12 @@ def started_accelerator(config: TrainingConfig) -> Generator["Accelerator", None
     Raises:
         ValueError: accelerate was configured for something that is not supported.
     """
-    from accelerate import Accelerator, PartialState
+    from accelerate import Accelerator
     from accelerate.state import AcceleratorState, is_initialized
     from accelerate.utils import ProjectConfiguration
 
-    if config.mixed_precision == "fp16" and str(PartialState().device) == "cpu":
+    device = process_state().device  # before the accelerator, which would not connect processes on CPUs
+    if config.mixed_precision == "fp16" and str(device) == "cpu":
         raise ValueError("mixed_precision must be 'no' or 'bf16' on a CPU, got 'fp16'")
     ours = not is_initialized()
     accelerator = Accelerator(

@@ -29,7 +29,8 @@ def prepared_network(accelerator: "Accelerator", policy: Trainable) -> Generator
         raise ValueError(f"policy.network must be a torch module so that accelerate can wrap it, got {network!r}")
     before: dict[str, Any] = {mark: network.__dict__[mark] for mark in MARKS if mark in network.__dict__}
     try:
-        wrapped = accelerator.prepare(network)
+        # A launcher may start one process as one of many; alone it has nothing to average.
+        wrapped = accelerator.prepare_model(network, evaluation_mode=accelerator.num_processes == 1)
         policy.network = wrapped
         with accelerator.no_sync(wrapped):
             yield wrapped

@@ -1,9 +1,7 @@
 """Two processes with half the samples each take the same updates as one with all of them."""
 
 import importlib.util
-import os
-import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +11,6 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from training import read_metrics
-
-ROOT = Path(__file__).resolve().parents[2]
 
 PROGRAM = '''
 """Trains two rounds of a kind; each process writes what they led to."""
@@ -31,7 +27,7 @@ from erasure import NUDITY, ImageConstraint, Lagrangian, LagrangianConfig
 from erasure import ObjectiveConstraint, ScoreCeiling, StayErased, StayErasedConfig
 from policy import DiffusionPolicy, LoRAConfig
 from rewards import HeldOut
-from training import TrainingConfig
+from training import TrainingConfig, process_state
 
 HELD_OUT = ["a red circle", "a blue square"]
 
@@ -124,6 +120,7 @@ def main(pipeline, folder, kind):
             (Path(folder) / f"error-{process}.txt").write_text(str(error))
         assert torch.distributed.get_world_size() == 2
     train(pipeline, folder, kind, process, processes, resume=kind == "all")
+    process_state().destroy_process_group()
 
 
 if __name__ == "__main__":
@@ -131,22 +128,7 @@ if __name__ == "__main__":
 '''
 
 
-def launch(program: Path, *arguments: object) -> None:
-    """Runs the program in two processes on CPUs, connected by gloo."""
-    # accelerate 1.15's launcher starts one process with --cpu, whatever --num_processes says.
-    launcher = ["torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    command = [sys.executable, "-m", *launcher, str(program), *map(str, arguments)]
-    environment = os.environ | {
-        "PYTHONPATH": str(ROOT),
-        "OMP_NUM_THREADS": "1",
-        "HF_HUB_OFFLINE": "1",
-        "ACCELERATE_USE_CPU": "true",
-    }
-    done = subprocess.run(command, env=environment, cwd=program.parent, capture_output=True, text=True, timeout=280)
-    assert done.returncode == 0, done.stderr[-4000:]
-
-
-def ends_of(kind: str, pipeline: Path, folder: Path) -> tuple[Path, Path]:
+def ends_of(kind: str, pipeline: Path, folder: Path, torchrun: Callable[..., str]) -> tuple[Path, Path]:
     """Trains in this process and in two others; returns the two folders."""
     file = folder / "ddpo_program.py"
     file.write_text(PROGRAM, encoding="utf-8")
@@ -156,7 +138,7 @@ def ends_of(kind: str, pipeline: Path, folder: Path) -> tuple[Path, Path]:
     program: Any = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(program)
     program.train(pipeline, folder / "one", kind, 0, 1)
-    launch(file, pipeline, folder / "two", kind)
+    torchrun(file, pipeline, folder / "two", kind)
     return folder / "one", folder / "two"
 
 
@@ -174,8 +156,10 @@ def drawn_in(file: Path) -> str:
         pytest.param("objective", marks=pytest.mark.slow),
     ],
 )
-def test_two_processes_take_the_updates_of_one(kind: str, pipeline_dir: Path, tmp_path: Path) -> None:
-    one, two = ends_of(kind, pipeline_dir, tmp_path)
+def test_two_processes_take_the_updates_of_one(
+    kind: str, pipeline_dir: Path, tmp_path: Path, torchrun: Callable[..., str]
+) -> None:
+    one, two = ends_of(kind, pipeline_dir, tmp_path, torchrun)
     expected, ours, theirs = (
         load_file(file) for file in (one / "end-0.safetensors", two / "end-0.safetensors", two / "end-1.safetensors")
     )

@@ -1,7 +1,5 @@
 """A policy that draws without any network, a plan for it, and a browser that opens reports."""
 
-import os
-import shutil
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
@@ -65,15 +63,12 @@ def noise_policy() -> type[NoisePolicy]:
 
 
 @pytest.fixture(scope="module")
-def chromium() -> "Iterator[Browser]":
-    """A Chromium without a window: the one that CHROMIUM names, or the system's."""
-    names = ("chromium", "chromium-browser", "google-chrome")
-    path = os.environ.get("CHROMIUM") or next(filter(None, map(shutil.which, names)), None)
-    if path is None:
-        pytest.skip(f"needs {', '.join(names)} or the path of one in CHROMIUM")
-    driver = pytest.importorskip("playwright.sync_api", reason="needs playwright, of the extra `test`")
+def chromium(chromium_path: str) -> "Iterator[Browser]":
+    """A Chromium without a window."""
     # Not for the whole session: as long as the driver runs, no other test of this thread can start an event loop.
-    with driver.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=path)
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=chromium_path)
         yield browser
         browser.close()

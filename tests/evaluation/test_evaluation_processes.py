@@ -1,6 +1,4 @@
-import os
-import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -11,7 +9,7 @@ from pathlib import Path
 
 import torch
 from evaluation import DrawConfig, Measure, draw, gather, generate, plan, score, shard
-from evaluation.processes import process_state
+from training import process_state
 
 
 class Policy:
@@ -35,17 +33,10 @@ state.destroy_process_group()
 
 
 @pytest.mark.slow
-def test_two_real_processes_share_the_drawing_and_gather_all_scores(tmp_path: Path) -> None:
-    root = Path(__file__).resolve().parents[2]
+def test_two_real_processes_share_the_drawing_and_gather_all_scores(
+    tmp_path: Path, torchrun: Callable[..., str]
+) -> None:
     program = tmp_path / "program.py"
     program.write_text(PROGRAM, encoding="utf-8")
-    # accelerate 1.15's launcher starts one process with --cpu, whatever --num_processes says.
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    done = subprocess.run(
-        [*launch, str(program), str(tmp_path / "images")],
-        env={**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
+    torchrun(program, tmp_path / "images")
     assert len(list((tmp_path / "images" / "m").glob("*.png"))) == 5

@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -64,29 +65,25 @@ def test_two_processes_of_which_one_is_killed_leave_what_one_alone_does(drawn: P
 
 
 @pytest.mark.slow
-def test_two_processes_that_accelerate_counts_leave_what_one_alone_does(pipeline_dir: Path, tmp_path: Path) -> None:
+def test_two_processes_that_accelerate_counts_leave_what_one_alone_does(
+    pipeline_dir: Path, tmp_path: Path, torchrun: Callable[..., str]
+) -> None:
     program = tmp_path / "program.py"
     program.write_text(
         "import sys\n"
         "from evaluation import DrawConfig, generate, plan\n"
-        "from evaluation.processes import process_state\n"
         "from policy import DiffusionPolicy\n"
+        "from training import process_state\n"
         "state = process_state()\n"
         "assert state.num_processes == int(sys.argv[3])\n"
         "policy = DiffusionPolicy.from_pretrained(sys.argv[1], device='cpu')\n"
         "planned = plan({'benign': ['a red circle', 'a blue dog', 'a cat', 'two dogs', 'a green square']})\n"
         "generate(policy, planned, sys.argv[2], DrawConfig(steps=2), model='m', batch_size=2, progress=False)\n"
-        "if state.num_processes > 1:\n"
-        "    state.wait_for_everyone()\n"
-        "    state.destroy_process_group()\n",
+        "state.wait_for_everyone()\n"
+        "state.destroy_process_group()\n",
         encoding="utf-8",
     )
-    # accelerate 1.15's launcher starts one process with --cpu, whatever --num_processes says.
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    for start, root, count in ((launcher, "two", "2"), ([], "one", "1")):
-        command = [sys.executable, *start, str(program), str(pipeline_dir), str(tmp_path / root), count]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
+    for processes, root in ((2, "two"), (1, "one")):
+        torchrun(program, pipeline_dir, tmp_path / root, processes, processes=processes)
     assert_whole(tmp_path / "two")
     assert contents(tmp_path / "two") == contents(tmp_path / "one")

@@ -1,14 +1,25 @@
-"""Stand-ins for images and rewards: an image is two pixels that hold a number, which a reward reads back."""
+"""Stand-ins for images and rewards: an image is two pixels that hold a number, which a reward reads back.
 
+A program that has not left the other processes when it ends says so.
+"""
+
+import atexit
 import hashlib
 import math
 import os
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from PIL import Image
 from torch import Tensor
+
+
+@atexit.register
+def tell() -> None:
+    if torch.distributed.is_initialized():
+        sys.stdout.write("still connected\n")
 
 
 def write_stand_in(path: Path, name: str, rank: int) -> None:

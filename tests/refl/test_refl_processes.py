@@ -1,16 +1,12 @@
 """Two processes with half the batch each take the same step as one with the whole."""
 
-import os
-import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
-
-ROOT = Path(__file__).resolve().parents[2]
 
 PROGRAM = '''
 """Takes two iterations with every term of the loss; the first process writes what they led to."""
@@ -25,7 +21,7 @@ from erasure import NUDITY, ImageConstraint, ObjectiveConstraint, ScoreCeiling, 
 from policy import DiffusionPolicy
 from refl import ReFLConfig, ReFLTrainer
 from rewards import HeldOut
-from training import TrainingConfig
+from training import TrainingConfig, process_state
 
 PROMPTS = ["a red circle", "a blue square", "a cat", "two dogs"]
 
@@ -73,40 +69,27 @@ settings = TrainingConfig(
     progress=False,
 )
 metrics = trainer.train(settings)
-from accelerate import PartialState
-
-if PartialState().is_main_process:
-    assert PartialState().num_processes == int(sys.argv[4])
+state = process_state()
+if state.is_main_process:
+    assert state.num_processes == int(sys.argv[4])
     numbers = {"metrics": torch.tensor(metrics), "best": torch.tensor([trainer.watch.best])}
     weight = {} if erasure is None else {"weight": torch.tensor(erasure.lagrangian.weight)}
     save_file(policy.trainable_state() | numbers | weight, folder / "end.safetensors")
+state.destroy_process_group()
 '''
-
-
-def launch(program: Path, *arguments: object, processes: int) -> None:
-    """Runs the program in processes on CPUs, connected by gloo."""
-    # accelerate 1.15's launcher starts one process with --cpu, whatever --num_processes says.
-    launcher = ["torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-    command = [sys.executable, "-m", *launcher, str(program), *map(str, arguments)]
-    environment = os.environ | {
-        "PYTHONPATH": str(ROOT),
-        "OMP_NUM_THREADS": "1",
-        "HF_HUB_OFFLINE": "1",
-        "ACCELERATE_USE_CPU": "true",
-    }
-    done = subprocess.run(command, env=environment, cwd=program.parent, capture_output=True, text=True, timeout=280)
-    assert done.returncode == 0, done.stderr[-4000:]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["all", "reward-alone"])
-def test_two_processes_take_the_same_steps_as_one(kind: str, pipeline_dir: Path, tmp_path: Path) -> None:
+def test_two_processes_take_the_same_steps_as_one(
+    kind: str, pipeline_dir: Path, tmp_path: Path, torchrun: Callable[..., str]
+) -> None:
     program = tmp_path / "program.py"
     program.write_text(PROGRAM, encoding="utf-8")
     ends: list[dict[str, Any]] = []
     for processes in (1, 2):
         folder = tmp_path / f"run-{processes}"
-        launch(program, pipeline_dir, folder, kind, processes, processes=processes)
+        torchrun(program, pipeline_dir, folder, kind, processes, processes=processes)
         ends.append(load_file(folder / "end.safetensors"))
     one, two = ends
     assert one.keys() == two.keys()

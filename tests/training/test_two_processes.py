@@ -1,9 +1,7 @@
 """Two processes with half the batch each do what one does with the whole."""
 
 import json
-import os
-import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,19 +15,15 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
 
 @pytest.fixture(scope="module")
-def outputs(pipeline_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+def outputs(
+    pipeline_dir: Path, tmp_path_factory: pytest.TempPathFactory, torchrun: Callable[..., str]
+) -> tuple[Path, Path]:
     """Folders of the same program in one process and in two."""
     folders = []
     program = Path(__file__).with_name("two_processes_program.py")
-    # `accelerate launch --cpu` starts one process however many it is asked for, unless MPI is installed. torchrun gives
-    # processes the same variables as `accelerate launch` on several GPUs.
-    environment = os.environ | {"PYTHONPATH": str(program.parents[2]), "ACCELERATE_USE_CPU": "true"}
     for count in (1, 2):
         folder = tmp_path_factory.mktemp(f"processes-{count}")
-        launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(count)]
-        command = [*(launch if count > 1 else [sys.executable]), str(program), str(folder), str(pipeline_dir)]
-        result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=800)
-        assert result.returncode == 0, result.stderr
+        torchrun(program, folder, pipeline_dir, processes=count)
         folders.append(folder)
     return folders[0], folders[1]
 

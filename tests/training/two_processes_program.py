@@ -10,7 +10,7 @@ from conftest import KilledError, StandIn, small_training
 from safetensors.torch import save_file
 
 from policy import DiffusionPolicy, LoRAConfig
-from training import TrainingConfig, TrainingRun
+from training import TrainingConfig, TrainingRun, process_state
 
 
 def unequal_losses(folder: Path) -> None:
@@ -95,3 +95,4 @@ if __name__ == "__main__":
     unequal_losses(output / "unequal")
     lora(output / "lora", sys.argv[2])
     interrupted(output)
+    process_state().destroy_process_group()
