@@ -65,11 +65,10 @@ def recorded_attention(unet: nn.Module) -> Generator[dict[str, CrossAttention]]:
     hooks = []
     for name, layer in cross_attentions(unet).items():
         attention: Any = layer
-        parts: dict[str, Tensor] = {}
+        queries: list[Tensor] = []
         hooks += [
-            attention.to_q.register_forward_hook(_keeping(parts, "to_q")),
-            attention.to_k.register_forward_hook(_keeping(parts, "to_k")),
-            attention.register_forward_hook(_recording(record, name, parts)),
+            attention.to_q.register_forward_hook(_keeping(queries)),
+            attention.to_k.register_forward_hook(_recording(record, name, queries, attention.heads, attention.scale)),
         ]
     try:
         yield record
@@ -146,17 +145,16 @@ def layer_shape(pixels: int, height: int, width: int) -> tuple[int, int]:
     return high, wide
 
 
-def _keeping(parts: dict[str, Tensor], part: str) -> Any:
+def _keeping(queries: list[Tensor]) -> Any:
     def keep(module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
-        parts[part] = output
+        queries[:] = [output]
 
     return keep
 
 
-def _recording(record: dict[str, CrossAttention], name: str, parts: dict[str, Tensor]) -> Any:
+def _recording(record: dict[str, CrossAttention], name: str, queries: list[Tensor], heads: int, scale: float) -> Any:
     def put(module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
-        layer: Any = module
-        heads = [parts.pop(part).unflatten(2, (layer.heads, -1)).transpose(1, 2) for part in ("to_q", "to_k")]
-        record[name] = CrossAttention(heads[0], heads[1], float(layer.scale))
+        both = [part.unflatten(2, (heads, -1)).transpose(1, 2) for part in (queries.pop(), output)]
+        record[name] = CrossAttention(*both, float(scale))
 
     return put

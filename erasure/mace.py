@@ -372,10 +372,12 @@ class MACE:
         noise = SampleNoise(batch.seeds, height=height, width=width, device=policy.device).draw()
         embeddings = policy.encode([prompt.text for prompt in prompts])
         with recorded_attention(policy.unet) as record:
-            prediction = policy.predict_noise(policy.add_noise(clean, noise, timesteps), timesteps, embeddings)
+            policy.predict_noise(policy.add_noise(clean, noise, timesteps), timesteps, embeddings)
         norm = attention_norm(record, masks, penalised(policy, prompts), height=height, width=width)
         # No attention depends on the last layer's values; training in several processes needs every weight reached.
-        return norm + 0 * prediction.flatten(1).sum(dim=1)
+        *_, last = record
+        values = policy.unet.get_submodule(last).to_v
+        return norm + 0 * sum(weight.sum() for weight in values.parameters() if weight.requires_grad)
 
     def pictures(self, policy: DiffusionPolicy, phrases: Collection[str]) -> dict[str, Pictures]:
         """Returns pictures of each phrase, given or drawn by the policy as it is, and where the phrase is in them.
@@ -465,12 +467,15 @@ def attention_norm(
         height: Of the latents.
         width: Of the latents.
     """
-    norms = []
-    for attention in record.values():
-        shape = layer_shape(attention.queries.shape[2], height, width)
+    chosen = {}
+    for count in {attention.queries.shape[2] for attention in record.values()}:
+        shape = layer_shape(count, height, width)
         pixels = torch.cat([at_size(mask.unsqueeze(0), *shape) for mask in masks]).flatten(1).to(tokens.device)
-        chosen = pixels[:, None, :, None] & tokens[:, None, None, :]
-        norms.append(torch.linalg.vector_norm((attention.probabilities() * chosen).flatten(1), dim=1))
+        chosen[count] = pixels[:, None, :, None] & tokens[:, None, None, :]
+    norms = [
+        torch.linalg.vector_norm(attention.probabilities() * chosen[attention.queries.shape[2]], dim=(1, 2, 3))
+        for attention in record.values()
+    ]
     return torch.stack(norms).sum(dim=0)
 
 

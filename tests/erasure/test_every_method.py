@@ -66,6 +66,13 @@ METHODS: dict[str, Callable[[Concept], Any]] = {
 }  # fmt: skip
 """Each with settings that take a moment on the tiny pipeline."""
 
+REFUSED = {
+    "sld": "a policy takes one safeguard",
+    "safree": "a policy takes one safeguard",
+    "receler": "erasers must be the first networks",
+}
+"""Where two concepts are two phrases of one erasure."""
+
 every_method = pytest.mark.parametrize("name", list(METHODS))
 every_safeguard = pytest.mark.parametrize("name", ["sld", "safree"])
 every_objective = pytest.mark.parametrize("name", ["mace", "esd", "ac", "sa", "receler", "ant"])
@@ -143,6 +150,25 @@ def test_a_second_concept_is_erased_otherwise(make_policy: Callable[..., Diffusi
         erased_by(name, policy, concept).apply(policy)
         drawn.append(draw(policy))
     assert not torch.equal(*drawn)
+
+
+@every_method
+def test_a_second_concept_is_erased_after_the_first_or_refused(
+    make_policy: Callable[..., DiffusionPolicy], name: str
+) -> None:
+    policy = make_policy()
+    erased_by(name, policy, STRIPED).apply(policy)
+    first = draw(policy)
+    if name in REFUSED:
+        with pytest.raises(ValueError, match=REFUSED[name]):
+            erased_by(name, policy, DOTTED).apply(policy)
+        assert torch.equal(draw(policy), first)
+    else:
+        second = erased_by(name, policy, DOTTED)
+        second.apply(policy)
+        assert not torch.equal(draw(policy), first)
+        with pytest.raises(ValueError, match="must have the weights that .* erased 'dots' from"):
+            second.apply(make_policy())
 
 
 @every_safeguard
