@@ -167,7 +167,7 @@ def test_a_second_concept_is_erased_after_the_first_or_refused(
         second = erased_by(name, policy, DOTTED)
         second.apply(policy)
         assert not torch.equal(draw(policy), first)
-        with pytest.raises(ValueError, match="must have the weights that .* erased 'dots' from"):
+        with pytest.raises(ValueError, match=r"must have the weights that .* erased 'dots' from"):
             second.apply(make_policy())
 
 
