@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 
 from policy import DiffusionPolicy, WeightDelta, merged_state
-from training import TrainingConfig, TrainingRun, require
+from training import TrainingConfig, TrainingRun, process_state, require
 
 from .changes import WeightChange
 from .concept import Concept
@@ -61,6 +61,16 @@ class DescentConfig:
         require("DescentConfig", self.weight_decay >= 0, "weight_decay", "not be negative", self.weight_decay)
         require("DescentConfig", self.max_grad_norm > 0, "max_grad_norm", "be positive", self.max_grad_norm)
 
+    def check_processes(self) -> None:
+        """Checks that the processes can share a batch.
+
+        Raises:
+            ValueError: They cannot.
+        """
+        count = process_state().num_processes
+        rule = f"be a multiple of {count}, the number of processes"
+        require("DescentConfig", self.batch_size % count == 0, "batch_size", rule, self.batch_size)
+
 
 def descend(
     objective: Objective,
@@ -86,11 +96,12 @@ def descend(
         settings: Dataclasses by name, recorded with the run; they must stay the same when it is resumed.
 
     Raises:
-        ValueError: The method cannot work with this policy or concept, the folder holds another run, or `resume` has
-            no folder.
+        ValueError: The method cannot work with this policy or concept, the folder holds another run, `resume` has no
+            folder, or the processes cannot share a batch.
     """
     if resume and output_dir is None:
         raise ValueError("resume must come with the output_dir of the interrupted run, got None")
+    config.check_processes()
     objective.prepare(student, concept)
     with TemporaryDirectory() as nowhere:
         run_config = TrainingConfig(

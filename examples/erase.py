@@ -95,8 +95,10 @@ def main(config: Config) -> Erasure:
     concept = concept_of(config, about)
     method = method_named(config.method, "tiny-world" if config.policy == TINY_WORLD else "official", seed=config.seed)
     main_process = process_state().is_main_process
-    if isinstance(method, TrainedMethod) and main_process:
-        print(f"{method.name}: {estimate(method, policy)}")
+    if isinstance(method, TrainedMethod):
+        method.descent().check_processes()
+        if main_process:
+            print(f"{method.name}: {estimate(method, policy)}")
 
     looks = []
     drawing = DrawConfig(steps=config.evaluation_steps, guidance_scale=config.guidance_scale)

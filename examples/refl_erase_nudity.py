@@ -159,8 +159,8 @@ def main(config: Config) -> None:
     drawing = DrawConfig(steps=config.evaluation_steps, guidance_scale=config.guidance_scale)
     look = partial(examine, policy, about, drawing, prompts_per_kind=config.prompts_per_kind, seed=config.seed)
 
+    erasure = erasure_for(config, policy, about)  # changes nothing yet
     looks = [look(model="before")]
-    erasure = erasure_for(config, policy, about)
     erasure.apply(policy)
     looks.append(look(model="erased"))
     recover(config, policy, about)

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -70,6 +71,17 @@ def test_resuming_needs_the_same_settings_and_a_folder(bare: DiffusionPolicy, tm
         ESD(replace(CONFIG, negative_guidance=2.0)).erase(bare, CONCEPT, output_dir=tmp_path, resume=True)
     with pytest.raises(ValueError, match="resume must come with the output_dir"):
         ESD(CONFIG).erase(bare, CONCEPT, resume=True)
+
+
+def test_processes_that_cannot_share_a_batch_are_refused_before_anything_is_prepared(
+    bare: DiffusionPolicy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("erasure.descend.process_state", lambda: SimpleNamespace(num_processes=2))
+    DESCENT.check_processes()
+    monkeypatch.setattr(ESD, "prepare", None)
+    method = ESD(replace(CONFIG, descent=replace(DESCENT, batch_size=3)))
+    with pytest.raises(ValueError, match="batch_size must be a multiple of 2, the number of processes, got 3"):
+        method.erase(bare, CONCEPT, progress=False)
 
 
 def test_a_batch_holds_phrases_of_the_concept_and_follows_from_the_generator() -> None:
