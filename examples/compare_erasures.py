@@ -27,6 +27,7 @@ from erasure import Erasure
 from erasure.methods import METHODS, erase, method_named
 from evaluation import DrawConfig, ImageFolder, Report, Scores, compare, write_folder
 from evaluation.beside import Measured, beside_published
+from evaluation.command_line import command_line
 from evaluation.erasures import Line, html_table, line_of, markdown_table
 from evaluation.examine import examine
 from evaluation.files import write_text
@@ -201,7 +202,7 @@ def report(config: Config) -> None:
         sections=sections(config, scores),
         pictures=pictures,
         scores=scores,
-        commands=("python examples/compare_erasures.py",),
+        commands=[command_line("python examples/compare_erasures.py", config)],
         settings=asdict(config),
     ).save(config.output_dir / "report.html")
 

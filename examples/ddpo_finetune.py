@@ -10,7 +10,6 @@ the policy begins with stripes erased by UCE, and a detector that gives no gradi
 """
 
 import json
-import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -21,6 +20,7 @@ import tyro
 from ddpo import DDPOConfig, DDPOTrainer, RWRConfig, RWRTrainer
 from erasure import STRIPES, UCE, ImageConstraint, Lagrangian, LagrangianConfig, ScoreCeiling
 from evaluation import DrawConfig, Measure, Panel, Report, compare, draw, gather, plan, score, shard, text_table
+from evaluation.command_line import command_line
 from evaluation.subject import TINY_WORLD
 from evaluation.tasks import Task, TaskName, animal_task, tiny_task
 from policy import DiffusionPolicy, LoRAConfig, check_checkpoint
@@ -281,7 +281,7 @@ def main(config: Config) -> None:
         metrics=folder / "metrics.jsonl",
         panels=panels(config),
         pictures=[before[0], after[0]],
-        commands=("accelerate launch examples/ddpo_finetune.py " + " ".join(sys.argv[1:]),),
+        commands=[command_line("accelerate launch examples/ddpo_finetune.py", config)],
         settings={"run": asdict(config), config.algorithm: asdict(settings)},
     ).save(folder / "report.html")
     print(f"\nThe report, with pictures: {folder / 'report.html'}")

@@ -11,7 +11,6 @@ after, with the same seeds.
 """
 
 import json
-import sys
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -23,6 +22,7 @@ from erasure import Concept, Erasure
 from erasure.estimate import TrainedMethod, estimate
 from erasure.methods import METHODS, erase, method_named
 from evaluation import DrawConfig, Panel, Report, compare, text_table
+from evaluation.command_line import command_line
 from evaluation.examine import examine
 from evaluation.subject import TINY_WORLD, Subject, subject
 from policy import DiffusionPolicy
@@ -137,7 +137,7 @@ def main(config: Config) -> Erasure:
         metrics=metrics if metrics.is_file() else None,
         panels=(Panel(title="Loss", tags={"loss": "erasure/loss"}),),
         pictures=[look.images for look in looks],
-        commands=("python examples/erase.py " + " ".join(sys.argv[1:]),),
+        commands=[command_line("python examples/erase.py", config)],
         settings={"run": asdict(config), "erasure": erasure.config},
     ).save(config.output_dir / "report.html")
     print(f"\nThe report, with pictures: {config.output_dir / 'report.html'}")

@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 import tyro
@@ -35,6 +35,7 @@ from evaluation import (
     score,
 )
 from evaluation.beside import Measured, beside_published, beside_published_text
+from evaluation.command_line import command_line
 from evaluation.drawing_time import duration_text, seconds_per_image
 from evaluation.figures import contact_sheets, evenly_spaced
 from evaluation.files import write_text
@@ -357,7 +358,7 @@ def write_report(config: Config, results: Sequence[Result], prompts: PromptSet, 
             "diffusers takes where none is said.",
             "A size with an arrow was drawn at the first and scaled to the second before it was scored.",
         ],
-        commands=[f"python examples/evaluate_models.py {_options(config)}".rstrip()],
+        commands=[command_line("python examples/evaluate_models.py", config, usual_settings(config))],
         settings=asdict(config),
         started=started,
         hashes={name: value for name, value in hashes.items() if value},
@@ -365,17 +366,10 @@ def write_report(config: Config, results: Sequence[Result], prompts: PromptSet, 
     return page
 
 
-def _options(config: Config) -> str:
-    """Returns the options of the command line that differ from their defaults."""
-    usual = Config(experiment=config.experiment, models=config.models)
-    asked = {name: value for name, value in vars(config).items() if value != getattr(usual, name)}
-    asked |= {
-        name: getattr(config, name)
-        for name in ("experiment", "models")
-        if getattr(config, name) != getattr(Config(), name)
-    }
-    words = {name: value if isinstance(value, tuple) else (value,) for name, value in asked.items()}
-    return " ".join(f"--{name.replace('_', '-')} {' '.join(map(str, value))}" for name, value in words.items())
+def usual_settings(config: Config) -> dict[str, Any]:
+    """Returns what each setting is where it is not said; of most that depends on the experiment and the models."""
+    first = {"experiment": Config().experiment, "models": Config().models}
+    return vars(Config(experiment=config.experiment, models=config.models)) | first
 
 
 def main(config: Config) -> list[Result]:

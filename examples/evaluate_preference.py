@@ -23,6 +23,7 @@ from accelerate.utils import gather_object
 
 from evaluation import DrawConfig, Estimate, ImageFolder, Report, generate, plan, to_images
 from evaluation.beside import Measured, beside_published, beside_published_text
+from evaluation.command_line import command_line
 from evaluation.files import write_text
 from evaluation.page import Section
 from evaluation.preference import (
@@ -198,21 +199,10 @@ def write_report(config: Config, test: RankedSet, accuracies: dict[str, Preferen
             "their own, without a difference.",
             *summary_text(accuracies).split("\n"),
         ],
-        commands=[f"python examples/evaluate_preference.py{_options(config)}"],
+        commands=[command_line("python examples/evaluate_preference.py", config)],
         settings={**asdict(config), "rewards": ", ".join(accuracies)},
     ).save(page)
     return page
-
-
-def _options(config: Config) -> str:
-    """Returns the options of the command line that differ from their defaults."""
-    usual = Config()
-    texts = []
-    for name, value in vars(config).items():
-        if value != getattr(usual, name):
-            words = " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
-            texts.append(f" --{name.replace('_', '-')} {words}")
-    return "".join(texts)
 
 
 def journal_of(config: Config, name: str) -> Path:

@@ -11,7 +11,6 @@ states of the model are compared on the same prompts and seeds: ``before``, ``er
 """
 
 import json
-import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -23,6 +22,7 @@ from erasure import Erasure, ImageConstraint
 from erasure.changes import WeightChange
 from erasure.methods import erase, method_named
 from evaluation import DrawConfig, Panel, Report, compare, text_table
+from evaluation.command_line import command_line
 from evaluation.examine import Examination, examine
 from evaluation.subject import TINY_WORLD, Subject, subject
 from policy import DiffusionPolicy, LoRAConfig
@@ -213,7 +213,7 @@ def write(
             Panel(title="Weight of the constraint", tags={"weight": "erasure/weight"}),
         ),
         pictures=[images for images, _ in looks],
-        commands=("accelerate launch examples/refl_erase_nudity.py " + " ".join(sys.argv[1:]),),
+        commands=[command_line("accelerate launch examples/refl_erase_nudity.py", config)],
         settings={"run": asdict(config), "refl": asdict(refl_config(config)), "erasure": erasure.config},
     ).save(folder / "report.html")
     print(f"\nThe report, with pictures: {folder / 'report.html'}")

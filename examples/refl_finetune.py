@@ -8,13 +8,13 @@ one would see it.
 """
 
 import json
-import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import tyro
 
 from evaluation import DrawConfig, Panel, Report, compare, draw, gather, plan, score, shard, text_table
+from evaluation.command_line import command_line
 from evaluation.subject import TINY_WORLD, subject
 from policy import LoRAConfig
 from refl import ReFLConfig, ReFLTrainer
@@ -125,7 +125,7 @@ def main(config: Config) -> None:
             Panel(title="Held-out prompts", tags={"ImageReward": "reward/validation", "judge": "reward/held_out"}),
         ),
         pictures=[before[0], after[0]],
-        commands=("accelerate launch examples/refl_finetune.py " + " ".join(sys.argv[1:]),),
+        commands=[command_line("accelerate launch examples/refl_finetune.py", config)],
         settings={"run": asdict(config), "refl": asdict(refl_config(config))},
     ).save(folder / "report.html")
     print(f"\nThe report, with pictures: {folder / 'report.html'}")
