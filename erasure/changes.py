@@ -7,7 +7,6 @@
 | a safeguard | another way to sample, no weights | SAFREE, SLD |
 """
 
-import hashlib
 import importlib
 from collections.abc import Generator, Iterable, Mapping
 from contextlib import AbstractContextManager, contextmanager
@@ -20,6 +19,7 @@ import torch
 from torch import nn
 
 from policy import DiffusionPolicy, WeightDelta
+from policy.digest import tensors_hash
 from policy.parts import Pipeline
 from policy.weights import base_parameters
 
@@ -123,14 +123,10 @@ def weights_hash(unet: nn.Module, names: Iterable[str]) -> str:
         ValueError: The UNet lacks one.
     """
     parameters: Mapping[str, nn.Parameter] = base_parameters(unet)
-    digest = hashlib.sha256()
-    for name in sorted(names):
-        if name not in parameters:
-            raise ValueError(f"the UNet must have every parameter that the erasure changes, and lacks {name!r}")
-        value = parameters[name].detach().cpu().contiguous()
-        digest.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
-        digest.update(value.view(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
+    names = set(names)
+    if missing := sorted(names - parameters.keys()):
+        raise ValueError(f"the UNet must have every parameter that the erasure changes, and lacks {missing[0]!r}")
+    return tensors_hash({name: parameters[name] for name in names})
 
 
 def change_of(kind: str, folder: Path) -> Change:

@@ -6,10 +6,9 @@ of the sum is squared, and the squares are averaged over the pictures. How it is
 see `FisherConfig.timesteps` and docs/erasure.md.
 """
 
-import hashlib
 import math
 import random
-from collections.abc import Generator, Iterable, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +21,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from policy import DiffusionPolicy
+from policy.digest import tensors_hash
 from policy.noise import draw_noise
 from policy.types import Embeddings, Latents
 from policy.weights import ADAPTER, base_parameters, plain_name
@@ -34,7 +34,7 @@ SAVE_EVERY = 25
 
 TENSOR_FILE = "fisher.safetensors"
 RECORD_FILE = "fisher.json"
-RECORD_FORMAT = "overpaint.Fisher/1"
+RECORD_FORMAT = "overpaint.Fisher/2"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -274,25 +274,17 @@ def _record(
     """Returns what the information is of: the model, what of it is watched, the pictures, and the settings."""
     with policy.reference():
         values = dict(base_parameters(policy.unet)) | watched_weights(policy)
-        model = _digest(values[name] for name in sorted(values))
+        model = tensors_hash(values)
     return {
         "format": RECORD_FORMAT,
         "model": model,
         "weights": sorted(watched_weights(policy)),
-        "pictures": _digest([latents]),
+        "pictures": tensors_hash({"latents": latents}),
         "prompts": list(prompts),
         "timesteps": config.timesteps,
         "chunk": config.chunk,
         "seed": seed,
     }
-
-
-def _digest(tensors: Iterable[Tensor]) -> str:
-    digest = hashlib.sha256()
-    for tensor in tensors:
-        digest.update(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
 
 
 def _write(folder: Path, sums: Sums, done: int) -> None:

@@ -4,7 +4,6 @@ Drawing a thousand of them takes longer than some of the trainings do, so a fold
 drawing that was interrupted goes on where it stopped.
 """
 
-import hashlib
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
 from policy import ClassifierFree, DiffusionPolicy
+from policy.digest import tensors_hash
 from policy.prompts import check_prompts
 from policy.types import Latents
 
@@ -25,7 +25,7 @@ SHARD = 32
 """Latents in a file; what an interruption can cost."""
 
 RECORD_FILE = "generated.json"
-RECORD_FORMAT = "overpaint.Generated/1"
+RECORD_FORMAT = "overpaint.Generated/2"
 
 
 def generated_latents(
@@ -108,14 +108,11 @@ def _record(
     eta: float,
 ) -> dict[str, Any]:
     """Returns what was asked for, the weights that draw included."""
-    digest = hashlib.sha256()
-    for name, value in sorted(policy.unet.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
     negative = None if guidance.negative is None else policy.prompts.texts(guidance.negative)[0]
     return {
         "format": RECORD_FORMAT,
-        "unet": digest.hexdigest(),
+        "unet": tensors_hash(policy.unet.state_dict()),
+        "text_encoder": tensors_hash(policy.text_encoder.state_dict()),
         "safeguard": None if policy.safeguard is None else repr(policy.safeguard),
         "steps": steps,
         "guidance_scale": guidance.scale,

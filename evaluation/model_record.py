@@ -3,7 +3,6 @@
 A folder that another model began is refused, so that no folder ever holds images of two.
 """
 
-import hashlib
 import json
 import platform
 from collections.abc import Mapping
@@ -12,10 +11,10 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
-import torch
 from torch import Tensor, nn
 
 from policy import DiffusionPolicy
+from policy.digest import tensors_hash
 
 from .files import write_text
 from .plan import DrawConfig
@@ -105,18 +104,15 @@ def weights_digest(networks: Mapping[str, nn.Module]) -> str:
     Raises:
         ValueError: Weights are not in memory, as with diffusers' sequential offloading.
     """
-    digest = hashlib.sha256()
+    tensors: dict[str, Tensor] = {}
+    adapters: list[str] = []
     for part, network in sorted(networks.items()):
-        for name, value in sorted(network.state_dict().items()):
-            if not isinstance(value, Tensor):
-                continue
-            if value.is_meta:
-                raise ValueError(f"the weights of {part} must be in memory to tell models apart, got {name} on meta")
-            digest.update(f"{part}.{name} {value.dtype} {tuple(value.shape)}\n".encode())
-            digest.update(_bytes(value))
-        for name, settings in _adapters(network):
-            digest.update(f"{part}.{name} {settings}\n".encode())
-    return digest.hexdigest()
+        values = {name: value for name, value in network.state_dict().items() if isinstance(value, Tensor)}
+        if absent := sorted(name for name, value in values.items() if value.is_meta):
+            raise ValueError(f"the weights of {part} must be in memory to tell models apart, got {absent[0]} on meta")
+        tensors |= {f"{part}.{name}": value for name, value in values.items()}
+        adapters += [f"{part}.{name} {settings}" for name, settings in _adapters(network)]
+    return tensors_hash(tensors, adapters)
 
 
 def settings_of(scheduler: Any) -> dict[str, Any]:
@@ -147,10 +143,6 @@ def _describe_policy(policy: DiffusionPolicy) -> dict[str, Any]:
         "safeguard": safeguard_of(policy),
         "safety_checker": "none",
     }
-
-
-def _bytes(value: Tensor) -> memoryview:
-    return memoryview(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
 
 
 def _adapters(network: nn.Module) -> list[tuple[str, str]]:

@@ -147,10 +147,14 @@ def test_a_folder_of_another_model_or_negative_prompt_is_refused(bare: Diffusion
     drawn(bare, tmp_path)
     with pytest.raises(ValueError, match=r"has another negative$"):
         drawn(bare, tmp_path, guidance=ClassifierFree(3.0, bare.encode(["striped"])))
-    with torch.no_grad():
-        bare.unet.conv_in.bias[0] += 1e-3
-    with pytest.raises(ValueError, match=r"has another unet$"):
-        drawn(bare, tmp_path)
+    for bias, changed in (
+        (bare.unet.conv_in.bias, "unet"),
+        (bare.text_encoder.final_layer_norm.bias, "text_encoder and another unet"),
+    ):
+        with torch.no_grad():
+            bias[0] += 1e-3
+        with pytest.raises(ValueError, match=rf"has another {changed}$"):
+            drawn(bare, tmp_path)
 
 
 @pytest.mark.parametrize(
