@@ -48,6 +48,14 @@ class Subject:
         """Returns prompts of every kind."""
         return {kind: list(self.prompts(kind, count, seed)) for kind in KINDS}
 
+    def measured_on(self, captions: Sequence[str]) -> "Subject":
+        """Returns the same subject with other benign prompts; what is trained on is the same."""
+
+        def prompts(kind: str, count: int, seed: int) -> Sequence[str]:
+            return _taken(captions, count, seed) if kind == "benign" else self.prompts(kind, count, seed)
+
+        return replace(self, prompts=prompts)
+
 
 def subject(policy: str, *, prompts_file: Path | None = None) -> Subject:
     """Returns the subject for a checkpoint: ``tinyworld``, or whatever diffusers loads as a Stable Diffusion.
@@ -140,8 +148,9 @@ def _prompts_from(path: Path) -> Callable[[str, int, int], Sequence[str]]:
             f"prompts_file must hold a list of prompts for each of {(*KINDS, 'train')}, got none for {missing}"
         )
 
-    def prompts(kind: str, count: int, seed: int) -> Sequence[str]:
-        texts = known[kind]
-        return [texts[(seed + k) % len(texts)] for k in range(count)]
+    return lambda kind, count, seed: _taken(known[kind], count, seed)
 
-    return prompts
+
+def _taken(texts: Sequence[str], count: int, seed: int) -> list[str]:
+    """Returns as many texts as asked for, from one on that the seed chooses, and around."""
+    return [texts[(seed + k) % len(texts)] for k in range(count)]

@@ -24,6 +24,7 @@ import tyro
 from tqdm import tqdm
 
 from erasure import Erasure
+from erasure.kept import claim
 from erasure.methods import METHODS, erase, method_named
 from evaluation import DrawConfig, ImageFolder, Report, Scores, compare, write_folder
 from evaluation.beside import Measured, beside_published
@@ -31,13 +32,17 @@ from evaluation.command_line import command_line
 from evaluation.erasures import Line, html_table, line_of, markdown_table
 from evaluation.examine import examine
 from evaluation.files import write_text
+from evaluation.named_models import CHECKPOINTS
 from evaluation.page import Section
 from evaluation.pareto import Point, pareto_section
+from evaluation.prompt_sets import prompt_set
 from evaluation.published import IMAGE_REWARD, published
-from evaluation.subject import TINY_WORLD, subject
+from evaluation.subject import TINY_WORLD, Subject, subject
 from policy import LoRAConfig
 
 BEFORE = "before"
+COCO = "coco-30k"
+"""What the published values of Stable Diffusion v1.4 are of."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,6 +54,13 @@ class Config:
 
     policy: str = TINY_WORLD
     """The tiny world, or a folder or hub id of a Stable Diffusion."""
+
+    captions: str | None = None
+    """Benign prompts: a set of `evaluation.prompt_sets`, or a file; None is coco-30k, as in what is published, or
+    captions of the tiny world."""
+
+    prompts_file: Path | None = None
+    """JSON with prompts by kind, in place of the project's own; its benign ones count where there are no captions."""
 
     seeds: tuple[int, ...] = (0, 1, 2)
     """Of training, prompts and pictures; each method runs once for each."""
@@ -84,6 +96,14 @@ class Config:
                 raise ValueError(f"{name} must hold at least one, each once, got {getattr(self, name)}")
         if self.workers < 1:
             raise ValueError(f"workers must be at least 1, got {self.workers}")
+        if self.captions is None and self.prompts_file is None and self.policy != TINY_WORLD:
+            object.__setattr__(self, "captions", COCO)
+
+
+def about(config: Config) -> Subject:
+    """Returns what is erased from what, and what is measured."""
+    chosen = subject(config.policy, prompts_file=config.prompts_file)
+    return chosen if config.captions is None else chosen.measured_on(prompt_set(config.captions).texts)
 
 
 class Cell(NamedTuple):
@@ -117,8 +137,8 @@ def work(cell: Cell, config: Config) -> Cell:
     """Makes one model and measures it."""
     torch.set_num_threads(1)
     folder = cell.folder(config)
-    about = subject(config.policy)
-    policy = about.load(LoRAConfig(rank=8, alpha=8) if cell.recovered else None)
+    task = about(config)
+    policy = task.load(LoRAConfig(rank=8, alpha=8) if cell.recovered else None)
     begin = time.process_time()
     if cell.recovered:
         Erasure.load(folder.parent / "erasure").apply(policy)
@@ -130,12 +150,12 @@ def work(cell: Cell, config: Config) -> Cell:
             seed=cell.seed,
             resume=True,
         )
-        refl_erase_nudity.recover(recovery, policy, about, progress=False)
+        refl_erase_nudity.recover(recovery, policy, task, progress=False)
     elif cell.method != BEFORE:
         preset = "tiny-world" if config.policy == TINY_WORLD else "official"
         method = method_named(cell.method, preset, seed=cell.seed)
         training = folder / "training"
-        erasure = erase(method, policy, about.concept, output_dir=training, resume=training.exists(), progress=False)
+        erasure = erase(method, policy, task.concept, output_dir=training, resume=training.exists(), progress=False)
         erasure.save(folder / "erasure")
         erasure.apply(policy)
     minutes = (time.process_time() - begin) / 60
@@ -144,7 +164,7 @@ def work(cell: Cell, config: Config) -> Cell:
     drawing = DrawConfig(steps=config.evaluation_steps, guidance_scale=config.guidance_scale)
     numbers = {"prompts_per_kind": config.prompts_per_kind, "seed": cell.seed}
     name = f"{cell.method}-recovered" if cell.recovered else cell.method
-    images, scores = examine(policy, about, drawing, model=name, progress=False, **numbers)
+    images, scores = examine(policy, task, drawing, model=name, progress=False, **numbers)
     if cell.seed == config.seeds[0]:
         write_folder(images, config.output_dir / "pictures")
     scores.save(folder / "scores.json")
@@ -220,8 +240,16 @@ def sections(config: Config, scores: Sequence[Scores]) -> list[Section]:
         for one in scores
         if one.model != BEFORE  # so far from all of them that they would lie on one another
     ]
+    as_published = (config.policy, config.captions) == (CHECKPOINTS["sd1.4"].hub_id, COCO)
+    setting = "" if as_published else "other model or captions"
     measured = [
-        Measured("erasures", published_name(one.model), IMAGE_REWARD, "other captions", column.estimate)
+        Measured(
+            "erasures",
+            published_name(one.model),
+            IMAGE_REWARD,
+            setting,
+            column.estimate,
+        )
         for one in scores
         if config.policy != TINY_WORLD and not one.model.endswith("-recovered")
         for column in [one.column("ImageReward", "benign")]
@@ -240,8 +268,17 @@ def published_name(model: str) -> str:
     return {BEFORE: "original", "receler": "Receler"}.get(model, model.upper())
 
 
+def deciding(config: Config) -> dict[str, str]:
+    """Returns the settings that decide a model's numbers."""
+    others = ("methods", "seeds", "recover", "workers", "output_dir")
+    return {name: str(value) for name, value in vars(config).items() if name not in others}
+
+
 def main(config: Config) -> str:
     """Makes and measures what is missing, and prints the table."""
+    if config.captions is not None:
+        prompt_set(config.captions)  # fetched, or refused, before any work and once
+    claim(config.output_dir / "settings.json", deciding(config), "comparison")
     run(cells_of(config), config)
     text = markdown_table(lines_of(config))
     write_text(config.output_dir / "table.md", text + "\n")
