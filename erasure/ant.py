@@ -14,7 +14,6 @@ lileyang1210/ANT, for non-commercial use only; nothing here was taken from it. S
 
 import json
 import math
-import os
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
@@ -28,7 +27,7 @@ from torch.nn import Parameter
 
 from policy import ClassifierFree, DiffusionPolicy, Guidance
 from policy.types import Embeddings, Latents, PerSample
-from training import TrainingConfig, check_output_dir
+from training import TrainingConfig, check_output_dir, process_state
 
 from .changes import weights_hash
 from .concept import Concept, check_words
@@ -334,7 +333,7 @@ class ANT:
         if resume and path is not None and path.is_file():
             return read_mask(path, record)
         mask = saliency_mask(student, self.loss, cfg.saliency, keep=cfg.behaviour().mask_keep, progress=progress)
-        if path is not None and os.environ.get("RANK", "0") == "0":
+        if path is not None and process_state().is_main_process:
             write_mask(path, mask, record)
         return mask
 

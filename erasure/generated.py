@@ -4,7 +4,6 @@ Drawing a thousand of them takes longer than some of the trainings do, so a fold
 drawing that was interrupted goes on where it stopped.
 """
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from policy import ClassifierFree, DiffusionPolicy
 from policy.digest import tensors_hash
 from policy.prompts import check_prompts
 from policy.types import Latents
+from training import process_state
 
 from .kept import beside, claim
 
@@ -69,11 +69,13 @@ def generated_latents(
     if folder is not None:
         claim(folder / RECORD_FILE, _record(policy, prompts, seeds, steps=steps, guidance=guidance, eta=eta), "latents")
 
-    rank = int(os.environ.get("RANK", "0"))
+    state = process_state()
     starts = list(range(0, len(prompts), SHARD))
-    begin = rank * len(starts) // int(os.environ.get("WORLD_SIZE", "1"))
+    begin = state.process_index * len(starts) // state.num_processes
     shards: dict[int, Latents] = {}
-    with tqdm(total=len(prompts), desc="drawing", unit="latent", disable=not progress or rank > 0) as bar:
+    with tqdm(
+        total=len(prompts), desc="drawing", unit="latent", disable=not (progress and state.is_main_process)
+    ) as bar:
         for start in starts[begin:] + starts[:begin]:
             of = slice(start, min(start + SHARD, len(prompts)))
             path = None if folder is None else folder / f"latents-{start:06d}.safetensors"

@@ -11,6 +11,7 @@ from policy import DiffusionPolicy
 
 from .concept import Concept
 from .erased import Erasure
+from .estimate import TrainedMethod
 
 METHODS = MappingProxyType(
     {
@@ -87,10 +88,13 @@ def erase(
         progress: Whether the training shows a progress bar.
 
     Raises:
-        ValueError: A strength is given to a method that has none, or as the method's own `erase`.
+        ValueError: A strength is given to a method that has none, the processes cannot share a batch, or as the
+            method's own `erase`.
     """
     taken = inspect.signature(method.erase).parameters
     if strength != 1.0 and "strength" not in taken:
         raise ValueError(f"strength must be 1 with {method.name}, which has none, got {strength}")
+    if isinstance(method, TrainedMethod):
+        method.descent().check_processes()
     given = {"strength": strength, "output_dir": output_dir, "resume": resume, "progress": progress}
     return method.erase(policy, concept, **{name: value for name, value in given.items() if name in taken})

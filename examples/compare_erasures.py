@@ -243,13 +243,7 @@ def sections(config: Config, scores: Sequence[Scores]) -> list[Section]:
     as_published = (config.policy, config.captions) == (CHECKPOINTS["sd1.4"].hub_id, COCO)
     setting = "" if as_published else "other model or captions"
     measured = [
-        Measured(
-            "erasures",
-            published_name(one.model),
-            IMAGE_REWARD,
-            setting,
-            column.estimate,
-        )
+        Measured("erasures", published_name(one.model), IMAGE_REWARD, setting, column.estimate)
         for one in scores
         if config.policy != TINY_WORLD and not one.model.endswith("-recovered")
         for column in [one.column("ImageReward", "benign")]

@@ -13,8 +13,9 @@ after, with the same seeds.
 import json
 import time
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import tyro
 
@@ -95,16 +96,9 @@ def main(config: Config) -> Erasure:
     concept = concept_of(config, about)
     method = method_named(config.method, "tiny-world" if config.policy == TINY_WORLD else "official", seed=config.seed)
     main_process = process_state().is_main_process
-    if isinstance(method, TrainedMethod):
-        method.descent().check_processes()
-        if main_process:
-            print(f"{method.name}: {estimate(method, policy)}")
+    if isinstance(method, TrainedMethod) and main_process:
+        print(f"{method.name}: {estimate(method, policy)}")
 
-    looks = []
-    drawing = DrawConfig(steps=config.evaluation_steps, guidance_scale=config.guidance_scale)
-    numbers: dict[str, Any] = {"prompts_per_kind": config.prompts_per_kind, "seed": config.seed}
-    if config.prompts_per_kind:
-        looks.append(examine(policy, about, drawing, model="before", **numbers))
     begin = time.perf_counter()
     erasure = erase(
         method,
@@ -120,11 +114,14 @@ def main(config: Config) -> Erasure:
         print(f"{concept.name} erased by {method.name} in {minutes:.1f} minutes: {config.output_dir / 'erasure'}")
     if not config.prompts_per_kind:
         return erasure
+    drawing = DrawConfig(steps=config.evaluation_steps, guidance_scale=config.guidance_scale)
+    look = partial(examine, policy, about, drawing, prompts_per_kind=config.prompts_per_kind, seed=config.seed)
+    looks = [look(model="before")]
     erasure.apply(policy)
-    looks.append(examine(policy, about, drawing, model="erased", **numbers))
+    looks.append(look(model="erased"))
     if not main_process:
         return erasure
-    comparison = compare([look.scores for look in looks])
+    comparison = compare([one.scores for one in looks])
     print(text_table(comparison))
     comparison.save(config.output_dir / "comparison.json")
     (config.output_dir / "config.json").write_text(json.dumps(asdict(config), default=str, indent=1) + "\n")
@@ -136,7 +133,7 @@ def main(config: Config) -> Erasure:
         models={"before": f"{about.name}, as it came", "erased": f"after {method.name}"},
         metrics=metrics if metrics.is_file() else None,
         panels=(Panel(title="Loss", tags={"loss": "erasure/loss"}),),
-        pictures=[look.images for look in looks],
+        pictures=[one.images for one in looks],
         commands=[command_line("python examples/erase.py", config)],
         settings={"run": asdict(config), "erasure": erasure.config},
     ).save(config.output_dir / "report.html")

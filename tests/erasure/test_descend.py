@@ -14,6 +14,7 @@ from erasure.concept import check_words
 from erasure.descend import DescentConfig, concept_batch
 from erasure.esd import ESD, ESDConfig
 from erasure.estimate import estimate
+from erasure.methods import erase
 from erasure.rollout import latents_before, random_stops
 from policy import ClassifierFree, DiffusionPolicy
 from policy.weights import base_parameters
@@ -82,6 +83,9 @@ def test_processes_that_cannot_share_a_batch_are_refused_before_anything_is_prep
     method = ESD(replace(CONFIG, descent=replace(DESCENT, batch_size=3)))
     with pytest.raises(ValueError, match="batch_size must be a multiple of 2, the number of processes, got 3"):
         method.erase(bare, CONCEPT, progress=False)
+    monkeypatch.setattr(ESD, "erase", lambda self, policy, concept: pytest.fail("work was begun"))
+    with pytest.raises(ValueError, match="batch_size must be a multiple of 2"):
+        erase(method, bare, CONCEPT)
 
 
 def test_a_batch_holds_phrases_of_the_concept_and_follows_from_the_generator() -> None:

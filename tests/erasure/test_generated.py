@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -116,9 +117,9 @@ def test_processes_begin_at_different_files_and_all_get_everything(
     bare: DiffusionPolicy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = drawn(bare)
-    monkeypatch.setenv("WORLD_SIZE", "3")
     for rank in (2, 0, 1):
-        monkeypatch.setenv("RANK", str(rank))
+        state = SimpleNamespace(process_index=rank, num_processes=3, is_main_process=rank == 0)
+        monkeypatch.setattr(generated, "process_state", lambda state=state: state)
         seen: list[int] = []
         monkeypatch.setattr(generated, "_read", lambda path, count, seen=seen: seen.append(int(path.stem[-6:])))
         assert torch.equal(drawn(bare, tmp_path), whole)
