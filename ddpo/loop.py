@@ -78,7 +78,7 @@ def train_in_rounds(
         What the last round measured; None where a resumed run had nothing left to do.
     """
     policy, watch = trainer.policy, trainer.watch
-    metrics = averages = None
+    metrics = None
     if watch is not None:
         state = {**state, "held_out": watch}
     with TrainingRun(policy, run_config, state=state, configs=configs) as run:
@@ -93,13 +93,11 @@ def train_in_rounds(
         else:
             if watch is not None:
                 _look(run, trainer, watch)
-        if watch is None and run_config.ema_decay is not None:
-            with run.averaged():
-                averages = policy.trainable_state()
+        with run.averaged():
+            last = policy.trainable_state()
+    policy.load_trainable_state(last)
     if watch is not None:
         watch.restore(policy)
-    elif averages is not None:
-        policy.load_trainable_state(averages)
     return metrics
 
 

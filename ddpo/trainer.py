@@ -139,8 +139,9 @@ class DDPOTrainer:
     def train(self, run_config: TrainingConfig) -> DDPOMetrics | None:
         """Trains, or goes on with an interrupted run.
 
-        The policy ends with the weights that the held-out reward liked best, or, where nothing is held out, with the
-        last ones. With `ema_decay` both are averaged weights, while checkpoints keep what training goes on from.
+        The policy ends with the weights that the held-out reward liked best, or, where nothing is held out or the
+        constraint held at no look, with the last ones. With `ema_decay` both are averaged weights, while checkpoints
+        keep what training goes on from.
 
         Returns:
             What the last round measured; None where a resumed run had nothing left to do.

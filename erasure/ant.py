@@ -17,6 +17,7 @@ import math
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -27,7 +28,7 @@ from torch.nn import Parameter
 
 from policy import ClassifierFree, DiffusionPolicy, Guidance
 from policy.types import Embeddings, Latents, PerSample
-from training import TrainingConfig, check_output_dir, process_state
+from training import TrainingConfig, check_output_dir, from_main
 
 from .changes import weights_hash
 from .concept import Concept, check_words
@@ -333,8 +334,8 @@ class ANT:
         if resume and path is not None and path.is_file():
             return read_mask(path, record)
         mask = saliency_mask(student, self.loss, cfg.saliency, keep=cfg.behaviour().mask_keep, progress=progress)
-        if path is not None and process_state().is_main_process:
-            write_mask(path, mask, record)
+        if path is not None:
+            from_main(partial(write_mask, path, mask, record))
         return mask
 
 

@@ -30,10 +30,11 @@ class CrossAttention(NamedTuple):
     """Factor of their products."""
 
     def probabilities(self) -> Float[Tensor, "batch heads pixels tokens"]:
-        """Returns how much of each pixel's attention each token has, in float32 at least."""
+        """Returns how much of each pixel's attention each token has, in float32 at least, inside autocast as well."""
         precision = torch.promote_types(self.queries.dtype, torch.float32)
         queries, keys = self.queries.to(precision), self.keys.to(precision)
-        return (self.scale * queries @ keys.transpose(-1, -2)).softmax(dim=-1)
+        with torch.autocast(queries.device.type, enabled=False):
+            return (self.scale * queries @ keys.transpose(-1, -2)).softmax(dim=-1)
 
 
 def cross_attentions(unet: nn.Module) -> dict[str, nn.Module]:
@@ -123,8 +124,9 @@ def concept_map(
     found = []
     for attention in record.values():
         if attention.queries.shape[2] == count:
-            each = torch.einsum("bhpt,bt->bhp", attention.probabilities(), share.to(attention.queries.device))
-            found.append(each.mean(dim=1))
+            probabilities = attention.probabilities()
+            with torch.autocast(probabilities.device.type, enabled=False):
+                found.append(torch.einsum("bhpt,bt->bhp", probabilities, share.to(probabilities)).mean(dim=1))
     mean = torch.stack(found).mean(dim=0)
     low, high = mean.amin(dim=1, keepdim=True), mean.amax(dim=1, keepdim=True)
     stretched = (mean - low) / (high - low).clamp_min(torch.finfo(mean.dtype).tiny)

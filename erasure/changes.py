@@ -101,6 +101,7 @@ class WeightChange:
             with torch.no_grad():
                 for name, value in before.items():
                     parameters[name].copy_(value)
+            torch.clear_autocast_cache()
 
     def base(self, unet: nn.Module) -> str:
         """Returns the hash of the weights that are changed."""

@@ -1,8 +1,9 @@
 """What a trainer holds at or below zero while it raises a reward: a cost, prompts to measure it on, and its weight.
 
-Two kinds, after what the cost is computed from: images (`ImageConstraint`), or noise predictions
-(`ObjectiveConstraint`). A trainer draws prompts from `prompts`, adds `lagrangian.weight` times the mean cost to its
-loss, and once for each update gives `lagrangian.update` the mean cost over all processes.
+Two kinds, after what the cost is computed from: images (`ImageConstraint`), in the units of the cost, or noise
+predictions (`ObjectiveConstraint`), relative to a ceiling, since losses differ by orders of magnitude between methods
+and the gains of the weight should not. A trainer draws prompts from `prompts`, adds `lagrangian.weight` times the mean
+cost to its loss, and once for each update gives `lagrangian.update` the mean cost over all processes.
 """
 
 import math
@@ -14,7 +15,7 @@ from policy.types import PerSample
 
 from .concept import Concept
 from .cost import ImageCost
-from .lagrangian import Lagrangian
+from .lagrangian import Lagrangian, LagrangianConfig
 from .protocols import ConceptBatch, Objective
 
 
@@ -39,15 +40,19 @@ class ImageConstraint:
 class ObjectiveConstraint:
     """An erasure loss on noise predictions, kept at or below a ceiling on average.
 
+    Its cost is relative, `loss / ceiling - 1`: -1 where there is no loss at all, 0 at the ceiling, 1 at twice that.
+
     Args:
         objective: The loss.
         concept: What the objective is prepared for.
         prompts: Prompts that elicit the concept, which the loss is evaluated on; the concept's phrases by default.
-        lagrangian: Weight of the loss; plain dual ascent by default.
-        ceiling: Highest mean loss that still counts as erased, in squared units of the noise.
+        lagrangian: Weight of the relative cost. By default plain dual ascent from 1, in which a loss of twice its
+            ceiling or more counts as twice: the weight doubles in 10 updates of such a loss, and halves in 5 of none.
+        ceiling: Highest mean loss that still counts as erased, in the units of the loss, which for most objectives are
+            those of the squared noise.
 
     Raises:
-        ValueError: The prompts are empty or not strings, or the ceiling is negative or not finite.
+        ValueError: The prompts are empty or not strings, or the ceiling is not positive or not finite.
     """
 
     def __init__(
@@ -59,12 +64,12 @@ class ObjectiveConstraint:
         *,
         ceiling: float = 1e-3,
     ) -> None:
-        if not 0 <= ceiling < math.inf:
-            raise ValueError(f"ObjectiveConstraint.ceiling must be finite and at least 0, got {ceiling}")
+        if not 0 < ceiling < math.inf:
+            raise ValueError(f"ObjectiveConstraint.ceiling must be finite and above 0, got {ceiling}")
         self.objective = objective
         self.concept = concept
         self.prompts = check_prompts(concept.phrases if prompts is None else prompts)
-        self.lagrangian = lagrangian or Lagrangian()
+        self.lagrangian = lagrangian or Lagrangian(LagrangianConfig(max_violation=1.0))
         self.ceiling = ceiling
 
     def prepare(self, policy: DiffusionPolicy) -> None:
@@ -76,8 +81,8 @@ class ObjectiveConstraint:
         self.objective.prepare(policy, self.concept)
 
     def cost(self, policy: DiffusionPolicy, batch: ConceptBatch) -> PerSample:
-        """Returns loss - ceiling for each sample; gradients flow."""
-        return self.objective.loss(policy, batch) - self.ceiling
+        """Returns loss / ceiling - 1 for each sample; gradients flow."""
+        return self.objective.loss(policy, batch) / self.ceiling - 1
 
 
 ErasureConstraint = ImageConstraint | ObjectiveConstraint

@@ -33,7 +33,13 @@ class LagrangianConfig:
     derivative_gain: float = 0.0
     """Weight added per unit by which the violation grew since the last update (K_D). Zero: off."""
 
+    max_violation: float = math.inf
+    """Violations above this count as this. Costs often have a lower bound and no upper one: without a bound, a few
+    updates of a gross violation wind up more weight than hundreds of good ones take back."""
+
     def __post_init__(self) -> None:
+        if not self.max_violation > 0:
+            raise ValueError(f"LagrangianConfig.max_violation must be above 0, got {self.max_violation}")
         for field in ("learning_rate", "initial_weight", "max_weight", "proportional_gain", "derivative_gain"):
             value = getattr(self, field)
             if not math.isfinite(value) or value < 0:
@@ -70,8 +76,8 @@ class Lagrangian:
         """Takes one dual step: up while the violation is above zero, down below it.
 
         The derivative counts growth only, as in Algorithm 2 of Stooke et al. Departures from it: the integral holds the
-        weight itself (the gain multiplied in, and the initial weight), it is clipped from above as well, and the first
-        update has no derivative, where theirs compares with a cost of zero.
+        weight itself (the gain multiplied in, and the initial weight), it is clipped from above as well, the violation
+        may be (`max_violation`), and the first update has no derivative, where theirs compares with a cost of zero.
 
         Args:
             violation: Mean cost over the whole batch; at or below zero the constraint holds.
@@ -81,6 +87,7 @@ class Lagrangian:
         """
         if not math.isfinite(violation):
             raise ValueError(f"violation must be finite, got {violation}")
+        violation = min(violation, self.config.max_violation)
         growth = 0.0 if math.isnan(self._previous) else max(violation - self._previous, 0.0)
         self._integral = self._clip(self._integral + self.config.learning_rate * violation)
         self._weight = self._clip(

@@ -98,10 +98,9 @@ class PromptFilter:
         last = self.last_step(change) if triggers.any() else -1
         return FilteredPrompt(filtered.float(), triggers, change, last)
 
-    @torch.no_grad()
     def _pooled(self, ids: list[list[int]]) -> Float[Tensor, "texts dim"]:
-        encoder = self.prompts.text_encoder
-        return encoder(torch.tensor(ids, device=encoder.device)).pooler_output.cpu().double()
+        tokens = torch.tensor(ids, device=self.prompts.text_encoder.device)
+        return self.prompts.run(tokens).pooler_output.cpu().double()
 
 
 def projector(vectors: Float[Tensor, "count dim"]) -> Float[Tensor, "dim dim"]:

@@ -77,16 +77,18 @@ class Reattention:
         self._running = False
         self._used = False
         self._active: Bool[Tensor, " batch"] | None = None
+        self._branches = 0
 
-    def start(self, active: Bool[Tensor, " batch"] | None) -> None:
+    def start(self, active: Bool[Tensor, " batch"] | None, *, branches: int) -> None:
         """Changes the next call of the UNet.
 
         Args:
-            active: Samples whose second branch is compared with a third, the original prompt's; the others' second
-                branch is the original prompt's already, and is compared with itself. None: there is no third branch.
+            active: Samples whose prompt's branch is compared with one more, the original prompt's; the others' own
+                branch is the original prompt's already, and is compared with itself. None: there is no such branch.
+            branches: How many there are without that one, 1 or 2; the prompt's is the last of them.
         """
         self.stop()
-        self._active = active
+        self._active, self._branches = active, branches
         self._running, self._used = True, False
         self._handles = [block.register_forward_pre_hook(self._damp, with_kwargs=True) for block in self.unet.up_blocks]
         self._handles.append(self.unet.register_forward_hook(self._end, always_call=True))
@@ -118,9 +120,9 @@ class Reattention:
 
     def _damp_skip(self, skip: Float[Tensor, "rows channels h w"], factor: float) -> Tensor:
         if self._active is None:
-            away, filtered = skip.chunk(2)
-            return torch.cat([away, damp_low_frequencies(filtered, filtered, factor, replace=self.replace)])
-        away, filtered, original = skip.chunk(3)
+            *away, filtered = skip.chunk(self._branches)
+            return torch.cat([*away, damp_low_frequencies(filtered, filtered, factor, replace=self.replace)])
+        *away, filtered, original = skip.chunk(self._branches + 1)
         compared = torch.where(self._active.view(-1, 1, 1, 1), original, filtered)
         damped = damp_low_frequencies(filtered, compared, factor, replace=self.replace)
-        return torch.cat([away, damped, original])
+        return torch.cat([*away, damped, original])

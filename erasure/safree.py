@@ -304,23 +304,25 @@ class SAFREEGuidance:
             )
         self.safeguard = safeguard
         self.guidance = guidance
+        self._branches = 0
 
     def embeddings(
         self, prompt: Embeddings, empty: Embeddings, moment: Moment
     ) -> Float[Tensor, "branches batch tokens dim"]:
-        """Returns what to lead away from, the prompts of this step, and the originals where both are compared."""
+        """Returns what to lead away from (not at scale 1), the prompts of this step, and the originals to compare."""
         filtered, last = self.safeguard.filtered(prompt)
         active = moment.steps.to(last) * PUBLISHED_STEPS < (last + 1) * moment.total
         if self.safeguard.config.negative_prompt:
             empty = self.safeguard.negative(empty)
         towards = torch.where(active[:, None, None], filtered, prompt)
         branches = self.guidance.embeddings(towards, empty, moment)
+        self._branches = len(branches)
         if self.safeguard.reattention is None:
             return branches
         if not active.any():
-            self.safeguard.reattention.start(None)
+            self.safeguard.reattention.start(None, branches=len(branches))
             return branches
-        self.safeguard.reattention.start(active)
+        self.safeguard.reattention.start(active, branches=len(branches))
         return torch.cat([branches, prompt.unsqueeze(0)])
 
     def combine(
@@ -336,4 +338,4 @@ class SAFREEGuidance:
                 "latent re-attention works in the UNet that SAFREE was applied with, and another one made the "
                 "predictions; apply it to their own policy, or erase with SAFREEConfig(latent_reattention=False)"
             )
-        return self.guidance.combine(predictions[:2], moment)
+        return self.guidance.combine(predictions[: self._branches], moment)

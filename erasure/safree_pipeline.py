@@ -17,7 +17,7 @@ ATTRIBUTE = "safeguard"
 
 
 def attach(pipeline: Pipeline, config: SAFREEConfig, strength: float) -> None:
-    """Puts SAFREE to work in a pipeline, in place; without classifier-free guidance it is off.
+    """Puts SAFREE to work in a pipeline, in place; without classifier-free guidance it filters prompts only.
 
     Raises:
         ValueError: The pipeline has a safeguard, or its UNet is compiled and latents are to be re-attended.
@@ -55,6 +55,7 @@ class AttachedSAFREE:
         self.safeguard = SAFREESafeguard(config, strength, self.prompts, pipeline.unet)
         self._rows: Embeddings | None = None
         self._guidance: Guidance | None = None
+        self._branches = 2
         self._changed = False
         self._encode = pipeline.encode_prompt
         self._handles = [
@@ -88,24 +89,28 @@ class AttachedSAFREE:
         """Returns what the pipeline's own method returns, and notes the words.
 
         Raises:
-            ValueError: With guidance: prompts come as embeddings, or as other embeddings than the encoder's last.
+            ValueError: Prompts come as embeddings, or as other embeddings than the encoder's last.
         """
         self._rows = None
-        guided = do_classifier_free_guidance and self.safeguard.strength > 0
-        if guided and (prompt_embeds is not None or clip_skip is not None):
+        acts = self.safeguard.strength > 0
+        if acts and (prompt_embeds is not None or clip_skip is not None):
             raise ValueError("SAFREE reads the words of prompts: pass prompt, not prompt_embeds, and no clip_skip")
         encoded = self._encode(
             prompt, device, num_images_per_prompt, do_classifier_free_guidance, negative_prompt,
             prompt_embeds=prompt_embeds, negative_prompt_embeds=negative_prompt_embeds, lora_scale=lora_scale,
             clip_skip=clip_skip,
         )  # fmt: skip
-        if not guided or prompt is None:
+        if not acts or prompt is None:
             return encoded
         own = negative_prompt_embeds is not None or any(
             [negative_prompt] if isinstance(negative_prompt, str) else negative_prompt or []
         )
-        negative = encoded[1] if own else None
-        self._guidance = self.safeguard.guided(ClassifierFree(2.0, negative))  # any scale: the pipeline applies its own
+        self._branches = 2 if do_classifier_free_guidance else 1
+        if do_classifier_free_guidance:
+            own_guidance = ClassifierFree(2.0, encoded[1] if own else None)  # any scale: the pipeline applies its own
+        else:
+            own_guidance = ClassifierFree(1.0)
+        self._guidance = self.safeguard.guided(own_guidance)
         texts = [prompt] if isinstance(prompt, str) else list(prompt)
         self._rows = self.prompts(texts).to(device).repeat_interleave(num_images_per_prompt, dim=0)
         return self._rows, encoded[1]
@@ -116,18 +121,18 @@ class AttachedSAFREE:
         """Gives the UNet the prompts of this step, where the call is the pipeline's own."""
         self._changed = False
         states, rows = named.get("encoder_hidden_states"), self._rows
-        if rows is None or self._guidance is None or states is None or len(states) != 2 * len(rows):
+        if rows is None or self._guidance is None or states is None or len(states) != self._branches * len(rows):
             return None
-        away, prompts = states.chunk(2)
+        *away, prompts = states.chunk(self._branches)
         if named.get("return_dict", True) or not torch.equal(prompts, rows):
             return None
         latents, timestep, *rest = inputs
         timesteps = self.pipeline.scheduler.timesteps.unique()  # some schedulers visit one twice
         steps = (timesteps > timestep).sum().expand(len(rows))
         moment = Moment(steps, len(timesteps), torch.ones(len(rows), device=rows.device))
-        branches = self._guidance.embeddings(prompts, away, moment)
-        if len(branches) == 3:
-            latents = torch.cat([latents, latents[len(rows) :]])
+        branches = self._guidance.embeddings(prompts, away[0] if away else self.prompts.empty(prompts), moment)
+        if len(branches) > self._branches:
+            latents = torch.cat([latents, latents[-len(rows) :]])
         self._changed = True
         return (latents, timestep, *rest), {**named, "encoder_hidden_states": branches.flatten(0, 1)}
 
@@ -137,4 +142,4 @@ class AttachedSAFREE:
             return output
         if self.safeguard.reattention is not None:
             self.safeguard.reattention.stop()
-        return (output[0][: 2 * len(self._rows)],)
+        return (output[0][: self._branches * len(self._rows)],)

@@ -239,7 +239,7 @@ class SLDSafeguard:
 
     def guided(self, guidance: ClassifierFree) -> Guidance:
         """Returns guidance with the safety concept as third branch, or the given one where there is nothing to do."""
-        if guidance.scale == 1.0 or self.config.guidance_scale == 0:
+        if self.config.guidance_scale == 0:
             return guidance
         return SafelyGuided(self, guidance)
 
@@ -290,10 +290,9 @@ class SafelyGuided:
     def embeddings(
         self, prompt: Embeddings, empty: Embeddings, moment: Moment
     ) -> Float[Tensor, "branches batch tokens dim"]:
-        """Returns the branches of classifier-free guidance and the safety concept's."""
+        """Returns what to lead away from, the prompt and the safety concept: the term needs all three at any scale."""
         self._prompt = prompt
-        branches = self.guidance.embeddings(prompt, empty, moment)
-        return torch.cat([branches, self.safeguard.embedding(prompt).unsqueeze(0)])
+        return torch.stack([self.guidance.away(prompt, empty), prompt, self.safeguard.embedding(prompt)])
 
     def combine(
         self, predictions: Float[Tensor, "branches batch 4 h w"], moment: Moment

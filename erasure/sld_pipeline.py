@@ -2,7 +2,8 @@
 
 Before the UNet is called, the doubled batch of classifier-free guidance gets a third part with the safety concept. From
 its answer, the pipeline is given the first part and, in place of the prompt's prediction, that prediction less the
-safety term: the pipeline's own formula then gives SLD's result at whatever scale.
+safety term: the pipeline's own formula then gives SLD's result at whatever scale. Where the pipeline draws without
+guidance its single part gets the empty prompt's as well, and it is given the second of the two.
 """
 
 import weakref
@@ -23,15 +24,15 @@ ATTRIBUTE = "safeguard"
 
 
 def attach(pipeline: Pipeline, config: SLDConfig) -> None:
-    """Makes a pipeline draw with safety guidance, whenever it draws with classifier-free guidance.
+    """Makes a pipeline draw with safety guidance, with classifier-free guidance or without.
 
     Raises:
         ValueError: The pipeline has a safeguard, or its text encoder cuts the safety concept off.
     """
     if (found := getattr(pipeline.unet, ATTRIBUTE, None)) is not None:
         raise ValueError(f"a pipeline takes one safeguard, and this one has {found!r}")
-    safeguard = SLDSafeguard.of(config, PromptEncoder(pipeline.text_encoder, pipeline.tokenizer))
-    setattr(pipeline.unet, ATTRIBUTE, AttachedSafeguard(pipeline, safeguard))
+    prompts = PromptEncoder(pipeline.text_encoder, pipeline.tokenizer)
+    setattr(pipeline.unet, ATTRIBUTE, AttachedSafeguard(pipeline, SLDSafeguard.of(config, prompts), prompts))
 
 
 def detach(pipeline: Pipeline) -> None:
@@ -50,8 +51,10 @@ def detach(pipeline: Pipeline) -> None:
 class AttachedSafeguard:
     """The hooks, and where in its loop the pipeline is."""
 
-    def __init__(self, pipeline: Pipeline, safeguard: SLDSafeguard) -> None:
+    def __init__(self, pipeline: Pipeline, safeguard: SLDSafeguard, prompts: PromptEncoder) -> None:
         self.safeguard = safeguard
+        self._prompts = prompts
+        self._guided = False
         self._pipeline = weakref.ref(pipeline)
         self._step = -1
         self._moment: Moment | None = None
@@ -72,7 +75,7 @@ class AttachedSafeguard:
     def _before(
         self, unet: Any, inputs: tuple[Any, ...], options: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        """Adds the third part to a guided call of the pipeline's."""
+        """Adds what is missing of the three parts to a call of the pipeline's."""
         self._moment = None
         pipeline = self._pipeline()
         timestep = inputs[1] if len(inputs) == 2 else None
@@ -81,25 +84,29 @@ class AttachedSafeguard:
                 "a UNet with SLD attached must be called by the pipeline that it was attached in, got another call; "
                 "erasure.sld_pipeline.detach(pipeline) takes SLD off"
             )
-        # The pipeline has this property from its first drawing on.
-        if not getattr(pipeline, "do_classifier_free_guidance", False) or self.safeguard.config.guidance_scale == 0:
+        if self.safeguard.config.guidance_scale == 0:
             return None
         if options.get("added_cond_kwargs") is not None:
             raise ValueError("SLD in a pipeline must be used without image prompts (IP-Adapter), got one")
+        # The pipeline has this property from its first drawing on.
+        self._guided = getattr(pipeline, "do_classifier_free_guidance", False)
         latents, embeddings = inputs[0], options["encoder_hidden_states"]
-        half = len(latents) // 2
-        self._moment = self._moment_of(pipeline.scheduler, timestep, half, latents.device)
-        safety = self.safeguard.embedding(embeddings[:half])
+        if self._guided:
+            latents = latents.chunk(2)[1]
+        else:
+            embeddings = torch.cat([self._prompts.empty(embeddings), embeddings])
+        self._moment = self._moment_of(pipeline.scheduler, timestep, len(latents), latents.device)
+        safety = self.safeguard.embedding(embeddings[: len(latents)])
         more = {**options, "encoder_hidden_states": torch.cat([embeddings, safety])}
-        return (torch.cat([latents, latents[half:]]), timestep), more
+        return (latents.repeat(3, 1, 1, 1), timestep), more
 
     def _after(self, unet: Any, inputs: tuple[Any, ...], output: tuple[Tensor]) -> tuple[Tensor] | None:
-        """Makes two parts of three."""
+        """Makes of the three parts those that the pipeline asked for."""
         if self._moment is None:
             return None
         predictions = output[0].float().unflatten(0, (3, -1))
         towards = self.safeguard.towards(predictions, self._moment, self)
-        return (torch.cat([predictions[0], towards]).to(output[0].dtype),)
+        return ((torch.cat([predictions[0], towards]) if self._guided else towards).to(output[0].dtype),)
 
     def _moment_of(self, scheduler: Any, timestep: Tensor, count: int, device: torch.device) -> Moment:
         """Counts the calls of a run; a schedule's first timestep begins one.

@@ -130,7 +130,7 @@ def stable_diffusion(path: str) -> Subject:
         load=lambda lora: DiffusionPolicy.from_pretrained(path, lora=lora, gradient_checkpointing=True),
         concept=NUDITY,
         reward=reward,
-        constraint=ObjectiveConstraint(stay, NUDITY, wanted, Lagrangian(LagrangianConfig(initial_weight=10.0))),
+        constraint=ObjectiveConstraint(stay, NUDITY, wanted),
         prompts=lambda kind, count, seed: nudity_prompts("benign" if kind == "train" else kind, count, seed),
         measures=(
             Measure("ImageReward", reward, note="ImageReward-v1.0."),

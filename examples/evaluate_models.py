@@ -15,6 +15,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -53,7 +54,7 @@ from evaluation.sweep import USUAL_SCALE, Cell, Result, cells_of, guidance_curve
 from rewards import reward_named
 from rewards.combine import to_device
 from tinyworld import IMAGE_SIZE
-from training import process_state
+from training import from_main, process_state
 
 REWARDS = ("image-reward", "clip")
 METRICS = {"image-reward": IMAGE_REWARD, "clip": CLIP}
@@ -178,9 +179,8 @@ def draw_all(config: Config, cells: Sequence[Cell], planned: Sequence[PlannedIma
         drawable = load_drawable(
             model, own_scheduler=config.own_scheduler, dtype=getattr(torch, config.dtype), device=device
         )
-        if state.is_main_process:
-            tell_cost(config, drawable, own, planned, state.num_processes)
-        state.wait_for_everyone()  # so that what is missing is counted and timed while nobody draws
+        # Others wait, so that what is missing is counted and timed while nobody draws.
+        from_main(partial(tell_cost, config, drawable, own, planned, state.num_processes))
         for cell in own:
             generate(
                 drawable,
@@ -380,11 +380,9 @@ def main(config: Config) -> list[Result]:
     prompts = prompt_set(config.prompts or "", limit=config.limit)
     named = {prompt.id: prompt.text for prompt in prompts.prompts}
     planned = plan_named(named, kind=KIND, images_per_prompt=config.images_per_prompt or 1, seed=config.seed)
-    if state.is_main_process:
-        entries = [{"id": key, "prompt": text} for key, text in named.items()]
-        path = config.output_dir / config.experiment / "prompts.json"
-        write_text(path, json.dumps(entries, indent=1, ensure_ascii=False) + "\n")
-    state.wait_for_everyone()
+    entries = [{"id": key, "prompt": text} for key, text in named.items()]
+    path = config.output_dir / config.experiment / "prompts.json"
+    from_main(lambda: write_text(path, json.dumps(entries, indent=1, ensure_ascii=False) + "\n"))
     cells = cells_of(config.models, config.sizes, config.guidance_scales)
     draw_all(config, cells, planned, device)
     results = score_all(config, cells, device)

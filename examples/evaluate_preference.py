@@ -41,7 +41,7 @@ from evaluation.statistics import student_95
 from rewards import reward_named
 from rewards.combine import to_device
 from rewards.public_files import fetch, sha256_of
-from training import process_state
+from training import from_main, process_state
 
 PAPER_REWARDS = ("clip", "aesthetic", "blip", "image-reward")
 TINY_REWARDS = ("tiny-image-reward", "compressibility", "tinyworld:Utility")
@@ -114,9 +114,9 @@ def make_tiny_test(config: Config, device: str) -> RankedSet:
     planned = plan({"benign": captions.texts}, images_per_prompt=config.tiny_images)
     drawing = DrawConfig(steps=config.tiny_steps, guidance_scale=3.0)
     generate(tinyworld.load_policy(device=device), planned, root, drawing, model="tiny")
-    state = process_state()
-    state.wait_for_everyone()
-    if state.is_main_process:
+    process_state().wait_for_everyone()
+
+    def rank() -> None:
         pictures = ImageFolder.open(root, "tiny")
         entries = []
         for start in range(0, len(planned), config.tiny_images):
@@ -133,7 +133,8 @@ def make_tiny_test(config: Config, device: str) -> RankedSet:
                 }
             )
         write_text(file, json.dumps(entries, indent=1) + "\n")
-    state.wait_for_everyone()
+
+    from_main(rank)
     return RankedSet("tiny world", file, root, read_ranked(file))
 
 

@@ -258,10 +258,10 @@ class DiffusionPolicy:
         moment: Moment | None,
     ) -> Latents:
         """Returns the network's guided prediction, of its own kind; all branches go through it in one call."""
-        if isinstance(guidance, ClassifierFree) and guidance.scale == 1.0:
-            guidance = None  # the same, without an encoded empty prompt
         if isinstance(guidance, ClassifierFree) and self.safeguard is not None:
             guidance = self.safeguard.guided(guidance)
+        if isinstance(guidance, ClassifierFree) and guidance.scale == 1.0:
+            guidance = None  # the same, without an encoded empty prompt
         if guidance is None:
             branches = embeddings.unsqueeze(0)
         else:
@@ -561,14 +561,21 @@ class DiffusionPolicy:
         """Returns clean latents noised forward to the timestep of each sample."""
         return ddim.add_noise(clean, noise, self.alphas[timesteps])
 
-    def denoising_loss(self, latents: Latents, embeddings: Embeddings, *, generator: torch.Generator) -> PerSample:
+    def denoising_loss(
+        self, latents: Latents, embeddings: Embeddings, timesteps: Int[Tensor, " batch"], noise: Latents
+    ) -> PerSample:
         """Returns the loss of pretraining for each sample: the mean squared error of the network's own prediction.
 
-        Timesteps are uniform over training's, without guidance; timesteps and noise come from `generator`, which is
-        on the CPU. Source: Ho et al. (2020), https://arxiv.org/abs/2006.11239, equation 14.
+        The error is taken of what the network predicts, noise, velocity or clean latents, without guidance: it is
+        finite at every timestep, also where a schedule ends without any signal and the noise says nothing of a
+        velocity. Source: Ho et al. (2020), https://arxiv.org/abs/2006.11239, equation 14.
+
+        Args:
+            latents: Clean latents.
+            embeddings: The prompt of each.
+            timesteps: The scheduler's integer of each, uniform over training's in pretraining.
+            noise: What is added to each, from a standard normal distribution.
         """
-        timesteps = torch.randint(len(self._alphas), (len(latents),), generator=generator).to(self.device)
-        noise = torch.randn(latents.shape, generator=generator).to(self.device)
         noised = self.add_noise(latents, noise, timesteps)
         prediction = self._predict(noised, timesteps, embeddings, None, None)
         target = ddim.prediction_target(latents, noise, self.alphas[timesteps], self.prediction_type)

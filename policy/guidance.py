@@ -74,15 +74,18 @@ class ClassifierFree:
         """Returns the branch to lead away from and the prompt's, or the prompt's alone where the scale is 1."""
         if self.scale == 1.0:
             return prompt.unsqueeze(0)
-        away = empty if self.negative is None else self.negative.to(prompt).expand_as(prompt)
-        return torch.stack([away, prompt])
+        return torch.stack([self.away(prompt, empty), prompt])
+
+    def away(self, prompt: Embeddings, empty: Embeddings) -> Embeddings:
+        """Returns what is led away from: the negative prompt, or the empty one, for each sample."""
+        return empty if self.negative is None else self.negative.to(prompt).expand_as(prompt)
 
     def combine(
         self, predictions: Float[Tensor, "branches batch 4 h w"], moment: Moment
     ) -> Float[Tensor, "batch 4 h w"]:
-        """Returns away + scale * (towards - away)."""
+        """Returns away + scale * (towards - away), which is the last branch where the scale is 1."""
         if self.scale == 1.0:
-            return predictions[0]
+            return predictions[-1]
         away, towards = predictions
         return away + self.scale * (towards - away)
 
@@ -91,7 +94,7 @@ class ClassifierFree:
 class Safeguard(Protocol):
     """A change of sampling that keeps something out of pictures, put between the caller's guidance and the network.
 
-    A policy has at most one, in `DiffusionPolicy.safeguard`, and asks it at every guided prediction.
+    A policy has at most one, in `DiffusionPolicy.safeguard`, and asks it at every step of sampling, at scale 1 as well.
     """
 
     def guided(self, guidance: ClassifierFree) -> Guidance:

@@ -3,9 +3,10 @@
 import hashlib
 from collections import OrderedDict
 from collections.abc import Sequence
+from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from .parts import TextEncoder, Tokenizer
@@ -35,7 +36,8 @@ class PromptEncoder:
     """Encodes prompts and remembers them.
 
     A prompt goes through the text encoder alone: its embedding is then the same to the last bit whatever it is
-    encoded with and whether it was remembered, so that a resumed run sees what an uninterrupted one sees.
+    encoded with and whether it was remembered, so that a resumed run sees what an uninterrupted one sees. For the same
+    reason the text encoder computes in the precision of its own weights, inside autocast as outside.
     """
 
     def __init__(self, text_encoder: TextEncoder, tokenizer: Tokenizer) -> None:
@@ -50,6 +52,12 @@ class PromptEncoder:
         """Returns the embeddings of the prompts, on the text encoder's device."""
         rows = [self._encode(prompt) for prompt in check_prompts(prompts)]
         return torch.stack(rows).to(self.text_encoder.device)
+
+    @torch.no_grad()
+    def run(self, ids: Int[Tensor, "texts tokens"], mask: Int[Tensor, "texts tokens"] | None = None) -> Any:
+        """Returns the text encoder's own output for tokens, out of reach of autocast, as what is kept must be."""
+        with torch.autocast(self.text_encoder.device.type, enabled=False):
+            return self.text_encoder(ids, attention_mask=mask)
 
     def empty(self, like: Embeddings) -> Embeddings:
         """Returns the empty prompt's embedding, once for each row of `like` and on its device.
@@ -92,7 +100,7 @@ class PromptEncoder:
             return_tensors="pt",
         ).to(self.text_encoder.device)
         mask = tokens["attention_mask"] if getattr(config, "use_attention_mask", False) else None
-        embedding = self.text_encoder(tokens["input_ids"], attention_mask=mask)[0][0].cpu()
+        embedding = self.run(tokens["input_ids"], mask)[0][0].cpu()
         self._cache[prompt] = embedding
         self._texts[_fingerprint(embedding)] = prompt
         if len(self._cache) > CACHED_PROMPTS:

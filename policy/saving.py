@@ -57,6 +57,7 @@ def load_lora(unet: UNet, folder: str | Path) -> None:
     if differing:
         raise ValueError(f"the LoRA must be on the same layers as the policy's, {file} differs in {differing[:3]}")
     peft.set_peft_model_state_dict(unet, state, adapter_name=ADAPTER)
+    torch.clear_autocast_cache()
 
 
 def plain_pipeline(

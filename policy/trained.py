@@ -64,6 +64,7 @@ class TrainedWeights:
                 raise ValueError(f"{name} must have shape {expected}, got {got}")
         for name, parameter in self.parameters.items():
             parameter.copy_(state[name])
+        torch.clear_autocast_cache()
 
     def remember(self) -> None:
         """Makes the present weights the reference; they are copied to the CPU's memory unless a LoRA is trained."""
@@ -72,7 +73,11 @@ class TrainedWeights:
 
     @contextmanager
     def at_reference(self) -> Generator[None, None, None]:
-        """Puts the reference in place, without gradients: the LoRA is switched off, or the weights change places."""
+        """Puts the reference in place, without gradients: the LoRA is switched off, or the weights change places.
+
+        Autocast keeps its half-precision copy of a weight by the parameter, not by what is in it, and has to forget it
+        whenever that changes.
+        """
         with torch.no_grad():
             if self._at_reference:
                 yield
@@ -84,11 +89,13 @@ class TrainedWeights:
                     self.unet.disable_adapters()
                 for name, value in self._reference.items():
                     self.parameters[name].data = value.to(trained[name].device)
+                torch.clear_autocast_cache()
                 yield
             finally:
                 self._at_reference = False
                 for name, value in trained.items():
                     self.parameters[name].data = value
+                torch.clear_autocast_cache()
                 if self.lora is not None:
                     self.unet.enable_adapters()
 

@@ -163,6 +163,7 @@ def merge_lora(unet: UNet) -> None:
     merged = merged_state(unet)
     for name, parameter in base_parameters(unet).items():
         parameter.copy_(merged[name])
+    torch.clear_autocast_cache()
     unet.unload_lora()
 
 
@@ -213,6 +214,7 @@ class WeightDelta:
         for name, difference in self.tensors.items():
             parameter = parameters[name]
             parameter.copy_(parameter.float() + scale * difference.to(parameter.device))
+        torch.clear_autocast_cache()
 
     def save(self, folder: str | Path) -> None:
         """Writes the differences as safetensors, and their names and shapes as JSON."""

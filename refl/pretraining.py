@@ -106,21 +106,14 @@ def pairs_from_folder(policy: DiffusionPolicy, folder: str | Path, *, batch_size
 def denoising_loss(
     policy: DiffusionPolicy, latents: Latents, embeddings: Embeddings, *, seeds: Sequence[int]
 ) -> PerSample:
-    """Returns the loss of pretraining for each sample: the mean squared error of the network's own prediction.
+    """Returns the loss of pretraining for each sample, see `DiffusionPolicy.denoising_loss`.
 
-    The same as `policy.denoising_loss`, but that timestep and noise of a sample come from its own seed: its loss is
-    then the same in any batch and any process.
+    Timestep and noise of a sample come from its own seed: its loss is the same in any batch and any process.
     """
     noise = SampleNoise(seeds, height=latents.shape[2], width=latents.shape[3], device=policy.device)
     levels = len(policy.alphas)
     drawn = [torch.randint(levels, (), generator=generator) for generator in noise.generators]
-    timesteps, true_noise = torch.stack(drawn).to(policy.device), noise.draw()
-    noised = policy.add_noise(latents, true_noise, timesteps)
-    error = policy.predict_noise(noised, timesteps, embeddings) - true_noise
-    # What the network predicts instead of the noise has an error proportional to the noise's at a given timestep.
-    alphas = policy.alphas[timesteps]
-    scale = {"epsilon": 1.0, "v_prediction": 1 / alphas, "sample": (1 - alphas) / alphas}[policy.prediction_type]
-    return error.square().flatten(1).mean(dim=1) * scale
+    return policy.denoising_loss(latents, embeddings, torch.stack(drawn).to(policy.device), noise.draw())
 
 
 def _captions(folder: Path) -> dict[str, str]:

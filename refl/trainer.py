@@ -99,8 +99,9 @@ class ReFLTrainer:
     def train(self, run_config: TrainingConfig) -> ReFLMetrics | None:
         """Trains, or goes on with an interrupted run.
 
-        The policy ends with the weights that the held-out reward liked best, or, where nothing is held out, with the
-        last ones. With `ema_decay` both are averaged weights, while checkpoints keep what training goes on from.
+        The policy ends with the weights that the held-out reward liked best, or, where nothing is held out or the
+        constraint held at no look, with the last ones. With `ema_decay` both are averaged weights, while checkpoints
+        keep what training goes on from.
 
         Returns:
             What the last iteration measured; None where a resumed run had nothing left to do.
@@ -113,7 +114,7 @@ class ReFLTrainer:
             state["lagrangian"] = self.erasure.lagrangian
         if self.watch is not None:
             state["held_out"] = self.watch
-        metrics = averages = None
+        metrics = None
         with TrainingRun(self.policy, run_config, state=state, configs={"refl": self.config}) as run:
             self.prepare(run)
             for iteration in run.iterations():
@@ -125,13 +126,11 @@ class ReFLTrainer:
                 run.log(self._tagged(metrics))
             else:
                 self._look(run)
-            if self.watch is None and run_config.ema_decay is not None:
-                with run.ema_weights():
-                    averages = self.policy.trainable_state()
+            with run.averaged():
+                last = self.policy.trainable_state()
+        self.policy.load_trainable_state(last)
         if self.watch is not None:
             self.watch.restore(self.policy)
-        elif averages is not None:
-            self.policy.load_trainable_state(averages)
         return metrics
 
     def prepare(self, run: TrainingRun) -> None:

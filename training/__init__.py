@@ -9,7 +9,7 @@ from .folder import check_output_dir
 from .images import image_grid
 from .metrics import MetricsFile, read_metrics
 from .optimizer import make_optimizer
-from .processes import process_state
+from .processes import from_main, process_state
 from .require import require
 from .run import TrainingRun, check_trainable
 from .signals import TERMINATED
@@ -30,6 +30,7 @@ __all__ = [
     "check_output_dir",
     "check_trainable",
     "draw_batch",
+    "from_main",
     "image_grid",
     "load_checkpoint",
     "make_optimizer",

@@ -51,6 +51,7 @@ class ExponentialMovingAverage:
         """Copies the values into the parameters."""
         for parameter, value in zip(self._parameters, values, strict=True):
             parameter.copy_(value)
+        torch.clear_autocast_cache()
 
 
 def _wide(parameter: nn.Parameter) -> Tensor:

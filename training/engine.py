@@ -1,20 +1,17 @@
 """accelerate's engine: its start, its end, and agreement between processes."""
 
-from collections.abc import Callable, Generator
+from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING
 
 import torch
 
-from .checkpoint import DamagedCheckpointError
 from .config import TrainingConfig
 from .processes import process_state
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
-
-Result = TypeVar("Result")
 
 SHARDED = ("FSDP", "DEEPSPEED", "MEGATRON_LM", "XLA")
 """Kinds of distribution of accelerate that spread one network over processes, or have their own optimizer loop."""
@@ -51,22 +48,6 @@ def started_accelerator(config: TrainingConfig) -> Generator["Accelerator", None
         if ours:
             # A later run in this program may want another precision, which accelerate otherwise refuses.
             AcceleratorState._reset_state()
-
-
-def from_main(accelerator: "Accelerator", work: Callable[[], Result]) -> Result:
-    """Returns in every process what the work returns in the main one, and fails in all if it fails there."""
-    from accelerate.utils import broadcast_object_list
-
-    outcome: list[Any] = [None, None]
-    if accelerator.is_main_process:
-        try:
-            outcome[0] = work()
-        except (ValueError, DamagedCheckpointError) as error:
-            outcome[1] = error
-    result, error = broadcast_object_list(outcome)
-    if error is not None:
-        raise error
-    return result
 
 
 def in_any(accelerator: "Accelerator", flag: bool) -> bool:

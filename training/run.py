@@ -1,8 +1,8 @@
 """A training run: everything around the loss that every trainer needs."""
 
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from types import TracebackType
 from typing import Any, SupportsFloat, TypeVar
@@ -14,11 +14,12 @@ from torch import Tensor
 from .checkpoint import Checkpoint, CheckpointFolder, check_same_weights
 from .config import TrainingConfig
 from .descent import Descent
-from .engine import from_main, in_any, started_accelerator
+from .engine import in_any, started_accelerator
 from .folder import CHECKPOINTS, IMAGES, METRICS, claim, recorded
 from .images import image_grid
 from .metrics import MetricsFile
 from .network import prepared_network
+from .processes import from_main
 from .progress import Progress
 from .randomness import global_random_state, seed_global_generators, set_global_random_state
 from .signals import TERMINATED, Termination
@@ -112,6 +113,7 @@ class TrainingRun:
         self._metrics: MetricsFile | None = None
         self._loop: Any = None
         self._bar: Progress | None = None
+        self._failure: Exception | None = None
 
     def __enter__(self) -> "TrainingRun":
         """Starts or resumes the run.
@@ -126,7 +128,7 @@ class TrainingRun:
             self.is_main = self.accelerator.is_main_process
             self.process_index = self.accelerator.process_index
             self.num_processes = self.accelerator.num_processes
-            from_main(self.accelerator, lambda: claim(self.config, self._configs))
+            from_main(lambda: claim(self.config, self._configs))
             config, policy = self.config, self.policy
             folder = Path(config.output_dir)
             self.generator = torch.Generator().manual_seed(config.seed)
@@ -136,11 +138,7 @@ class TrainingRun:
             self._descent = Descent(self.accelerator, network, policy.trainable_parameters(), config)
             self._checkpoints = CheckpointFolder(folder / CHECKPOINTS, keep=config.keep_checkpoints)
             self._resume()
-            if self.is_main:
-                self._metrics = MetricsFile(folder / METRICS, start=self.iteration)
-                stack.callback(self._metrics.close)
-            stack.callback(finish_trackers, self.accelerator)
-            start_trackers(self.accelerator, config, recorded(config, self._configs))
+            from_main(lambda: self._open_logs(stack))
             # Last, because what the lines above draw may depend on what they find in the folder.
             seed_global_generators(config.seed + self.process_index)
             self._stack = stack.pop_all()
@@ -153,6 +151,8 @@ class TrainingRun:
         if self._loop is not None:
             self._loop.close()
         self._stack.close()
+        if error is None:
+            self._tell_failure()
 
     # The processes.
 
@@ -189,6 +189,7 @@ class TrainingRun:
         On SIGTERM the iteration is finished, a checkpoint is saved, and the program exits.
 
         Raises:
+            Exception: One process of several could not write what it was told to; it is raised in all of them.
             SystemExit: SIGTERM came; the code is `training.TERMINATED` (143).
         """
         self._loop = self._iterate()
@@ -257,8 +258,9 @@ class TrainingRun:
         if self._metrics is None:
             return
         numbers = {tag: float(v.detach() if isinstance(v, Tensor) else v) for tag, v in values.items()}
-        self._metrics.write(self.iteration, numbers)
-        self.accelerator.log(numbers, step=self.iteration)
+        with self._told_to_all():
+            self._metrics.write(self.iteration, numbers)
+            self.accelerator.log(numbers, step=self.iteration)
         if self._bar is not None:
             self._bar.show(numbers, self.skipped)
 
@@ -278,11 +280,20 @@ class TrainingRun:
             return
         grid = image_grid(images, captions)
         folder = Path(self.config.output_dir) / IMAGES
-        folder.mkdir(exist_ok=True)
-        grid.save(folder / f"{name.replace('/', '-')}-{self.iteration:06d}.png")
-        log_image(self.accelerator, name, grid, self.iteration)
+        with self._told_to_all():
+            folder.mkdir(exist_ok=True)
+            grid.save(folder / f"{name.replace('/', '-')}-{self.iteration:06d}.png")
+            log_image(self.accelerator, name, grid, self.iteration)
 
     # How it is done.
+
+    def _open_logs(self, stack: ExitStack) -> None:
+        """Opens what only the main process writes to, and has the stack close it."""
+        config = self.config
+        self._metrics = MetricsFile(Path(config.output_dir) / METRICS, start=self.iteration)
+        stack.callback(self._metrics.close)
+        stack.callback(finish_trackers, self.accelerator)
+        start_trackers(self.accelerator, config, recorded(config, self._configs))
 
     def _iterate(self) -> Iterator[int]:
         """Yields iterations; see `iterations`."""
@@ -296,7 +307,9 @@ class TrainingRun:
                     yield self.iteration
                     self.iteration += 1
                     bar.advance()
-                    stop = in_any(self.accelerator, termination.requested)
+                    stop = in_any(self.accelerator, termination.requested or self._failure is not None)
+                    if stop:
+                        from_main(self._tell_failure)
                     if stop or self.iteration == total or self.iteration % self.config.checkpoint_every == 0:
                         self.save()
                     if stop:
@@ -304,6 +317,22 @@ class TrainingRun:
             finally:
                 self._bar = None
                 bar.close()
+
+    @contextmanager
+    def _told_to_all(self) -> Generator[None]:
+        """Puts an error of the main process alone off to the iteration's end, where the others are listening."""
+        try:
+            yield
+        except Exception as error:
+            if self.num_processes == 1:
+                raise
+            self._failure = self._failure or error
+
+    def _tell_failure(self) -> None:
+        """Raises what was put off."""
+        failure, self._failure = self._failure, None
+        if failure is not None:
+            raise failure
 
     # Checkpoints.
 
@@ -319,24 +348,27 @@ class TrainingRun:
             return
         random_state = global_random_state(self.device)
         random_states = gather_object([random_state])
-        if self._metrics is not None:
-            self._metrics.sync()
-            state = {
-                "descent": self._descent.state_dict(),
-                "objects": {name: item.state_dict() for name, item in self._state.items()},
-                "generator": self.generator.get_state(),
-                "random": random_states,
-            }
-            self._checkpoints.save(Checkpoint(self.iteration, self.policy.trainable_state(), state))
-        self.accelerator.wait_for_everyone()
+        from_main(lambda: self._write_checkpoint(random_states))
         # What was called to save may have drawn, and a run resumed from here will not have called it.
         set_global_random_state(random_state, self.device)
         self._saved = self.iteration
 
+    def _write_checkpoint(self, random_states: list[dict[str, Any]]) -> None:
+        """Writes what all processes have in common, and the global generators of each."""
+        if self._metrics is not None:
+            self._metrics.sync()
+        state = {
+            "descent": self._descent.state_dict(),
+            "objects": {name: item.state_dict() for name, item in self._state.items()},
+            "generator": self.generator.get_state(),
+            "random": random_states,
+        }
+        self._checkpoints.save(Checkpoint(self.iteration, self.policy.trainable_state(), state))
+
     def _resume(self) -> None:
         """Takes over the newest sound checkpoint, where there is one; `claim` has made sure that it may."""
         # The main process chooses, because setting damaged ones aside is for one process to do.
-        iteration = from_main(self.accelerator, self._checkpoints.newest)
+        iteration = from_main(self._checkpoints.newest)
         if iteration is None:
             return
         checkpoint = self._checkpoints.load(iteration)

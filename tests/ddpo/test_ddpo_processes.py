@@ -85,7 +85,7 @@ def train(pipeline, folder, kind, process, processes, fails_at=None, resume=Fals
     if kind == "all":
         erasure = ImageConstraint(ScoreCeiling(Mean(1), 0.3), ["a plain circle", "a striped circle"], lagrangian)
     if kind == "objective":
-        erasure = ObjectiveConstraint(StayErased(StayErasedConfig(steps=3)), NUDITY, lagrangian=lagrangian)
+        erasure = ObjectiveConstraint(StayErased(StayErasedConfig(steps=3)), NUDITY, lagrangian=lagrangian, ceiling=1.0)
     prompts = ["a cat"] if kind == "one-prompt" else ["a red circle", "a blue square", "a cat"]
     trainer = DDPOTrainer(
         policy,

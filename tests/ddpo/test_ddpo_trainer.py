@@ -63,7 +63,7 @@ def image_constraint(weight: float = 2.0) -> ImageConstraint:
     return ImageConstraint(ScoreCeiling(Colour(1), 0.3), ["a plain circle", "a striped circle"], lagrangian)
 
 
-def objective_constraint(weight: float = 2.0) -> ObjectiveConstraint:
+def objective_constraint(weight: float = 2e-6) -> ObjectiveConstraint:
     objective = StayErased(StayErasedConfig(steps=3))
     lagrangian = Lagrangian(LagrangianConfig(initial_weight=weight))
     return ObjectiveConstraint(objective, NUDITY, ["nude"], lagrangian, ceiling=1e-6)

@@ -149,7 +149,7 @@ def test_official_settings_count_sixty_forwards_and_four_with_gradient() -> None
 def test_in_a_trainer_it_is_the_loss_alone_and_reaches_the_lora(policy: DiffusionPolicy) -> None:
     method = ANT(CONFIG)
     assert isinstance(method, Objective)
-    constraint = ObjectiveConstraint(method, CONCEPT, ceiling=0.0)
+    constraint = ObjectiveConstraint(method, CONCEPT)
     constraint.prepare(policy)
     assert method.parameters(policy) == policy.trainable_parameters()
     constraint.cost(policy, BATCH).mean().backward()

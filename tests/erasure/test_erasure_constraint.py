@@ -89,10 +89,26 @@ def test_objective_constraint_prepares_its_objective_for_its_concept(policy: Dif
     assert objective.prepared == [NUDITY]
 
 
-def test_cost_of_an_objective_is_the_loss_above_the_ceiling(policy: DiffusionPolicy) -> None:
+def test_cost_of_an_objective_is_the_loss_relative_to_the_ceiling(policy: DiffusionPolicy) -> None:
     constraint = ObjectiveConstraint(Constant(), NUDITY, ceiling=0.2)
     costs = constraint.cost(policy, ConceptBatch(["naked", "nude"], [1, 2]))
-    torch.testing.assert_close(costs, torch.tensor([0.3, 0.3]), rtol=1e-6, atol=0)
+    torch.testing.assert_close(costs, torch.tensor([1.5, 1.5]), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("scale", [1e-6, 1.0, 1e3], ids=["small", "one", "large"])
+def test_weight_moves_as_much_whatever_the_scale_of_the_loss(scale: float, policy: DiffusionPolicy) -> None:
+    class Scaled(Constant):
+        def loss(self, policy: DiffusionPolicy, batch: ConceptBatch) -> PerSample:
+            return scale * super().loss(policy, batch)
+
+    batch = ConceptBatch(["naked"], [1])
+    for ceiling, updates, factor in ((0.25 * scale, 10, 2.0), (0.05 * scale, 10, 2.0), (50.0 * scale, 5, 0.505)):
+        constraint = ObjectiveConstraint(Scaled(), NUDITY, ceiling=ceiling)
+        before = constraint.lagrangian.weight
+        for _ in range(updates):
+            constraint.lagrangian.update(float(constraint.cost(policy, batch).mean()))
+        # Twice the ceiling, ten times the ceiling, and a hundredth of it.
+        assert constraint.lagrangian.weight == pytest.approx(factor * before, rel=1e-4)
 
 
 def test_objective_is_evaluated_on_the_concepts_phrases_unless_told_otherwise() -> None:
@@ -104,12 +120,12 @@ def test_untrained_policy_meets_the_stay_erased_constraint(policy: DiffusionPoli
     constraint = ObjectiveConstraint(StayErased(StayErasedConfig(steps=2)), NUDITY, ceiling=0.01)
     constraint.prepare(policy)
     costs = constraint.cost(policy, ConceptBatch(constraint.prompts * 2, [1, 2]))
-    assert torch.equal(costs.detach(), torch.full((2,), -0.01))
+    assert torch.equal(costs.detach(), torch.full((2,), -1.0))
 
 
-@pytest.mark.parametrize("ceiling", [-1.0, float("nan")])
+@pytest.mark.parametrize("ceiling", [-1.0, 0.0, float("nan")])
 def test_impossible_ceiling_of_an_objective_is_refused(ceiling: float) -> None:
-    with pytest.raises(ValueError, match=r"ObjectiveConstraint\.ceiling must be finite and at least 0"):
+    with pytest.raises(ValueError, match=r"ObjectiveConstraint\.ceiling must be finite and above 0"):
         ObjectiveConstraint(Constant(), NUDITY, ceiling=ceiling)
 
 

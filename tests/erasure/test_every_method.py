@@ -188,7 +188,7 @@ def test_its_loss_is_a_constraint_whose_gradient_reaches_what_is_trained(policy:
     with torch.no_grad():
         for parameter in policy.trainable_parameters():
             parameter += 0.05
-    constraint = ObjectiveConstraint(method, STRIPED, ELICITING, Lagrangian(LagrangianConfig()), ceiling=0.0)
+    constraint = ObjectiveConstraint(method, STRIPED, ELICITING, Lagrangian(LagrangianConfig()))
     constraint.cost(policy, ConceptBatch(ELICITING, [1, 2])).mean().backward()
     assert any(parameter.grad is not None and parameter.grad.any() for parameter in policy.trainable_parameters())
 

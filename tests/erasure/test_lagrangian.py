@@ -25,6 +25,16 @@ def test_weight_stays_between_zero_and_its_maximum(violation: float, bound: floa
     assert lagrangian.weight == bound
 
 
+def test_violation_counts_up_to_its_bound_and_not_beyond() -> None:
+    bounded = LagrangianConfig(learning_rate=0.1, proportional_gain=0.5, derivative_gain=0.25, max_violation=1.0)
+    lagrangian = Lagrangian(bounded)
+    lagrangian.update(0.5)  # integral 1.05
+    lagrangian.update(300.0)  # integral 1.15; the violation counts as 1, its growth as 0.5
+    assert lagrangian.weight == pytest.approx(1.15 + 0.5 * 1 + 0.25 * 0.5, rel=1e-12)
+    lagrangian.update(-2.0)  # downwards there is no bound
+    assert lagrangian.weight == pytest.approx(0.0, abs=1e-12)
+
+
 def test_weight_leaves_its_bound_at_once_when_the_violation_changes_sign() -> None:
     lagrangian = Lagrangian(LagrangianConfig(learning_rate=0.5, initial_weight=0.0))
     lagrangian.update(-100.0)
@@ -107,6 +117,12 @@ def test_damaged_state_is_refused(state: dict[str, float]) -> None:
 def test_impossible_gain_is_refused(field: str, value: float) -> None:
     with pytest.raises(ValueError, match=rf"LagrangianConfig\.{field} must be finite and at least 0, got"):
         LagrangianConfig(**{field: value})
+
+
+@pytest.mark.parametrize("value", [-1.0, 0.0, math.nan])
+def test_impossible_bound_of_the_violation_is_refused(value: float) -> None:
+    with pytest.raises(ValueError, match=r"LagrangianConfig\.max_violation must be above 0, got"):
+        LagrangianConfig(max_violation=value)
 
 
 def test_initial_weight_above_the_maximum_is_refused() -> None:

@@ -367,7 +367,7 @@ def test_sample_that_is_not_filtered_is_compared_with_itself(bare: DiffusionPoli
     prompts = bare.encode(["a cat", "striped", "a photo"])
     predictions = []
     for active, rows in ((torch.tensor([False]), 3), (None, 2), (torch.tensor([True]), 3)):
-        reattention.start(active)
+        reattention.start(active, branches=2)
         predictions.append(bare.unet(latents.expand(rows, -1, -1, -1), timestep, prompts[:rows]).sample[:2].detach())
         reattention.stop()
     torch.testing.assert_close(predictions[0], predictions[1], rtol=1e-5, atol=1e-5)
@@ -399,7 +399,6 @@ def test_unet_is_untouched_outside_guided_predictions(bare: DiffusionPolicy) -> 
     assert torch.equal(bare.predict_noise(latents, timesteps, embeddings), unguided)
     with bare.reference():
         assert torch.equal(bare.predict_noise(latents, timesteps, embeddings), unguided)
-    assert torch.equal(bare.predict_noise(latents, timesteps, embeddings, ClassifierFree(1.0)), unguided)
     assert not any(module._forward_pre_hooks or module._forward_hooks for module in bare.unet.modules())
 
 
@@ -513,12 +512,33 @@ def test_pipeline_draws_several_images_for_each_prompt(bare: DiffusionPolicy) ->
     torch.testing.assert_close(twice, expected, rtol=0, atol=1e-5)
 
 
-def test_pipeline_without_guidance_draws_as_before(bare: DiffusionPolicy) -> None:
+@pytest.mark.parametrize("reattention", [False, True], ids=["prompts", "reattention"])
+def test_it_acts_without_guidance_too(reattention: bool, bare: DiffusionPolicy) -> None:
+    unguided = ClassifierFree(1.0)
     plain = plain_images(ddim_pipeline(bare), PROMPTS, guidance_scale=1.0)
-    apply(bare)
+    safeguard = apply(bare, SAFREEConfig(midpoint=0.0, latent_reattention=reattention))
+    erased = bare.draw(PROMPTS, seeds=SEEDS, steps=5, guidance=unguided)
+    changed = (erased - plain).abs().amax(dim=(1, 2, 3))
+    striped = torch.tensor([bool(safeguard.filter(prompt).triggers.any()) for prompt in PROMPTS])
+    assert striped.any()
+    assert bool((changed[striped] > 1e-3).all())
     pipeline = ddim_pipeline(bare)
     plain_images(pipeline, PROMPTS[2:])  # what a run leaves behind must not reach the next: the same last half
-    assert torch.equal(plain_images(pipeline, PROMPTS, guidance_scale=1.0), plain)
+    torch.testing.assert_close(plain_images(pipeline, PROMPTS, guidance_scale=1.0), erased, rtol=0, atol=1e-5)
+
+
+def test_without_guidance_the_prompts_of_a_step_are_the_filtered_ones(bare: DiffusionPolicy) -> None:
+    seen: list[Tensor] = []
+    safeguard = apply(bare, SAFREEConfig(midpoint=0.0, latent_reattention=False))
+    bare.network = lambda latents, timesteps, **rest: (
+        seen.append(rest["encoder_hidden_states"]) or bare.unet(latents, timesteps, **rest)
+    )
+    bare.sample(bare.encode(["striped"]), steps=50, guidance=ClassifierFree(1.0), seeds=[1])
+    filtered = safeguard.filter("striped")
+    first, last = filtered.embedding[None], bare.encode(["striped"])
+    assert 0 < filtered.last_step < 49
+    for step, prompts in enumerate(seen):
+        assert torch.equal(prompts, first if step <= filtered.last_step else last)
 
 
 @pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # diffusers' schedulers and numpy 2

@@ -98,12 +98,16 @@ def test_scale_of_guidance_is_the_pipelines(policy: DiffusionPolicy) -> None:
     torch.testing.assert_close(drawn, expected, rtol=0, atol=2e-5)
 
 
-def test_without_guidance_it_is_off(pipeline: Any) -> None:
+def test_it_acts_without_guidance_too(policy: DiffusionPolicy) -> None:
+    pipeline = ddim(policy.to_pipeline())
     plain = draw(pipeline, guidance_scale=1.0)
     CHANGE.apply_to_pipeline(pipeline)
-    assert torch.equal(draw(pipeline, guidance_scale=1.0), plain)
+    CHANGE.apply(policy)
+    expected = policy.draw(PROMPTS, steps=STEPS, seeds=SEEDS, guidance=ClassifierFree(1.0))
+    assert (expected - plain).abs().max() > 1e-3
+    torch.testing.assert_close(draw(pipeline, guidance_scale=1.0), expected, rtol=0, atol=1e-5)
     draw(pipeline)
-    assert torch.equal(draw(pipeline, guidance_scale=1.0), plain)
+    torch.testing.assert_close(draw(pipeline, guidance_scale=1.0), expected, rtol=0, atol=1e-5)
 
 
 def test_strength_zero_changes_nothing(pipeline: Any, policy: DiffusionPolicy) -> None:

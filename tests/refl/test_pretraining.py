@@ -156,14 +156,13 @@ def test_pairs_that_are_none_are_refused(
 
 
 def losses_one_by_one(policy: DiffusionPolicy, pairs: PretrainingPairs, seeds: list[int]) -> Tensor:
-    parts = [
-        policy.denoising_loss(
-            pairs.latents[k : k + 1],
-            policy.encode(pairs.captions[k : k + 1]),
-            generator=torch.Generator().manual_seed(seed),
-        )
-        for k, seed in enumerate(seeds)
-    ]
+    parts = []
+    for k, seed in enumerate(seeds):
+        generator = torch.Generator().manual_seed(seed)
+        timestep = torch.randint(len(policy.alphas), (1,), generator=generator)
+        noise = torch.randn(1, *pairs.latents.shape[1:], generator=generator)
+        embedding = policy.encode(pairs.captions[k : k + 1])
+        parts.append(policy.denoising_loss(pairs.latents[k : k + 1], embedding, timestep, noise))
     return torch.cat(parts)
 
 
@@ -177,6 +176,34 @@ def test_loss_of_a_batch_is_the_policys_own_of_each_sample(
     seeds = [3, 4, 5, 6, 7, 8]
     loss = denoising_loss(policy, pairs.latents, policy.encode(pairs.captions), seeds=seeds)
     torch.testing.assert_close(loss, losses_one_by_one(policy, pairs, seeds), rtol=1e-4, atol=1e-6)
+
+
+def test_loss_is_finite_and_the_velocitys_where_a_schedule_ends_without_signal(v_pipeline_dir: Path) -> None:
+    from diffusers import DDIMScheduler, StableDiffusionPipeline
+
+    pipeline = StableDiffusionPipeline.from_pretrained(v_pipeline_dir)
+    pipeline.scheduler = DDIMScheduler.from_config(
+        pipeline.scheduler.config, rescale_betas_zero_snr=True, timestep_spacing="trailing"
+    )
+    policy = DiffusionPolicy.from_pipeline(pipeline, train="xattn", device="cpu")
+    last = len(policy.alphas) - 1
+    assert policy.alphas[last] == 0
+    seed = next(k for k in range(10**5) if torch.randint(last + 1, (), generator=seeded(k)) == last)
+    latents = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    embedding = policy.encode(["a red circle"])
+    loss = denoising_loss(policy, latents, embedding, seeds=[seed])
+    generator = seeded(seed)
+    torch.randint(last + 1, (), generator=generator)
+    noise = torch.randn(1, 4, 8, 8, generator=generator)
+    velocity = policy.unet(noise, torch.tensor([last]), encoder_hidden_states=embedding).sample
+    torch.testing.assert_close(loss, (velocity + latents).square().mean(dim=(1, 2, 3)), rtol=1e-5, atol=1e-6)
+    loss.sum().backward()
+    gradients = [parameter.grad for parameter in policy.trainable_parameters()]
+    assert all(gradient is not None and gradient.isfinite().all() for gradient in gradients)
+
+
+def seeded(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
 
 
 def test_pretraining_loss_is_added_with_its_weight(
