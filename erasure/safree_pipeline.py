@@ -17,7 +17,7 @@ ATTRIBUTE = "safeguard"
 
 
 def attach(pipeline: Pipeline, config: SAFREEConfig, strength: float) -> None:
-    """Puts SAFREE to work in a pipeline, in place; without classifier-free guidance it filters prompts only.
+    """Puts SAFREE to work in a pipeline, in place; without classifier-free guidance too.
 
     Raises:
         ValueError: The pipeline has a safeguard, or its UNet is compiled and latents are to be re-attended.

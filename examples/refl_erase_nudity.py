@@ -185,7 +185,8 @@ def write(
     policy.save_lora(folder / "lora")
     if isinstance(erasure.change, WeightChange):
         policy.save_pipeline(folder / "pipeline")
-    kind = "detector's score" if isinstance(about.constraint, ImageConstraint) else "squared distance"
+    on_images = isinstance(about.constraint, ImageConstraint)
+    cost = "The detector's score minus its ceiling" if on_images else "The loss over its ceiling, minus 1"
     Report(
         title=f"{about.concept.name.capitalize()} erased, reward recovered",
         lead=f"{erasure.method} took {about.concept.name} out of {about.name}; ReFL then raised ImageReward "
@@ -208,7 +209,7 @@ def write(
                 title="Cost of the constraint",
                 tags={"cost": "erasure/cost"},
                 references={"bound": 0.0},
-                caption=f"The {kind} minus its ceiling, on prompts of the concept.",
+                caption=f"{cost}, on prompts of the concept.",
             ),
             Panel(title="Weight of the constraint", tags={"weight": "erasure/weight"}),
         ),

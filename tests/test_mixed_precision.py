@@ -1,6 +1,6 @@
 """bfloat16 autocast beside float32: every eraser and every trainer, two updates each, the same losses to 2 %."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import tinyworld
-from ddpo import DDPOConfig, DDPOTrainer, RWRConfig, RWRTrainer
+from ddpo import DDPOConfig, DDPOTrainer, RewardError, RWRConfig, RWRTrainer, ScoringConfig
 from erasure import Concept, ImageConstraint, ObjectiveConstraint, ScoreCeiling, StayErased, StayErasedConfig
 from erasure.ac import AC, ACConfig
 from erasure.ant import ANT, ANTConfig
@@ -29,14 +29,15 @@ from erasure.sld import SLD, SLDConfig
 from erasure.uce import UCE
 from policy import ClassifierFree, DiffusionPolicy, LoRAConfig
 from refl import ReFLConfig, ReFLTrainer
-from training import ExponentialMovingAverage, TrainingConfig, read_metrics
+from rewards import HeldOut
+from training import ExponentialMovingAverage, TrainingConfig, load_checkpoint, read_metrics
 
 Precision = Literal["no", "bf16"]
 
 TOLERANCE = 0.02
 STRIPED = Concept(name="stripes", phrases=("striped", "with stripes"))
 PICTURES = ("a red circle", "a green square", "a blue star")
-PROMPTS = ["a striped red circle", "a dotted blue square", "a green star", "a zebra"]
+PROMPTS = ["a striped red circle", "a dotted blue square", "a green star", "a striped yellow star"]
 PROMPT = "a red circle at night"
 
 
@@ -310,3 +311,62 @@ def test_embedding_does_not_depend_on_who_asked_first(world: Callable[..., Diffu
         inside = policy.encode([PROMPT])
     assert torch.equal(inside, exact)
     assert torch.equal(policy.encode([PROMPT]), exact)
+
+
+def test_run_that_is_resumed_is_the_run_that_was_not_interrupted(
+    world: Callable[..., DiffusionPolicy], tmp_path: Path
+) -> None:
+    def trained(folder: Path, iterations: int, *, resume: bool = False) -> dict[str, Tensor]:
+        settings = ReFLConfig(
+            batch_size=4, pretraining_weight=0.0, steps=4, first_graded_step=3, last_graded_step=3, reward_scale=0.02
+        )
+        config = TrainingConfig(
+            output_dir=folder, iterations=iterations, learning_rate=5e-4, mixed_precision="bf16", checkpoint_every=1,
+            resume=resume, progress=False,
+        )  # fmt: skip
+        # The held-out prompts, which are encoded outside autocast, are training prompts too.
+        held_out = HeldOut(PROMPTS, tinyworld.Utility())
+        policy = world(lora=LoRAConfig(rank=2))
+        ReFLTrainer(policy, tinyworld.load_reward(), PROMPTS, settings, held_out=held_out).train(config)
+        return load_checkpoint(folder / "checkpoints" / f"iteration-{iterations:08d}").weights
+
+    whole = trained(tmp_path / "whole", 3)
+    trained(tmp_path / "parts", 1)
+    parts = trained(tmp_path / "parts", 3, resume=True)
+    assert all(torch.equal(parts[name], value) for name, value in whole.items())
+
+
+class FailingOnce:
+    """A reward that fails at its first call."""
+
+    differentiable = False
+
+    def __init__(self) -> None:
+        self.failed = False
+
+    def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        if not self.failed:
+            self.failed = True
+            raise ConnectionError("not yet")
+        return images[:, 0].mean(dim=(1, 2))
+
+
+def test_ratio_is_one_before_any_update_of_samples_that_waited_for_a_reward(
+    world: Callable[..., DiffusionPolicy], tmp_path: Path
+) -> None:
+    reward = FailingOnce()
+    settings = DDPOConfig(
+        samples_per_round=4, sampling_batch_size=4, minibatch_size=4, steps=4, guidance_scale=3.0, baseline="round"
+    )
+
+    def train(*, resume: bool) -> None:
+        config = TrainingConfig(
+            output_dir=tmp_path, iterations=1, mixed_precision="bf16", resume=resume, progress=False
+        )  # fmt: skip
+        policy = world(lora=LoRAConfig(rank=2))
+        DDPOTrainer(policy, reward, PROMPTS, settings, scoring=ScoringConfig(attempts=1)).train(config)
+
+    with pytest.raises(RewardError):
+        train(resume=False)
+    train(resume=True)
+    assert [line["policy/ratio_start"] for line in read_metrics(tmp_path / "metrics.jsonl")] == [0.0]

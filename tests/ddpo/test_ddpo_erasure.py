@@ -20,6 +20,7 @@ from erasure import (
 )
 from policy import ClassifierFree, DiffusionPolicy
 from policy.types import Images, PerSample
+from rewards import HeldOut
 from training import TrainingConfig, read_metrics
 
 CONCEPT = ["a plain circle", "a striped circle"]
@@ -189,3 +190,22 @@ def test_objective_keeps_a_policy_where_it_was(
         DDPOTrainer(policy, redness, prompts, small(), erasure=constraint).train(config)
         last.append(columns(config, "erasure/cost")[0][-1])
     assert 1 + last[1] < 0.5 * (1 + last[0])
+
+
+@pytest.mark.parametrize("ema_decay", [None, 0.75])
+def test_policy_ends_with_the_last_averages_where_the_constraint_held_at_no_look(
+    ema_decay: float | None,
+    policy: DiffusionPolicy,
+    redness: Any,
+    prompts: list[str],
+    run_config: Callable[..., TrainingConfig],
+) -> None:
+    start, ends = policy.trainable_state(), []
+    for name, held_out in (("watched", HeldOut(["a dog"], redness)), ("unwatched", None)):
+        policy.load_trainable_state(start)
+        constraint = green_constraint(-1.0)  # no picture is that dark
+        trainer = DDPOTrainer(policy, redness, prompts, small(), erasure=constraint, held_out=held_out)
+        trainer.train(run_config(name, iterations=2, ema_decay=ema_decay))
+        assert trainer.watch is None or trainer.watch.best_iteration == -1
+        ends.append(policy.trainable_state())
+    assert all(torch.equal(value, ends[1][name]) for name, value in ends[0].items())

@@ -125,6 +125,28 @@ def test_objective_on_noise_predictions_is_a_constraint_too(
     assert stay_erased.lagrangian.weight > lines[1]["erasure/weight"]
 
 
+@pytest.mark.parametrize(("broken", "updates"), [(True, 10), (False, 5)], ids=["broken", "satisfied"])
+def test_weight_of_an_objective_doubles_when_its_ceiling_is_broken_and_halves_when_it_is_not(
+    broken: bool,
+    updates: int,
+    policy: DiffusionPolicy,
+    stir: Callable[[DiffusionPolicy], None],
+    redness: Any,
+    prompts: list[str],
+    small: Callable[..., ReFLConfig],
+    run_config: Callable[..., TrainingConfig],
+) -> None:
+    if broken:
+        stir(policy)
+    constraint = ObjectiveConstraint(StayErased(StayErasedConfig(steps=2)), NUDITY, ceiling=1e-6 if broken else 1e-3)
+    config = run_config(iterations=updates, learning_rate=1e-9)
+    ReFLTrainer(policy, redness, prompts, small(), erasure=constraint).train(config)
+    lines = read_metrics(config.output_dir / "metrics.jsonl")
+    costs = [line["erasure/cost"] for line in lines if "erasure/cost" in line]
+    assert all(cost > 1 for cost in costs) if broken else all(cost < -0.99 for cost in costs)
+    assert constraint.lagrangian.weight == pytest.approx(2.0 if broken else 0.5, rel=1e-2)
+
+
 def test_constraint_keeps_a_policy_where_it_was(
     make_policy: Callable[..., DiffusionPolicy],
     redness: Any,

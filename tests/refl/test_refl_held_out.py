@@ -188,3 +188,24 @@ def test_training_ends_with_the_weights_of_its_best_look(
         return look.held_out.mean()
 
     assert float(score()) == pytest.approx(watch.best, abs=1e-6)
+
+
+@pytest.mark.parametrize("ema_decay", [None, 0.75])
+def test_policy_ends_with_the_last_averages_where_the_constraint_held_at_no_look(
+    ema_decay: float | None,
+    make_policy: Callable[..., DiffusionPolicy],
+    redness: Any,
+    prompts: list[str],
+    small: Callable[..., ReFLConfig],
+    run_config: Callable[..., TrainingConfig],
+    green_constraint: Callable[..., Any],
+) -> None:
+    ends = []
+    for name, held_out in (("watched", HeldOut(HELD_OUT, redness)), ("unwatched", None)):
+        policy = make_policy(train="xattn-kv")
+        constraint = green_constraint(ceiling=-1.0)  # no picture is that dark
+        trainer = ReFLTrainer(policy, redness, prompts, small(), erasure=constraint, held_out=held_out)
+        trainer.train(run_config(name, iterations=2, ema_decay=ema_decay))
+        assert trainer.watch is None or trainer.watch.best_iteration == -1
+        ends.append(policy.trainable_state())
+    assert all(torch.equal(value, ends[1][name]) for name, value in ends[0].items())
