@@ -164,10 +164,7 @@ def erased_loss(
     source: Embeddings | None = None,
     negative_guidance: float = 1.0,
 ) -> PerSample:
-    """Returns the mean squared distance of each sample's prediction from `ε*(s) - (1 + η) (ε*(c) - ε*(∅))`.
-
-    ε* is the policy's reference, and s the concept c itself unless a source is given: then the target is the paper's
-    `ε*(∅) - η (ε*(c) - ε*(∅))`.
+    """Returns the mean squared distance of each sample's prediction from `learned_target`.
 
     Args:
         policy: What is trained.
@@ -178,16 +175,35 @@ def erased_loss(
         source: Embeddings of what is led away from the concept, if not the concept.
         negative_guidance: How far (η).
     """
+    target = learned_target(
+        policy, latents, timesteps, concept, empty, source=source, negative_guidance=negative_guidance
+    )
+    prediction = policy.predict_noise(latents, timesteps, concept if source is None else source)
+    return (prediction - target).square().flatten(1).mean(dim=1)
+
+
+def learned_target(
+    policy: DiffusionPolicy,
+    latents: Latents,
+    timesteps: Int[Tensor, " batch"],
+    concept: Embeddings,
+    empty: Embeddings,
+    *,
+    source: Embeddings | None = None,
+    negative_guidance: float = 1.0,
+) -> Latents:
+    """Returns what the prediction for a source s has to become, `ε*(s) - (1 + η) (ε*(c) - ε*(∅))`.
+
+    ε* is the policy's reference. Without a source s is the concept c itself, and the target the paper's
+    `ε*(∅) - η (ε*(c) - ε*(∅))`. Arguments as in `erased_loss`.
+    """
     asked = [concept, empty] if source is None else [concept, empty, source]
     count = len(asked)
     with policy.reference():
         original = policy.predict_noise(latents.repeat(count, 1, 1, 1), timesteps.repeat(count), torch.cat(asked))
     conditional, unconditional, *rest = original.chunk(count)
     target = erased_target(conditional, unconditional, negative_guidance=negative_guidance)
-    if rest:
-        target = rest[0] - conditional + target
-    prediction = policy.predict_noise(latents, timesteps, concept if source is None else source)
-    return (prediction - target).square().flatten(1).mean(dim=1)
+    return rest[0] - conditional + target if rest else target
 
 
 def erased_target(conditional: Latents, unconditional: Latents, *, negative_guidance: float) -> Latents:

@@ -18,7 +18,7 @@ import random
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -109,6 +109,16 @@ class RecelerConfig:
         """Returns settings for `erasure.STRIPES` on the tiny world's model, found by trying."""
         descent = DescentConfig(iterations=90, learning_rate=1e-3, batch_size=4)
         return cls(rank=32, inner_steps=3, steps=10, descent=descent)
+
+
+class Terms(NamedTuple):
+    """The parts of a loss, for each sample."""
+
+    erased: PerSample
+    """Squared distance from what is to be predicted for the concept."""
+
+    outside: PerSample
+    """What the erasers add outside of the concept; zero where there are none."""
 
 
 class Receler:
@@ -220,6 +230,18 @@ class Receler:
         tokens: SoftTokens,
     ) -> PerSample:
         """Returns the loss of each sample for given latents and soft tokens before their first step."""
+        terms = self.terms(policy, prompts, latents, timesteps, tokens)
+        return terms.erased + self.config.regularization * terms.outside
+
+    def terms(
+        self,
+        policy: DiffusionPolicy,
+        prompts: Sequence[str],
+        latents: Latents,
+        timesteps: Int[Tensor, " batch"],
+        tokens: SoftTokens,
+    ) -> Terms:
+        """Returns the parts of the loss, with gradient; arguments as in `loss_at`."""
         cfg = self.config
         embeddings, words = policy.encode(prompts), words_of(policy, prompts)
         height, width = latents.shape[-2:]
@@ -235,11 +257,10 @@ class Receler:
             embeddings = with_tokens(embeddings, words, tokens)
         with recorded_erasers(policy.unet) as added:
             prediction = policy.predict_noise(latents, timesteps, embeddings)
-        loss = (prediction - target).square().flatten(1).mean(dim=1)
-        if added:
-            mask = where >= cfg.mask_threshold
-            loss = loss + cfg.regularization * outside(added, mask, height=height, width=width)
-        return loss
+        erased = (prediction - target).square().flatten(1).mean(dim=1)
+        if not added:
+            return Terms(erased, torch.zeros_like(erased))
+        return Terms(erased, outside(added, where >= cfg.mask_threshold, height=height, width=width))
 
     def attack(
         self,
@@ -299,15 +320,19 @@ def outside(
 
     Args:
         added: What each eraser gave, pixels row by row.
-        mask: Where the concept is; resized to each layer by the nearest pixel.
+        mask: Where the concept is; taken to each layer's size by `nearest`.
         height: Of the latents.
         width: Of the latents.
     """
-    free = (~mask).float().unsqueeze(1)
     found = []
     for output in added.values():
         shape = layer_shape(output.shape[1], height, width)
-        weight = torch.nn.functional.interpolate(free, shape, mode="nearest").flatten(1)
+        weight = (~nearest(mask, *shape)).float().flatten(1)
         square = output.float().square().mean(dim=2)
         found.append((square * weight).sum(dim=1) / (weight.sum(dim=1) + 1e-9))
     return torch.stack(found).mean(dim=0)
+
+
+def nearest(mask: Bool[Tensor, "batch mask_h mask_w"], height: int, width: int) -> Bool[Tensor, "batch h w"]:
+    """Returns a mask of another size, each pixel that of the nearest."""
+    return torch.nn.functional.interpolate(mask.float().unsqueeze(1), (height, width), mode="nearest").squeeze(1) > 0

@@ -21,6 +21,8 @@ from policy import DiffusionPolicy, LoRAConfig
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports huggingface_hub: no test asks the network
 
+pytest_plugins = ["golden_case"]
+
 ROOT = Path(__file__).resolve().parents[1]
 
 TOKENS = 24

@@ -1,88 +1,75 @@
-import json
-from pathlib import Path
+"""Concept ablation against numbers of the authors' own training loop."""
+
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from erasure.ac import AC, ACConfig, Examples
 from policy import DiffusionPolicy
 from policy.weights import base_parameters, select_parameters
+from tests.erasure.erasure_case import TINY_SD, ErasureCase
 
-GOLDEN = Path(__file__).parents[1] / "golden"
-RECORD = json.loads((GOLDEN / "ac.json").read_text(encoding="utf-8"))
-HYPER = RECORD["hyper"]
+CASE = ErasureCase("ac")
+HYPER = CASE.record["hyper"]
 SETS = {"cross-attn": ("xattn-kv", "cross_attn"), "attn": ("attn", "attn")}
-
-
-@pytest.fixture(scope="module")
-def tensors() -> dict[str, torch.Tensor]:
-    return load_file(GOLDEN / "ac.safetensors")
+"""Our name of each of theirs: that of a norm, and that of the parameters."""
 
 
 @pytest.fixture
 def student() -> DiffusionPolicy:
-    return DiffusionPolicy.from_pretrained(GOLDEN / "tiny-sd", device="cpu", train="attn")
+    return DiffusionPolicy.from_pretrained(TINY_SD, device="cpu", train="attn")
 
 
-def check(name: str, value: torch.Tensor, tensors: dict[str, torch.Tensor]) -> None:
-    expected = tensors[name]
-    assert value.shape == expected.shape
-    assert (value.detach() - expected).abs().max() / expected.abs().max() <= RECORD["tensors"][name]["tol"], name
-
-
-def stored(policy: DiffusionPolicy, tensors: dict[str, torch.Tensor]) -> Examples:
-    timesteps = tensors["timesteps"].long()
+def stored(policy: DiffusionPolicy) -> Examples:
+    timesteps, noise = CASE.tensors["timesteps"].long(), CASE.tensors["noise"]
     return Examples(
-        latents=policy.add_noise(tensors["latents"], tensors["noise"], timesteps),
-        noise=tensors["noise"],
+        latents=policy.add_noise(CASE.tensors["latents"], noise, timesteps),
+        noise=noise,
         timesteps=timesteps,
         captions=HYPER["target_captions"] + HYPER["prior_captions"],
         anchors=HYPER["anchor_captions"],
-        mask=tensors["mask"][:2],
+        mask=CASE.tensors["mask"][: len(HYPER["anchor_captions"])],
     )
 
 
-def test_noised_latents_and_predictions_are_those_of_the_authors_code(
-    student: DiffusionPolicy, tensors: dict[str, torch.Tensor]
-) -> None:
-    examples = stored(student, tensors)
-    check("noisy_latents", examples.latents, tensors)
-    captions = {"pred_target": HYPER["target_captions"], "pred_anchor": HYPER["anchor_captions"]}
-    captions["pred_prior"] = HYPER["prior_captions"]
-    for name, texts in captions.items():
-        rows = slice(2, 4) if name == "pred_prior" else slice(2)
+def test_the_schedule_is_the_one_that_the_policy_noises_by(student: DiffusionPolicy) -> None:
+    schedule: Any = student.scheduler.config
+    betas = f"{schedule.beta_start}..{schedule.beta_end} {schedule.beta_schedule}"
+    words = f"DDPM, {len(student.alphas)} steps, beta {betas}, {schedule.prediction_type} prediction"
+    assert words == HYPER["scheduler"]
+
+
+def test_noised_latents_and_predictions_are_those_of_the_authors_code(student: DiffusionPolicy) -> None:
+    examples = stored(student)
+    CASE.check("noisy_latents", examples.latents)
+    images = len(examples.anchors)
+    for name, texts, first in (
+        ("pred_target", HYPER["target_captions"], 0),
+        ("pred_anchor", HYPER["anchor_captions"], 0),
+        ("pred_prior", HYPER["prior_captions"], images),
+    ):
+        rows = slice(first, first + images)
         prediction = student.predict_noise(examples.latents[rows], examples.timesteps[rows], student.encode(texts))
-        check(name, prediction, tensors)
+        CASE.check(name, prediction)
+    assert (CASE.tensors["mask"][images:] == 1).all()  # the prior is over whole pictures, as it is here
 
 
 @pytest.mark.parametrize("case", sorted(HYPER["prior_weight"]))
-def test_loss_and_gradients_are_those_of_the_authors_code(
-    case: str, student: DiffusionPolicy, tensors: dict[str, torch.Tensor]
-) -> None:
+def test_loss_and_gradients_are_those_of_the_authors_code(case: str, student: DiffusionPolicy) -> None:
     weight = HYPER["prior_weight"][case]
     method = AC(ACConfig(prior_weight=weight, detach_start=case != "no_sos_detach"))
-    erased, prior = method.losses(student, stored(student, tensors))
+    erased, prior = method.losses(student, stored(student))
     loss = (erased + weight * prior).mean()
     loss.backward()
-    check(f"{case}/loss", loss, tensors)
-    check(f"{case}/prior_loss", prior.mean(), tensors)
+    CASE.check(f"{case}/loss", loss)
+    CASE.check(f"{case}/prior_loss", prior.mean())
 
     gradients: dict[str, Any] = {name: value.grad for name, value in base_parameters(student.unet).items()}
     for name, (ours, theirs) in SETS.items():
         names = select_parameters(student.unet, ours)
-        assert set(names) == set(RECORD["parameter_sets"][theirs])
-        norm = torch.stack([gradients[key].square().sum() for key in names]).sum().sqrt()
-        check(f"{case}/grad_norm/{name}", norm, tensors)
-    for name in tensors:
-        if name.startswith(f"{case}/grad/"):
-            check(name, gradients[name.removeprefix(f"{case}/grad/")], tensors)
-
-
-def test_every_expected_tensor_is_compared() -> None:
-    expected = {name for name, about in RECORD["tensors"].items() if about["kind"] == "expected"}
-    compared = {"noisy_latents", "pred_target", "pred_anchor", "pred_prior"}
-    for case in HYPER["prior_weight"]:
-        compared |= {f"{case}/{part}" for part in ("loss", "prior_loss", "grad_norm/cross-attn", "grad_norm/attn")}
-    assert {name for name in expected if "/grad/" not in name} == compared
+        assert set(names) == set(CASE.record["parameter_sets"][theirs])
+        norms = [gradients[key].double().square().sum() for key in names]
+        CASE.check(f"{case}/grad_norm/{name}", torch.stack(norms).sum().sqrt())
+    for name in CASE.tensors.under(f"{case}/grad/"):
+        CASE.check(f"{case}/grad/{name}", gradients[name])

@@ -1,83 +1,112 @@
-"""ESD's targets, losses, gradients and parameter sets are those of the authors' code."""
-
-import json
-from pathlib import Path
+"""ESD's targets, predictions, losses, gradients and parameter sets are those of the authors' code."""
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
-from erasure.esd import erased_loss
-from policy import DiffusionPolicy, select_parameters
+from erasure.esd import erased_loss, learned_target
+from policy import ClassifierFree, DiffusionPolicy, select_parameters
 from policy.weights import base_parameters
+from tests.erasure.erasure_case import TINY_SD, ErasureCase, in_double, perturb
 
-GOLDEN = Path(__file__).parents[1] / "golden"
-RECORD = json.loads((GOLDEN / "esd.json").read_text(encoding="utf-8"))
+CASE = ErasureCase("esd")
+HYPER = CASE.record["hyper"]
 SETS = {
     "old": {"xattn": "xattn", "noxattn": "noxattn", "selfattn": "selfattn", "full": "full"},
     "new": {"esd-x": "xattn", "esd-x-strict": "xattn-kv", "esd-u": "noxattn-layers", "esd-all": "layers"},
 }
 """Our name of each of theirs."""
 
-
-@pytest.fixture(scope="module")
-def tensors() -> dict[str, Tensor]:
-    return load_file(GOLDEN / "esd.safetensors")
+FORMS = sorted(name for name in CASE.tensors.under("c0/target_"))
+TIMES = range(len(HYPER["timesteps"]))
 
 
 @pytest.fixture
 def student() -> DiffusionPolicy:
-    return DiffusionPolicy.from_pretrained(GOLDEN / "tiny-sd", train="full", device="cpu")
+    return DiffusionPolicy.from_pretrained(TINY_SD, train="full", device="cpu")
 
 
-def close(name: str, found: Tensor, tensors: dict[str, Tensor]) -> None:
-    expected = tensors[name]
-    error = (found - expected).abs().max() / expected.abs().max()
-    assert error <= RECORD["tensors"][name]["tol"], (name, float(error))
+def noised(case: int) -> tuple[Tensor, Tensor]:
+    return CASE.tensors[f"c{case}/x_t"], torch.tensor([HYPER["timesteps"][case]])
 
 
-@pytest.mark.parametrize("version", SETS)
-def test_parameter_sets_are_theirs(version: str, student: DiffusionPolicy) -> None:
-    for theirs, ours in SETS[version].items():
-        assert set(select_parameters(student.unet, ours)) == set(RECORD["parameter_sets"][version][theirs]), theirs
+def guidance_of(form: str) -> float:
+    """Our η: the newer code writes 1 + η, as it leads away from what was asked for and not from the empty prompt."""
+    version = form.split("_")[0]
+    return HYPER[f"eta_{version}"] - {"old": 0, "new": 1}[version]
 
 
-@pytest.mark.parametrize("case", [0, 1])
-@pytest.mark.parametrize("weights", ["same", "perturbed"])
-@pytest.mark.parametrize("form", ["old_eta1", "new_eta2", "new_eta2_from"])
+def asked_in(form: str) -> Tensor:
+    """The prompt that the student is given."""
+    return CASE.tensors["emb_from" if form.endswith("_from") else "emb_concept"]
+
+
+def test_embeddings_are_those_of_the_golden_model(student: DiffusionPolicy) -> None:
+    CASE.check_embedding(student, "emb_concept", HYPER["concept"])
+    CASE.check_embedding(student, "emb_empty", "")
+    CASE.check_embedding(student, "emb_from", HYPER["erase_from"])
+
+
+def test_parameter_sets_are_theirs(student: DiffusionPolicy) -> None:
+    assert CASE.record["parameter_sets"].keys() == SETS.keys()
+    for version, sets in CASE.record["parameter_sets"].items():
+        assert sets.keys() == SETS[version].keys()
+        for theirs, names in sets.items():
+            assert set(select_parameters(student.unet, SETS[version][theirs])) == set(names), theirs
+
+
+@pytest.mark.parametrize("case", TIMES)
+@pytest.mark.parametrize("weights", HYPER["student"])
+@pytest.mark.parametrize("form", FORMS)
 def test_loss_and_gradients_are_theirs(
-    case: int, weights: str, form: str, student: DiffusionPolicy, tensors: dict[str, Tensor]
+    case: int, weights: str, form: str, student: DiffusionPolicy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if weights == "perturbed":
-        with torch.no_grad():
-            for parameter in base_parameters(student.unet).values():
-                parameter.mul_(1.01).add_(0.001)
-    latents, timesteps = tensors[f"c{case}/x_t"], torch.tensor([RECORD["hyper"]["timesteps"][case]])
-    source = tensors["emb_from"] if form == "new_eta2_from" else None
-    loss = erased_loss(
-        student, latents, timesteps, tensors["emb_concept"], tensors["emb_empty"], source=source, negative_guidance=1.0
-    ).mean()
-    close(f"c{case}/{weights}/{form}/loss", loss, tensors)
+    in_double(student, monkeypatch)
+    changed = HYPER["student"][weights]
+    if weights == "same":
+        assert changed.startswith("student weights equal")
+    else:
+        perturb(student, changed)
+    prefix, (latents, timesteps), asked = f"c{case}/{weights}/{form}", noised(case), asked_in(form)
+    concept, empty = CASE.tensors["emb_concept"], CASE.tensors["emb_empty"]
+    source = asked if form.endswith("_from") else None
+    eta = guidance_of(form)
+    loss = erased_loss(student, latents, timesteps, concept, empty, source=source, negative_guidance=eta).mean()
+    CASE.check(f"{prefix}/loss", loss)
 
     loss.backward()
-    for theirs, ours in SETS["old" if form == "old_eta1" else "new"].items():
+    for theirs, ours in SETS[form.split("_")[0]].items():
         gradients = [p.grad for p in select_parameters(student.unet, ours).values() if p.grad is not None]
-        norm = torch.stack([gradient.square().sum() for gradient in gradients]).sum().sqrt()
-        close(f"c{case}/{weights}/{form}/grad_norm/{theirs}", norm, tensors)
-    for name in tensors:
-        prefix = f"c{case}/{weights}/{form}/grad/"
-        if name.startswith(prefix):
-            gradient = base_parameters(student.unet)[name.removeprefix(prefix)].grad
-            assert gradient is not None
-            close(name, gradient, tensors)
+        norm = torch.stack([gradient.double().square().sum() for gradient in gradients]).sum().sqrt()
+        CASE.check(f"{prefix}/grad_norm/{theirs}", norm)
+    for name in CASE.tensors.under(f"{prefix}/grad/"):
+        gradient = base_parameters(student.unet)[name].grad
+        assert gradient is not None
+        CASE.check(f"{prefix}/grad/{name}", gradient)
 
 
-@pytest.mark.parametrize("case", [0, 1])
-def test_predictions_of_the_original_model_are_theirs(
-    case: int, student: DiffusionPolicy, tensors: dict[str, Tensor]
-) -> None:
-    timesteps = torch.tensor([RECORD["hyper"]["timesteps"][case]])
-    with torch.no_grad():
+@pytest.mark.parametrize("case", TIMES)
+def test_predictions_of_a_changed_model_are_theirs(case: int, student: DiffusionPolicy) -> None:
+    perturb(student, HYPER["student"]["perturbed"])
+    latents, timesteps = noised(case)
+    stored = CASE.tensors.under(f"c{case}/perturbed/")
+    forms = [form for form in FORMS if f"{form}/eps_student" in stored]
+    for form in forms:
+        CASE.check(f"c{case}/perturbed/{form}/eps_student", student.predict_noise(latents, timesteps, asked_in(form)))
+
+
+@pytest.mark.parametrize("case", TIMES)
+def test_predictions_and_targets_of_the_original_model_are_theirs(case: int, student: DiffusionPolicy) -> None:
+    perturb(student, HYPER["student"]["perturbed"])  # the original model is the reference, whatever is trained
+    latents, timesteps = noised(case)
+    guidance = ClassifierFree(HYPER["guidance_in_both_predictions"])
+    with student.reference():
         for name, text in (("eps_cond", "emb_concept"), ("eps_uncond", "emb_empty"), ("eps_from", "emb_from")):
-            close(f"c{case}/{name}", student.predict_noise(tensors[f"c{case}/x_t"], timesteps, tensors[text]), tensors)
+            prediction = student.predict_noise(latents, timesteps, CASE.tensors[text], guidance)
+            CASE.check(f"c{case}/{name}", prediction)
+    concept, empty = CASE.tensors["emb_concept"], CASE.tensors["emb_empty"]
+    for form in FORMS:
+        source = asked_in(form) if form.endswith("_from") else None
+        eta = guidance_of(form)
+        target = learned_target(student, latents, timesteps, concept, empty, source=source, negative_guidance=eta)
+        CASE.check(f"c{case}/target_{form}", target)

@@ -1,77 +1,70 @@
 """Selective amnesia against the authors' code, run on the golden model."""
 
-import json
-from pathlib import Path
+import re
+from collections.abc import Generator
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from golden_case import GoldenCase
+from torch import Tensor
 
 from erasure.fisher import Sums, changes, noise_errors, start_of, watched_weights
 from erasure.sa import SA, Examples, SAConfig, weighted_change
 from policy import DiffusionPolicy, select_parameters
 from policy.types import PerSample
+from tests.erasure.erasure_case import TINY_SD, ErasureCase, in_double, perturb
 
-GOLDEN = Path(__file__).parents[1] / "golden"
-RECORD = json.loads((GOLDEN / "sa.json").read_text(encoding="utf-8"))
-HYPER = RECORD["hyper"]
-CHUNKS = 4
+CASE = ErasureCase("sa")
+HYPER = CASE.record["hyper"]
 KINDS = ("forget", "remember")
-
-
-@pytest.fixture(scope="module")
-def tensors() -> dict[str, torch.Tensor]:
-    return load_file(GOLDEN / "sa.safetensors")
+SETS, REFERENCE = HYPER["parameter_sets"].split(" as in ")
+"""Names of parameter sets, and where they are written out: "noxattn/xattn/full as in esd.json (old)"."""
 
 
 def golden_policy() -> DiffusionPolicy:
-    return DiffusionPolicy.from_pretrained(GOLDEN / "tiny-sd", train="full", device="cpu")
+    return DiffusionPolicy.from_pretrained(TINY_SD, train="full", device="cpu")
 
 
-def check(name: str, value: torch.Tensor, tensors: dict[str, torch.Tensor]) -> None:
-    expected = tensors[name]
-    error = (value.detach() - expected).abs().max() / expected.abs().max().clamp(min=1e-30)
-    assert error <= RECORD["tensors"][name]["tol"], name
-
-
-def test_fisher_information_is_that_of_the_authors_code(tensors: dict[str, torch.Tensor]) -> None:
-    policy = golden_policy()
+def test_fisher_information_is_that_of_the_authors_code(monkeypatch: pytest.MonkeyPatch) -> None:
+    policy = in_double(golden_policy(), monkeypatch)
     weights = watched_weights(policy)
     sums = Sums.zeros(weights)
-    timesteps, embeddings = tensors["fim/timesteps"].long(), policy.encode(HYPER["fim_captions"])
+    given = CASE.tensors.under("fim/")
+    timesteps, captions = given["timesteps"].long(), HYPER["fim_captions"]
     assert timesteps.tolist() == HYPER["timesteps_fim"]
-    torch.testing.assert_close(embeddings, tensors["fim/embeddings"], rtol=0, atol=1e-5)  # of order 1
-    for image, latents in enumerate(tensors["fim/latents"]):
+    embeddings = policy.encode(captions)
+    torch.testing.assert_close(embeddings, given["embeddings"], rtol=0, atol=1e-5)  # of order 1
+    (chunks,) = re.findall(r"accumulated in (\d+) chunks", CASE.record["formula"])
+    for image, latents in enumerate(given["latents"]):
 
-        def loss(part: torch.Tensor, image: int = image, latents: torch.Tensor = latents) -> PerSample:
-            noise = tensors["fim/noise"][image, part]
-            prompt = embeddings[image].expand(len(part), -1, -1)
-            return noise_errors(policy, latents.expand_as(noise), noise, timesteps[part], prompt)
+        def losses(image: int = image, latents: Tensor = latents) -> Generator[PerSample]:
+            for part in torch.arange(len(timesteps)).chunk(int(chunks)):
+                noise = given["noise"][image, part]
+                prompt = embeddings[image].expand(len(part), -1, -1)
+                yield noise_errors(policy, latents.expand_as(noise), noise, timesteps[part], prompt)
 
-        parts = torch.arange(len(timesteps)).chunk(CHUNKS)
-        sums.add(list(weights.values()), (loss(part) for part in parts), len(timesteps))
-    fisher = sums.information(len(tensors["fim/latents"]), 1.0)
+        sums.add(list(weights.values()), losses(), len(timesteps))
+    fisher = sums.information(len(captions), 1.0)
 
-    assert {f"fim/value/{name}" for name in fisher} == {name for name in tensors if name.startswith("fim/value/")}
+    assert fisher.keys() == set(given.under("value/"))
     for name, value in fisher.items():
-        check(f"fim/value/{name}", value, tensors)
-    check("fim/sum", torch.stack([value.sum(dtype=torch.float64) for value in fisher.values()]).sum(), tensors)
+        CASE.check(f"fim/value/{name}", value)
+    CASE.check("fim/sum", torch.stack([value.sum(dtype=torch.float64) for value in fisher.values()]).sum())
 
 
 @pytest.fixture(scope="module")
-def student(tensors: dict[str, torch.Tensor]) -> tuple[DiffusionPolicy, dict[str, torch.Tensor]]:
+def student() -> tuple[DiffusionPolicy, dict[str, Tensor]]:
     """The golden model, changed as the record says and differentiated, and the values that it must have."""
     policy = golden_policy()
-    with torch.no_grad():
-        for parameter in policy.trainable_parameters():
-            parameter.copy_(1.01 * parameter + 0.001)
+    perturb(policy, HYPER["student"])
     method = SA(SAConfig(penalty=HYPER["lambda_"], replay_weight=HYPER["gamma"]))
-    both = [tensors[f"loss/{kind}_{part}"] for part in ("latents", "noise", "timesteps") for kind in KINDS]
+    given = CASE.tensors.under("loss/")
+    both = [given[f"{kind}_{part}"] for part in ("latents", "noise", "timesteps") for kind in KINDS]
     examples = Examples(
         torch.cat(both[:2]), torch.cat(both[2:4]), torch.cat(both[4:]).long(),
         HYPER["forget_captions"] + HYPER["remember_captions"],
     )  # fmt: skip
-    fisher = {name: tensors[f"fim/value/{name}"] for name in watched_weights(policy)}
+    fisher = {name: CASE.tensors[f"fim/value/{name}"] for name in watched_weights(policy)}
     forget, remember = (errors.mean() for errors in method.errors(policy, examples))
     penalty = method.config.penalty * weighted_change(fisher, changes(policy, start_of(policy)))
     total = forget + method.config.replay_weight * remember + penalty
@@ -81,25 +74,26 @@ def student(tensors: dict[str, torch.Tensor]) -> tuple[DiffusionPolicy, dict[str
 
 @pytest.mark.parametrize("term", ["forget_term", "remember_term", "penalty", "total"])
 def test_terms_of_the_loss_are_those_of_the_authors_code(
-    term: str, student: tuple[DiffusionPolicy, dict[str, torch.Tensor]], tensors: dict[str, torch.Tensor]
+    term: str, student: tuple[DiffusionPolicy, dict[str, Tensor]]
 ) -> None:
-    check(f"loss/{term}", student[1][term], tensors)
+    CASE.check(f"loss/{term}", student[1][term])
 
 
-@pytest.mark.parametrize("train", ["noxattn", "xattn", "full"])
+@pytest.mark.parametrize("train", SETS.split("/"))
 def test_gradient_norms_are_those_of_the_authors_code(
-    train: str, student: tuple[DiffusionPolicy, dict[str, torch.Tensor]], tensors: dict[str, torch.Tensor]
+    train: str, student: tuple[DiffusionPolicy, dict[str, Tensor]]
 ) -> None:
-    gradients = [parameter.grad for parameter in select_parameters(student[0].unet, train).values()]
-    squares = [gradient.square().sum() for gradient in gradients if gradient is not None]
+    file, version = re.findall(r"\w+", REFERENCE)[0], re.findall(r"\((\w+)\)", REFERENCE)[0]
+    chosen = select_parameters(student[0].unet, train)
+    assert set(chosen) == set(GoldenCase(file).record["parameter_sets"][version][train])
+    gradients = [parameter.grad for parameter in chosen.values()]
+    squares = [gradient.double().square().sum() for gradient in gradients if gradient is not None]
     assert len(squares) == len(gradients)
-    check(f"loss/grad_norm/{train}", torch.stack(squares).sum().sqrt(), tensors)
+    CASE.check(f"loss/grad_norm/{train}", torch.stack(squares).sum().sqrt())
 
 
-def test_a_gradient_is_that_of_the_authors_code(
-    student: tuple[DiffusionPolicy, dict[str, torch.Tensor]], tensors: dict[str, torch.Tensor]
-) -> None:
-    (name,) = (name for name in tensors if name.startswith("loss/grad/"))
-    gradient = student[0].unet.get_parameter(name.removeprefix("loss/grad/")).grad
-    assert gradient is not None
-    check(name, gradient, tensors)
+def test_a_gradient_is_that_of_the_authors_code(student: tuple[DiffusionPolicy, dict[str, Tensor]]) -> None:
+    for name in CASE.tensors.under("loss/grad/"):
+        gradient = student[0].unet.get_parameter(name).grad
+        assert gradient is not None
+        CASE.check(f"loss/grad/{name}", gradient)

@@ -1,87 +1,127 @@
 """SAFREE against what the authors' own functions give on a tiny Stable Diffusion with random weights."""
 
-import json
-from pathlib import Path
+import re
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from torch import Tensor
 
 from erasure.prompt_filter import PromptFilter, projector, trigger_tokens
 from erasure.reattention import damp_low_frequencies
 from erasure.safree import NUDITY_CONCEPTS, SAFREEConfig
 from policy import DiffusionPolicy
+from tests.erasure.erasure_case import TINY_SD, ErasureCase
 
-GOLDEN = Path(__file__).parents[1] / "golden"
-RECORD = json.loads((GOLDEN / "safree.json").read_text(encoding="utf-8"))
-EXPECTED = sorted(name for name, about in RECORD["tensors"].items() if about["kind"] == "expected")
-SETTINGS = SAFREEConfig()
-ARTISTS = SAFREEConfig(steepness=3.5, midpoint=5.5)
+CASE = ErasureCase("safree")
+HYPER = CASE.record["hyper"]
+PROMPTS = HYPER["prompts"]
+
+
+def config_for(kind: str) -> SAFREEConfig:
+    """The settings with which the file counted steps, as it says beside them."""
+    words = CASE.record["tensors"][f"n_grid_{kind}"]["what"]
+    ((steepness, midpoint),) = re.findall(r"k=([\d.]+), t0=([\d.]+)", words)
+    return SAFREEConfig(
+        alpha=HYPER["alpha"],
+        filtered_steps=HYPER["up_t"],
+        steepness=float(steepness),
+        midpoint=float(midpoint),
+        concepts=tuple(HYPER["concepts"]),
+    )
 
 
 @pytest.fixture(scope="module")
-def stored() -> dict[str, torch.Tensor]:
-    return load_file(GOLDEN / "safree.safetensors")
+def policy() -> DiffusionPolicy:
+    return DiffusionPolicy.from_pretrained(TINY_SD, device="cpu")
 
 
 @pytest.fixture(scope="module")
-def prompt_filter() -> PromptFilter:
-    policy = DiffusionPolicy.from_pretrained(GOLDEN / "tiny-sd", device="cpu")
-    return PromptFilter(policy.prompts, NUDITY_CONCEPTS, alpha=SETTINGS.alpha, last_step=SETTINGS.last_step)
+def prompt_filter(policy: DiffusionPolicy) -> PromptFilter:
+    config = config_for("nudity")
+    return PromptFilter(policy.prompts, config.concepts or (), alpha=config.alpha, last_step=config.last_step)
 
 
 @pytest.fixture(scope="module")
-def computed(prompt_filter: PromptFilter, stored: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Returns everything that is stored, computed anew."""
-    concepts = prompt_filter.pooled(NUDITY_CONCEPTS)
-    result = {
-        "concept_pooled": concepts,
-        "concept_projector": projector(concepts),
-        "negative_prompt_embedding": prompt_filter.prompts([", ".join(NUDITY_CONCEPTS)]),
-    }
-    away = torch.eye(len(prompt_filter.concepts), dtype=torch.float64) - prompt_filter.concepts
-    for index, each in enumerate(RECORD["hyper"]["prompts"]):
-        prompt = each["prompt"]
-        embedding, left_out = prompt_filter.prompts([prompt]), prompt_filter.without_each_token(prompt)
-        distances = (left_out @ away).norm(dim=1)
-        filtered = prompt_filter(prompt)
-        tensors = {
-            "embedding": embedding,
-            "masked_pooled": left_out,
-            "masked_projector": projector(left_out),
-            "distance": distances,
-            "all_projected": embedding.double() @ (away @ projector(left_out)).T,
-            "trigger": filtered.triggers,
-            "filtered_embedding": filtered.embedding.unsqueeze(0),
-            "beta": torch.tensor(filtered.change),
-            "n": torch.tensor(filtered.last_step),
-            "n_artist": torch.tensor(ARTISTS.last_step(filtered.change)),
-            **{f"trigger_alpha{alpha}": trigger_tokens(distances, alpha) for alpha in (0.0, 0.1, 0.3)},
-        }
-        result |= {f"p{index}/{name}": tensor for name, tensor in tensors.items()}
-    for name, config in (("nudity", SETTINGS), ("artist", ARTISTS)):
-        steps = [config.last_step(change) for change in stored["beta_grid"].tolist()]
-        result[f"n_grid_{name}"] = torch.tensor(steps)
-    away_branch, branch, original = stored["lra/x"]
-    for kind in ("released", "scaled"):
-        for factor in (0.9, 0.2):
-            damped = damp_low_frequencies(branch[None], original[None], factor, replace=kind == "released")
-            result[f"lra/out_{kind}_s{factor}"] = torch.stack([away_branch, damped[0], original])
-    return result
+def away(prompt_filter: PromptFilter) -> Tensor:
+    """The projector away from the concepts."""
+    return torch.eye(len(prompt_filter.concepts), dtype=torch.float64) - prompt_filter.concepts
 
 
-@pytest.mark.parametrize("name", EXPECTED)
-def test_values_are_those_of_the_authors_code(
-    name: str, computed: dict[str, torch.Tensor], stored: dict[str, torch.Tensor]
-) -> None:
-    assert computed[name].shape == stored[name].shape
-    error = (computed[name].float() - stored[name]).abs().max()
-    assert error <= RECORD["tensors"][name]["tol"] * stored[name].abs().max()
+def test_settings_for_nudity_are_those_of_the_authors() -> None:
+    ours, theirs = SAFREEConfig(concepts=NUDITY_CONCEPTS), config_for("nudity")
+    assert ours == theirs
 
 
-def test_settings_are_those_of_the_authors(prompt_filter: PromptFilter, stored: dict[str, torch.Tensor]) -> None:
-    assert list(NUDITY_CONCEPTS) == RECORD["hyper"]["concepts"]
-    assert (SETTINGS.alpha, SETTINGS.filtered_steps) == (RECORD["hyper"]["alpha"], RECORD["hyper"]["up_t"])
-    for index, each in enumerate(RECORD["hyper"]["prompts"]):
-        ids = prompt_filter.ids(each["prompt"])
-        assert ids == stored[f"p{index}/input_ids"][0, : len(ids)].int().tolist()
+def test_concepts_span_what_they_do_in_the_authors_code(prompt_filter: PromptFilter) -> None:
+    pooled = prompt_filter.pooled(HYPER["concepts"])
+    CASE.check("concept_pooled", pooled)
+    CASE.check("concept_projector", projector(pooled))
+    assert torch.equal(prompt_filter.concepts, projector(pooled))
+    CASE.check("negative_prompt_embedding", prompt_filter.prompts([", ".join(HYPER["concepts"])]))
+
+
+@pytest.mark.parametrize("index", range(len(PROMPTS)))
+def test_prompts_have_the_authors_tokens(index: int, policy: DiffusionPolicy, prompt_filter: PromptFilter) -> None:
+    prompt = PROMPTS[index]["prompt"]
+    assert policy.tokenizer.tokenize(prompt) == PROMPTS[index]["tokens"]
+    ids, stored = prompt_filter.ids(prompt), CASE.tensors[f"p{index}/input_ids"][0].int().tolist()
+    assert ids + [policy.tokenizer.pad_token_id] * (len(stored) - len(ids)) == stored
+
+
+@pytest.mark.parametrize("index", range(len(PROMPTS)))
+def test_triggers_are_found_as_in_the_authors_code(index: int, prompt_filter: PromptFilter, away: Tensor) -> None:
+    each, prefix = PROMPTS[index], f"p{index}"
+    left_out = prompt_filter.without_each_token(each["prompt"])
+    CASE.check(f"{prefix}/masked_pooled", left_out)
+    CASE.check(f"{prefix}/masked_projector", projector(left_out))
+    condition = torch.linalg.cond(left_out @ left_out.T).item()
+    # Of a square in float32: off by twice what its vectors may be off by, as often as the weakest is weaker.
+    allowed = 2 * CASE.record["tensors"][f"{prefix}/masked_pooled"]["tol"] * condition
+    assert condition == pytest.approx(each["condition_number_of_gram_of_p_i"], rel=allowed)
+
+    distances = (left_out @ away).norm(dim=1)
+    CASE.check(f"{prefix}/distance", distances)
+    CASE.check(f"{prefix}/trigger", trigger_tokens(distances, HYPER["alpha"]))
+    for alpha in CASE.tensors.under(f"{prefix}/trigger_alpha"):
+        CASE.check(f"{prefix}/trigger_alpha{alpha}", trigger_tokens(distances, float(alpha)))
+    margin = each["smallest_relative_margin_of_the_trigger_test"]
+    if len(distances) > 1:
+        others = (distances.sum() - distances) / (len(distances) - 1)
+        found = ((distances - (1 + HYPER["alpha"]) * others) / distances).abs().min().item()
+        # A difference of two distances: each may be off by its tolerance, which is far below the margin.
+        allowed = 2 * CASE.record["tensors"][f"{prefix}/distance"]["tol"] * (distances.max() / distances.min()).item()
+        assert found == pytest.approx(margin, rel=0, abs=2 * allowed)
+        assert margin > 10 * allowed
+    else:
+        assert margin is None  # it has no others to be compared with
+
+
+@pytest.mark.parametrize("index", range(len(PROMPTS)))
+def test_prompts_are_filtered_as_in_the_authors_code(index: int, prompt_filter: PromptFilter, away: Tensor) -> None:
+    each, prefix = PROMPTS[index], f"p{index}"
+    embedding, filtered = prompt_filter.prompts([each["prompt"]]), prompt_filter(each["prompt"])
+    CASE.check(f"{prefix}/embedding", embedding)
+    span = projector(prompt_filter.without_each_token(each["prompt"]))
+    CASE.check(f"{prefix}/all_projected", embedding.double() @ (away @ span).T)
+    CASE.check(f"{prefix}/trigger", filtered.triggers)
+    CASE.check(f"{prefix}/filtered_embedding", filtered.embedding.unsqueeze(0))
+    CASE.check(f"{prefix}/beta", torch.tensor(filtered.change))
+    assert filtered.change == pytest.approx(each["beta"], rel=CASE.record["tensors"][f"{prefix}/beta"]["tol"])
+    CASE.check(f"{prefix}/n", torch.tensor(filtered.last_step))
+    assert filtered.last_step == each["n"]
+    CASE.check(f"{prefix}/n_artist", torch.tensor(config_for("artist").last_step(filtered.change)))
+
+
+@pytest.mark.parametrize("kind", sorted(CASE.tensors.under("n_grid_")))
+def test_steps_are_counted_as_in_the_authors_code(kind: str) -> None:
+    config = config_for(kind)
+    steps = [config.last_step(change) for change in CASE.tensors["beta_grid"].tolist()]
+    CASE.check(f"n_grid_{kind}", torch.tensor(steps))
+
+
+@pytest.mark.parametrize("name", sorted(CASE.tensors.under("lra/out_")))
+def test_low_frequencies_are_damped_as_in_the_authors_code(name: str) -> None:
+    kind, factor = name.split("_s")
+    away_branch, branch, original = CASE.tensors["lra/x"]
+    damped = damp_low_frequencies(branch[None], original[None], float(factor), replace=kind == "released")
+    CASE.check(f"lra/out_{name}", torch.stack([away_branch, damped[0], original]))

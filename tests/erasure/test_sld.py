@@ -202,7 +202,8 @@ def test_drawing_does_not_depend_on_the_batch(policy: DiffusionPolicy) -> None:
 def test_half_precision_draws_nearly_the_same(make_policy: Callable[..., DiffusionPolicy]) -> None:
     exact, rounded = (draw(safe(make_policy(dtype=dtype)), steps=3) for dtype in (torch.float32, torch.bfloat16))
     assert rounded.dtype == torch.float32
-    assert (exact - rounded).abs().mean() < 0.05 * exact.abs().mean()
+    # 1.7 to 2.0 units with AVX-512, AVX2 and SSE; the mean, as the steep safety term moves single pixels far.
+    assert (exact - rounded).abs().mean() < 6 * torch.finfo(torch.bfloat16).eps * exact.abs().mean()
 
 
 def test_strength_scales_the_guidance_and_zero_changes_nothing(policy: DiffusionPolicy) -> None:

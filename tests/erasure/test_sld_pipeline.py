@@ -204,4 +204,5 @@ def test_half_precision(pipeline: Any) -> None:
     pipeline.to(torch.bfloat16)
     exact.apply_to_pipeline(pipeline)
     drawn = draw(pipeline, num_inference_steps=3, latents=noise().bfloat16())
-    assert (drawn.float() - expected).abs().mean() < 0.05
+    # Images from 0 to 1: a quarter of bfloat16's unit, and room for another rounding.
+    assert (drawn.float() - expected).abs().mean() < torch.finfo(torch.bfloat16).eps

@@ -42,10 +42,9 @@ def train(folder: Path, broken: str) -> None:
     policy = StandIn()
     config = TrainingConfig(output_dir=folder, iterations=3, learning_rate=1e-2, checkpoint_every=1, progress=False)
     with TrainingRun(policy, config) as run:
-        if run.is_main and broken == "checkpoint":
-            run._checkpoints.save = full
-        if run.is_main and broken == "metrics":
-            run._metrics.write = full
+        files: Any = {"checkpoint": run._checkpoints, "metrics": run._metrics}.get(broken)
+        if run.is_main and files is not None:
+            files.save = files.write = full
         for _ in run.iterations():
             batch = run.shard(torch.randn(8, 4, generator=run.generator))
             run.backward(policy.network(batch).square().mean())
