@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from policy import DiffusionPolicy
+from policy.atomic import atomic_file
 from policy.types import Trajectory
 
 FOLDER = "ungraded"
@@ -32,10 +33,9 @@ class KeptSamples:
             tensors[f"{index}/latents"] = batch.latents.contiguous()
             tensors[f"{index}/log_probs"] = batch.log_probs.contiguous()
             tensors[f"{index}/timesteps"] = batch.timesteps.clone()
-        self.path.parent.mkdir(exist_ok=True)
-        partial = self.path.with_suffix(".partial")
-        save_file(tensors, partial, metadata={"asked": _asked(prompts, seeds), "batches": str(len(batches))})
-        partial.replace(self.path)
+        about = {"asked": _asked(prompts, seeds), "batches": str(len(batches))}
+        with atomic_file(self.path) as partial:
+            save_file(tensors, partial, metadata=about)
 
     def load(self, policy: DiffusionPolicy, prompts: Sequence[str], seeds: Sequence[int]) -> list[Trajectory]:
         """Returns the batches that were kept for the very prompts and seeds; none where none were."""

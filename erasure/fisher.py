@@ -21,13 +21,14 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from policy import DiffusionPolicy
+from policy.atomic import atomic_file, this_process
 from policy.digest import tensors_hash
 from policy.noise import draw_noise
 from policy.types import Embeddings, Latents
 from policy.weights import ADAPTER, base_parameters, plain_name
 from training import require
 
-from .kept import beside, claim
+from .kept import claim
 
 SAVE_EVERY = 25
 """Pictures between two saves; what an interruption can cost."""
@@ -291,9 +292,8 @@ def _write(folder: Path, sums: Sums, done: int) -> None:
     """Writes the sums over the pictures done so far, all at once or not at all."""
     tensors = {f"squares/{name}": value.cpu() for name, value in sums.squares.items()}
     tensors |= {"plain": sums.plain, "unbiased": sums.unbiased, "done": torch.tensor(done)}
-    partial = beside(folder / TENSOR_FILE)
-    save_file(tensors, partial)
-    partial.replace(folder / TENSOR_FILE)
+    with atomic_file(folder / TENSOR_FILE, writer=this_process()) as partial:
+        save_file(tensors, partial)
 
 
 def _read(folder: Path, sums: Sums) -> tuple[Sums, int]:

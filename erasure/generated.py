@@ -14,12 +14,13 @@ from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
 from policy import ClassifierFree, DiffusionPolicy
+from policy.atomic import atomic_file, this_process
 from policy.digest import tensors_hash
 from policy.prompts import check_prompts
 from policy.types import Latents
 from training import process_state
 
-from .kept import beside, claim
+from .kept import claim
 
 SHARD = 32
 """Latents in a file; what an interruption can cost."""
@@ -92,9 +93,8 @@ def generated_latents(
                 if not latents.isfinite().all():
                     raise ValueError(f"policy must draw finite latents, got others among samples {start} to {of.stop}")
                 if path is not None:
-                    partial = beside(path)
-                    save_file({"latents": latents}, partial)
-                    partial.replace(path)
+                    with atomic_file(path, writer=this_process()) as partial:
+                        save_file({"latents": latents}, partial)
             shards[start] = latents
             bar.update(len(latents))
     return torch.cat([shards[start] for start in starts])

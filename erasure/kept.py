@@ -1,10 +1,10 @@
-"""Folders that keep long work: what the work was is recorded first, and every file is whole or not there."""
+"""Folders that keep long work: what the work was is recorded first."""
 
 import json
-import os
-import platform
 from pathlib import Path
 from typing import Any
+
+from policy.atomic import this_process, write_text
 
 
 def claim(path: Path, record: dict[str, Any], what: str) -> None:
@@ -26,12 +26,4 @@ def claim(path: Path, record: dict[str, Any], what: str) -> None:
                 f"{' and another '.join(differing)}"
             )
         return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = beside(path)
-    partial.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    partial.replace(path)
-
-
-def beside(path: Path) -> Path:
-    """Returns the name to write a file under before it takes its own; no two processes have the same."""
-    return path.with_name(f".{path.name}.{platform.node()}-{os.getpid()}.partial")
+    write_text(path, json.dumps(record, indent=1, ensure_ascii=False) + "\n", writer=this_process())

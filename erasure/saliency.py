@@ -6,7 +6,6 @@ maps have in common. Source: ANT, see `erasure.ant`.
 """
 
 import math
-import os
 import random
 from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
@@ -24,6 +23,7 @@ from torch.nn import Parameter
 from tqdm import tqdm
 
 from policy import DiffusionPolicy
+from policy.atomic import atomic_file, this_process
 from policy.types import PerSample
 from policy.weights import base_parameters
 
@@ -179,10 +179,8 @@ def trained(policy: DiffusionPolicy) -> dict[str, Parameter]:
 
 def write_mask(path: Path, mask: Mask, record: str) -> None:
     """Writes a mask, and what it belongs to; in whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    save_file({name: kept.cpu() for name, kept in mask.items()}, unfinished, metadata={"record": record})
-    unfinished.replace(path)
+    with atomic_file(path, writer=this_process()) as unfinished:
+        save_file({name: kept.cpu() for name, kept in mask.items()}, unfinished, metadata={"record": record})
 
 
 def read_mask(path: Path, record: str) -> Mask:

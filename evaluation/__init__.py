@@ -6,7 +6,6 @@ from .curves import Curve, Panel
 from .figures import curve_section
 from .folder import ImageFolder, write_folder
 from .generate import Drawable, draw, generate
-from .grid import save_grid
 from .images import DrawnImages, ImageSource, Pixels, to_images, to_pixels
 from .other_images import OtherImages
 from .page import Section
@@ -64,7 +63,6 @@ __all__ = [
     "plan",
     "prompt_set",
     "rate_estimate",
-    "save_grid",
     "score",
     "shard",
     "spearman",

@@ -7,8 +7,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+from policy.atomic import write_text
+
 from .bootstrap import bootstrap_interval
-from .files import write_text
 from .plan import DrawConfig
 from .score import Better, Column, Scores
 from .statistics import (

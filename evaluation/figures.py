@@ -9,7 +9,7 @@ from jaxtyping import UInt8
 from torch import Tensor
 
 from .curves import Curve, Panel, metrics_by_tag, panel_curves
-from .grid import data_uri
+from .files import data_uri
 from .images import ImageSource
 from .page import Section
 from .plan import KINDS, PlannedImage, kinds_of

@@ -1,8 +1,7 @@
-"""Files that are whole or not there: each is written under another name first, then renamed."""
+"""Images as PNG: files that are whole or not there, and text that a page can hold."""
 
+import base64
 import io
-import os
-from contextlib import suppress
 from pathlib import Path
 
 import numpy
@@ -10,6 +9,8 @@ import torch
 from jaxtyping import UInt8
 from PIL import Image
 from torch import Tensor
+
+from policy.atomic import write_bytes
 
 
 def is_whole(path: Path) -> bool:
@@ -25,8 +26,17 @@ def is_whole(path: Path) -> bool:
 def png_bytes(pixels: UInt8[Tensor, "3 H W"]) -> bytes:
     """Returns what a PNG of the image holds; the same image always gives the same bytes."""
     file = io.BytesIO()
-    Image.fromarray(pixels.permute(1, 2, 0).contiguous().numpy()).save(file, format="PNG")
+    _picture(pixels).save(file, format="PNG")
     return file.getvalue()
+
+
+def data_uri(pixels: UInt8[Tensor, "3 H W"], *, largest: int = 256) -> str:
+    """Returns an image as a PNG in text, reduced to `largest` pixels a side if it is larger."""
+    shown = _picture(pixels)
+    shown.thumbnail((largest, largest), Image.Resampling.LANCZOS)
+    file = io.BytesIO()
+    shown.save(file, format="PNG", optimize=True)
+    return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode("ascii")
 
 
 def write_png(pixels: UInt8[Tensor, "3 H W"], path: Path) -> None:
@@ -40,37 +50,5 @@ def read_png(path: Path) -> UInt8[Tensor, "3 H W"]:
         return torch.from_numpy(numpy.array(image.convert("RGB"))).permute(2, 0, 1)
 
 
-def write_text(path: Path, text: str, *, writer: str = "") -> None:
-    """Writes a text file whole or not at all; see `write_bytes`."""
-    write_bytes(path, text.encode(), writer=writer)
-
-
-def write_bytes(path: Path, content: bytes, *, writer: str = "") -> None:
-    """Writes a file whole or not at all.
-
-    Args:
-        path: The file; its folder is made.
-        content: What it holds.
-        writer: Tells processes apart that may write the same file at the same time.
-
-    Raises:
-        OSError: The disk is full, for example; the message names the file, and nothing of it is left.
-    """
-    temporary = _temporary(path, writer)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_bytes(content)
-        os.replace(temporary, path)
-    except OSError as error:
-        with suppress(OSError):
-            temporary.unlink()
-        raise OSError(error.errno, error.strerror, str(path)) from error
-
-
-def forget_partial(path: Path, *, writer: str = "") -> None:
-    """Removes what a `write_bytes` of the same writer left when it was killed."""
-    _temporary(path, writer).unlink(missing_ok=True)
-
-
-def _temporary(path: Path, writer: str) -> Path:
-    return path.with_name(f".{path.name}{writer}.tmp")
+def _picture(pixels: UInt8[Tensor, "3 H W"]) -> Image.Image:
+    return Image.fromarray(pixels.permute(1, 2, 0).contiguous().numpy())

@@ -17,7 +17,9 @@ from typing import Any
 
 import torch
 
-from .files import is_whole, read_png, write_png, write_text
+from policy.atomic import write_text
+
+from .files import is_whole, read_png, write_png
 from .images import ImageSource, Pixels
 from .plan import DrawConfig, PlannedImage, check_plan
 

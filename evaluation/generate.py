@@ -11,11 +11,12 @@ from typing import NamedTuple
 import torch
 from tqdm import tqdm
 
+from policy.atomic import forget_partial, write_bytes
 from policy.guidance import ClassifierFree
 
 from .drawable import Drawable as Drawable
 from .drawing_time import duration_text
-from .files import forget_partial, png_bytes, write_bytes
+from .files import png_bytes
 from .folder import MANIFEST, check_model_name, write_manifest
 from .image_rows import ROWS, ImageRow, append_row, drawn_row, finish_rows, known_rows
 from .images import DrawnImages, Pixels, to_pixels

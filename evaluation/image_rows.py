@@ -15,7 +15,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
-from .files import write_text
+from policy.atomic import write_text
+
 from .plan import PlannedImage
 
 ROWS = "manifest.jsonl"

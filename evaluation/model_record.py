@@ -14,9 +14,9 @@ from typing import Any, Protocol, runtime_checkable
 from torch import Tensor, nn
 
 from policy import DiffusionPolicy
+from policy.atomic import write_text
 from policy.digest import tensors_hash
 
-from .files import write_text
 from .plan import DrawConfig
 
 RECORD = "model.json"

@@ -3,7 +3,6 @@
 import csv
 import io
 import json
-import os
 from collections.abc import Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any
 
 import numpy
 
-from .files import write_text
+from policy.atomic import atomic_file, write_text
 
 Row = dict[str, Any]
 """The cells of one row by the names of their columns, which are the same in all rows of a table."""
@@ -63,7 +62,6 @@ def check_output(rows: Sequence[Row], names: Sequence[str], path: Path) -> None:
 
 def write_table(rows: Sequence[Row], scores: Mapping[str, Sequence[float | None]], path: Path) -> None:
     """Writes the rows with a column for each reward, whole or not at all; scores keep float32's precision."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     if path.suffix == ".csv":
         text = io.StringIO()
         writer = csv.writer(text, lineterminator="\n")
@@ -76,9 +74,8 @@ def write_table(rows: Sequence[Row], scores: Mapping[str, Sequence[float | None]
     pyarrow = _pyarrow("pyarrow")
     columns = _columns(rows)
     columns |= {name: pyarrow.array(values, type=pyarrow.float32()) for name, values in scores.items()}
-    temporary = path.with_name(f".{path.name}.tmp")
-    _pyarrow("pyarrow.parquet").write_table(pyarrow.table(columns), temporary)
-    os.replace(temporary, path)
+    with atomic_file(path) as partial:
+        _pyarrow("pyarrow.parquet").write_table(pyarrow.table(columns), partial)
 
 
 def _read_csv(path: Path) -> list[Row]:

@@ -6,10 +6,11 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from policy.atomic import write_text
+
 from .compare import Comparison
 from .curves import Panel
 from .figures import contact_sheets, learning_curves
-from .files import write_text
 from .images import ImageSource
 from .page import Section, page
 from .result_tables import (

@@ -12,7 +12,8 @@ from jaxtyping import UInt8
 from torch import Tensor
 from tqdm import tqdm
 
-from .files import write_text
+from policy.atomic import write_text
+
 from .images import ImageSource
 from .journal import Journal
 from .measure import Better, Measure, check_measures, digest_of, fitted, measured

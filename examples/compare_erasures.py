@@ -31,7 +31,6 @@ from evaluation.beside import Measured, beside_published
 from evaluation.command_line import command_line
 from evaluation.erasures import Line, html_table, line_of, markdown_table
 from evaluation.examine import examine
-from evaluation.files import write_text
 from evaluation.named_models import CHECKPOINTS
 from evaluation.page import Section
 from evaluation.pareto import Point, pareto_section
@@ -39,6 +38,7 @@ from evaluation.prompt_sets import prompt_set
 from evaluation.published import IMAGE_REWARD, published
 from evaluation.subject import TINY_WORLD, Subject, subject
 from policy import LoRAConfig
+from policy.atomic import write_text
 
 BEFORE = "before"
 COCO = "coco-30k"

@@ -39,7 +39,6 @@ from evaluation.beside import Measured, beside_published, beside_published_text
 from evaluation.command_line import command_line
 from evaluation.drawing_time import duration_text, seconds_per_image
 from evaluation.figures import contact_sheets, evenly_spaced
-from evaluation.files import write_text
 from evaluation.model_record import read_record
 from evaluation.named_models import TINY_WORLD, file_name_of, load_drawable, published_as
 from evaluation.other_images import OtherImages
@@ -51,6 +50,7 @@ from evaluation.rank_table import rank_section, rank_text
 from evaluation.ranking import ranks
 from evaluation.score_table import write_scores
 from evaluation.sweep import USUAL_SCALE, Cell, Result, cells_of, guidance_curves, means_by_metric, measured
+from policy.atomic import write_text
 from rewards import reward_named
 from rewards.combine import to_device
 from tinyworld import IMAGE_SIZE

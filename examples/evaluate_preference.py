@@ -24,7 +24,6 @@ from accelerate.utils import gather_object
 from evaluation import DrawConfig, Estimate, ImageFolder, Report, generate, plan, to_images
 from evaluation.beside import Measured, beside_published, beside_published_text
 from evaluation.command_line import command_line
-from evaluation.files import write_text
 from evaluation.page import Section
 from evaluation.preference import (
     IMAGE_REWARD_TEST,
@@ -38,6 +37,7 @@ from evaluation.preference import (
 from evaluation.prompt_sets import prompt_set
 from evaluation.published import PREFERENCE_ACCURACY, published
 from evaluation.statistics import student_95
+from policy.atomic import write_text
 from rewards import reward_named
 from rewards.combine import to_device
 from rewards.public_files import fetch, sha256_of

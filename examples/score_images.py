@@ -19,7 +19,7 @@ import torch
 import tyro
 from PIL import Image, ImageOps
 
-from evaluation import DrawConfig, generate, plan, save_grid
+from evaluation import DrawConfig, generate, plan, to_images
 from evaluation.files import read_png
 from evaluation.folder import MANIFEST
 from evaluation.pair_images import image_sizes
@@ -28,6 +28,7 @@ from evaluation.pair_table import check_output, write_table
 from evaluation.pairs import Pair, read_pairs
 from rewards import reward_named
 from rewards.combine import to_device
+from training import image_grid
 
 TINY_REWARDS = ("tiny-image-reward", "tinyworld:StripeScore", "compressibility")
 TINY_PICTURES = 8  # of each kind of caption
@@ -142,7 +143,8 @@ def save_contact_sheet(result: Result, path: Path) -> None:
     # Small pictures keep their pixels; all get the same square to stand in.
     side = min(LARGEST, max(max(image.size) for image in images))
     squares = [in_square(image, side) for image in images]
-    save_grid(torch.stack(squares), captions, path, columns=count, side=192)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image_grid(to_images(torch.stack(squares)), captions, columns=count, side=192).save(path, format="PNG")
 
 
 def in_square(image: Image.Image, side: int) -> torch.Tensor:

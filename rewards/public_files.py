@@ -11,6 +11,8 @@ from http.client import HTTPException
 from pathlib import Path
 from urllib.error import HTTPError
 
+from policy.atomic import atomic_file
+
 CACHE_VARIABLE = "OVERPAINT_CACHE"
 """Environment variable that says where fetched files are kept."""
 DEFAULT_CACHE = "~/.cache/overpaint"
@@ -82,9 +84,7 @@ def _from_folder(file: PublicFile, folder: Path) -> Path:
 
 def _download(file: PublicFile, path: Path) -> None:
     """Writes under another name, and renames what has the right content; processes may do this at the same time."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
-    try:
+    with atomic_file(path, writer=f".{uuid.uuid4().hex}") as temporary:
         try:
             with urllib.request.urlopen(file.url, timeout=TIMEOUT) as answer, temporary.open("wb") as target:
                 shutil.copyfileobj(answer, target)
@@ -98,9 +98,6 @@ def _download(file: PublicFile, path: Path) -> None:
                 f"what was fetched as {file.name} has other content than expected: {size:,} bytes with SHA-256 "
                 f"{found}. {_by_hand(file)}"
             )
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _by_hand(file: PublicFile) -> str:

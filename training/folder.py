@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from policy.atomic import write_text
+
 from .config import FREE_FIELDS, TrainingConfig
 
 METRICS = "metrics.jsonl"
@@ -35,10 +37,7 @@ def claim(config: TrainingConfig, configs: Mapping[str, Any]) -> None:
                 f"resume must keep the settings that the run in output_dir {str(folder)!r} began with, got "
                 f"{', '.join(changed)}"
             )
-    folder.mkdir(parents=True, exist_ok=True)
-    temporary = folder / f".{CONFIG}.partial"
-    temporary.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-    temporary.replace(folder / CONFIG)
+    write_text(folder / CONFIG, json.dumps(record, indent=2) + "\n")
 
 
 def recorded(config: TrainingConfig, configs: Mapping[str, Any]) -> dict[str, Any]:

@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from policy.atomic import write_text
+
 
 class MetricsFile:
     """The metrics of a run, a line for each call of `write`.
@@ -55,6 +57,4 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 def _keep_lines_before(path: Path, iteration: int) -> None:
     """Replaces the file, in one move, by the lines of earlier iterations."""
     kept = [json.dumps(entry) + "\n" for entry in read_metrics(path) if entry["iteration"] < iteration]
-    temporary = path.with_name(f".{path.name}.partial")
-    temporary.write_text("".join(kept), encoding="utf-8")
-    temporary.replace(path)
+    write_text(path, "".join(kept))

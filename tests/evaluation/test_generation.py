@@ -58,7 +58,7 @@ def test_a_killed_run_continues_to_the_same_files(planned: Planned, noise_policy
     # A kill may also leave a file cut short and one that was being written.
     cut = killed / "before" / planned[1].file_name
     cut.write_bytes(cut.read_bytes()[:100])
-    (killed / "before" / f".{planned[7].file_name}.tmp").write_bytes(b"half")
+    (killed / "before" / f".{planned[7].file_name}.partial").write_bytes(b"half")
 
     # The whole batch of the cut file is drawn again, as the last bits of an image may depend on its batch.
     policy = noise_policy()

@@ -298,7 +298,7 @@ def test_a_full_disk_is_named_with_what_stays_and_the_run_goes_on_once_there_is_
     there = bytes_of(small_disk)
     assert 1 <= len(there) < 10
     assert all(bytes_of(tmp_path / "whole")[name] == content for name, content in there.items())
-    assert not list((small_disk / "m").glob("*.tmp")) + list((small_disk / "m").glob(".*.tmp"))
+    assert not list((small_disk / "m").glob(".*.partial"))
     with pytest.raises(OSError, match="No space left"):  # nothing is lost by trying again
         generate(noise_policy(), planned, small_disk, batch_size=3, **ALONE)
     assert bytes_of(small_disk).items() >= there.items()

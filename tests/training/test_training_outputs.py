@@ -14,7 +14,7 @@ import pytest
 import torch
 from PIL import Image
 
-from training import MetricsFile, TrainingConfig, TrainingRun, image_grid, read_metrics
+from training import MetricsFile, TrainingConfig, TrainingRun, read_metrics
 from training.progress import Progress, postfix
 from training.trackers import log_image
 
@@ -70,41 +70,6 @@ def test_metrics_lines_reach_the_file_at_once(tmp_path: Path) -> None:
     file.close()
 
 
-def test_image_grid_has_every_image_in_its_place() -> None:
-    images = torch.rand(5, 3, 4, 8, generator=torch.Generator().manual_seed(0)) * 1.2 - 0.1
-    grid = np.asarray(image_grid(images))
-    factor, margin = 16, 2  # eight pixels are enlarged to 128
-    assert grid.shape == (2 * (64 + margin) + margin, 3 * (128 + margin) + margin, 3)
-    expected = (images.clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).numpy()
-    for index in range(5):
-        row, column = divmod(index, 3)
-        top, left = margin + row * (64 + margin), margin + column * (128 + margin)
-        tile = grid[top : top + 64, left : left + 128]
-        np.testing.assert_array_equal(tile[::factor, ::factor], expected[index])
-    assert (grid[-66:-2, -130:-2] == 255).all()  # the sixth place is empty
-
-
-def test_captions_stand_below_their_images_and_fit() -> None:
-    images = torch.zeros(2, 3, 128, 128)
-    plain = np.asarray(image_grid(images, ["", ""]))
-    grid = np.asarray(image_grid(images, ["a striped red circle, and a great deal more than fits", "éü\nß"]))
-    assert grid.shape == plain.shape == (128 + 16 + 4, 2 * 130 + 2, 3)
-    changed = (grid != plain).any(axis=2)
-    assert not changed[:130].any()
-    assert changed[130:, 2:130].any()
-    assert changed[130:, 132:260].any()
-    assert not changed[:, 130:132].any()
-
-
-@pytest.mark.parametrize(
-    ("count", "captions", "message"),
-    [(0, None, "images must hold"), (2, ["one"], "captions must be one for each of 2")],
-)
-def test_grid_of_nothing_or_with_missing_captions_is_refused(count: int, captions: Any, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        image_grid(torch.zeros(count, 3, 8, 8), captions)
-
-
 def test_images_are_written_with_the_iteration_in_their_name(stand_in: Callable, config: TrainingConfig) -> None:
     with TrainingRun(stand_in(), config) as run:
         for _ in run.iterations():
@@ -112,7 +77,7 @@ def test_images_are_written_with_the_iteration_in_their_name(stand_in: Callable,
     names = sorted(path.name for path in (config.output_dir / "images").iterdir())
     assert names == ["samples-train-000000.png", "samples-train-000001.png"]
     with Image.open(config.output_dir / "images" / names[0]) as image:
-        assert image.size == (2 * 130 + 2, 2 * 146 + 2)
+        assert image.size == (2 * 136 + 8, 2 * (136 + 17) + 8)
 
 
 def test_bar_shows_reward_then_constraint_and_keeps_the_latest(capsys: pytest.CaptureFixture) -> None:
@@ -199,7 +164,7 @@ def test_tracker_gets_settings_metrics_and_images(
         step = int(resume)
         assert logged == [
             ("log", {"reward/mean": 0.5}, step),
-            ("images", {"samples": (1, 132, 132, 3)}, step),
+            ("images", {"samples": (1, 144, 144, 3)}, step),
             ("finish",),
         ]
     assert ids[0] == ids[1]  # a resumed run goes on in the same curves
