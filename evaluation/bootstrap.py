@@ -1,11 +1,9 @@
 """Bootstrap confidence intervals that draw whole clusters, since the images of one prompt are not independent."""
 
 from collections.abc import Sequence
-from statistics import NormalDist
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy
-from jaxtyping import Float
 
 from .statistics import sums_by_cluster
 
@@ -49,6 +47,8 @@ def bootstrap_interval(
     Raises:
         ValueError: There are no values, not one cluster for each, or an argument is out of its range.
     """
+    from scipy.stats import bootstrap
+
     if method not in ("percentile", "bca"):
         raise ValueError(f"method must be 'percentile' or 'bca', got {method!r}")
     if resamples < 1:
@@ -62,47 +62,18 @@ def bootstrap_interval(
     sizes = numpy.array(list(sums_by_cluster([1.0] * len(values), names).values()))
     if len(sums) == 1:
         return Interval(numpy.nan, numpy.nan)
-    means = _resampled(sums, sizes, resamples, seed)
-    tail = (1 - confidence) / 2
-    ends = [tail, 1 - tail] if method == "percentile" else _corrected(sums, sizes, means, tail)
-    low, high = numpy.quantile(means, ends).tolist()
-    return Interval(low, high)
+    settings: dict[str, Any] = {"paired": True, "batch": max(1, BLOCK // len(sums)), "confidence_level": confidence}
+    found = bootstrap((sums, sizes), _mean, method="percentile", n_resamples=resamples, rng=seed, **settings)
+    if method == "bca":
+        means, mean = found.bootstrap_distribution, _mean(sums, sizes, 0)
+        # Means that are equal but for rounding count as equal, so that the order of a sum does not matter.
+        means[numpy.isclose(means, mean, rtol=0, atol=1e-12 * numpy.abs(sums).max())] = mean
+        # All resamples on one side would be a bias without bound; where nothing varies, there is none.
+        if means.min() <= mean <= means.max() and means.min() < means.max():
+            found = bootstrap((sums, sizes), _mean, method="BCa", n_resamples=0, bootstrap_result=found, **settings)
+    return Interval(*map(float, found.confidence_interval))
 
 
-def _resampled(
-    sums: Float[numpy.ndarray, " clusters"], sizes: Float[numpy.ndarray, " clusters"], resamples: int, seed: int
-) -> Float[numpy.ndarray, " resamples"]:
-    """Returns the mean of each resample."""
-    random = numpy.random.default_rng(seed)
-    count = len(sums)
-    rows = max(1, BLOCK // count)
-    means = []
-    for start in range(0, resamples, rows):
-        drawn = random.integers(0, count, (min(rows, resamples - start), count))
-        means.append(sums[drawn].sum(axis=1) / sizes[drawn].sum(axis=1))
-    return numpy.concatenate(means)
-
-
-def _corrected(
-    sums: Float[numpy.ndarray, " clusters"],
-    sizes: Float[numpy.ndarray, " clusters"],
-    means: Float[numpy.ndarray, " resamples"],
-    tail: float,
-) -> list[float]:
-    """Returns which quantiles of the resampled means are the ends of the BCa interval."""
-    normal = NormalDist()
-    mean = sums.sum() / sizes.sum()
-    # Means that are equal but for rounding count half, so that the order of a sum does not matter.
-    level = numpy.isclose(means, mean, rtol=0, atol=1e-12 * float(numpy.abs(sums).max()))
-    below = (means < mean)[~level].sum() / len(means) + level.mean() / 2
-    # All resamples on one side would be a bias without bound.
-    bias = normal.inv_cdf(float(numpy.clip(below, 0.5 / len(means), 1 - 0.5 / len(means))))
-    without = (sums.sum() - sums) / (sizes.sum() - sizes)
-    off = without.mean() - without
-    squares = float((off**2).sum())
-    acceleration = float((off**3).sum()) / (6 * squares**1.5) if squares > 0 else 0.0
-    ends = []
-    for point in (normal.inv_cdf(tail), normal.inv_cdf(1 - tail)):
-        shifted = bias + point
-        ends.append(normal.cdf(bias + shifted / (1 - acceleration * shifted)))
-    return ends
+def _mean(sums: numpy.ndarray, sizes: numpy.ndarray, axis: int) -> numpy.ndarray | numpy.floating:
+    """Returns the mean of all values of the clusters along an axis."""
+    return sums.sum(axis=axis) / sizes.sum(axis=axis)

@@ -14,19 +14,10 @@ def ranks(values: Sequence[float], higher_is_better: bool = True) -> list[float]
     Raises:
         ValueError: A value is not finite.
     """
-    if not all(map(math.isfinite, values)):
-        raise ValueError(f"values must be finite, got {list(values)}")
-    best_first = sorted(range(len(values)), key=lambda place: values[place], reverse=higher_is_better)
-    found = [0.0] * len(values)
-    start = 0
-    while start < len(best_first):
-        stop = start
-        while stop < len(best_first) and values[best_first[stop]] == values[best_first[start]]:
-            stop += 1
-        for place in best_first[start:stop]:
-            found[place] = (start + 1 + stop) / 2
-        start = stop
-    return found
+    from scipy.stats import rankdata
+
+    _require_finite(values)
+    return rankdata([-value for value in values] if higher_is_better else values).tolist()
 
 
 def spearman(a: Sequence[float], b: Sequence[float]) -> float:
@@ -39,17 +30,19 @@ def spearman(a: Sequence[float], b: Sequence[float]) -> float:
         ValueError: The two differ in length, there are fewer than 2 values, one is not finite, or all values of one
             are equal, which has no order.
     """
+    from scipy.stats import spearmanr
+
     if len(a) != len(b):
         raise ValueError(f"a and b must be of equal length, got {len(a)} and {len(b)}")
     if len(a) < 2:
         raise ValueError(f"a and b must hold at least 2 values, got {len(a)}")
-    middle = (len(a) + 1) / 2
-    deviations = []
     for name, values in (("a", a), ("b", b)):
-        from_middle = [rank - middle for rank in ranks(values)]
-        if not any(from_middle):
+        _require_finite(values)
+        if len(set(values)) == 1:
             raise ValueError(f"{name} must hold values that differ, got {len(values)} times {values[0]}")
-        deviations.append(from_middle)
-    first, second = deviations
-    product = math.fsum(x * y for x, y in zip(first, second, strict=True))
-    return product / math.sqrt(math.fsum(x * x for x in first) * math.fsum(y * y for y in second))
+    return float(spearmanr(a, b).statistic)
+
+
+def _require_finite(values: Sequence[float]) -> None:
+    if not all(map(math.isfinite, values)):
+        raise ValueError(f"values must be finite, got {list(values)}")

@@ -9,11 +9,9 @@ count as independent.
 
 import math
 from collections.abc import Sequence
-from functools import lru_cache
 from typing import NamedTuple
 
-NORMAL_95 = 1.959963984540054
-"""The point of the standard normal distribution that leaves 2.5 % above it."""
+import numpy
 
 
 class Estimate(NamedTuple):
@@ -164,54 +162,34 @@ def means_by_cluster(values: Sequence[float], clusters: Sequence[str]) -> dict[s
 
 def correlation(first: Sequence[float], second: Sequence[float]) -> float:
     """Returns Pearson's correlation; 0 where one of the two does not vary."""
-    centred = [[value - math.fsum(some) / len(some) for value in some] for some in (first, second)]
-    squares = [math.fsum(value**2 for value in some) for some in centred]
-    if min(squares) < 1e-24 * len(first):
+    if min(numpy.std(first), numpy.std(second)) < 1e-12:
         return 0.0
-    return math.fsum(a * b for a, b in zip(*centred, strict=True)) / math.sqrt(squares[0] * squares[1])
+    return float(numpy.corrcoef(first, second)[0, 1])
 
 
 def wilson_interval(successes: float | int, count: float | int) -> tuple[float, float]:
-    """Returns the 95 % interval of a rate. Source: Wilson (1927), JASA 22, eq. for the score interval."""
-    square = NORMAL_95**2
+    """Returns the 95 % interval of a rate, also of effective numbers that are not whole, which SciPy's does not take.
+
+    Source: Wilson (1927), JASA 22, eq. for the score interval.
+    """
+    from scipy.stats import norm
+
+    point = float(norm.ppf(0.975))
+    square = point**2
     rate = successes / count
     centre = (rate + square / (2 * count)) / (1 + square / count)
-    reach = NORMAL_95 / (1 + square / count) * math.sqrt(rate * (1 - rate) / count + square / (4 * count**2))
+    reach = point / (1 + square / count) * math.sqrt(rate * (1 - rate) / count + square / (4 * count**2))
     # At 0 and 1 the ends are exactly 0 and 1; arithmetic would leave them a rounding error away.
     low = 0.0 if successes == 0 else centre - reach
     high = 1.0 if successes == count else centre + reach
     return low, high
 
 
-@lru_cache(maxsize=256)
 def student_95(degrees: int) -> float:
-    """Returns the point of Student's t distribution that leaves 2.5 % above it, by bisection.
+    """Returns the point of Student's t distribution that leaves 2.5 % above it."""
+    from scipy.stats import t
 
-    Source: Abramowitz and Stegun (1964), 26.7.3 and 26.7.4, the closed form for whole degrees of freedom.
-    """
-    low, high = 0.0, 13.0  # 12.71 at one degree of freedom is the largest
-    while high - low > 1e-12:
-        middle = (low + high) / 2
-        if _student_within(middle, degrees) < 0.95:
-            low = middle
-        else:
-            high = middle
-    return (low + high) / 2
-
-
-def _student_within(t: float, degrees: int) -> float:
-    """Returns the probability that Student's t lies within ±t."""
-    angle = math.atan(t / math.sqrt(degrees))
-    cosine_squared = math.cos(angle) ** 2
-    odd = degrees % 2
-    term = math.cos(angle) if odd else 1.0
-    total = 0.0
-    for k in range(2 + odd, degrees + 1, 2):
-        total += term
-        term *= cosine_squared * (k - 1) / k
-    if odd:
-        return 2 / math.pi * (angle + math.sin(angle) * total)
-    return math.sin(angle) * total
+    return float(t.ppf(0.975, degrees))
 
 
 def _outcomes_correlation(after: Sequence[float], before: Sequence[float]) -> float:

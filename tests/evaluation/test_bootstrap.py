@@ -13,9 +13,31 @@ VALUES = [0.1, 0.4, 0.2, 1.9, 0.7, 0.3, 0.5, 3.2, 0.9, 0.1, 0.6, 1.1]
     ("method", "low", "high"),
     [("percentile", 0.4166666666666667, 1.375), ("bca", 0.4833333333333332, 1.5666666666666664)],
 )
-def test_intervals_are_scipy_s(method: Method, low: float, high: float) -> None:
+def test_intervals_are_those_of_a_million_resamples(method: Method, low: float, high: float) -> None:
     # scipy.stats.bootstrap of scipy 1.17.1 with a million resamples; sums of these values are 0.1 / 12 apart.
     assert tuple(bootstrap_interval(VALUES, method=method, resamples=100_000)) == pytest.approx((low, high), abs=0.0095)
+
+
+@pytest.mark.parametrize(
+    ("method", "clusters", "low", "high"),
+    [
+        ("percentile", None, 0.4166666666666667, 1.3833333333333333),
+        ("percentile", "aabbbcdefffg", 0.4375, 1.5090909090909093),
+        ("bca", None, 0.475, 1.5666666666666667),
+        ("bca", "aabbbcdefffg", 0.4916666666666667, 1.7777777777777777),
+    ],
+)
+def test_a_seed_keeps_its_interval(method: Method, clusters: str | None, low: float, high: float) -> None:
+    # As computed before SciPy drew: `Generator.integers` over clusters, the acceleration in closed form.
+    names = None if clusters is None else list(clusters)
+    assert tuple(bootstrap_interval(VALUES, names, method=method, seed=3)) == pytest.approx((low, high), abs=1e-10)
+
+
+def test_draws_that_all_lie_above_the_mean_are_not_corrected() -> None:
+    # Two draws, both above 0.8333, are no measure of a bias.
+    plain, corrected = (bootstrap_interval(VALUES, method=method, resamples=2, seed=2) for method in METHODS)
+    assert plain.low > sum(VALUES) / len(VALUES)
+    assert corrected == plain
 
 
 def test_skewed_values_shift_the_corrected_interval_to_the_long_side() -> None:

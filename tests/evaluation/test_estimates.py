@@ -1,6 +1,7 @@
 import math
 
 import pytest
+from scipy.stats import binomtest
 
 from evaluation.statistics import (
     mean_estimate,
@@ -60,6 +61,13 @@ def test_wilson_interval_of_ten_trials_is_the_published_one(successes: int, low:
 
 def test_wilson_interval_of_ten_successes_mirrors_that_of_none() -> None:
     assert wilson_interval(10, 10) == pytest.approx((1 - 0.2775328, 1.0), abs=1e-7)
+
+
+@pytest.mark.parametrize("count", [1, 2, 7, 40, 1000])
+def test_wilson_interval_of_whole_counts_is_scipy_s(count: int) -> None:
+    for successes in {0, 1, count // 3, count}:
+        theirs = binomtest(successes, count).proportion_ci(method="wilson")
+        assert wilson_interval(successes, count) == pytest.approx((theirs.low, theirs.high), abs=1e-12)
 
 
 def test_rate_of_zero_is_not_certain() -> None:
