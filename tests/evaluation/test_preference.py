@@ -1,5 +1,6 @@
 """Preference accuracy against ImageReward's own count, and by hand."""
 
+import hashlib
 import json
 import math
 import re
@@ -10,8 +11,8 @@ from typing import Any
 import numpy
 import pytest
 import torch
+from golden_case import GoldenCase, Record, Tensors
 from PIL import Image
-from safetensors.torch import load_file
 from torch import Tensor
 
 from evaluation.preference import (
@@ -24,7 +25,13 @@ from evaluation.preference import (
 )
 from rewards.public_files import fetch
 
-GOLDEN = Path(__file__).resolve().parents[1] / "golden"
+CASE = GoldenCase(
+    "preference",
+    left_out={
+        "score_formula/hash_*": "words; what they describe is compared",
+        "score_formula/hash": "words; the example's scores are computed from them",
+    },
+)
 ENTRY = {"id": "a", "prompt": "a cat", "generations": ["1.png", "2.png"], "ranking": [2, 1]}
 RANKED = (
     RankedImages("a", "a cat", ("a/0.png", "a/1.webp", "a/2.png"), (1, 2, 3)),
@@ -46,12 +53,12 @@ class Brightness:
 
 
 @pytest.fixture(scope="module")
-def golden() -> dict[str, Tensor]:
-    return load_file(GOLDEN / "preference.safetensors")
+def golden() -> Tensors:
+    return CASE.tensors
 
 
 @pytest.fixture(scope="module")
-def rankings(golden: dict[str, Tensor]) -> list[list[int]]:
+def rankings(golden: Tensors) -> list[list[int]]:
     return per_prompt(golden, "ranking")
 
 
@@ -68,7 +75,7 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def per_prompt(golden: dict[str, Tensor], name: str) -> list[list[Any]]:
+def per_prompt(golden: Tensors, name: str) -> list[list[Any]]:
     sizes = golden["offsets"].diff().tolist()
     return [part.tolist() for part in golden[name].split(sizes)]
 
@@ -79,23 +86,29 @@ def written(content: object, tmp_path: Path) -> Path:
     return path
 
 
-@pytest.mark.parametrize("kind", ["hash", "hash_minus_rank", "hash_quantised"])
-def test_golden_scores_get_the_official_accuracy(
-    golden: dict[str, Tensor], rankings: list[list[int]], kind: str
-) -> None:
-    case = json.loads((GOLDEN / "preference.json").read_text(encoding="utf-8"))
-    expected = next(result for result in case["results"] if result["score"] == kind)
-    found = preference_accuracy(per_prompt(golden, f"{kind}/score"), rankings)
+@pytest.mark.parametrize("expected", CASE.record["results"], ids=lambda result: result["score"])
+def test_golden_scores_get_the_official_accuracy(golden: Tensors, rankings: list[list[int]], expected: Record) -> None:
+    found = preference_accuracy(per_prompt(golden, f"{expected['score']}/score"), rankings)
     assert (found.correct, found.pairs) == (expected["correct_pairs"], expected["pairs"])
-    assert (found.pairs, found.tied_pairs_skipped) == (6399, case["tied_human_pairs_skipped"])
+    pairs, tied = CASE.record["untied_human_pairs"], CASE.record["tied_human_pairs_skipped"]
+    assert (found.pairs, found.tied_pairs_skipped) == (pairs, tied)
     assert found.prompts_with_pairs == expected["prompts_with_pairs"]
-    assert found.micro == pytest.approx(expected["accuracy_micro"], rel=0, abs=1e-12)
-    assert found.macro == pytest.approx(expected["accuracy_macro_per_prompt"], rel=0, abs=1e-12)
+    (atol,) = CASE.tolerance()
+    assert found.micro == pytest.approx(expected["accuracy_micro"], rel=0, abs=atol)
+    assert found.macro == pytest.approx(expected["accuracy_macro_per_prompt"], rel=0, abs=atol)
+
+
+def test_golden_scores_are_made_as_the_file_says(golden: Tensors, rankings: list[list[int]]) -> None:
+    example = CASE.record["example_first_prompt"]
+    assert rankings[0] == example["ranking"]
+    digests = [hashlib.sha256(name.encode()).digest() for name in example["generations"]]
+    hashed = [int.from_bytes(digest[:4], "big") / 2**32 for digest in digests]
+    assert hashed == per_prompt(golden, "hash/score")[0] == example["hash_score"]
 
 
 def test_scores_in_the_order_of_the_ranks_are_always_right(rankings: list[list[int]]) -> None:
     found = preference_accuracy([[-float(rank) for rank in ranks] for ranks in rankings], rankings)
-    assert (found.micro, found.macro, found.correct) == (1.0, 1.0, 6399)
+    assert (found.micro, found.macro, found.correct) == (1.0, 1.0, CASE.record["untied_human_pairs"])
 
 
 def test_constant_scores_are_always_wrong(rankings: list[list[int]]) -> None:
@@ -123,9 +136,7 @@ def test_small_example_is_counted_as_by_hand() -> None:
     assert found == pytest.approx(expected)
 
 
-def test_standard_errors_are_those_of_a_bootstrap_over_prompts(
-    golden: dict[str, Tensor], rankings: list[list[int]]
-) -> None:
+def test_standard_errors_are_those_of_a_bootstrap_over_prompts(golden: Tensors, rankings: list[list[int]]) -> None:
     scores = per_prompt(golden, "hash_minus_rank/score")
     found = preference_accuracy(scores, rankings)
     alone = [preference_accuracy([own], [ranks]) for own, ranks in zip(scores, rankings, strict=True)]
@@ -169,6 +180,8 @@ def test_ranked_images_are_read(tmp_path: Path) -> None:
 def test_published_file_holds_the_golden_rankings(shared: Path, rankings: list[list[int]]) -> None:
     ranked = read_ranked(fetch(IMAGE_REWARD_TEST, shared / "data"))
     assert [list(images.ranking) for images in ranked] == rankings
+    example = CASE.record["example_first_prompt"]
+    assert (ranked[0].id, list(ranked[0].images)) == (example["id"], example["generations"])
 
 
 def test_published_file_is_read_where_none_is_given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

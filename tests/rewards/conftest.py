@@ -1,32 +1,29 @@
 """Two small networks of ImageReward's structure: the golden one in the official layout, and a smaller one."""
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import jaxtyping
 import pytest
 import torch
-from safetensors.torch import load_file
+from golden_case import GOLDEN, GoldenCase, Record, Tensors, image_reward_config
 from torch import Tensor
 
 from rewards import BlipTokenizer, ImageReward, ImageRewardConfig
 
-GOLDEN = Path(__file__).resolve().parents[1] / "golden"
 WORDS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "red", "blue", "cat", "dog", "on", "the", "table", "##s")
 
 
 @pytest.fixture(scope="session")
-def golden() -> dict[str, Tensor]:
+def golden() -> Tensors:
     """Inputs and expected outputs, computed with the official network."""
-    return load_file(GOLDEN / "image_reward_small.safetensors")
+    return GoldenCase("image_reward_small").tensors
 
 
 @pytest.fixture(scope="session")
-def golden_case() -> dict[str, Any]:
+def golden_case() -> Record:
     """Prompts, vocabulary and sizes of the golden case."""
-    return json.loads((GOLDEN / "image_reward_small.json").read_text(encoding="utf-8"))
+    return GoldenCase("image_reward_small").record
 
 
 @pytest.fixture(scope="session")
@@ -36,27 +33,13 @@ def golden_weights() -> Path:
 
 
 @pytest.fixture(scope="session")
-def golden_config(golden_case: dict[str, Any]) -> ImageRewardConfig:
+def golden_config(golden_case: Record) -> ImageRewardConfig:
     """Sizes of the golden network."""
-    text, vision = golden_case["config"]["text"], golden_case["config"]["vision"]
-    return ImageRewardConfig(
-        image_size=vision["image_size"],
-        patch_size=vision["patch_size"],
-        vision_hidden_size=vision["hidden_size"],
-        vision_layers=vision["depth"],
-        vision_heads=vision["heads"],
-        vision_intermediate_size=vision["hidden_size"] * vision["mlp_ratio"],
-        vocab_size=text["vocab_size"],
-        hidden_size=text["hidden_size"],
-        text_layers=text["num_hidden_layers"],
-        text_heads=text["num_attention_heads"],
-        text_intermediate_size=text["intermediate_size"],
-        max_positions=text["max_position_embeddings"],
-    )
+    return image_reward_config(golden_case)
 
 
 @pytest.fixture(scope="session")
-def golden_reward(golden_weights: Path, golden_config: ImageRewardConfig, golden_case: dict[str, Any]) -> ImageReward:
+def golden_reward(golden_weights: Path, golden_config: ImageRewardConfig, golden_case: Record) -> ImageReward:
     """The golden network; frozen, not to be changed by a test."""
     return ImageReward.from_official(golden_weights, golden_config, golden_case["vocab"])
 

@@ -1,5 +1,6 @@
 """BERTScore against the package bert-score, with a real small encoder and a tiny random DeBERTa; no network."""
 
+import hashlib
 import json
 import pickle
 from importlib.resources import files
@@ -8,12 +9,20 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from golden_case import GoldenCase
 
 from rewards.bertscore import OFFICIAL, BertScore, BertScoreConfig, BertScores, EmbeddedText, matched
 from rewards.hub import HubFiles
 
-GOLDEN = Path(__file__).resolve().parents[1] / "golden"
+CASE = GoldenCase(
+    "bertscore",
+    left_out={
+        "encoder/package": "words; the file of the weights is compared",
+        "encoder/layer": "words; the number of layers is read",
+        "batched_*": "the package's own dependence on the batch, which ours does not have",
+        "largest_difference_batch_vs_single": "the same",
+    },
+)
 PAIRS = (
     ("a dog is riding a bicycle down the street", "The image contains a dog riding a bike"),
     ("The image contains a dog riding a bike", "The image contains a dog riding a bike"),
@@ -42,7 +51,7 @@ def minilm() -> Path:
 
 @pytest.fixture(scope="session")
 def metric(minilm: Path) -> BertScore:
-    return BertScore.load(minilm, layer=6)
+    return BertScore.load(minilm, layer=CASE.record["hyperparameters"]["num_layers"])
 
 
 @pytest.fixture
@@ -101,10 +110,22 @@ def one_by_one(scorer: Any, candidates: list[str], references: list[str]) -> Ber
 
 
 def test_golden_pairs_get_the_scores_of_the_package(metric: BertScore) -> None:
-    pairs = json.loads((GOLDEN / "bertscore.json").read_text(encoding="utf-8"))["pairs"]
-    expected = load_file(GOLDEN / "bertscore.safetensors")
+    pairs, expected = CASE.record["pairs"], CASE.tensors
     found = metric([pair["candidate"] for pair in pairs], [pair["reference"] for pair in pairs])
-    assert_close(found, BertScores(expected["precision"], expected["recall"], expected["f1"]))
+    (atol,) = CASE.tolerance()
+    assert_close(found, BertScores(expected["precision"], expected["recall"], expected["f1"]), atol)
+    for pair in pairs:
+        for text in ("candidate", "reference"):
+            assert metric.tokenizer(pair[text])["input_ids"] == pair[f"{text}_token_ids"]
+
+
+def test_encoder_and_settings_are_those_of_the_golden_pairs(metric: BertScore, minilm: Path) -> None:
+    weights = (minilm / "model.safetensors").read_bytes()
+    assert hashlib.sha256(weights).hexdigest() == CASE.record["encoder"]["model_sha256"]
+    settings = CASE.record["hyperparameters"]
+    assert metric.config.layer == settings["num_layers"]
+    # None of what the package can do besides, which ours cannot.
+    assert not any(settings[name] for name in ("idf", "rescale_with_baseline", "lang"))
 
 
 def test_scores_are_those_of_the_installed_package(metric: BertScore, minilm: Path) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from golden_case import GoldenCase, Record, Tensors
 from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
@@ -54,7 +55,7 @@ SHARED = ImageRewardConfig.__dataclass_fields__.keys() & BLIPScoreConfig.__datac
 def golden_blip(
     official_state: dict[str, Tensor],
     blip_config: BLIPScoreConfig,
-    golden_case: dict[str, Any],
+    golden_case: Record,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> BLIPScore:
     """The golden network, read from a file like BLIP's; frozen, not to be changed by a test."""
@@ -88,21 +89,22 @@ def blip() -> BLIPScore:
         return BLIPScore(config, BlipTokenizer(WORDS))
 
 
-def test_scores_are_the_official_ones(
-    golden_blip: BLIPScore, golden: dict[str, Tensor], golden_case: dict[str, Any]
-) -> None:
+def atol() -> float:
+    (absolute,) = GoldenCase("image_reward_small").tolerance("blip_scores")
+    return absolute
+
+
+def test_scores_are_the_official_ones(golden_blip: BLIPScore, golden: Tensors, golden_case: Record) -> None:
     scores = golden_blip(golden["images"].float() / 255, golden_case["prompts"])
-    torch.testing.assert_close(scores, golden["blip_scores"], rtol=0, atol=1e-5)
+    torch.testing.assert_close(scores, golden["blip_scores"], rtol=0, atol=atol())
 
 
 @pytest.mark.parametrize("index", [0, 1])
-def test_files_score_as_officially(
-    golden_blip: BLIPScore, golden: dict[str, Tensor], golden_case: dict[str, Any], index: int
-) -> None:
+def test_files_score_as_officially(golden_blip: BLIPScore, golden: Tensors, golden_case: Record, index: int) -> None:
     picture = Image.fromarray(golden[f"file_image{index}/image"].permute(1, 2, 0).contiguous().numpy())
     squares = pil_to_square(picture, 224)[None].expand(3, -1, -1, -1)
     scores = golden_blip(squares, golden_case["prompts"])
-    torch.testing.assert_close(scores, golden[f"file_image{index}/blip_scores"], rtol=0, atol=1e-5)
+    torch.testing.assert_close(scores, golden[f"file_image{index}/blip_scores"], rtol=0, atol=atol())
 
 
 def test_default_sizes_are_those_of_blip_large() -> None:
@@ -115,7 +117,7 @@ def test_default_sizes_are_those_of_blip_large() -> None:
 
 
 def test_a_tensor_that_pretraining_does_not_explain_is_refused(
-    official_state: dict[str, Tensor], blip_config: BLIPScoreConfig, golden_case: dict[str, Any], tmp_path: Path
+    official_state: dict[str, Tensor], blip_config: BLIPScoreConfig, golden_case: Record, tmp_path: Path
 ) -> None:
     missing = {name: tensor for name, tensor in official_state.items() if name != "text_proj.bias"}
     for state, message in [
@@ -218,7 +220,7 @@ def test_checkpointing_keeps_scores_and_gradients_bit_identical(
 
 
 def test_loaded_weights_are_frozen_and_gradients_still_reach_the_images(
-    golden_blip: BLIPScore, golden: dict[str, Tensor], golden_case: dict[str, Any]
+    golden_blip: BLIPScore, golden: Tensors, golden_case: Record
 ) -> None:
     images = (golden["images"].float() / 255).requires_grad_()
     golden_blip(images, golden_case["prompts"]).sum().backward()

@@ -138,8 +138,8 @@ def test_head_stays_in_float32_under_autocast_and_in_half_precision(
         assert torch.equal(reward.raw_score(features), full)
     half = reward.to(torch.bfloat16)(pictures, prompts)
     assert half.dtype == torch.float32
-    # bfloat16 keeps 8 bits: errors of some percent of scores of about 1.
-    torch.testing.assert_close(half, reward.standardise(full), rtol=0, atol=0.3)
+    # A rounding to bfloat16 is 0.004 of a number; these scores of up to 2 were off by 0.01.
+    torch.testing.assert_close(half, reward.standardise(full), rtol=0, atol=0.06)
 
 
 def test_saved_network_scores_exactly_the_same(

@@ -3,18 +3,17 @@
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
+from golden_case import Record, Tensors
 from PIL import Image
-from torch import Tensor
 
 from rewards import ImageReward, image_reward_check
 from rewards.image_reward_check import PROMPT, Comparison, Config
 
 
 @pytest.fixture
-def images(golden: dict[str, Tensor], tmp_path: Path) -> Path:
+def images(golden: Tensors, tmp_path: Path) -> Path:
     """A folder with four images under the names of the authors'."""
     folder = tmp_path / "images"
     folder.mkdir()
@@ -33,7 +32,7 @@ def weights(golden_reward: ImageReward, tmp_path: Path) -> Path:
 
 
 def test_official_scores_of_files_are_found_again(
-    golden_reward: ImageReward, golden: dict[str, Tensor], golden_case: dict[str, Any], images: Path
+    golden_reward: ImageReward, golden: Tensors, golden_case: Record, images: Path
 ) -> None:
     paths = [images / "1.webp", images / "2.webp"]
     for index, prompt in enumerate(golden_case["prompts"]):

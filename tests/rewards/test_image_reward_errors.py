@@ -9,6 +9,7 @@ from typing import Any
 import huggingface_hub
 import pytest
 import torch
+from golden_case import Record
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -71,7 +72,7 @@ def test_known_name_asks_the_hub_for_the_weights_at_one_revision(
 def test_vocabulary_comes_from_the_hub_where_it_is_not_given(
     golden_weights: Path,
     golden_config: ImageRewardConfig,
-    golden_case: dict[str, Any],
+    golden_case: Record,
     monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
 ) -> None:
@@ -88,7 +89,7 @@ def test_vocabulary_comes_from_the_hub_where_it_is_not_given(
 
 
 def test_weights_of_other_sizes_are_refused(
-    golden_weights: Path, golden_config: ImageRewardConfig, golden_case: dict[str, Any]
+    golden_weights: Path, golden_config: ImageRewardConfig, golden_case: Record
 ) -> None:
     for values, message in [
         ({"vision_layers": 3}, r"vision\.encoder\.layers\.2.* is missing"),
@@ -100,7 +101,7 @@ def test_weights_of_other_sizes_are_refused(
 
 
 def test_checkpoint_with_a_foreign_tensor_is_refused(
-    golden_weights: Path, golden_config: ImageRewardConfig, golden_case: dict[str, Any], tmp_path: Path
+    golden_weights: Path, golden_config: ImageRewardConfig, golden_case: Record, tmp_path: Path
 ) -> None:
     state = load_file(golden_weights) | {"blip.itm_head.weight": torch.zeros(2)}
     save_file(state, tmp_path / "foreign.safetensors")
@@ -109,7 +110,7 @@ def test_checkpoint_with_a_foreign_tensor_is_refused(
 
 
 def test_files_that_are_no_checkpoints_are_refused(
-    golden_config: ImageRewardConfig, golden_case: dict[str, Any], tmp_path: Path
+    golden_config: ImageRewardConfig, golden_case: Record, tmp_path: Path
 ) -> None:
     with pytest.raises(FileNotFoundError, match="no checkpoint"):
         ImageReward.from_official(tmp_path / "missing.pt", golden_config, golden_case["vocab"])

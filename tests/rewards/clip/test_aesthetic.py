@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from golden_case import GoldenCase, Tensors
 from torch import Tensor, nn
 
 from rewards import Reward, aesthetic
@@ -14,20 +14,21 @@ from rewards.aesthetic import HEAD, Aesthetic, AestheticHead
 from rewards.clip_encoder import ClipEncoder
 from rewards.public_files import sha256_of
 
-GOLDEN = Path(__file__).resolve().parents[2] / "golden"
+CASE = GoldenCase("aesthetic_head", left_out={"layers": "words; an official file of these shapes is loaded below"})
+AFFINE = GoldenCase("aesthetic_head_affine")
 OFFICIAL_SHAPES = {"0": (1024, 768), "2": (128, 1024), "4": (64, 128), "6": (16, 64), "7": (1, 16)}
 
 
 @pytest.fixture(scope="session")
-def golden() -> dict[str, Tensor]:
+def golden() -> Tensors:
     """Embeddings, and the official head's scores for them."""
-    return load_file(GOLDEN / "aesthetic_head.safetensors")
+    return CASE.tensors
 
 
 @pytest.fixture(scope="session")
 def affine() -> AestheticHead:
     """The official head, multiplied out in float64; frozen, not to be changed by a test."""
-    weights = load_file(GOLDEN / "aesthetic_head_affine.safetensors")
+    weights = AFFINE.tensors
     head = AestheticHead((768, 1)).double().requires_grad_(False)
     head.load_state_dict({"layers.0.weight": weights["weight"][None], "layers.0.bias": weights["bias"]})
     return head
@@ -53,12 +54,25 @@ def score(encoder: ClipEncoder) -> Aesthetic:
         return Aesthetic(encoder, AestheticHead((24, 8, 4, 1)))
 
 
-def test_scores_are_the_official_ones(affine: AestheticHead, golden: dict[str, Tensor]) -> None:
+def test_scores_are_the_official_ones(affine: AestheticHead, golden: Tensors) -> None:
+    single_atol, double_atol = CASE.tolerance()
     exact = affine(golden["embedding"].double())
-    torch.testing.assert_close(exact, golden["score_float64"], rtol=0, atol=1e-9)
+    torch.testing.assert_close(exact, golden["score_float64"], rtol=0, atol=double_atol)
     single = affine(golden["embedding"])
     assert single.dtype == torch.float32
-    torch.testing.assert_close(single, golden["score"], rtol=0, atol=5e-5)
+    torch.testing.assert_close(single, golden["score"], rtol=0, atol=single_atol)
+
+
+def test_golden_head_is_that_of_the_published_file(affine: AestheticHead) -> None:
+    for case in (CASE, AFFINE):
+        assert HEAD.name in case.record["weights"]
+        assert HEAD.sha256 in case.record["weights"]
+    (layer,) = affine.layers
+    assert isinstance(layer, nn.Linear)
+    stated = CASE.record["affine_map"]
+    assert [float(layer.weight.norm()), float(layer.bias)] == pytest.approx(
+        [stated["weight_norm"], stated["bias"]], rel=1e-12
+    )
 
 
 def test_official_file_is_a_chain_of_linear_maps(official: Path) -> None:
@@ -101,9 +115,7 @@ def test_gradient_to_the_images_agrees_with_differences(
     check_gradient(score)
 
 
-def test_head_stays_in_float32_under_autocast_and_in_half_precision(
-    affine: AestheticHead, golden: dict[str, Tensor]
-) -> None:
+def test_head_stays_in_float32_under_autocast_and_in_half_precision(affine: AestheticHead, golden: Tensors) -> None:
     expected = affine(golden["embedding"])
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert torch.equal(affine(golden["embedding"]), expected)
