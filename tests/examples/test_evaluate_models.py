@@ -298,7 +298,7 @@ def order() -> Callable[[], tuple[dict[str, dict[str, float]], dict[str, float]]
 
 def test_rankings_agree_where_the_orders_do(order: Any) -> None:
     means, people = order()
-    assert agreement(means, people) == {IMAGE_REWARD: 1.0, CLIP: -1.0}
+    assert agreement(means, people) == pytest.approx({IMAGE_REWARD: 1.0, CLIP: -1.0}, abs=1e-12)
     text = rank_text(means, people, judge="people")
     assert "| b | 0.2000 (2) | 0.2700 (1) | 2 |" in text
     assert f"| c | {MINUS}1.0000 (3) | not run | 3 |" in text
