@@ -130,13 +130,17 @@ def updates_of(run_config: Callable[..., TrainingConfig]) -> Callable[..., list[
     return of
 
 
-def assert_same_gradient(ours: dict[str, Tensor], theirs: dict[str, Tensor], tolerance: float = 1e-6) -> None:
-    """No entry may differ by more than a millionth of the largest one, be it of a mean or of what the mean is of."""
+def assert_same_gradient(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> None:
+    """No entry may differ by more than 1e-5 of the largest one, be it of a mean or of what the mean is of.
+
+    In batches of other sizes the same hundreds of terms are added up in another order, each known to 1e-7 of itself: on
+    processors without vector instructions that has moved an entry by 2e-6. A wrong weight moves all by 0.1 and more.
+    """
     largest = max(float(gradient.abs().max()) for gradient in theirs.values())
     assert largest > 1e-3
     # Gradients of single steps are up to 1.5 with these weights, and nearly cancel over good and bad samples.
     for name, gradient in theirs.items():
-        torch.testing.assert_close(ours[name], gradient, rtol=0, atol=tolerance * max(largest, 1.5), msg=name)
+        torch.testing.assert_close(ours[name], gradient, rtol=0, atol=1e-5 * max(largest, 1.5), msg=name)
 
 
 @pytest.mark.parametrize("kl_weight", [0.0, 0.02])
@@ -195,7 +199,7 @@ def test_gradient_is_the_one_computed_by_hand(
             _, mean, std = policy.stored_steps(trajectory, samples, steps, guidance=guidance)
             losses = losses + kl_weight * gaussian_kl(mean, reference, std)
         losses.mean().backward()
-        assert_same_gradient(gradient, gradient_of(policy), 3e-6)
+        assert_same_gradient(gradient, gradient_of(policy))
         policy.unet.zero_grad(set_to_none=True)
 
 
