@@ -105,13 +105,12 @@ class Stronger:
         pipeline.attached = self
 
 
-def test_a_safeguard_takes_the_place_of_guidance_where_there_is_some(bare: DiffusionPolicy, tmp_path: Path) -> None:
-    expected = bare.draw(PROMPTS, steps=2, seeds=[1, 2], guidance=ClassifierFree(6.0))
-    unguided = bare.draw(PROMPTS, steps=2, seeds=[1, 2], guidance=ClassifierFree(1.0))
+def test_a_safeguard_takes_the_place_of_guidance_at_scale_one_as_well(bare: DiffusionPolicy, tmp_path: Path) -> None:
+    tripled = [bare.draw(PROMPTS, steps=2, seeds=[1, 2], guidance=ClassifierFree(scale)) for scale in (6.0, 3.0)]
     bare.safeguard = Stronger()
-    assert torch.equal(bare.draw(PROMPTS, steps=2, seeds=[1, 2], guidance=ClassifierFree(2.0)), expected)
-    assert bare.safeguard.asked == [2.0, 2.0]
-    assert torch.equal(bare.draw(PROMPTS, steps=2, seeds=[1, 2], guidance=ClassifierFree(1.0)), unguided)
+    for scale, expected in zip((2.0, 1.0), tripled, strict=True):
+        assert torch.equal(bare.draw(PROMPTS, steps=2, seeds=[1, 2], guidance=ClassifierFree(scale)), expected)
+    assert bare.safeguard.asked == [2.0, 2.0, 1.0, 1.0]
     assert bare.to_pipeline().attached is bare.safeguard
     with pytest.raises(ValueError, match="cannot hold a safeguard"):
         bare.save_pipeline(tmp_path)
