@@ -73,31 +73,34 @@ class TrainedWeights:
 
     @contextmanager
     def at_reference(self) -> Generator[None, None, None]:
-        """Puts the reference in place, without gradients: the LoRA is switched off, or the weights change places.
-
-        Autocast keeps its half-precision copy of a weight by the parameter, not by what is in it, and has to forget it
-        whenever that changes.
-        """
+        """Puts the reference in place, without gradients: the LoRA is switched off, or the weights change places."""
         with torch.no_grad():
             if self._at_reference:
                 yield
                 return
             self._at_reference = True
-            trained = {name: parameter.data for name, parameter in self.parameters.items()}
+            trained = {name: self.parameters[name].data for name in self._reference}
             try:
                 if self.lora is not None:
                     self.unet.disable_adapters()
-                for name, value in self._reference.items():
-                    self.parameters[name].data = value.to(trained[name].device)
-                torch.clear_autocast_cache()
+                self._put({name: value.to(trained[name].device) for name, value in self._reference.items()})
                 yield
             finally:
                 self._at_reference = False
-                for name, value in trained.items():
-                    self.parameters[name].data = value
-                torch.clear_autocast_cache()
+                self._put(trained)
                 if self.lora is not None:
                     self.unet.enable_adapters()
+
+    def _put(self, values: Mapping[str, Tensor]) -> None:
+        """Puts tensors in the parameters' place.
+
+        Autocast keeps its half-precision copy of a weight by the parameter, not by what is in it, and has to forget it
+        whenever that changes.
+        """
+        for name, value in values.items():
+            self.parameters[name].data = value
+        if values:
+            torch.clear_autocast_cache()
 
     def forget_lora(self) -> None:
         """Notes that the LoRA has become part of the UNet's own weights, and that nothing is trained any more."""
