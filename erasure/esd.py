@@ -149,36 +149,21 @@ class ESD:
             with policy.reference():
                 latents = rolled()
         source = None if cfg.erase_from is None else policy.encode([cfg.erase_from] * len(batch.prompts))
-        return erased_loss(
+        target = learned_target(
             policy, latents, timesteps, prompts, empty, source=source, negative_guidance=cfg.negative_guidance
         )
+        return erased_loss(policy, latents, timesteps, prompts if source is None else source, target)
 
 
 def erased_loss(
     policy: DiffusionPolicy,
     latents: Latents,
     timesteps: Int[Tensor, " batch"],
-    concept: Embeddings,
-    empty: Embeddings,
-    *,
-    source: Embeddings | None = None,
-    negative_guidance: float = 1.0,
+    asked: Embeddings,
+    target: Latents,
 ) -> PerSample:
-    """Returns the mean squared distance of each sample's prediction from `learned_target`.
-
-    Args:
-        policy: What is trained.
-        latents: Noised latents.
-        timesteps: The scheduler's integer of each sample.
-        concept: Embeddings of the concept.
-        empty: Embeddings of the empty prompt.
-        source: Embeddings of what is led away from the concept, if not the concept.
-        negative_guidance: How far (η).
-    """
-    target = learned_target(
-        policy, latents, timesteps, concept, empty, source=source, negative_guidance=negative_guidance
-    )
-    prediction = policy.predict_noise(latents, timesteps, concept if source is None else source)
+    """Returns the mean squared distance of each sample's prediction, for what is asked, from its target."""
+    prediction = policy.predict_noise(latents, timesteps, asked)
     return (prediction - target).square().flatten(1).mean(dim=1)
 
 
@@ -195,7 +180,16 @@ def learned_target(
     """Returns what the prediction for a source s has to become, `ε*(s) - (1 + η) (ε*(c) - ε*(∅))`.
 
     ε* is the policy's reference. Without a source s is the concept c itself, and the target the paper's
-    `ε*(∅) - η (ε*(c) - ε*(∅))`. Arguments as in `erased_loss`.
+    `ε*(∅) - η (ε*(c) - ε*(∅))`.
+
+    Args:
+        policy: Its reference predicts.
+        latents: Noised latents.
+        timesteps: The scheduler's integer of each sample.
+        concept: Embeddings of the concept.
+        empty: Embeddings of the empty prompt.
+        source: Embeddings of what is led away from the concept, if not the concept.
+        negative_guidance: How far (η).
     """
     asked = [concept, empty] if source is None else [concept, empty, source]
     count = len(asked)

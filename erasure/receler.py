@@ -219,18 +219,10 @@ class Receler:
         guidance = ClassifierFree(cfg.guidance_scale)
         latents = latents_before(policy, prompts, stops, steps=cfg.steps, guidance=guidance, seeds=batch.seeds)
         tokens = first_tokens(batch.seeds, cfg.tokens, prompts.shape[-1]).to(policy.device)
-        return self.loss_at(policy, batch.prompts, latents, policy.timesteps(cfg.steps)[stops], tokens)
+        return self.total(self.terms(policy, batch.prompts, latents, policy.timesteps(cfg.steps)[stops], tokens))
 
-    def loss_at(
-        self,
-        policy: DiffusionPolicy,
-        prompts: Sequence[str],
-        latents: Latents,
-        timesteps: Int[Tensor, " batch"],
-        tokens: SoftTokens,
-    ) -> PerSample:
-        """Returns the loss of each sample for given latents and soft tokens before their first step."""
-        terms = self.terms(policy, prompts, latents, timesteps, tokens)
+    def total(self, terms: Terms) -> PerSample:
+        """Returns the loss of each sample from its parts."""
         return terms.erased + self.config.regularization * terms.outside
 
     def terms(
@@ -241,7 +233,7 @@ class Receler:
         timesteps: Int[Tensor, " batch"],
         tokens: SoftTokens,
     ) -> Terms:
-        """Returns the parts of the loss, with gradient; arguments as in `loss_at`."""
+        """Returns the parts of the loss for given latents and soft tokens before their first step, with gradient."""
         cfg = self.config
         embeddings, words = policy.encode(prompts), words_of(policy, prompts)
         height, width = latents.shape[-2:]

@@ -71,7 +71,8 @@ def test_loss_and_gradients_are_theirs(
     concept, empty = CASE.tensors["emb_concept"], CASE.tensors["emb_empty"]
     source = asked if form.endswith("_from") else None
     eta = guidance_of(form)
-    loss = erased_loss(student, latents, timesteps, concept, empty, source=source, negative_guidance=eta).mean()
+    target = learned_target(student, latents, timesteps, concept, empty, source=source, negative_guidance=eta)
+    loss = erased_loss(student, latents, timesteps, asked, target).mean()
     CASE.check(f"{prefix}/loss", loss)
 
     loss.backward()

@@ -217,7 +217,7 @@ def test_the_gradient_is_that_of_finite_differences(bare: DiffusionPolicy) -> No
     fixed = (CONCEPT.phrases, latents, torch.tensor([600, 40]), first_tokens([1, 2], 3, 16))
 
     def mean() -> torch.Tensor:
-        return method.loss_at(student, *fixed).mean()
+        return method.total(method.terms(student, *fixed)).mean()
 
     mean().backward()
     for parameter in student.trainable_parameters()[:4]:
