@@ -304,7 +304,6 @@ class SAFREEGuidance:
             )
         self.safeguard = safeguard
         self.guidance = guidance
-        self._branches = 0
 
     def embeddings(
         self, prompt: Embeddings, empty: Embeddings, moment: Moment
@@ -316,13 +315,12 @@ class SAFREEGuidance:
             empty = self.safeguard.negative(empty)
         towards = torch.where(active[:, None, None], filtered, prompt)
         branches = self.guidance.embeddings(towards, empty, moment)
-        self._branches = len(branches)
         if self.safeguard.reattention is None:
             return branches
-        if not active.any():
-            self.safeguard.reattention.start(None, branches=len(branches))
+        compared = active if active.any() else None
+        self.safeguard.reattention.start(compared, branches=self.guidance.branches)
+        if compared is None:
             return branches
-        self.safeguard.reattention.start(active, branches=len(branches))
         return torch.cat([branches, prompt.unsqueeze(0)])
 
     def combine(
@@ -338,4 +336,4 @@ class SAFREEGuidance:
                 "latent re-attention works in the UNet that SAFREE was applied with, and another one made the "
                 "predictions; apply it to their own policy, or erase with SAFREEConfig(latent_reattention=False)"
             )
-        return self.guidance.combine(predictions[: self._branches], moment)
+        return self.guidance.combine(predictions[: self.guidance.branches], moment)

@@ -5,12 +5,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from policy import ClassifierFree, Guidance, Moment
+from policy import ClassifierFree, Moment
 from policy.parts import Pipeline
 from policy.prompts import PromptEncoder
 from policy.types import Embeddings
 
-from .safree import SAFREEConfig, SAFREESafeguard
+from .safree import SAFREEConfig, SAFREEGuidance, SAFREESafeguard
 
 ATTRIBUTE = "safeguard"
 """Where a pipeline's UNet has what is attached to it."""
@@ -54,8 +54,7 @@ class AttachedSAFREE:
         self.prompts = PromptEncoder(pipeline.text_encoder, pipeline.tokenizer)
         self.safeguard = SAFREESafeguard(config, strength, self.prompts, pipeline.unet)
         self._rows: Embeddings | None = None
-        self._guidance: Guidance | None = None
-        self._branches = 2
+        self._guidance: SAFREEGuidance | None = None
         self._changed = False
         self._encode = pipeline.encode_prompt
         self._handles = [
@@ -105,12 +104,8 @@ class AttachedSAFREE:
         own = negative_prompt_embeds is not None or any(
             [negative_prompt] if isinstance(negative_prompt, str) else negative_prompt or []
         )
-        self._branches = 2 if do_classifier_free_guidance else 1
-        if do_classifier_free_guidance:
-            own_guidance = ClassifierFree(2.0, encoded[1] if own else None)  # any scale: the pipeline applies its own
-        else:
-            own_guidance = ClassifierFree(1.0)
-        self._guidance = self.safeguard.guided(own_guidance)
+        guided = ClassifierFree(2.0, encoded[1] if own else None)  # any scale: the pipeline applies its own
+        self._guidance = SAFREEGuidance(self.safeguard, guided if do_classifier_free_guidance else ClassifierFree(1.0))
         texts = [prompt] if isinstance(prompt, str) else list(prompt)
         self._rows = self.prompts(texts).to(device).repeat_interleave(num_images_per_prompt, dim=0)
         return self._rows, encoded[1]
@@ -121,9 +116,12 @@ class AttachedSAFREE:
         """Gives the UNet the prompts of this step, where the call is the pipeline's own."""
         self._changed = False
         states, rows = named.get("encoder_hidden_states"), self._rows
-        if rows is None or self._guidance is None or states is None or len(states) != self._branches * len(rows):
+        if rows is None or self._guidance is None or states is None:
             return None
-        *away, prompts = states.chunk(self._branches)
+        count = self._guidance.guidance.branches
+        if len(states) != count * len(rows):
+            return None
+        *away, prompts = states.chunk(count)
         if named.get("return_dict", True) or not torch.equal(prompts, rows):
             return None
         latents, timestep, *rest = inputs
@@ -131,15 +129,15 @@ class AttachedSAFREE:
         steps = (timesteps > timestep).sum().expand(len(rows))
         moment = Moment(steps, len(timesteps), torch.ones(len(rows), device=rows.device))
         branches = self._guidance.embeddings(prompts, away[0] if away else self.prompts.empty(prompts), moment)
-        if len(branches) > self._branches:
+        if len(branches) > count:
             latents = torch.cat([latents, latents[-len(rows) :]])
         self._changed = True
         return (latents, timestep, *rest), {**named, "encoder_hidden_states": branches.flatten(0, 1)}
 
     def _after(self, unet: nn.Module, inputs: tuple[Any, ...], output: Any) -> Any:
         """Leaves out the predictions that were only compared with."""
-        if not self._changed or self._rows is None:
+        if not self._changed or self._rows is None or self._guidance is None:
             return output
         if self.safeguard.reattention is not None:
             self.safeguard.reattention.stop()
-        return (output[0][: self._branches * len(self._rows)],)
+        return (output[0][: self._guidance.guidance.branches * len(self._rows)],)

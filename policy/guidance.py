@@ -68,6 +68,11 @@ class ClassifierFree:
         """Shows the scale."""
         return f"ClassifierFree(scale={self.scale})"
 
+    @property
+    def branches(self) -> int:
+        """How many predictions it is made of."""
+        return 1 if self.scale == 1.0 else 2
+
     def embeddings(
         self, prompt: Embeddings, empty: Embeddings, moment: Moment
     ) -> Float[Tensor, "branches batch tokens dim"]:
