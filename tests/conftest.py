@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 
-from policy import DiffusionPolicy, LoRAConfig
+from policy import DiffusionPolicy, LoRAConfig, SampleNoise
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports huggingface_hub: no test asks the network
 
@@ -179,6 +179,25 @@ def policy(make_policy: Callable[..., DiffusionPolicy]) -> DiffusionPolicy:
 def v_policy(make_policy: Callable[..., DiffusionPolicy], v_pipeline_dir: Path) -> DiffusionPolicy:
     """A fresh tiny v-prediction policy with a fresh LoRA of rank 4."""
     return make_policy(path=v_pipeline_dir, lora=LoRAConfig())
+
+
+@pytest.fixture
+def in_double(monkeypatch: pytest.MonkeyPatch) -> Callable[[DiffusionPolicy], DiffusionPolicy]:
+    """Puts a policy and its reference in float64, with nothing between in float32: `float` is `double` in this test.
+
+    For what rounding hides: a small difference of large numbers, a value at the edge of a clamp, sums in another order.
+    """
+
+    def widened(policy: DiffusionPolicy) -> DiffusionPolicy:
+        policy.unet.double()
+        policy.vae.double()
+        policy.remember_reference()
+        monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
+        draw = SampleNoise.draw
+        monkeypatch.setattr(SampleNoise, "draw", lambda self: draw(self).double())
+        return policy
+
+    return widened
 
 
 @pytest.fixture(scope="session")

@@ -4,7 +4,6 @@ import re
 from collections.abc import Mapping
 from fnmatch import fnmatchcase
 
-import pytest
 import torch
 from golden_case import GOLDEN, GoldenCase
 from torch import Tensor
@@ -45,19 +44,6 @@ class ErasureCase(GoldenCase):
         missed = expected - self._compared
         missed -= {name for name in missed if any(fnmatchcase(name, pattern) for pattern in self.left_out)}
         return found + [f"{self.name}: {name} is expected, and was compared with nothing" for name in sorted(missed)]
-
-
-def in_double(policy: DiffusionPolicy, monkeypatch: pytest.MonkeyPatch) -> DiffusionPolicy:
-    """Puts a policy and its reference in float64, with nothing between in float32: `float` is `double` in this test.
-
-    For what adds up many numbers, or is a small difference of large ones: its rounding in float32 is another on each
-    processor, and in float64 there is next to none. What is off then is what the file, in float32, is off by: most
-    often a twentieth of its tolerance.
-    """
-    policy.unet.double()
-    policy.remember_reference()
-    monkeypatch.setattr(Tensor, "float", Tensor.double)
-    return policy
 
 
 def perturb(policy: DiffusionPolicy, words: str) -> None:

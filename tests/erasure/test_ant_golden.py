@@ -1,6 +1,7 @@
 """ANT against its equations, computed by someone else."""
 
 import re
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from erasure.ant import ANT, ANTConfig, Terms
 from erasure.esd import erased_target
 from erasure.saliency import salient
 from policy import DiffusionPolicy
-from tests.erasure.erasure_case import TINY_SD, ErasureCase, in_double, perturb
+from tests.erasure.erasure_case import TINY_SD, ErasureCase, perturb
 
 CASE = ErasureCase("ant")
 HYPER = CASE.record["hyper"]
@@ -25,9 +26,9 @@ def student() -> DiffusionPolicy:
 
 
 @pytest.fixture
-def exact(monkeypatch: pytest.MonkeyPatch) -> DiffusionPolicy:
+def exact(in_double: Callable[[DiffusionPolicy], DiffusionPolicy]) -> DiffusionPolicy:
     """The same in float64: between student and original there are small differences, whose squares are compared."""
-    policy = in_double(DiffusionPolicy.from_pretrained(TINY_SD, device="cpu", train="full"), monkeypatch)
+    policy = in_double(DiffusionPolicy.from_pretrained(TINY_SD, device="cpu", train="full"))
     perturb(policy, HYPER["student"])
     return policy
 

@@ -1,5 +1,7 @@
 """ESD's targets, predictions, losses, gradients and parameter sets are those of the authors' code."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor
@@ -7,7 +9,7 @@ from torch import Tensor
 from erasure.esd import erased_loss, learned_target
 from policy import ClassifierFree, DiffusionPolicy, select_parameters
 from policy.weights import base_parameters
-from tests.erasure.erasure_case import TINY_SD, ErasureCase, in_double, perturb
+from tests.erasure.erasure_case import TINY_SD, ErasureCase, perturb
 
 CASE = ErasureCase("esd")
 HYPER = CASE.record["hyper"]
@@ -59,9 +61,13 @@ def test_parameter_sets_are_theirs(student: DiffusionPolicy) -> None:
 @pytest.mark.parametrize("weights", HYPER["student"])
 @pytest.mark.parametrize("form", FORMS)
 def test_loss_and_gradients_are_theirs(
-    case: int, weights: str, form: str, student: DiffusionPolicy, monkeypatch: pytest.MonkeyPatch
+    case: int,
+    weights: str,
+    form: str,
+    student: DiffusionPolicy,
+    in_double: Callable[[DiffusionPolicy], DiffusionPolicy],
 ) -> None:
-    in_double(student, monkeypatch)
+    in_double(student)
     changed = HYPER["student"][weights]
     if weights == "same":
         assert changed.startswith("student weights equal")

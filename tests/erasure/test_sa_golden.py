@@ -1,7 +1,7 @@
 """Selective amnesia against the authors' code, run on the golden model."""
 
 import re
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ from erasure.fisher import Sums, changes, noise_errors, start_of, watched_weight
 from erasure.sa import SA, Examples, SAConfig, weighted_change
 from policy import DiffusionPolicy, select_parameters
 from policy.types import PerSample
-from tests.erasure.erasure_case import TINY_SD, ErasureCase, in_double, perturb
+from tests.erasure.erasure_case import TINY_SD, ErasureCase, perturb
 
 CASE = ErasureCase("sa")
 HYPER = CASE.record["hyper"]
@@ -25,8 +25,10 @@ def golden_policy() -> DiffusionPolicy:
     return DiffusionPolicy.from_pretrained(TINY_SD, train="full", device="cpu")
 
 
-def test_fisher_information_is_that_of_the_authors_code(monkeypatch: pytest.MonkeyPatch) -> None:
-    policy = in_double(golden_policy(), monkeypatch)
+def test_fisher_information_is_that_of_the_authors_code(
+    in_double: Callable[[DiffusionPolicy], DiffusionPolicy],
+) -> None:
+    policy = in_double(golden_policy())
     weights = watched_weights(policy)
     sums = Sums.zeros(weights)
     given = CASE.tensors.under("fim/")

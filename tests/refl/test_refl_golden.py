@@ -116,14 +116,11 @@ def recorded(golden: Tensors, golden_policy: DiffusionPolicy, monkeypatch: pytes
 
 
 @pytest.fixture
-def in_double(
-    recorded: DiffusionPolicy, reward: ImageReward, monkeypatch: pytest.MonkeyPatch
+def exact(
+    recorded: DiffusionPolicy, reward: ImageReward, in_double: Callable[[DiffusionPolicy], DiffusionPolicy]
 ) -> tuple[DiffusionPolicy, ImageReward]:
-    """The same policy and the reward in float64, with nothing between them in float32: `float` is `double`."""
-    recorded.unet.double()
-    recorded.vae.double()
-    monkeypatch.setattr(Tensor, "float", Tensor.double)
-    return recorded, copy.deepcopy(reward).double()
+    """The same policy and the reward in float64."""
+    return in_double(recorded), copy.deepcopy(reward).double()
 
 
 @pytest.fixture
@@ -276,14 +273,14 @@ def test_graded_step_is_the_golden_one(
 
 
 def test_gradient_and_update_of_the_graded_images_are_the_golden_ones(
-    in_double: tuple[DiffusionPolicy, ImageReward],
+    exact: tuple[DiffusionPolicy, ImageReward],
     golden: Tensors,
     case: Record,
     prompts: list[str],
     settings: ReFLConfig,
     make_run_config: Callable[[], TrainingConfig],
 ) -> None:
-    policy, reward = in_double
+    policy, reward = exact
     unclamped = before_clamp(policy)
     images = graded_images(policy, prompts, [0, 1], settings, graded_step=settings.first_graded_step)
     assert images.dtype == torch.float64
@@ -327,14 +324,14 @@ def test_gradient_and_update_of_the_graded_images_are_the_golden_ones(
 
 
 def test_whole_iteration_of_the_trainer_is_the_golden_one(
-    in_double: tuple[DiffusionPolicy, ImageReward],
+    exact: tuple[DiffusionPolicy, ImageReward],
     golden: Tensors,
     case: Record,
     prompts: list[str],
     settings: ReFLConfig,
     make_run_config: Callable[[], TrainingConfig],
 ) -> None:
-    policy, reward = in_double
+    policy, reward = exact
     trainer = ReFLTrainer(policy, reward, prompts, settings)
     with TrainingRun(policy, make_run_config()) as run:
         metrics = trainer.step(run)
@@ -371,7 +368,7 @@ def test_gradient_in_float32_is_that_in_float64_through_pixels_off_the_clamp(
 
     single = gradients(recorded, reward)
     assert certain[0].double().mean() > 0.99  # nearly all of the image still counts
-    double = gradients(*request.getfixturevalue("in_double"))
+    double = gradients(*request.getfixturevalue("exact"))
     total = float(torch.stack([gradient.norm() for gradient in double.values()]).norm())
     for name, gradient in double.items():
         assert single[name].dtype == torch.float32
