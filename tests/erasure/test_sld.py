@@ -156,7 +156,7 @@ def test_a_policy_draws_what_the_papers_equations_draw(either: DiffusionPolicy, 
     safe(either)
     drawn = draw(either, ClassifierFree(scale, either.encode([negative]) if negative else None))
     torch.testing.assert_close(drawn, expected, rtol=0, atol=2e-4)  # of order 10
-    assert (drawn - plain).abs().max() > 0.01 * scale
+    assert (drawn - plain).abs().max() > 0.02 * scale
 
 
 def test_all_branches_go_through_the_network_in_one_call(policy: DiffusionPolicy) -> None:
