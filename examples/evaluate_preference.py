@@ -15,6 +15,7 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -25,6 +26,7 @@ from evaluation import DrawConfig, Estimate, ImageFolder, Report, generate, plan
 from evaluation.beside import Measured, beside_published, beside_published_text
 from evaluation.command_line import command_line
 from evaluation.page import Section
+from evaluation.plan import PlannedImage
 from evaluation.preference import (
     IMAGE_REWARD_TEST,
     WORST_RANK,
@@ -115,27 +117,29 @@ def make_tiny_test(config: Config, device: str) -> RankedSet:
     drawing = DrawConfig(steps=config.tiny_steps, guidance_scale=3.0)
     generate(tinyworld.load_policy(device=device), planned, root, drawing, model="tiny")
     process_state().wait_for_everyone()
-
-    def rank() -> None:
-        pictures = ImageFolder.open(root, "tiny")
-        entries = []
-        for start in range(0, len(planned), config.tiny_images):
-            places = range(start, start + config.tiny_images)
-            own = [planned[k] for k in places]
-            worth = tinyworld.utility(to_images(pictures.pixels(places)), [image.prompt for image in own]).tolist()
-            best_first = sorted(set(worth), reverse=True)
-            entries.append(
-                {
-                    "id": own[0].id,
-                    "prompt": own[0].prompt,
-                    "generations": [f"tiny/{image.file_name}" for image in own],
-                    "ranking": [best_first.index(value) + 1 for value in worth],
-                }
-            )
-        write_text(file, json.dumps(entries, indent=1) + "\n")
-
-    from_main(rank)
+    from_main(partial(write_ranking, file, root, planned, config.tiny_images))
     return RankedSet("tiny world", file, root, read_ranked(file))
+
+
+def write_ranking(file: Path, root: Path, planned: Sequence[PlannedImage], each: int) -> None:
+    """Writes the pictures of each caption, `each` of them in a row of the plan, with their ranks by true worth."""
+    import tinyworld
+
+    pictures, entries = ImageFolder.open(root, "tiny"), []
+    for start in range(0, len(planned), each):
+        places = range(start, start + each)
+        own = [planned[k] for k in places]
+        worth = tinyworld.utility(to_images(pictures.pixels(places)), [image.prompt for image in own]).tolist()
+        best_first = sorted(set(worth), reverse=True)
+        entries.append(
+            {
+                "id": own[0].id,
+                "prompt": own[0].prompt,
+                "generations": [f"tiny/{image.file_name}" for image in own],
+                "ranking": [best_first.index(value) + 1 for value in worth],
+            }
+        )
+    write_text(file, json.dumps(entries, indent=1) + "\n")
 
 
 def given_test(config: Config, folder: Path) -> RankedSet:
