@@ -13,12 +13,14 @@ import os
 import random
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from tqdm import tqdm
 
 from evaluation import DrawConfig, generate, plan
 from policy import DiffusionPolicy
@@ -45,6 +47,8 @@ def begun(work: Callable[[], object]) -> int:
     child = os.fork()
     if child == 0:
         try:
+            # tqdm's own lock is one for all forks, and stays locked when one is killed that holds it.
+            tqdm.set_lock(threading.RLock())
             work()
         finally:
             os._exit(1 if sys.exc_info()[0] else 0)
