@@ -9,10 +9,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ddpo import DDPOConfig, PromptStatistics, clipped_surrogate
-from policy import ClassifierFree, DiffusionPolicy
-from policy.autoencoder import CHUNK
-from policy.ddim import Schedule, ddim_mean_and_std, gaussian_log_prob, schedule
-from policy.types import PerSample, Trajectory
+from overpaint.policy import ClassifierFree, DiffusionPolicy
+from overpaint.policy.autoencoder import CHUNK
+from overpaint.policy.ddim import Schedule, ddim_mean_and_std, gaussian_log_prob, schedule
+from overpaint.policy.types import PerSample, Trajectory
 from rewards import Reward
 
 Autocast = Callable[[], AbstractContextManager[Any]]

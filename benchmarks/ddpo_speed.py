@@ -31,10 +31,10 @@ from benchmarks import gpu
 from benchmarks.ddpo_by_hand import BareRound, PlainRound
 from benchmarks.overhead import cpu_seconds
 from ddpo import DDPOConfig, DDPOTrainer
-from policy import DiffusionPolicy, LoRAConfig
-from policy.types import Embeddings, Trajectory
+from overpaint.policy import DiffusionPolicy, LoRAConfig
+from overpaint.policy.types import Embeddings, Trajectory
+from overpaint.training import TrainingConfig, TrainingRun
 from rewards import Reward
-from training import TrainingConfig, TrainingRun
 
 TARGET = 1.10
 TRAINER, BARE = "trainer", "bare calls"
@@ -192,7 +192,7 @@ class Bench:
 @contextmanager
 def bench(config: Config, device: torch.device, *, compile: bool = False) -> Generator[Bench, None, None]:
     """Yields what rounds are made of, for the length of a training run."""
-    import tinyworld
+    from overpaint import tinyworld
 
     torch.manual_seed(0)
     lora = LoRAConfig(rank=8, alpha=8.0)

@@ -28,8 +28,8 @@ from erasure.fisher import FisherConfig
 from erasure.mace import TARGETS, with_lora
 from erasure.methods import method_named
 from erasure.phrases import own_phrases
-from policy import DiffusionPolicy, LoRAConfig
-from training import TrainingConfig, TrainingRun
+from overpaint.policy import DiffusionPolicy, LoRAConfig
+from overpaint.training import TrainingConfig, TrainingRun
 
 TARGET_RATIO = 1.15
 TARGET_SECONDS = 20.0
@@ -167,8 +167,8 @@ def student_of(name: str, method: Any, policy: DiffusionPolicy) -> DiffusionPoli
         return method.student(policy)
     if name == "mace":
         rank = method.config.rank
-        return with_lora(policy.trainee("xattn-kv"), LoRAConfig(rank=rank, alpha=float(rank), targets=TARGETS))
-    return policy.trainee("full" if name == "ant" else method.config.train)
+        return with_lora(policy.student_copy("xattn-kv"), LoRAConfig(rank=rank, alpha=float(rank), targets=TARGETS))
+    return policy.student_copy("full" if name == "ant" else method.config.train)
 
 
 def uce_seconds(*, tiny: bool = False) -> float:
@@ -180,7 +180,7 @@ def uce_seconds(*, tiny: bool = False) -> float:
 
 def main(config: Config) -> dict[str, Timing]:
     """Measures and prints."""
-    import tinyworld
+    from overpaint import tinyworld
 
     torch.manual_seed(0)
     policy = tinyworld.load_policy()

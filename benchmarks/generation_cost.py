@@ -2,7 +2,7 @@
 
     python -m benchmarks.generation_cost
 
-`evaluation.generate` fills a folder with pictures of the tiny world: hash of the weights, prompts, noise, the
+`overpaint.evaluation.images` fills a folder with pictures of the tiny world: hash of the weights, prompts, noise, the
 arithmetic of the steps, PNG files, rows. Against it stand the same calls of UNet and VAE by hand, with the same shapes
 in the same order. The two alternate in one process and are timed in CPU-seconds, so that other load on the machine
 touches both alike; medians count. The tiny world is the hard case: its networks are a thousandth of Stable Diffusion's.
@@ -17,8 +17,8 @@ from typing import NamedTuple
 import torch
 
 from benchmarks.overhead import cpu_seconds
-from evaluation import DrawConfig, PlannedImage, generate, plan
-from policy import DiffusionPolicy
+from overpaint.evaluation import DrawConfig, PlannedImage, generate, plan
+from overpaint.policy import DiffusionPolicy
 
 TARGET = 1.05
 
@@ -117,7 +117,7 @@ def measure(policy: DiffusionPolicy, planned: tuple[PlannedImage, ...], config: 
 
 def main(config: Config) -> Timing:
     """Measures on the tiny world and prints the ratio."""
-    import tinyworld
+    from overpaint import tinyworld
 
     torch.manual_seed(0)
     policy = tinyworld.load_policy(device="cpu")

@@ -30,11 +30,11 @@ from typing import Literal, NamedTuple
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from policy import ClassifierFree, DiffusionPolicy, LoRAConfig
-from policy.parts import Pipeline
+from overpaint.policy import ClassifierFree, DiffusionPolicy, LoRAConfig
+from overpaint.policy.parts import Pipeline
+from overpaint.training import TrainingConfig, TrainingRun
 from refl import PretrainingPairs, ReFLConfig, ReFLTrainer
 from rewards import BlipTokenizer, ImageReward, ImageRewardConfig
-from training import TrainingConfig, TrainingRun
 
 PROMPT = "a red circle"
 GRADED_STEP = 35  # the authors draw from 30 to 39; one step for all, so that iterations are comparable
@@ -110,7 +110,7 @@ def stable_diffusion(device: torch.device, *, tiny: bool) -> "Pipeline":
     from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
     from transformers import CLIPTextConfig, CLIPTextModel
 
-    from tinyworld import components
+    from overpaint.tinyworld import components
 
     tokenizer = components.build_tokenizer()
     with device:
@@ -199,7 +199,7 @@ def refl_iteration(
     switches: Switches, batch_size: int, device: torch.device, *, tiny: bool
 ) -> Generator[Callable[[], object], None, None]:
     """Yields a function that takes one iteration of the trainer."""
-    graded_step, steps = (2, 3) if tiny else (GRADED_STEP, REFL_STEPS)
+    reward_step, steps = (2, 3) if tiny else (GRADED_STEP, REFL_STEPS)
     policy = make_policy(switches, device, tiny=tiny)
     reward = image_reward(device, tiny=tiny)
     reward.gradient_checkpointing = switches.checkpointing
@@ -208,8 +208,8 @@ def refl_iteration(
         micro_batch_size=batch_size,
         pretraining_batch_size=batch_size,
         steps=steps,
-        first_graded_step=graded_step,
-        last_graded_step=graded_step,
+        first_graded_step=reward_step,
+        last_graded_step=reward_step,
     )
     latents = torch.randn(batch_size, 4, policy.sample_size, policy.sample_size, device=device)
     pairs = PretrainingPairs(latents, [PROMPT] * batch_size)

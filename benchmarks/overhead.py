@@ -18,10 +18,10 @@ from typing import NamedTuple
 
 import torch
 
-from policy import DiffusionPolicy, LoRAConfig
+from overpaint.policy import DiffusionPolicy, LoRAConfig
+from overpaint.training import TrainingConfig, TrainingRun
 from refl import PretrainingPairs, ReFLConfig, ReFLTrainer
 from rewards import Reward
-from training import TrainingConfig, TrainingRun
 
 TARGET = 1.10
 
@@ -39,7 +39,7 @@ class Config:
     steps: int = 40
     """Denoising steps of a whole image."""
 
-    graded_step: int = 35
+    reward_step: int = 35
     """The step that is graded in every iteration, counted from noise; the middle of the authors' range."""
 
     guidance_scale: float = 3.0
@@ -60,8 +60,8 @@ class Config:
             micro_batch_size=max(self.batch_size, self.pretraining_batch_size),
             pretraining_batch_size=self.pretraining_batch_size,
             steps=self.steps,
-            first_graded_step=self.graded_step,
-            last_graded_step=self.graded_step,
+            first_graded_step=self.reward_step,
+            last_graded_step=self.reward_step,
             guidance_scale=self.guidance_scale,
         )
 
@@ -95,7 +95,7 @@ class BareIteration:
         self.policy = policy
         self.reward = reward
         self.prompts = prompts
-        self.graded_step = config.graded_step
+        self.reward_step = config.reward_step
         self.timesteps = policy.timesteps(config.steps).tolist()
         branches = 1 if config.guidance_scale == 1 else 2
         self.drawn = self._inputs(branches * len(prompts))
@@ -107,12 +107,12 @@ class BareIteration:
         """Runs the calls once."""
         vae = self.policy.vae
         with torch.no_grad():
-            for step in range(self.graded_step):
+            for step in range(self.reward_step):
                 self._unet(step, *self.drawn)
-        clean = self._unet(self.graded_step, *self.drawn)[: len(self.prompts)]
+        clean = self._unet(self.reward_step, *self.drawn)[: len(self.prompts)]
         decoded = vae.decode(clean / vae.config.scaling_factor, return_dict=False)[0]
         self.reward((decoded / 2 + 0.5).clamp(0, 1), self.prompts).mean().backward()
-        self._unet(self.graded_step, *self.pretrained).square().mean().backward()
+        self._unet(self.reward_step, *self.pretrained).square().mean().backward()
         torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
@@ -158,13 +158,13 @@ def cpu_seconds(work: Callable[[], object]) -> float:
 
 def main(config: Config) -> Timing:
     """Measures on the tiny world and prints the ratio."""
-    import tinyworld
+    from overpaint import tinyworld
 
     torch.manual_seed(0)
     policy = tinyworld.load_policy(lora=LoRAConfig(rank=8, alpha=8))
     prompts = tinyworld.captions("benign", config.batch_size, 0)
     timing = measure(policy, tinyworld.load_reward(), prompts, config)
-    print(f"ReFL, {config.batch_size} prompts, graded at step {config.graded_step} of {config.steps}:")
+    print(f"ReFL, {config.batch_size} prompts, graded at step {config.reward_step} of {config.steps}:")
     for name, times in timing._asdict().items():
         low, middle, high = statistics.quantiles(times, n=4)
         print(f"  {name:8} {middle:.3f} CPU-seconds (quartiles {low:.3f} and {high:.3f}, {len(times)} iterations)")

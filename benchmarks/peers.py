@@ -29,13 +29,13 @@ from typing import Any
 
 import torch
 
-import tinyworld
 from benchmarks.peers_child import RewardName, load_reward
 from benchmarks.peers_environment import make_environment, requirements
 from benchmarks.peers_race import Judge, Record, Side, race, reward_after, seconds_until
 from benchmarks.peers_settings import NEVER, Settings, our_job, own_settings, trl_job
 from ddpo import DDPOConfig
-from evaluation.band_chart import band_chart, band_of
+from overpaint import tinyworld
+from overpaint.evaluation.report.band_chart import band_chart, band_of
 
 TRL, SAME, OWN = "TRL", "same", "own"
 ROUND_TARGET = 1.0

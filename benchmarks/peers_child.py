@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from policy import LoRAConfig
+    from overpaint.policy import LoRAConfig
     from rewards import Reward
 
 RewardName = Literal["image-reward", "compressibility"]
@@ -28,7 +28,7 @@ def load_reward(name: RewardName) -> "Reward":
         from rewards.jpeg import Compressibility
 
         return Compressibility()
-    import tinyworld
+    from overpaint import tinyworld
 
     return tinyworld.load_reward()
 
@@ -40,7 +40,7 @@ def read_job() -> dict[str, Any]:
 
 def lora_of(job: Mapping[str, Any]) -> "LoRAConfig":
     """Returns the job's LoRA."""
-    from policy import LoRAConfig
+    from overpaint.policy import LoRAConfig
 
     values: dict[str, Any] = {**job["lora"], "targets": tuple(job["lora"]["targets"])}
     return LoRAConfig(**values)

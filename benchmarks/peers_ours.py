@@ -5,12 +5,12 @@ from typing import Any
 
 from benchmarks.peers_child import load_reward, lora_of, read_job, serve
 from ddpo import DDPOConfig, DDPOTrainer
-from training import TrainingConfig, TrainingRun
+from overpaint.training import TrainingConfig, TrainingRun
 
 
 def main() -> None:
     """Makes the trainer as the job says, and does rounds."""
-    import tinyworld
+    from overpaint import tinyworld
 
     job = read_job()
     policy = tinyworld.load_policy(lora=lora_of(job))

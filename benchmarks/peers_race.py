@@ -15,7 +15,7 @@ import torch
 
 from benchmarks.peers_environment import ROOT
 from benchmarks.peers_settings import Settings
-from policy import ClassifierFree, DiffusionPolicy
+from overpaint.policy import ClassifierFree, DiffusionPolicy
 from rewards import Reward
 
 

@@ -9,8 +9,8 @@ from typing import Any
 from benchmarks.peers_child import RewardName
 from ddpo import DDPOConfig
 from examples import ddpo_finetune
-from policy import LoRAConfig
-from training import TrainingConfig
+from overpaint.policy import LoRAConfig
+from overpaint.training import TrainingConfig
 
 NEVER = 1_000_000
 """A round that no run gets to."""

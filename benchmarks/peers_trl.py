@@ -25,8 +25,8 @@ def main() -> None:
         DefaultDDPOStableDiffusionPipeline,
     )
 
-    import tinyworld
-    from policy.weights import attach_lora
+    from overpaint import tinyworld
+    from overpaint.policy.weights import attach_lora
 
     job = read_job()
 

@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Int, Shaped
 from torch import Tensor
 
-from training import TrainingRun
+from overpaint.training import TrainingRun
 
 
 class Asked(NamedTuple):

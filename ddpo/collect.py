@@ -9,10 +9,10 @@ from typing import NamedTuple
 import torch
 
 from erasure import ImageCost
-from policy import DiffusionPolicy
-from policy.types import Embeddings, Images, PerSample, Trajectory
+from overpaint.policy import DiffusionPolicy
+from overpaint.policy.types import Embeddings, Images, PerSample, Trajectory
+from overpaint.training import TrainingRun
 from rewards import Reward
-from training import TrainingRun
 
 from .kept import KeptSamples
 from .scoring import RewardError, RewardPool, ScoringConfig

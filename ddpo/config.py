@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Literal
 
-from training import require
+from overpaint.training import require
 
 ESTIMATORS = ("importance", "score")
 BASELINES = ("prompt", "group", "centred", "round")

@@ -8,10 +8,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from policy import DiffusionPolicy, Guidance
-from policy.ddim import gaussian_log_prob
-from policy.types import Latents, PerSample, Trajectory
-from training import TrainingRun
+from overpaint.policy import DiffusionPolicy, Guidance
+from overpaint.policy.ddim import gaussian_log_prob
+from overpaint.policy.types import Latents, PerSample, Trajectory
+from overpaint.training import TrainingRun
 
 from .asked import Pairs
 from .config import DDPOConfig

@@ -4,9 +4,9 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from policy import DiffusionPolicy
-from policy.atomic import atomic_file
-from policy.types import Trajectory
+from overpaint.policy import DiffusionPolicy
+from overpaint.policy.atomic import atomic_file
+from overpaint.policy.types import Trajectory
 
 FOLDER = "ungraded"
 """Where they wait, below the folder of the run."""

@@ -3,9 +3,9 @@
 from collections.abc import Mapping
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
-from policy import ClassifierFree, DiffusionPolicy
-from rewards import HeldOutWatch, Reward
-from training import Stateful, TrainingConfig, TrainingRun
+from overpaint.policy import ClassifierFree, DiffusionPolicy
+from overpaint.training import Stateful, TrainingConfig, TrainingRun
+from rewards import EarlyStopping, Reward
 
 from .collect import PICTURES
 
@@ -39,7 +39,7 @@ class Rounds(Protocol[Metrics]):
     policy: DiffusionPolicy
     reward: Reward
     guidance: ClassifierFree
-    watch: HeldOutWatch | None
+    watch: EarlyStopping | None
 
     @property
     def config(self) -> RoundsConfig:
@@ -101,7 +101,7 @@ def train_in_rounds(
     return metrics
 
 
-def _look(run: TrainingRun, trainer: Rounds[Metrics], watch: HeldOutWatch) -> None:
+def _look(run: TrainingRun, trainer: Rounds[Metrics], watch: EarlyStopping) -> None:
     """Draws the held-out prompts as a round would, has them judged by both rewards, and logs what was seen."""
     policy, cfg = trainer.policy, trainer.config
     mine = run.shard(range(len(watch.held_out.prompts)))
@@ -114,7 +114,7 @@ def _look(run: TrainingRun, trainer: Rounds[Metrics], watch: HeldOutWatch) -> No
     run.log_images("held_out", look.images[:PICTURES], watch.held_out.prompts[part][:PICTURES])
 
 
-def check_held_out(run: TrainingRun, watch: HeldOutWatch | None) -> None:
+def check_held_out(run: TrainingRun, watch: EarlyStopping | None) -> None:
     """Checks that each process gets equally many held-out prompts.
 
     Raises:

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from policy.types import Latents, PerSample
+from overpaint.policy.types import Latents, PerSample
 
 
 def score_function(log_probs: PerSample, advantages: PerSample) -> PerSample:

@@ -16,11 +16,11 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from policy import ClassifierFree, DiffusionPolicy
-from policy.prompts import check_prompts
-from policy.types import Embeddings, Latents, PerSample, Trajectory
-from rewards import HeldOut, HeldOutWatch, Reward
-from training import TrainingConfig, TrainingRun, check_trainable, require
+from overpaint.policy import ClassifierFree, DiffusionPolicy
+from overpaint.policy.prompts import check_prompts
+from overpaint.policy.types import Embeddings, Latents, PerSample, Trajectory
+from overpaint.training import TrainingConfig, TrainingRun, check_trainable, require
+from rewards import EarlyStopping, HeldOut, Reward
 
 from .asked import ask
 from .collect import Collector, asked_again_on_failure
@@ -155,7 +155,7 @@ class RWRTrainer:
         self.config = cfg = config or RWRConfig()
         if cfg.patience and held_out is None:
             raise ValueError(f"RWRConfig.patience must be 0 without held_out, got {cfg.patience}")
-        self.watch = None if held_out is None else HeldOutWatch(held_out, patience=cfg.patience)
+        self.watch = None if held_out is None else EarlyStopping(held_out, patience=cfg.patience)
         self.guidance = ClassifierFree(cfg.guidance_scale)
         self.collector = Collector(
             policy, self._finished, reward, None, batch_size=cfg.sampling_batch_size, scoring=scoring or ScoringConfig()

@@ -12,10 +12,10 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from policy.types import Images, PerSample
+from overpaint.policy.types import Images, PerSample
+from overpaint.training import require
 from rewards.scores import Judge, scores_of
 from rewards.types import check_pairs
-from training import require
 
 GRACE = 5.0
 """Seconds that the end of the program waits for a try that was under way when its pool closed or its round failed.

@@ -4,7 +4,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from policy import DiffusionPolicy
+from overpaint.policy import DiffusionPolicy
 
 from .config import DDPOConfig
 

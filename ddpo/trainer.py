@@ -19,20 +19,13 @@ from torch import Tensor
 
 from erasure import ErasureConstraint, ImageConstraint, ObjectiveConstraint
 from erasure.protocols import ConceptBatch
-from policy import ClassifierFree, DiffusionPolicy
-from policy.prompts import check_prompts
-from policy.types import Embeddings, Trajectory
-from rewards import HeldOut, HeldOutWatch, Reward
-from training import Stateful, TrainingConfig, TrainingRun, check_trainable, draw_batch
+from overpaint.policy import ClassifierFree, DiffusionPolicy
+from overpaint.policy.prompts import check_prompts
+from overpaint.policy.types import Embeddings, Trajectory
+from overpaint.training import Stateful, TrainingConfig, TrainingRun, check_trainable, draw_batch
+from rewards import EarlyStopping, HeldOut, Reward
 
-from .advantage import (
-    EPSILON,
-    PromptStatistics,
-    centred,
-    centred_advantages,
-    group_advantages,
-    round_advantages,
-)
+from .advantage import EPSILON, PromptStatistics, centred, centred_advantages, group_advantages, round_advantages
 from .asked import Asked, ask, pairs_of_update
 from .collect import Collector, Graded, asked_again_on_failure
 from .config import DDPOConfig
@@ -122,7 +115,7 @@ class DDPOTrainer:
             raise ValueError(f"DDPOConfig.patience must be 0 without held_out, got {cfg.patience}")
         self.watch = None
         if held_out is not None:
-            self.watch = HeldOutWatch(held_out, patience=cfg.patience, constrained=erasure is not None)
+            self.watch = EarlyStopping(held_out, patience=cfg.patience, constrained=erasure is not None)
         self.guidance = ClassifierFree(cfg.guidance_scale)
         self.statistics = PromptStatistics(cfg.buffer_size, cfg.min_count)
         step_weights, self.chosen_steps = step_plan(policy, cfg)

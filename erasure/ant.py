@@ -26,9 +26,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import Parameter
 
-from policy import ClassifierFree, DiffusionPolicy, Guidance
-from policy.types import Embeddings, Latents, PerSample
-from training import TrainingConfig, check_output_dir, from_main
+from overpaint.policy import ClassifierFree, DiffusionPolicy, Guidance
+from overpaint.policy.types import Embeddings, Latents, PerSample
+from overpaint.training import TrainingConfig, check_output_dir, from_main
 
 from .changes import weights_hash
 from .concept import Concept, check_words
@@ -205,7 +205,7 @@ class ANT:
         Raises:
             ValueError: The saliency prompts are another concept's, the maps have nothing in common, or as `descend`.
         """
-        student = policy.trainee("full")
+        student = policy.student_copy("full")
         self.prepare(student, concept)
         mask = self._mask(student, concept, output_dir, resume=resume, progress=progress)
         with nullcontext() if mask is None else masked_gradients(student, mask):
@@ -358,7 +358,7 @@ def latents_before_each(
     last = stops.amax(dim=0)
     passed = torch.stack([latents] * len(stops))
     for step in range(int(last.max())):
-        if policy.safeguard is None:
+        if policy.guard is None:
             going = last > step
             latents[going] = policy.denoise(
                 latents[going], embeddings[going], step=step, steps=steps, guidance=guidance

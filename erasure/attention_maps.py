@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from policy import DiffusionPolicy
+from overpaint.policy import DiffusionPolicy
 
 from .phrases import positions
 

@@ -4,7 +4,7 @@
 |---|---|---|
 | `WeightChange` | differences that are added to the UNet's weights | AC, ANT, ESD, MACE, SA, UCE |
 | `AddedNetworks` | small networks beside the UNet's cross-attentions | Receler |
-| a safeguard | another way to sample, no weights | SAFREE, SLD |
+| a guard | another way to sample, no weights | SAFREE, SLD |
 """
 
 import importlib
@@ -18,10 +18,10 @@ from typing import ClassVar, Protocol, runtime_checkable
 import torch
 from torch import nn
 
-from policy import DiffusionPolicy, WeightDelta
-from policy.digest import tensors_hash
-from policy.parts import Pipeline
-from policy.weights import base_parameters
+from overpaint.policy import DiffusionPolicy, WeightDelta
+from overpaint.policy.digest import tensors_hash
+from overpaint.policy.parts import Pipeline
+from overpaint.policy.weights import base_parameters
 
 KINDS = MappingProxyType(
     {

@@ -3,8 +3,8 @@
 from dataclasses import dataclass, fields
 from typing import Any
 
-from policy import DiffusionPolicy
-from tinyworld.caption import captions
+from overpaint.policy import DiffusionPolicy
+from overpaint.tinyworld.caption import captions
 
 
 @dataclass(frozen=True, kw_only=True)

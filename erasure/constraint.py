@@ -9,9 +9,9 @@ cost to its loss, and once for each update gives `lagrangian.update` the mean co
 import math
 from collections.abc import Sequence
 
-from policy import DiffusionPolicy
-from policy.prompts import check_prompts
-from policy.types import PerSample
+from overpaint.policy import DiffusionPolicy
+from overpaint.policy.prompts import check_prompts
+from overpaint.policy.types import PerSample
 
 from .concept import Concept
 from .cost import ImageCost

@@ -4,7 +4,7 @@ import math
 from collections.abc import Sequence
 from typing import Protocol, runtime_checkable
 
-from policy.types import Images, PerSample
+from overpaint.policy.types import Images, PerSample
 from rewards.types import Reward
 
 

@@ -9,8 +9,8 @@ from typing import Any, Literal
 
 import torch
 
-from policy import DiffusionPolicy, WeightDelta, merged_state
-from training import TrainingConfig, TrainingRun, process_state, require
+from overpaint.policy import DiffusionPolicy, WeightDelta, merged_state
+from overpaint.training import TrainingConfig, TrainingRun, process_state, require
 
 from .changes import WeightChange
 from .concept import Concept
@@ -87,7 +87,7 @@ def descend(
 
     Args:
         objective: The loss.
-        student: Trained in place, see `DiffusionPolicy.trainee`.
+        student: Trained in place, see `DiffusionPolicy.student_copy`.
         concept: Its phrases are the prompts.
         config: How.
         output_dir: Keeps metrics and checkpoints; None keeps nothing.

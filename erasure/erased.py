@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from policy import DiffusionPolicy, WeightDelta
-from policy.parts import Pipeline
+from overpaint.policy import DiffusionPolicy, WeightDelta
+from overpaint.policy.parts import Pipeline
 
 from .changes import Change, WeightChange, change_of
 from .concept import Concept

@@ -11,10 +11,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from policy import DiffusionPolicy
-from policy.added import add_networks, added_networks, remove_networks
-from policy.parts import Pipeline, UNet
-from policy.weights import base_parameters
+from overpaint.policy import DiffusionPolicy
+from overpaint.policy.added import add_networks, added_networks, remove_networks
+from overpaint.policy.parts import Pipeline, UNet
+from overpaint.policy.weights import base_parameters
 
 from .attention_maps import cross_attentions
 from .changes import weights_hash

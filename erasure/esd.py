@@ -15,8 +15,8 @@ from jaxtyping import Int
 from torch import Tensor
 from torch.nn import Parameter
 
-from policy import ClassifierFree, DiffusionPolicy
-from policy.types import Embeddings, Latents, PerSample
+from overpaint.policy import ClassifierFree, DiffusionPolicy
+from overpaint.policy.types import Embeddings, Latents, PerSample
 
 from .concept import Concept, check_words
 from .descend import DescentConfig, descended
@@ -104,7 +104,7 @@ class ESD:
         Raises:
             ValueError: As `descend`.
         """
-        student = policy.trainee(self.config.train)
+        student = policy.student_copy(self.config.train)
         change = descended(
             self, student, concept, self.config.descent,
             output_dir=output_dir, resume=resume, progress=progress, settings={"esd": self.config},

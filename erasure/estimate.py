@@ -5,7 +5,7 @@ from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
 
-from policy import DiffusionPolicy
+from overpaint.policy import DiffusionPolicy
 
 from .descend import DescentConfig
 
@@ -66,7 +66,7 @@ def estimate(method: TrainedMethod, policy: DiffusionPolicy, train: str = "full"
         train: A parameter set to take gradients for; that of all weights costs the most, by less than half.
     """
     descent, calls = method.descent(), method.unet_calls()
-    student = policy.trainee(train)
+    student = policy.student_copy(train)
     size = student.sample_size
     latents = torch.zeros(descent.batch_size, 4, size, size, device=policy.device)
     timesteps = torch.full((descent.batch_size,), 500, device=policy.device)

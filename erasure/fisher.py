@@ -20,13 +20,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from policy import DiffusionPolicy
-from policy.atomic import atomic_file, this_process
-from policy.digest import tensors_hash
-from policy.noise import draw_noise
-from policy.types import Embeddings, Latents
-from policy.weights import ADAPTER, base_parameters, plain_name
-from training import require
+from overpaint.policy import DiffusionPolicy
+from overpaint.policy.atomic import atomic_file, this_process
+from overpaint.policy.digest import tensors_hash
+from overpaint.policy.noise import draw_noise
+from overpaint.policy.types import Embeddings, Latents
+from overpaint.policy.weights import ADAPTER, base_parameters, plain_name
+from overpaint.training import require
 
 from .kept import claim
 

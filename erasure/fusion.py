@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from policy import DiffusionPolicy
+from overpaint.policy import DiffusionPolicy
 
 from .phrases import Placed, placed
 from .uce import TextReader

@@ -13,12 +13,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
-from policy import ClassifierFree, DiffusionPolicy
-from policy.atomic import atomic_file, this_process
-from policy.digest import tensors_hash
-from policy.prompts import check_prompts
-from policy.types import Latents
-from training import process_state
+from overpaint.policy import ClassifierFree, DiffusionPolicy
+from overpaint.policy.atomic import atomic_file, this_process
+from overpaint.policy.digest import tensors_hash
+from overpaint.policy.prompts import check_prompts
+from overpaint.policy.types import Latents
+from overpaint.training import process_state
 
 from .kept import claim
 
@@ -115,7 +115,7 @@ def _record(
         "format": RECORD_FORMAT,
         "unet": tensors_hash(policy.unet.state_dict()),
         "text_encoder": tensors_hash(policy.text_encoder.state_dict()),
-        "safeguard": None if policy.safeguard is None else repr(policy.safeguard),
+        "guard": None if policy.guard is None else repr(policy.guard),
         "steps": steps,
         "guidance_scale": guidance.scale,
         "negative": negative,

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from policy.atomic import this_process, write_text
+from overpaint.policy.atomic import this_process, write_text
 
 
 def claim(path: Path, record: dict[str, Any], what: str) -> None:

@@ -25,12 +25,12 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn import Parameter
 
-from policy import ClassifierFree, DiffusionPolicy, LoRAConfig, WeightDelta
-from policy.noise import SampleNoise
-from policy.saving import plain_pipeline
-from policy.types import Latents, PerSample
-from policy.weights import ADAPTER, base_parameters
-from training import require
+from overpaint.policy import ClassifierFree, DiffusionPolicy, LoRAConfig, WeightDelta
+from overpaint.policy.noise import SampleNoise
+from overpaint.policy.saving import plain_pipeline
+from overpaint.policy.types import Latents, PerSample
+from overpaint.policy.weights import ADAPTER, base_parameters
+from overpaint.training import require
 
 from .attention_maps import CrossAttention, layer_shape, recorded_attention
 from .changes import WeightChange
@@ -295,7 +295,7 @@ class MACE:
         texts = read_texts(policy, templates, concept.anchor, prior)
         objective._pictures, objective._drawn = objective.pictures(policy, phrases), True
 
-        refined = policy.trainee("xattn-kv")
+        refined = policy.student_copy("xattn-kv")
         weights = keys_and_values(refined)
         weight = cfg.prior_weight**2 if cfg.variant == "released" else cfg.prior_weight
         factor = refining_factor(texts.old, texts.new, texts.prior, prior_weight=count * weight)

@@ -8,9 +8,9 @@ import torch
 from jaxtyping import Bool, Float, Shaped
 from torch import Tensor
 
-from policy import DiffusionPolicy
-from policy.noise import SampleNoise
-from policy.types import Images, Latents
+from overpaint.policy import DiffusionPolicy
+from overpaint.policy.noise import SampleNoise
+from overpaint.policy.types import Images, Latents
 from rewards.encoded import decode_image
 
 from .attention_maps import concept_map, recorded_attention

@@ -7,7 +7,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal, Protocol, runtime_checkable
 
-from policy import DiffusionPolicy
+from overpaint.policy import DiffusionPolicy
 
 from .concept import Concept
 from .erased import Erasure

@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor
 
-from policy import DiffusionPolicy
+from overpaint.policy import DiffusionPolicy
 
 SLOT = "{}"
 """Where a phrase stands in a template."""

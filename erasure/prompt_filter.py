@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from policy.prompts import PromptEncoder
+from overpaint.policy.prompts import PromptEncoder
 
 MASK = 0
 """Token that stands where a token is left out."""

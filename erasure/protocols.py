@@ -14,8 +14,8 @@ from typing import NamedTuple, Protocol, runtime_checkable
 
 from torch.nn import Parameter
 
-from policy import DiffusionPolicy, WeightDelta
-from policy.types import PerSample
+from overpaint.policy import DiffusionPolicy, WeightDelta
+from overpaint.policy.types import PerSample
 
 from .concept import Concept
 

@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from policy.parts import UNet
+from overpaint.policy.parts import UNet
 
 ROUNDING = 8.0
 """Units in the last place within which two coefficients count as equal: the same features in two rows of a batch."""

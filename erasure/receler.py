@@ -25,9 +25,9 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn import Parameter
 
-from policy import ClassifierFree, DiffusionPolicy
-from policy.added import add_networks, remove_networks
-from policy.types import Embeddings, Latents, PerSample
+from overpaint.policy import ClassifierFree, DiffusionPolicy
+from overpaint.policy.added import add_networks, remove_networks
+from overpaint.policy.types import Embeddings, Latents, PerSample
 
 from .attention_maps import concept_map, layer_shape, recorded_attention, words_of
 from .concept import Concept, check_words
@@ -174,10 +174,10 @@ class Receler:
             ValueError: The policy has erasers already.
         """
         check_free(policy.unet)
-        # The trainee copies what the UNet has, so the erasers are put there for that long.
+        # The student copies what the UNet has, so the erasers are put there for that long.
         add_networks(policy.unet, fresh_erasers(policy.unet, self.config.rank, self.config.descent.seed))
         try:
-            return policy.trainee("added")
+            return policy.student_copy("added")
         finally:
             remove_networks(policy.unet)
 

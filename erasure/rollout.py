@@ -7,8 +7,8 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from policy import DiffusionPolicy, Guidance
-from policy.types import Embeddings, Latents
+from overpaint.policy import DiffusionPolicy, Guidance
+from overpaint.policy.types import Embeddings, Latents
 
 
 def random_stops(seeds: Sequence[int], first: int, last: int) -> Int[Tensor, " batch"]:
@@ -28,7 +28,7 @@ def latents_before(
 ) -> Latents:
     """Denoises every sample up to its own step, without gradient.
 
-    A sample that has arrived goes through the network no more, unless the policy has a safeguard: one that remembers
+    A sample that has arrived goes through the network no more, unless the policy has a guard: one that remembers
     the way needs all samples at every step.
 
     Args:
@@ -43,7 +43,7 @@ def latents_before(
     arrived = latents.clone()
     for step in range(int(stops.max())):
         going = (stops > step).to(latents.device)
-        if policy.safeguard is None:
+        if policy.guard is None:
             latents[going] = policy.denoise(
                 latents[going], embeddings[going], step=step, steps=steps, guidance=guidance
             )

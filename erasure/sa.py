@@ -17,10 +17,10 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import Parameter
 
-from policy import ClassifierFree, DiffusionPolicy
-from policy.noise import SampleNoise
-from policy.types import Latents, PerSample
-from tinyworld.caption import captions
+from overpaint.policy import ClassifierFree, DiffusionPolicy
+from overpaint.policy.noise import SampleNoise
+from overpaint.policy.types import Latents, PerSample
+from overpaint.tinyworld.caption import captions
 
 from .concept import Concept, check_words
 from .descend import DescentConfig, descended
@@ -211,7 +211,7 @@ class SA:
             folder = Path(output_dir) / "prepared"
         objective = SA(self.config, folder)
         objective.progress = progress
-        student = policy.trainee(self.config.train)
+        student = policy.student_copy(self.config.train)
         change = descended(
             objective, student, concept, self.config.descent,
             output_dir=output_dir, resume=resume, progress=progress, settings={"sa": self.config},

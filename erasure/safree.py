@@ -18,10 +18,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from policy import ClassifierFree, DiffusionPolicy, Guidance, Moment
-from policy.parts import Pipeline, UNet
-from policy.prompts import PromptEncoder
-from policy.types import Embeddings
+from overpaint.policy import ClassifierFree, DiffusionPolicy, Guidance, StepContext
+from overpaint.policy.parts import Pipeline, UNet
+from overpaint.policy.prompts import PromptEncoder
+from overpaint.policy.types import Embeddings
 
 from .concept import NUDITY, Concept, check_words
 from .erased import Erasure
@@ -130,7 +130,7 @@ class SAFREE:
         self.config = config or SAFREEConfig()
 
     def erase(self, policy: DiffusionPolicy, concept: Concept, strength: float = 1.0) -> Erasure:
-        """Returns the safeguard against a concept. Nothing is computed before it is applied.
+        """Returns the guard against a concept. Nothing is computed before it is applied.
 
         Args:
             policy: Whose tokenizer has to take each of the concept's texts whole.
@@ -152,7 +152,7 @@ class SAFREE:
 
 @dataclass(frozen=True)
 class SAFREEChange:
-    """A safeguard that is not at work yet: settings and nothing else, which fit any model."""
+    """A guard that is not at work yet: settings and nothing else, which fit any model."""
 
     config: SAFREEConfig
     """Settings, concepts included."""
@@ -163,20 +163,20 @@ class SAFREEChange:
     kind: ClassVar[str] = "safree"
 
     def apply(self, policy: DiffusionPolicy) -> None:
-        """Puts the safeguard to work.
+        """Puts the guard to work.
 
         Raises:
-            ValueError: The policy has a safeguard, or its UNet is compiled and latents are to be re-attended.
+            ValueError: The policy has a guard, or its UNet is compiled and latents are to be re-attended.
         """
-        if policy.safeguard is not None:
-            raise ValueError(f"a policy takes one safeguard, and this one has {policy.safeguard!r}")
-        policy.safeguard = SAFREESafeguard(self.config, self.strength, policy.prompts, policy.unet)
+        if policy.guard is not None:
+            raise ValueError(f"a policy takes one guard, and this one has {policy.guard!r}")
+        policy.guard = SAFREEGuard(self.config, self.strength, policy.prompts, policy.unet)
 
     def apply_to_pipeline(self, pipeline: Pipeline) -> None:
-        """Puts the safeguard to work in a plain diffusers pipeline; see `safree_pipeline.detach` for the way back.
+        """Puts the guard to work in a plain diffusers pipeline; see `safree_pipeline.detach` for the way back.
 
         Raises:
-            ValueError: The pipeline has a safeguard, or its UNet is compiled and latents are to be re-attended.
+            ValueError: The pipeline has a guard, or its UNet is compiled and latents are to be re-attended.
         """
         from .safree_pipeline import attach
 
@@ -184,12 +184,12 @@ class SAFREEChange:
 
     @contextmanager
     def applied(self, policy: DiffusionPolicy) -> Generator[None]:
-        """Puts the safeguard to work for the length of a `with` block."""
+        """Puts the guard to work for the length of a `with` block."""
         self.apply(policy)
         try:
             yield
         finally:
-            policy.safeguard = None
+            policy.guard = None
 
     def base(self, unet: nn.Module) -> None:
         """Returns None: any weights will do."""
@@ -218,7 +218,7 @@ class SAFREEChange:
         return cls(SAFREEConfig.from_json(saved), strength)
 
 
-class SAFREESafeguard:
+class SAFREEGuard:
     """SAFREE at work: the filter of prompts, and the UNet whose latents are re-attended.
 
     Args:
@@ -251,7 +251,7 @@ class SAFREESafeguard:
 
     def __repr__(self) -> str:
         """Shows the settings: what was drawn under it is known by them."""
-        return f"SAFREESafeguard({self.config!r}, strength={self.strength})"
+        return f"SAFREEGuard({self.config!r}, strength={self.strength})"
 
     def guided(self, guidance: ClassifierFree) -> Guidance:
         """Returns guidance with filtered prompts."""
@@ -289,51 +289,51 @@ class SAFREEGuidance:
     """Classifier-free guidance away from the concepts, towards prompts that are filtered in the first steps.
 
     Args:
-        safeguard: What filters.
+        guard: What filters.
         guidance: Its scale is kept.
 
     Raises:
         ValueError: Both bring a negative prompt.
     """
 
-    def __init__(self, safeguard: SAFREESafeguard, guidance: ClassifierFree) -> None:
-        if safeguard.config.negative_prompt and guidance.negative is not None:
+    def __init__(self, guard: SAFREEGuard, guidance: ClassifierFree) -> None:
+        if guard.config.negative_prompt and guidance.negative is not None:
             raise ValueError(
                 "SAFREE leads away from its concepts, and guidance has a negative prompt of its own; to keep that one, "
                 "erase with SAFREEConfig(negative_prompt=False)"
             )
-        self.safeguard = safeguard
+        self.guard = guard
         self.guidance = guidance
 
     def embeddings(
-        self, prompt: Embeddings, empty: Embeddings, moment: Moment
+        self, prompt: Embeddings, empty: Embeddings, context: StepContext
     ) -> Float[Tensor, "branches batch tokens dim"]:
         """Returns what to lead away from (not at scale 1), the prompts of this step, and the originals to compare."""
-        filtered, last = self.safeguard.filtered(prompt)
-        active = moment.steps.to(last) * PUBLISHED_STEPS < (last + 1) * moment.total
-        if self.safeguard.config.negative_prompt:
-            empty = self.safeguard.negative(empty)
+        filtered, last = self.guard.filtered(prompt)
+        active = context.steps.to(last) * PUBLISHED_STEPS < (last + 1) * context.total
+        if self.guard.config.negative_prompt:
+            empty = self.guard.negative(empty)
         towards = torch.where(active[:, None, None], filtered, prompt)
-        branches = self.guidance.embeddings(towards, empty, moment)
-        if self.safeguard.reattention is None:
+        branches = self.guidance.embeddings(towards, empty, context)
+        if self.guard.reattention is None:
             return branches
         compared = active if active.any() else None
-        self.safeguard.reattention.start(compared, branches=self.guidance.branches)
+        self.guard.reattention.start(compared, branches=self.guidance.branches)
         if compared is None:
             return branches
         return torch.cat([branches, prompt.unsqueeze(0)])
 
     def combine(
-        self, predictions: Float[Tensor, "branches batch 4 h w"], moment: Moment
+        self, predictions: Float[Tensor, "branches batch 4 h w"], context: StepContext
     ) -> Float[Tensor, "batch 4 h w"]:
         """Returns the guided prediction; that for the original prompts was only compared with.
 
         Raises:
-            ValueError: Predictions are not of the UNet that the safeguard was applied with.
+            ValueError: Predictions are not of the UNet that the guard was applied with.
         """
-        if self.safeguard.reattention is not None and not self.safeguard.reattention.stop():
+        if self.guard.reattention is not None and not self.guard.reattention.stop():
             raise ValueError(
                 "latent re-attention works in the UNet that SAFREE was applied with, and another one made the "
                 "predictions; apply it to their own policy, or erase with SAFREEConfig(latent_reattention=False)"
             )
-        return self.guidance.combine(predictions[: self.guidance.branches], moment)
+        return self.guidance.combine(predictions[: self.guidance.branches], context)

@@ -5,14 +5,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from policy import ClassifierFree, Moment
-from policy.parts import Pipeline
-from policy.prompts import PromptEncoder
-from policy.types import Embeddings
+from overpaint.policy import ClassifierFree, StepContext
+from overpaint.policy.parts import Pipeline
+from overpaint.policy.prompts import PromptEncoder
+from overpaint.policy.types import Embeddings
 
-from .safree import SAFREEConfig, SAFREEGuidance, SAFREESafeguard
+from .safree import SAFREEConfig, SAFREEGuard, SAFREEGuidance
 
-ATTRIBUTE = "safeguard"
+ATTRIBUTE = "guard"
 """Where a pipeline's UNet has what is attached to it."""
 
 
@@ -20,10 +20,10 @@ def attach(pipeline: Pipeline, config: SAFREEConfig, strength: float) -> None:
     """Puts SAFREE to work in a pipeline, in place; without classifier-free guidance too.
 
     Raises:
-        ValueError: The pipeline has a safeguard, or its UNet is compiled and latents are to be re-attended.
+        ValueError: The pipeline has a guard, or its UNet is compiled and latents are to be re-attended.
     """
     if (found := getattr(pipeline.unet, ATTRIBUTE, None)) is not None:
-        raise ValueError(f"a pipeline takes one safeguard, and this one has {found!r}")
+        raise ValueError(f"a pipeline takes one guard, and this one has {found!r}")
     setattr(pipeline.unet, ATTRIBUTE, AttachedSAFREE(pipeline, config, strength))
 
 
@@ -52,7 +52,7 @@ class AttachedSAFREE:
     def __init__(self, pipeline: Pipeline, config: SAFREEConfig, strength: float) -> None:
         self.pipeline = pipeline
         self.prompts = PromptEncoder(pipeline.text_encoder, pipeline.tokenizer)
-        self.safeguard = SAFREESafeguard(config, strength, self.prompts, pipeline.unet)
+        self.guard = SAFREEGuard(config, strength, self.prompts, pipeline.unet)
         self._rows: Embeddings | None = None
         self._guidance: SAFREEGuidance | None = None
         self._changed = False
@@ -64,8 +64,8 @@ class AttachedSAFREE:
         pipeline.encode_prompt = self.encode_prompt
 
     def __repr__(self) -> str:
-        """Shows the safeguard."""
-        return f"AttachedSAFREE({self.safeguard!r})"
+        """Shows the guard."""
+        return f"AttachedSAFREE({self.guard!r})"
 
     def remove(self) -> None:
         """Leaves the pipeline as it was."""
@@ -91,7 +91,7 @@ class AttachedSAFREE:
             ValueError: Prompts come as embeddings, or as other embeddings than the encoder's last.
         """
         self._rows = None
-        acts = self.safeguard.strength > 0
+        acts = self.guard.strength > 0
         if acts and (prompt_embeds is not None or clip_skip is not None):
             raise ValueError("SAFREE reads the words of prompts: pass prompt, not prompt_embeds, and no clip_skip")
         encoded = self._encode(
@@ -105,7 +105,7 @@ class AttachedSAFREE:
             [negative_prompt] if isinstance(negative_prompt, str) else negative_prompt or []
         )
         guided = ClassifierFree(2.0, encoded[1] if own else None)  # any scale: the pipeline applies its own
-        self._guidance = SAFREEGuidance(self.safeguard, guided if do_classifier_free_guidance else ClassifierFree(1.0))
+        self._guidance = SAFREEGuidance(self.guard, guided if do_classifier_free_guidance else ClassifierFree(1.0))
         texts = [prompt] if isinstance(prompt, str) else list(prompt)
         self._rows = self.prompts(texts).to(device).repeat_interleave(num_images_per_prompt, dim=0)
         return self._rows, encoded[1]
@@ -127,8 +127,8 @@ class AttachedSAFREE:
         latents, timestep, *rest = inputs
         timesteps = self.pipeline.scheduler.timesteps.unique()  # some schedulers visit one twice
         steps = (timesteps > timestep).sum().expand(len(rows))
-        moment = Moment(steps, len(timesteps), torch.ones(len(rows), device=rows.device))
-        branches = self._guidance.embeddings(prompts, away[0] if away else self.prompts.empty(prompts), moment)
+        context = StepContext(steps, len(timesteps), torch.ones(len(rows), device=rows.device))
+        branches = self._guidance.embeddings(prompts, away[0] if away else self.prompts.empty(prompts), context)
         if len(branches) > count:
             latents = torch.cat([latents, latents[-len(rows) :]])
         self._changed = True
@@ -138,6 +138,6 @@ class AttachedSAFREE:
         """Leaves out the predictions that were only compared with."""
         if not self._changed or self._rows is None or self._guidance is None:
             return output
-        if self.safeguard.reattention is not None:
-            self.safeguard.reattention.stop()
+        if self.guard.reattention is not None:
+            self.guard.reattention.stop()
         return (output[0][: self._guidance.guidance.branches * len(self._rows)],)

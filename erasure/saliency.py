@@ -22,10 +22,10 @@ from torch import Tensor
 from torch.nn import Parameter
 from tqdm import tqdm
 
-from policy import DiffusionPolicy
-from policy.atomic import atomic_file, this_process
-from policy.types import PerSample
-from policy.weights import base_parameters
+from overpaint.policy import DiffusionPolicy
+from overpaint.policy.atomic import atomic_file, this_process
+from overpaint.policy.types import PerSample
+from overpaint.policy.weights import base_parameters
 
 from .protocols import ConceptBatch
 

@@ -25,10 +25,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from policy import ClassifierFree, DiffusionPolicy, Guidance, Moment
-from policy.parts import Pipeline, TextEncoder, Tokenizer
-from policy.prompts import PromptEncoder
-from policy.types import Embeddings, Latents
+from overpaint.policy import ClassifierFree, DiffusionPolicy, Guidance, StepContext
+from overpaint.policy.parts import Pipeline, TextEncoder, Tokenizer
+from overpaint.policy.prompts import PromptEncoder
+from overpaint.policy.types import Embeddings, Latents
 
 from .concept import Concept
 from .erased import Erasure
@@ -158,20 +158,20 @@ class SafetyGuidance:
             raise ValueError("SafetyGuidance.config must give its concept_text, got None")
 
     def apply(self, policy: DiffusionPolicy) -> None:
-        """Makes it the policy's safeguard; trained weights and their reference sample with it alike.
+        """Makes it the policy's guard; trained weights and their reference sample with it alike.
 
         Raises:
-            ValueError: The policy has a safeguard, or its text encoder cuts the safety concept off.
+            ValueError: The policy has a guard, or its text encoder cuts the safety concept off.
         """
-        if policy.safeguard is not None:
-            raise ValueError(f"a policy takes one safeguard, and this one has {policy.safeguard!r}")
-        policy.safeguard = SLDSafeguard.of(self.config, policy.prompts)
+        if policy.guard is not None:
+            raise ValueError(f"a policy takes one guard, and this one has {policy.guard!r}")
+        policy.guard = SLDGuard.of(self.config, policy.prompts)
 
     def apply_to_pipeline(self, pipeline: Pipeline) -> None:
         """Attaches it to the pipeline; `erasure.sld_pipeline.detach` takes it off again.
 
         Raises:
-            ValueError: The pipeline has a safeguard, or its text encoder cuts the safety concept off.
+            ValueError: The pipeline has a guard, or its text encoder cuts the safety concept off.
         """
         from .sld_pipeline import attach
 
@@ -179,12 +179,12 @@ class SafetyGuidance:
 
     @contextmanager
     def applied(self, policy: DiffusionPolicy) -> Generator[None]:
-        """Makes it the policy's safeguard for the length of a `with` block."""
+        """Makes it the policy's guard for the length of a `with` block."""
         self.apply(policy)
         try:
             yield
         finally:
-            policy.safeguard = None
+            policy.guard = None
 
     def base(self, unet: nn.Module) -> None:
         """Returns None: it works with any weights."""
@@ -209,7 +209,7 @@ class SafetyGuidance:
         return cls(SLDConfig(**saved))
 
 
-class SLDSafeguard:
+class SLDGuard:
     """SLD at work: the safety concept's embedding, and what is remembered of the trajectory that is being drawn.
 
     Args:
@@ -223,7 +223,7 @@ class SLDSafeguard:
         self._trail = Trail()
 
     @classmethod
-    def of(cls, config: SLDConfig, prompts: PromptEncoder) -> "SLDSafeguard":
+    def of(cls, config: SLDConfig, prompts: PromptEncoder) -> "SLDGuard":
         """Encodes the safety concept.
 
         Raises:
@@ -235,7 +235,7 @@ class SLDSafeguard:
 
     def __repr__(self) -> str:
         """Shows the settings."""
-        return f"SLDSafeguard({self.config!r})"
+        return f"SLDGuard({self.config!r})"
 
     def guided(self, guidance: ClassifierFree) -> Guidance:
         """Returns guidance with the safety concept as third branch, or the given one where there is nothing to do."""
@@ -254,26 +254,26 @@ class SLDSafeguard:
         return self._embedding.expand_as(like)
 
     def towards(
-        self, predictions: Float[Tensor, "3 batch 4 h w"], moment: Moment, trajectory: object
+        self, predictions: Float[Tensor, "3 batch 4 h w"], context: StepContext, trajectory: object
     ) -> Float[Tensor, "batch 4 h w"]:
         """Returns what takes the place of the prompt's prediction in classifier-free guidance.
 
         Args:
             predictions: For the empty or negative prompt, the prompt and the safety concept; of the network's kind.
-            moment: Where on the way each sample is.
+            context: Where on the way each sample is.
             trajectory: The same object at every step of one trajectory.
 
         Raises:
             ValueError: Momentum is asked for, and this is no step of the latest trajectory.
         """
-        scale = moment.noise_scale.view(-1, 1, 1, 1)
+        scale = context.noise_scale.view(-1, 1, 1, 1)
         away, prompt, safety = scale * predictions
         remembers = self.config.momentum_scale > 0
-        momentum = self._trail.before(moment.steps, trajectory, away) if remembers else torch.zeros_like(away)
+        momentum = self._trail.before(context.steps, trajectory, away) if remembers else torch.zeros_like(away)
         term, momentum = safety_term(away, prompt, safety, momentum, self.config)
         if remembers:
             self._trail.keep(momentum)
-        acts = (moment.steps >= self.config.warmup_steps).view(-1, 1, 1, 1)
+        acts = (context.steps >= self.config.warmup_steps).view(-1, 1, 1, 1)
         # At the very end of a schedule without any signal the scale is zero, and so is the term.
         own_kind = term / torch.where(scale == 0, 1.0, scale)
         return torch.where(acts, predictions[1] - own_kind, predictions[1])
@@ -282,25 +282,25 @@ class SLDSafeguard:
 class SafelyGuided:
     """Classifier-free guidance with the safety term taken from the prompt's prediction."""
 
-    def __init__(self, safeguard: SLDSafeguard, guidance: ClassifierFree) -> None:
-        self.safeguard = safeguard
+    def __init__(self, guard: SLDGuard, guidance: ClassifierFree) -> None:
+        self.guard = guard
         self.guidance = guidance
         self._prompt: Embeddings | None = None
 
     def embeddings(
-        self, prompt: Embeddings, empty: Embeddings, moment: Moment
+        self, prompt: Embeddings, empty: Embeddings, context: StepContext
     ) -> Float[Tensor, "branches batch tokens dim"]:
         """Returns what to lead away from, the prompt and the safety concept: the term needs all three at any scale."""
         self._prompt = prompt
-        return torch.stack([self.guidance.away(prompt, empty), prompt, self.safeguard.embedding(prompt)])
+        return torch.stack([self.guidance.away(prompt, empty), prompt, self.guard.embedding(prompt)])
 
     def combine(
-        self, predictions: Float[Tensor, "branches batch 4 h w"], moment: Moment
+        self, predictions: Float[Tensor, "branches batch 4 h w"], context: StepContext
     ) -> Float[Tensor, "batch 4 h w"]:
         """Returns away + scale * (towards - term - away)."""
         # The embeddings are one object all along a trajectory, and of no other.
-        towards = self.safeguard.towards(predictions, moment, self._prompt)
-        return self.guidance.combine(torch.stack([predictions[0], towards]), moment)
+        towards = self.guard.towards(predictions, context, self._prompt)
+        return self.guidance.combine(torch.stack([predictions[0], towards]), context)
 
 
 class Trail:

@@ -12,14 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from policy import Moment
-from policy.ddim import cumulative_alphas, noise_scale
-from policy.parts import Pipeline
-from policy.prompts import PromptEncoder
+from overpaint.policy import StepContext
+from overpaint.policy.ddim import cumulative_alphas, noise_scale
+from overpaint.policy.parts import Pipeline
+from overpaint.policy.prompts import PromptEncoder
 
-from .sld import SLDConfig, SLDSafeguard
+from .sld import SLDConfig, SLDGuard
 
-ATTRIBUTE = "safeguard"
+ATTRIBUTE = "guard"
 """Where a pipeline's UNet has what is attached to it."""
 
 
@@ -27,12 +27,12 @@ def attach(pipeline: Pipeline, config: SLDConfig) -> None:
     """Makes a pipeline draw with safety guidance, with classifier-free guidance or without.
 
     Raises:
-        ValueError: The pipeline has a safeguard, or its text encoder cuts the safety concept off.
+        ValueError: The pipeline has a guard, or its text encoder cuts the safety concept off.
     """
     if (found := getattr(pipeline.unet, ATTRIBUTE, None)) is not None:
-        raise ValueError(f"a pipeline takes one safeguard, and this one has {found!r}")
+        raise ValueError(f"a pipeline takes one guard, and this one has {found!r}")
     prompts = PromptEncoder(pipeline.text_encoder, pipeline.tokenizer)
-    setattr(pipeline.unet, ATTRIBUTE, AttachedSafeguard(pipeline, SLDSafeguard.of(config, prompts), prompts))
+    setattr(pipeline.unet, ATTRIBUTE, AttachedGuard(pipeline, SLDGuard.of(config, prompts), prompts))
 
 
 def detach(pipeline: Pipeline) -> None:
@@ -42,30 +42,30 @@ def detach(pipeline: Pipeline) -> None:
         ValueError: There is nothing to take off.
     """
     found = getattr(pipeline.unet, ATTRIBUTE, None)
-    if not isinstance(found, AttachedSafeguard):
+    if not isinstance(found, AttachedGuard):
         raise ValueError(f"the pipeline must have SLD attached, got {found!r}")
     found.remove()
     delattr(pipeline.unet, ATTRIBUTE)
 
 
-class AttachedSafeguard:
+class AttachedGuard:
     """The hooks, and where in its loop the pipeline is."""
 
-    def __init__(self, pipeline: Pipeline, safeguard: SLDSafeguard, prompts: PromptEncoder) -> None:
-        self.safeguard = safeguard
+    def __init__(self, pipeline: Pipeline, guard: SLDGuard, prompts: PromptEncoder) -> None:
+        self.guard = guard
         self._prompts = prompts
         self._guided = False
         self._pipeline = weakref.ref(pipeline)
         self._step = -1
-        self._moment: Moment | None = None
+        self._moment: StepContext | None = None
         self._handles = (
             pipeline.unet.register_forward_pre_hook(self._before, with_kwargs=True),
             pipeline.unet.register_forward_hook(self._after),
         )
 
     def __repr__(self) -> str:
-        """Shows the safeguard."""
-        return f"AttachedSafeguard({self.safeguard!r})"
+        """Shows the guard."""
+        return f"AttachedGuard({self.guard!r})"
 
     def remove(self) -> None:
         """Takes the hooks off."""
@@ -84,7 +84,7 @@ class AttachedSafeguard:
                 "a UNet with SLD attached must be called by the pipeline that it was attached in, got another call; "
                 "erasure.sld_pipeline.detach(pipeline) takes SLD off"
             )
-        if self.safeguard.config.guidance_scale == 0:
+        if self.guard.config.guidance_scale == 0:
             return None
         if options.get("added_cond_kwargs") is not None:
             raise ValueError("SLD in a pipeline must be used without image prompts (IP-Adapter), got one")
@@ -96,7 +96,7 @@ class AttachedSafeguard:
         else:
             embeddings = torch.cat([self._prompts.empty(embeddings), embeddings])
         self._moment = self._moment_of(pipeline.scheduler, timestep, len(latents), latents.device)
-        safety = self.safeguard.embedding(embeddings[: len(latents)])
+        safety = self.guard.embedding(embeddings[: len(latents)])
         more = {**options, "encoder_hidden_states": torch.cat([embeddings, safety])}
         return (latents.repeat(3, 1, 1, 1), timestep), more
 
@@ -105,10 +105,10 @@ class AttachedSafeguard:
         if self._moment is None:
             return None
         predictions = output[0].float().unflatten(0, (3, -1))
-        towards = self.safeguard.towards(predictions, self._moment, self)
+        towards = self.guard.towards(predictions, self._moment, self)
         return ((torch.cat([predictions[0], towards]) if self._guided else towards).to(output[0].dtype),)
 
-    def _moment_of(self, scheduler: Any, timestep: Tensor, count: int, device: torch.device) -> Moment:
+    def _moment_of(self, scheduler: Any, timestep: Tensor, count: int, device: torch.device) -> StepContext:
         """Counts the calls of a run; a schedule's first timestep begins one.
 
         Counted and not looked up, because the schedules of some samplers (PNDM) visit a timestep twice.
@@ -125,4 +125,4 @@ class AttachedSafeguard:
         level = cumulative_alphas(scheduler.config)[round(timestep.item())]  # some samplers are between two of training
         alpha = level.to(device).expand(count)
         kind = scheduler.config.get("prediction_type", "epsilon")
-        return Moment(torch.full((count,), self._step, device=device), len(timesteps), noise_scale(alpha, kind))
+        return StepContext(torch.full((count,), self._step, device=device), len(timesteps), noise_scale(alpha, kind))

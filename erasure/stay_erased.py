@@ -12,8 +12,8 @@ from dataclasses import dataclass
 
 from torch.nn import Parameter
 
-from policy import ClassifierFree, DiffusionPolicy
-from policy.types import PerSample
+from overpaint.policy import ClassifierFree, DiffusionPolicy
+from overpaint.policy.types import PerSample
 
 from .concept import Concept
 from .protocols import ConceptBatch

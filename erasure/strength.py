@@ -13,8 +13,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from policy import DiffusionPolicy
-from policy.types import PerSample
+from overpaint.policy import DiffusionPolicy
+from overpaint.policy.types import PerSample
 
 from .concept import Concept
 from .erased import Erasure

@@ -15,9 +15,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from policy import DiffusionPolicy, WeightDelta
-from policy.prompts import PromptEncoder
-from policy.weights import base_parameters
+from overpaint.policy import DiffusionPolicy, WeightDelta
+from overpaint.policy.prompts import PromptEncoder
+from overpaint.policy.weights import base_parameters
 
 from .changes import WeightChange
 from .concept import Concept

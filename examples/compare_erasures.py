@@ -26,19 +26,19 @@ from tqdm import tqdm
 from erasure import Erasure
 from erasure.kept import claim
 from erasure.methods import METHODS, erase, method_named
-from evaluation import DrawConfig, ImageFolder, Report, Scores, compare, write_folder
-from evaluation.beside import Measured, beside_published
-from evaluation.command_line import command_line
-from evaluation.erasures import Line, html_table, line_of, markdown_table
-from evaluation.examine import examine
-from evaluation.named_models import CHECKPOINTS
-from evaluation.page import Section
-from evaluation.pareto import Point, pareto_section
-from evaluation.prompt_sets import prompt_set
-from evaluation.published import IMAGE_REWARD, published
-from evaluation.subject import TINY_WORLD, Subject, subject
-from policy import LoRAConfig
-from policy.atomic import write_text
+from overpaint.evaluation import DrawConfig, ImageFolder, Report, Scores, compare, write_folder
+from overpaint.evaluation.command_line import command_line
+from overpaint.evaluation.experiments.erasures import Line, html_table, line_of, markdown_table
+from overpaint.evaluation.experiments.examine import examine
+from overpaint.evaluation.experiments.experiment import TINY_WORLD, Subject, subject
+from overpaint.evaluation.experiments.named_models import CHECKPOINTS
+from overpaint.evaluation.experiments.published import IMAGE_REWARD, published
+from overpaint.evaluation.experiments.published_comparison import Measured, beside_published
+from overpaint.evaluation.prompts.prompt_sets import prompt_set
+from overpaint.evaluation.report.page import Section
+from overpaint.evaluation.report.pareto import Point, pareto_section
+from overpaint.policy import LoRAConfig
+from overpaint.policy.atomic import write_text
 
 BEFORE = "before"
 COCO = "coco-30k"
@@ -56,7 +56,8 @@ class Config:
     """The tiny world, or a folder or hub id of a Stable Diffusion."""
 
     captions: str | None = None
-    """Benign prompts: a set of `evaluation.prompt_sets`, or a file; None is coco-30k, as in what is published, or
+    """Benign prompts: a set of `overpaint.evaluation.prompts`, or a file; None is coco-30k, as in what is
+    published, or
     captions of the tiny world."""
 
     prompts_file: Path | None = None

@@ -15,9 +15,9 @@ from pathlib import Path
 import ddpo_finetune
 import tyro
 
-from evaluation.band_chart import Band, band_chart, band_of
-from evaluation.tasks import TaskName
-from training import read_metrics
+from overpaint.evaluation.experiments.tasks import TaskName
+from overpaint.evaluation.report.band_chart import Band, band_chart, band_of
+from overpaint.training import read_metrics
 
 REWARD, JUDGE = "reward/validation", "reward/held_out"
 

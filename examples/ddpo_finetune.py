@@ -19,15 +19,27 @@ import tyro
 
 from ddpo import DDPOConfig, DDPOTrainer, RWRConfig, RWRTrainer
 from erasure import STRIPES, UCE, ImageConstraint, Lagrangian, LagrangianConfig, ScoreCeiling
-from evaluation import DrawConfig, Measure, Panel, Report, compare, draw, gather, plan, score, shard, text_table
-from evaluation.command_line import command_line
-from evaluation.subject import TINY_WORLD
-from evaluation.tasks import Task, TaskName, animal_task, tiny_task
-from policy import DiffusionPolicy, LoRAConfig, check_checkpoint
-from policy.types import Images, PerSample
+from overpaint.evaluation import (
+    DrawConfig,
+    Measure,
+    Panel,
+    Report,
+    compare,
+    draw,
+    gather,
+    plan,
+    score,
+    shard,
+    text_table,
+)
+from overpaint.evaluation.command_line import command_line
+from overpaint.evaluation.experiments.experiment import TINY_WORLD
+from overpaint.evaluation.experiments.tasks import Task, TaskName, animal_task, tiny_task
+from overpaint.policy import DiffusionPolicy, LoRAConfig, check_checkpoint
+from overpaint.policy.types import Images, PerSample
+from overpaint.training import TrainingConfig, check_output_dir, process_state
 from rewards import HeldOut, reward_named
 from rewards.combine import to_device
-from training import TrainingConfig, check_output_dir, process_state
 
 Algorithm = Literal["ddpo-is", "ddpo-sf", "rwr", "rwr-sparse"]
 
@@ -173,7 +185,7 @@ def constraint() -> ImageConstraint:
 
     The detector says yes or no, so nothing here has a gradient.
     """
-    import tinyworld
+    from overpaint import tinyworld
 
     class Stripes:
         differentiable = False
@@ -211,7 +223,7 @@ def load(config: Config) -> tuple[DiffusionPolicy, Task]:
         task = animal_task(config.task, reward, count=config.prompts_per_split, folder=config.data)
         lora = LoRAConfig(rank=4, alpha=4)
         return DiffusionPolicy.from_pretrained(config.policy, lora=lora, gradient_checkpointing=True), task
-    import tinyworld
+    from overpaint import tinyworld
 
     task = tiny_task(config.task, count=config.prompts_per_split, seed=config.seed)
     task = task if reward is None else replace(task, reward=reward)
@@ -225,7 +237,7 @@ def measures_of(config: Config, task: Task) -> list[Measure]:
     """Returns what is measured of the pictures: the reward, and in the tiny world the truth beside it."""
     measures = [Measure(config.task, task.reward, note="What was trained.")]
     if config.tiny:
-        import tinyworld
+        from overpaint import tinyworld
 
         measures += [
             Measure("accuracy", tinyworld.matches, note="Everything the caption names shows, and nothing beyond it."),
@@ -246,7 +258,7 @@ def main(config: Config) -> None:
     state = process_state()
     splits = dict(task.splits)
     if config.erased or config.constrained:
-        import tinyworld
+        from overpaint import tinyworld
 
         for kind in ("explicit", "implicit"):
             splits[kind] = tinyworld.captions(kind, config.prompts_per_split, config.seed + 100)

@@ -22,13 +22,13 @@ import tyro
 from erasure import Concept, Erasure
 from erasure.estimate import TrainedMethod, estimate
 from erasure.methods import METHODS, erase, method_named
-from evaluation import DrawConfig, Panel, Report, compare, text_table
-from evaluation.command_line import command_line
-from evaluation.examine import examine
-from evaluation.subject import TINY_WORLD, Subject, subject
-from policy import DiffusionPolicy
+from overpaint.evaluation import DrawConfig, Panel, Report, compare, text_table
+from overpaint.evaluation.command_line import command_line
+from overpaint.evaluation.experiments.examine import examine
+from overpaint.evaluation.experiments.experiment import TINY_WORLD, Subject, subject
+from overpaint.policy import DiffusionPolicy
+from overpaint.training import process_state
 from rewards.combine import to_device
-from training import process_state
 
 MethodName = Literal["sld", "safree", "uce", "mace", "esd", "ac", "sa", "receler", "ant"]
 

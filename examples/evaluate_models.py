@@ -23,7 +23,7 @@ import torch
 import tyro
 from accelerate.utils import gather_object
 
-from evaluation import (
+from overpaint.evaluation import (
     Drawable,
     DrawConfig,
     DrawnImages,
@@ -35,26 +35,34 @@ from evaluation import (
     generate,
     score,
 )
-from evaluation.beside import Measured, beside_published, beside_published_text
-from evaluation.command_line import command_line
-from evaluation.drawing_time import duration_text, seconds_per_image
-from evaluation.figures import contact_sheets, evenly_spaced
-from evaluation.model_record import read_record
-from evaluation.named_models import TINY_WORLD, file_name_of, load_drawable, published_as
-from evaluation.other_images import OtherImages
-from evaluation.page import Section
-from evaluation.plan import plan_named
-from evaluation.prompt_sets import PromptSet, prompt_set
-from evaluation.published import CLIP, GUIDANCE_SCALES, IMAGE_REWARD, Published, published
-from evaluation.rank_table import rank_section, rank_text
-from evaluation.ranking import ranks
-from evaluation.score_table import write_scores
-from evaluation.sweep import USUAL_SCALE, Cell, Result, cells_of, guidance_curves, means_by_metric, measured
-from policy.atomic import write_text
+from overpaint.evaluation.command_line import command_line
+from overpaint.evaluation.experiments.named_models import TINY_WORLD, file_name_of, load_drawable, published_as
+from overpaint.evaluation.experiments.published import CLIP, GUIDANCE_SCALES, IMAGE_REWARD, Published, published
+from overpaint.evaluation.experiments.published_comparison import Measured, beside_published, beside_published_text
+from overpaint.evaluation.experiments.sweep import (
+    USUAL_SCALE,
+    Cell,
+    Result,
+    cells_of,
+    guidance_curves,
+    means_by_metric,
+    measured,
+)
+from overpaint.evaluation.images.drawing_time import duration_text, seconds_per_image
+from overpaint.evaluation.images.model_record import read_record
+from overpaint.evaluation.images.other_images import OtherImages
+from overpaint.evaluation.images.plan import plan_named
+from overpaint.evaluation.metrics.ranking import ranks
+from overpaint.evaluation.prompts.prompt_sets import PromptSet, prompt_set
+from overpaint.evaluation.report.figures import contact_sheets, evenly_spaced
+from overpaint.evaluation.report.page import Section
+from overpaint.evaluation.report.rank_table import rank_section, rank_text
+from overpaint.evaluation.scoring.score_table import write_scores
+from overpaint.policy.atomic import write_text
+from overpaint.tinyworld import IMAGE_SIZE
+from overpaint.training import from_main, process_state
 from rewards import reward_named
 from rewards.combine import to_device
-from tinyworld import IMAGE_SIZE
-from training import from_main, process_state
 
 REWARDS = ("image-reward", "clip")
 METRICS = {"image-reward": IMAGE_REWARD, "clip": CLIP}
@@ -150,7 +158,7 @@ def measures_of(config: Config, device: str) -> list[Measure]:
         for reward in rewards.values():
             to_device(reward, device)
         return [Measure(METRICS.get(name, name), reward) for name, reward in rewards.items()]
-    import tinyworld
+    from overpaint import tinyworld
 
     reward = tinyworld.load_reward()
     to_device(reward, device)

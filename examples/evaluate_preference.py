@@ -22,12 +22,12 @@ from typing import NamedTuple
 import tyro
 from accelerate.utils import gather_object
 
-from evaluation import DrawConfig, Estimate, ImageFolder, Report, generate, plan, to_images
-from evaluation.beside import Measured, beside_published, beside_published_text
-from evaluation.command_line import command_line
-from evaluation.page import Section
-from evaluation.plan import PlannedImage
-from evaluation.preference import (
+from overpaint.evaluation import DrawConfig, Estimate, ImageFolder, Report, generate, plan, to_images
+from overpaint.evaluation.command_line import command_line
+from overpaint.evaluation.experiments.published import PREFERENCE_ACCURACY, published
+from overpaint.evaluation.experiments.published_comparison import Measured, beside_published, beside_published_text
+from overpaint.evaluation.images.plan import PlannedImage
+from overpaint.evaluation.metrics.preference import (
     IMAGE_REWARD_TEST,
     WORST_RANK,
     PreferenceAccuracy,
@@ -36,14 +36,14 @@ from evaluation.preference import (
     read_ranked,
     score_ranked,
 )
-from evaluation.prompt_sets import prompt_set
-from evaluation.published import PREFERENCE_ACCURACY, published
-from evaluation.statistics import student_95
-from policy.atomic import write_text
+from overpaint.evaluation.metrics.statistics import student_95
+from overpaint.evaluation.prompts.prompt_sets import prompt_set
+from overpaint.evaluation.report.page import Section
+from overpaint.policy.atomic import write_text
+from overpaint.training import from_main, process_state
 from rewards import reward_named
 from rewards.combine import to_device
 from rewards.public_files import fetch, sha256_of
-from training import from_main, process_state
 
 PAPER_REWARDS = ("clip", "aesthetic", "blip", "image-reward")
 TINY_REWARDS = ("tiny-image-reward", "compressibility", "tinyworld:Utility")
@@ -109,7 +109,7 @@ class RankedSet(NamedTuple):
 
 def make_tiny_test(config: Config, device: str) -> RankedSet:
     """Draws pictures of the tiny world, those that are not there yet, and ranks those of one caption by their worth."""
-    import tinyworld
+    from overpaint import tinyworld
 
     root, file = config.output_dir / "images", config.output_dir / "test.json"
     captions = prompt_set("tiny-benign", limit=config.tiny_prompts)
@@ -123,7 +123,7 @@ def make_tiny_test(config: Config, device: str) -> RankedSet:
 
 def write_ranking(file: Path, root: Path, planned: Sequence[PlannedImage], each: int) -> None:
     """Writes the pictures of each caption, `each` of them in a row of the plan, with their ranks by true worth."""
-    import tinyworld
+    from overpaint import tinyworld
 
     pictures, entries = ImageFolder.open(root, "tiny"), []
     for start in range(0, len(planned), each):

@@ -21,15 +21,15 @@ import tyro
 from erasure import Erasure, ImageConstraint
 from erasure.changes import WeightChange
 from erasure.methods import erase, method_named
-from evaluation import DrawConfig, Panel, Report, compare, text_table
-from evaluation.command_line import command_line
-from evaluation.examine import Examination, examine
-from evaluation.subject import TINY_WORLD, Subject, subject
-from policy import DiffusionPolicy, LoRAConfig
+from overpaint.evaluation import DrawConfig, Panel, Report, compare, text_table
+from overpaint.evaluation.command_line import command_line
+from overpaint.evaluation.experiments.examine import Examination, examine
+from overpaint.evaluation.experiments.experiment import TINY_WORLD, Subject, subject
+from overpaint.policy import DiffusionPolicy, LoRAConfig
+from overpaint.training import TrainingConfig, check_output_dir, process_state
 from refl import ReFLConfig, ReFLTrainer
 from rewards import HeldOut
 from rewards.combine import to_device
-from training import TrainingConfig, check_output_dir, process_state
 
 
 @dataclass(frozen=True, kw_only=True)

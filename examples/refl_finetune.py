@@ -13,14 +13,14 @@ from pathlib import Path
 
 import tyro
 
-from evaluation import DrawConfig, Panel, Report, compare, draw, gather, plan, score, shard, text_table
-from evaluation.command_line import command_line
-from evaluation.subject import TINY_WORLD, subject
-from policy import LoRAConfig
+from overpaint.evaluation import DrawConfig, Panel, Report, compare, draw, gather, plan, score, shard, text_table
+from overpaint.evaluation.command_line import command_line
+from overpaint.evaluation.experiments.experiment import TINY_WORLD, subject
+from overpaint.policy import LoRAConfig
+from overpaint.training import TrainingConfig, check_output_dir, process_state
 from refl import ReFLConfig, ReFLTrainer
 from rewards import HeldOut
 from rewards.combine import to_device
-from training import TrainingConfig, check_output_dir, process_state
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -19,16 +19,16 @@ import torch
 import tyro
 from PIL import Image, ImageOps
 
-from evaluation import DrawConfig, generate, plan, to_images
-from evaluation.files import read_png
-from evaluation.folder import MANIFEST
-from evaluation.pair_images import image_sizes
-from evaluation.pair_scores import check_prompts, score_pairs
-from evaluation.pair_table import check_output, write_table
-from evaluation.pairs import Pair, read_pairs
+from overpaint.evaluation import DrawConfig, generate, plan, to_images
+from overpaint.evaluation.images.files import read_png
+from overpaint.evaluation.images.folder import MANIFEST
+from overpaint.evaluation.images.pair_images import image_sizes
+from overpaint.evaluation.scoring.pair_scores import check_prompts, score_pairs
+from overpaint.evaluation.scoring.pair_table import check_output, write_table
+from overpaint.evaluation.scoring.pairs import Pair, read_pairs
+from overpaint.training import image_grid
 from rewards import reward_named
 from rewards.combine import to_device
-from training import image_grid
 
 TINY_REWARDS = ("tiny-image-reward", "tinyworld:StripeScore", "compressibility")
 TINY_PICTURES = 8  # of each kind of caption
@@ -158,7 +158,7 @@ def in_square(image: Image.Image, side: int) -> torch.Tensor:
 
 def draw_tiny_pictures(folder: Path, device: str) -> tuple[Path, Path]:
     """Draws pictures of the tiny world, those that are not there yet; returns their folder and their prompts."""
-    import tinyworld
+    from overpaint import tinyworld
 
     kinds = {kind: tinyworld.captions(kind, TINY_PICTURES, 0) for kind in ("benign", "explicit")}
     drawing = DrawConfig(steps=10, guidance_scale=3.0)

@@ -2,7 +2,7 @@
 
 from .config import ReFLConfig
 from .distance import distance_to_reference
-from .graded import graded_images
+from .graded import one_step_images
 from .loss import hinge
 from .pretraining import PretrainingPairs, pairs_from_folder, pairs_from_policy
 from .trainer import ReFLMetrics, ReFLTrainer
@@ -13,8 +13,8 @@ __all__ = [
     "ReFLMetrics",
     "ReFLTrainer",
     "distance_to_reference",
-    "graded_images",
     "hinge",
+    "one_step_images",
     "pairs_from_folder",
     "pairs_from_policy",
 ]

@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass
 from functools import partial
 
-from training import require
+from overpaint.training import require
 
 _require = partial(require, "ReFLConfig")
 

@@ -2,7 +2,7 @@
 
 import torch
 
-from policy import DiffusionPolicy
+from overpaint.policy import DiffusionPolicy
 
 
 @torch.no_grad()

@@ -5,14 +5,14 @@ from collections.abc import Callable, Sequence
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from policy import ClassifierFree, DiffusionPolicy, SampleNoise
-from policy.types import Images, Latents
+from overpaint.policy import ClassifierFree, DiffusionPolicy, SampleNoise
+from overpaint.policy.types import Images, Latents
 
 from .config import ReFLConfig
 
 
-def graded_images(
-    policy: DiffusionPolicy, prompts: Sequence[str], seeds: Sequence[int], config: ReFLConfig, *, graded_step: int
+def one_step_images(
+    policy: DiffusionPolicy, prompts: Sequence[str], seeds: Sequence[int], config: ReFLConfig, *, reward_step: int
 ) -> Images:
     """Draws images as steps 2 and 3 of an iteration do: without gradient to a late step, then one shot with it.
 
@@ -24,7 +24,7 @@ def graded_images(
         prompts: One for each image.
         seeds: One for each image.
         config: Settings.
-        graded_step: Step whose one-shot prediction is decoded, counted from noise.
+        reward_step: Step whose one-shot prediction is decoded, counted from noise.
 
     Returns:
         Images in [0, 1]; `low_variance_noises` for each prompt, prompt by prompt, where that is on.
@@ -35,18 +35,18 @@ def graded_images(
     guidance = ClassifierFree(config.guidance_scale)
     embeddings = policy.encode(prompts)
     repeats = config.low_variance_noises
-    first = graded_step - config.truncation_steps + 1
+    first = reward_step - config.truncation_steps + 1
     until = config.steps if repeats else first
     latents = policy.sample(embeddings, steps=config.steps, guidance=guidance, eta=config.eta, seeds=seeds, until=until)
     if repeats:
         noise = _noise_after(1 + until if config.eta > 0 else 1, seeds, latents)
-        timesteps = policy.timesteps(config.steps)[graded_step].expand(len(latents))
+        timesteps = policy.timesteps(config.steps)[reward_step].expand(len(latents))
         noised = [policy.add_noise(latents, noise.draw(), timesteps) for _ in range(repeats)]
         latents = torch.stack(noised, dim=1).flatten(0, 1)
         embeddings = embeddings.repeat_interleave(repeats, dim=0)
-    elif first < graded_step:
+    elif first < reward_step:
         noise = _noise_after(1 + until, seeds, latents) if config.eta > 0 else None
-        for step in range(first, graded_step):
+        for step in range(first, reward_step):
             drawn = None if noise is None else noise.draw()
 
             def denoise(state: Latents, step: int = step, drawn: Latents | None = drawn) -> Latents:
@@ -57,7 +57,7 @@ def graded_images(
             latents = _kept_or_recomputed(denoise, latents, recompute=config.checkpoint_steps)
 
     def predict(state: Latents) -> Latents:
-        return policy.predict_clean(state, embeddings, step=graded_step, steps=config.steps, guidance=guidance)
+        return policy.predict_clean(state, embeddings, step=reward_step, steps=config.steps, guidance=guidance)
 
     return policy.decode(_kept_or_recomputed(predict, latents, recompute=config.checkpoint_steps))
 

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 
 from erasure import ImageCost
-from policy.types import Images
+from overpaint.policy.types import Images
 from rewards import Reward, scores_of
 
 

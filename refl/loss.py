@@ -1,6 +1,6 @@
 """The map from rewards to a loss."""
 
-from policy.types import PerSample
+from overpaint.policy.types import PerSample
 
 
 def hinge(rewards: PerSample, *, margin: float) -> PerSample:

@@ -7,9 +7,9 @@ from typing import NamedTuple
 
 import torch
 
-from policy import DiffusionPolicy, Guidance, SampleNoise
-from policy.prompts import check_prompts
-from policy.types import Embeddings, Latents, PerSample
+from overpaint.policy import DiffusionPolicy, Guidance, SampleNoise
+from overpaint.policy.prompts import check_prompts
+from overpaint.policy.types import Embeddings, Latents, PerSample
 
 IMAGE_ENDINGS = (".png", ".jpg", ".jpeg", ".webp")
 CAPTIONS_FILE = "metadata.jsonl"

@@ -15,15 +15,15 @@ from torch import Tensor
 
 from erasure import ErasureConstraint, ImageConstraint, ObjectiveConstraint
 from erasure.protocols import ConceptBatch
-from policy import ClassifierFree, DiffusionPolicy
-from policy.prompts import check_prompts
-from policy.types import PerSample
-from rewards import HeldOut, HeldOutWatch, Reward, scores_of
-from training import Stateful, TrainingConfig, TrainingRun, check_trainable, draw_batch
+from overpaint.policy import ClassifierFree, DiffusionPolicy
+from overpaint.policy.prompts import check_prompts
+from overpaint.policy.types import PerSample
+from overpaint.training import Stateful, TrainingConfig, TrainingRun, check_trainable, draw_batch
+from rewards import EarlyStopping, HeldOut, Reward, scores_of
 
 from .config import ReFLConfig
 from .distance import distance_to_reference
-from .graded import graded_images
+from .graded import one_step_images
 from .judge import check_gradient, not_differentiable
 from .loss import hinge
 from .pretraining import PretrainingPairs, check_pretraining, denoising_loss, pairs_from_policy
@@ -47,7 +47,7 @@ class ReFLMetrics(NamedTuple):
     erasure_weight: float
     gradient_cosine: float
     grad_norm: float
-    graded_step: int
+    reward_step: int
 
 
 class ReFLTrainer:
@@ -94,7 +94,7 @@ class ReFLTrainer:
             raise ValueError(f"ReFLConfig.patience must be 0 without held_out, got {self.config.patience}")
         self.watch = None
         if held_out is not None:
-            self.watch = HeldOutWatch(held_out, patience=self.config.patience, constrained=erasure is not None)
+            self.watch = EarlyStopping(held_out, patience=self.config.patience, constrained=erasure is not None)
 
     def train(self, run_config: TrainingConfig) -> ReFLMetrics | None:
         """Trains, or goes on with an interrupted run.
@@ -170,15 +170,15 @@ class ReFLTrainer:
             ValueError: The reward or the erasure cost gave not one number for each image.
         """
         cfg, erasure, pairs = self.config, self.erasure, self.pretraining
-        graded_step = int(torch.randint(cfg.first_graded_step, cfg.last_graded_step + 1, (), generator=run.generator))
+        reward_step = int(torch.randint(cfg.first_graded_step, cfg.last_graded_step + 1, (), generator=run.generator))
 
         batch = draw_batch(run, self.prompts, cfg.batch_size)
-        rewards = self._descend(run, batch, lambda *part: self._reward_term(*part, graded_step))
+        rewards = self._descend(run, batch, lambda *part: self._reward_term(*part, reward_step))
         costs, cosine = None, 0.0
         if erasure is not None:
             before = [gradient.clone() for gradient in self._gradients()]
             batch = draw_batch(run, erasure.prompts, cfg.erasure_batch_size)
-            costs = self._descend(run, batch, lambda *part: self._erasure_term(*part, erasure, graded_step))
+            costs = self._descend(run, batch, lambda *part: self._erasure_term(*part, erasure, reward_step))
             cosine = _cosine(before, self._gradients())
         losses = None
         if cfg.pretraining_weight and pairs is not None:
@@ -204,23 +204,23 @@ class ReFLTrainer:
             erasure_weight=weight,
             gradient_cosine=run.mean(cosine),
             grad_norm=grad_norm,
-            graded_step=graded_step,
+            reward_step=reward_step,
         )
 
     # The three terms of the loss: each gives its mean over some samples, and what it measured of each.
 
-    def _reward_term(self, prompts: list[str], seeds: list[int], graded_step: int) -> tuple[Tensor, PerSample]:
+    def _reward_term(self, prompts: list[str], seeds: list[int], reward_step: int) -> tuple[Tensor, PerSample]:
         cfg = self.config
-        images = graded_images(self.policy, prompts, seeds, cfg, graded_step=graded_step)
+        images = one_step_images(self.policy, prompts, seeds, cfg, reward_step=reward_step)
         rewards = scores_of("reward", self.reward, images, self._captions(prompts))
         return cfg.reward_scale * hinge(rewards, margin=cfg.reward_margin).mean(), rewards
 
     def _erasure_term(
-        self, prompts: list[str], seeds: list[int], erasure: ErasureConstraint, graded_step: int
+        self, prompts: list[str], seeds: list[int], erasure: ErasureConstraint, reward_step: int
     ) -> tuple[Tensor, PerSample]:
         cfg = self.config
         if isinstance(erasure, ImageConstraint):
-            images = graded_images(self.policy, prompts, seeds, cfg, graded_step=graded_step)
+            images = one_step_images(self.policy, prompts, seeds, cfg, reward_step=reward_step)
             cost = scores_of("erasure cost", erasure.cost, images, self._captions(prompts))
         else:
             cost = erasure.cost(self.policy, ConceptBatch(prompts, seeds))
@@ -302,7 +302,7 @@ class ReFLTrainer:
             "reward/mean": metrics.reward,
             "train/reward_loss": metrics.reward_loss,
             "train/grad_norm": metrics.grad_norm,
-            "train/graded_step": metrics.graded_step,
+            "train/reward_step": metrics.reward_step,
         }
         if self.config.pretraining_weight:
             values["train/pretraining_loss"] = metrics.pretraining_loss

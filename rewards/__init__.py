@@ -9,7 +9,7 @@ from .clip import CLIPScore, CLIPScoreConfig
 from .clip_encoder import ClipEncoder
 from .clip_tokenizer import ClipTokenizer
 from .combine import Clipped, Standardised, WeightedSum
-from .held_out import HeldOut, HeldOutWatch, Look
+from .held_out import EarlyStopping, HeldOut, Look
 from .hps import HPSv2
 from .http_json import HttpConfig, HttpError
 from .image_reward import ImageReward, ImageRewardConfig
@@ -42,9 +42,9 @@ __all__ = [
     "ClipTokenizer",
     "Clipped",
     "Compressibility",
+    "EarlyStopping",
     "HPSv2",
     "HeldOut",
-    "HeldOutWatch",
     "HttpConfig",
     "HttpError",
     "ImageReward",

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from policy.types import Images, PerSample
+from overpaint.policy.types import Images, PerSample
 
 from .checkpoint import frozen_with, read_tensors
 from .clip_encoder import VIT_L_14, ClipEncoder, Vectors, at_least_float32

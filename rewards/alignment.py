@@ -15,7 +15,7 @@ from typing import Literal, NamedTuple, Protocol, get_args, runtime_checkable
 import torch
 from torch import nn
 
-from policy.types import Images, PerSample
+from overpaint.policy.types import Images, PerSample
 
 from .bertscore import BertScore, BertScores
 from .types import check_pairs

@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from policy.types import PerSample
+from overpaint.policy.types import PerSample
 
 from .hub import HubFiles, check_folder
 from .types import check_strings

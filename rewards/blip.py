@@ -16,7 +16,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional
 
-from policy.types import Images, PerSample
+from overpaint.policy.types import Images, PerSample
 
 from .blip_config import BlipConfig, check_count
 from .blip_files import check_our_folder, tokenizer_from, write_folder

@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING
 
 from torch.utils.checkpoint import checkpoint
 
-from policy.types import Embeddings, Images
+from overpaint.policy.types import Embeddings, Images
 
 from .blip_config import BlipConfig
 from .blip_tokenizer import BlipTokenizer

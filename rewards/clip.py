@@ -9,7 +9,7 @@ from typing import Literal, get_args
 
 from torch import nn
 
-from policy.types import Images, PerSample
+from overpaint.policy.types import Images, PerSample
 
 from .clip_encoder import VIT_B_32, VIT_L_14, ClipEncoder
 

@@ -14,7 +14,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional
 
-from policy.types import Images, PerSample
+from overpaint.policy.types import Images, PerSample
 
 from .checkpoint import frozen_with, read_tensors
 from .clip_tokenizer import BYTE_PAIRS, ClipTokenizer

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import torch
 
-from policy.types import Images, PerSample
+from overpaint.policy.types import Images, PerSample
 
 from .scores import scores_of
 from .types import Reward, check_pairs

@@ -9,7 +9,7 @@ from jaxtyping import Float
 from PIL import Image
 from torch import Tensor
 
-from policy.types import Images
+from overpaint.policy.types import Images
 
 from .preprocess import to_pixels
 

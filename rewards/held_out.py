@@ -7,9 +7,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from policy import DiffusionPolicy, Guidance
-from policy.prompts import check_prompts
-from policy.types import Images, PerSample
+from overpaint.policy import DiffusionPolicy, Guidance
+from overpaint.policy.prompts import check_prompts
+from overpaint.policy.types import Images, PerSample
 
 from .scores import scores_of
 from .types import Reward
@@ -37,7 +37,7 @@ class Look(NamedTuple):
     """By the one that is not."""
 
 
-class HeldOutWatch:
+class EarlyStopping:
     """Keeps the weights that the held-out reward liked best, and notices when it and the trained reward part ways.
 
     Over-optimisation shows as a trained reward above where it began while the held-out one is below its best. Under an

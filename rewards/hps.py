@@ -16,7 +16,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional
 
-from policy.types import Images, PerSample
+from overpaint.policy.types import Images, PerSample
 
 from .clip_encoder import ClipEncoder, at_least_float32
 from .clip_tokenizer import BYTE_PAIRS, ClipTokenizer

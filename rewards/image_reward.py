@@ -14,7 +14,7 @@ from jaxtyping import Float
 from PIL import Image
 from torch import Tensor, nn
 
-from policy.types import Images, PerSample
+from overpaint.policy.types import Images, PerSample
 
 from .blip_files import check_our_folder, tokenizer_from, write_folder
 from .blip_layout import from_official_names

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import torch
 from PIL import Image
 
-from policy.types import Images, PerSample
+from overpaint.policy.types import Images, PerSample
 
 from .preprocess import to_pixels
 from .types import check_pairs

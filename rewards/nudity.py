@@ -14,7 +14,7 @@ import numpy
 import torch
 from PIL import Image
 
-from policy.types import Images, PerSample
+from overpaint.policy.types import Images, PerSample
 
 from .preprocess import to_pixels
 from .types import check_pairs

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from torch import nn
 
-from policy.types import Images, PerSample
+from overpaint.policy.types import Images, PerSample
 
 from .clip_encoder import ClipEncoder
 from .clip_tokenizer import BYTE_PAIRS, ClipTokenizer

@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional
 
-from policy.types import Images
+from overpaint.policy.types import Images
 
 ImageFile = Image.Image | str | Path
 """An image of PIL, or the path of one."""

@@ -11,7 +11,7 @@ from http.client import HTTPException
 from pathlib import Path
 from urllib.error import HTTPError
 
-from policy.atomic import atomic_file
+from overpaint.policy.atomic import atomic_file
 
 CACHE_VARIABLE = "OVERPAINT_CACHE"
 """Environment variable that says where fetched files are kept."""

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from policy.types import Images, PerSample
+from overpaint.policy.types import Images, PerSample
 
 from .encoded import ImageFormat, check_format, encode_images
 from .http_json import HttpConfig, HttpError, check_token, check_url, request_json

@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from policy.types import Images, PerSample
+from overpaint.policy.types import Images, PerSample
 
 Judge = Callable[[Images, Sequence[str]], PerSample]
 """A reward, or a cost on images."""

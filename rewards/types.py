@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Protocol, runtime_checkable
 
-from policy.types import Images, PerSample
+from overpaint.policy.types import Images, PerSample
 
 
 @runtime_checkable

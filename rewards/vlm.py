@@ -5,7 +5,7 @@ from typing import Protocol, runtime_checkable
 
 import torch
 
-from policy.types import Images
+from overpaint.policy.types import Images
 
 from .types import check_pairs
 

@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from torch import nn
 
-from policy.types import Images
+from overpaint.policy.types import Images
 
 from .hub import HubFiles, check_folder
 from .preprocess import to_pixels

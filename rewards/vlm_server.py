@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
-from policy.types import Images
+from overpaint.policy.types import Images
 
 from .encoded import ImageFormat, check_format, encode_images
 from .http_json import EXCERPT, HttpConfig, HttpError, check_token, check_url, request_json

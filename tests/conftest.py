@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 
-from policy import DiffusionPolicy, LoRAConfig, SampleNoise
+from overpaint.policy import DiffusionPolicy, LoRAConfig, SampleNoise
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports huggingface_hub: no test asks the network
 

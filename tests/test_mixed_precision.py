@@ -10,7 +10,6 @@ import pytest
 import torch
 from torch import Tensor
 
-import tinyworld
 from ddpo import DDPOConfig, DDPOTrainer, RewardError, RWRConfig, RWRTrainer, ScoringConfig
 from erasure import Concept, ImageConstraint, ObjectiveConstraint, ScoreCeiling, StayErased, StayErasedConfig
 from erasure.ac import AC, ACConfig
@@ -27,10 +26,11 @@ from erasure.safree import SAFREE, SAFREEConfig
 from erasure.saliency import SaliencyConfig
 from erasure.sld import SLD, SLDConfig
 from erasure.uce import UCE
-from policy import ClassifierFree, DiffusionPolicy, LoRAConfig
+from overpaint import tinyworld
+from overpaint.policy import ClassifierFree, DiffusionPolicy, LoRAConfig
+from overpaint.training import ExponentialMovingAverage, TrainingConfig, load_checkpoint, read_metrics
 from refl import ReFLConfig, ReFLTrainer
 from rewards import HeldOut
-from training import ExponentialMovingAverage, TrainingConfig, load_checkpoint, read_metrics
 
 Precision = Literal["no", "bf16"]
 
@@ -148,7 +148,7 @@ def test_safeguard_in_half_precision_draws_nearly_the_same(
     with autocast() if rounded == "autocast" else nullcontext():
         method.erase(other, STRIPED).apply(other)
         half = drawn(other)
-    # What the safeguard does is there: without it the difference would be what it changes, and more.
+    # What the guard does is there: without it the difference would be what it changes, and more.
     changed = float((drawn(exact) - plain).abs().mean())
     assert float((half - drawn(exact)).abs().mean()) < 0.2 * changed
 

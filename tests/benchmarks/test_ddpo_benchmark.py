@@ -16,8 +16,8 @@ from benchmarks.ddpo_by_hand import BareRound, PlainRound
 from ddpo import DDPOConfig, DDPOTrainer
 from ddpo.asked import Pairs
 from ddpo.gradient import KL_PAIRS, PROBED_PAIRS
-from policy import ClassifierFree, DiffusionPolicy, LoRAConfig
-from training import TrainingConfig, TrainingRun
+from overpaint.policy import ClassifierFree, DiffusionPolicy, LoRAConfig
+from overpaint.training import TrainingConfig, TrainingRun
 
 PROMPTS = ["a red circle", "a blue square", "a green triangle"]
 CONFIG = DDPOConfig(

@@ -7,12 +7,12 @@ from benchmarks import erasure_cost
 from erasure import ConceptBatch
 from erasure.esd import ESD
 from erasure.receler import Receler
-from policy import DiffusionPolicy
+from overpaint.policy import DiffusionPolicy
 
 
 @pytest.fixture(scope="module")
 def policy() -> DiffusionPolicy:
-    import tinyworld
+    from overpaint import tinyworld
 
     return tinyworld.load_policy()
 
@@ -33,7 +33,7 @@ def test_calls_are_noted_with_what_their_gradient_is_wanted_for(policy: Diffusio
 def test_the_calls_again_are_the_same_calls_and_leave_the_weights(policy: DiffusionPolicy) -> None:
     method = erasure_cost.method_named("esd", "tiny-world")
     assert isinstance(method, ESD)
-    student = policy.trainee("xattn")
+    student = policy.student_copy("xattn")
     first, second = erasure_cost.Recorder(student), erasure_cost.Recorder(student)
     with first:
         method.loss(student, ConceptBatch(["striped", "zebra"], [3, 4])).mean().backward()

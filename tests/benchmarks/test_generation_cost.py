@@ -8,8 +8,8 @@ from torch import Tensor
 
 from benchmarks import generation_cost
 from benchmarks.generation_cost import Config
-from evaluation import DrawConfig, draw, plan
-from policy import DiffusionPolicy
+from overpaint.evaluation import DrawConfig, draw, plan
+from overpaint.policy import DiffusionPolicy
 
 PLANNED = plan({"benign": ["a red circle", "a blue dog", "a cat", "two dogs"]})
 CONFIG = Config(images=4, batch_size=2, steps=3, repeats=2)

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from benchmarks import overhead
-from policy import DiffusionPolicy, LoRAConfig
+from overpaint.policy import DiffusionPolicy, LoRAConfig
+from overpaint.training import TrainingConfig, TrainingRun
 from refl import PretrainingPairs, ReFLTrainer
-from training import TrainingConfig, TrainingRun
 
 PROMPTS = ["a red circle", "a blue square"]
-CONFIG = overhead.Config(batch_size=2, pretraining_batch_size=3, steps=3, graded_step=2, repeats=2)
+CONFIG = overhead.Config(batch_size=2, pretraining_batch_size=3, steps=3, reward_step=2, repeats=2)
 
 
 class Redness:
@@ -58,7 +58,7 @@ def test_bare_iteration_makes_the_calls_of_the_trainers_iteration(
 ) -> None:
     policy, reward, seen = watched
     config = overhead.Config(
-        batch_size=2, pretraining_batch_size=3, steps=3, graded_step=2, guidance_scale=guidance_scale
+        batch_size=2, pretraining_batch_size=3, steps=3, reward_step=2, guidance_scale=guidance_scale
     )
     pairs = PretrainingPairs(torch.randn(3, 4, 8, 8), [PROMPTS[0]] * 3)
     trainer = ReFLTrainer(policy, reward, PROMPTS, config.refl(), pretraining=pairs)

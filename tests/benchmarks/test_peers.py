@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from benchmarks import peers, peers_environment
 from benchmarks.peers_race import Judge, Look, Record, Side, race, reward_after, seconds_until
 from benchmarks.peers_settings import Settings, our_job, trl_config, trl_job
-from policy import DiffusionPolicy, LoRAConfig
+from overpaint.policy import DiffusionPolicy, LoRAConfig
 
 CHILD = """
 from benchmarks.peers_child import read_job, serve

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from policy.types import Images, PerSample
-from training import TrainingConfig
+from overpaint.policy.types import Images, PerSample
+from overpaint.training import TrainingConfig
 
 PROMPTS = ["a red circle", "a blue square", "a cat", "two dogs", "a large green triangle"]
 

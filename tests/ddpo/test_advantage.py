@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ddpo import PromptStatistics, centred_advantages, group_advantages, round_advantages
-from training import Checkpoint, CheckpointFolder
+from overpaint.training import Checkpoint, CheckpointFolder
 
 ODD_PROMPTS = ["", "/", "a/b", "../x", "tensor", "чёрный кот", "猫 🐈", "e\u0301", "é", 'say "no"\n\\', "0", " a", "a"]
 """Prompts that a path, a file of text or a careless comparison might take for something else."""

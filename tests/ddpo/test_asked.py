@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ddpo.asked import Asked, Pairs, ask, pairs_of_update
-from training import TrainingRun
+from overpaint.training import TrainingRun
 
 Result = TypeVar("Result")
 POPULATION = ["a cat", "a dog", "a red circle"]

@@ -18,10 +18,10 @@ from erasure import (
     StayErased,
     StayErasedConfig,
 )
-from policy import ClassifierFree, DiffusionPolicy
-from policy.types import Images, PerSample
+from overpaint.policy import ClassifierFree, DiffusionPolicy
+from overpaint.policy.types import Images, PerSample
+from overpaint.training import TrainingConfig, read_metrics
 from rewards import HeldOut
-from training import TrainingConfig, read_metrics
 
 CONCEPT = ["a plain circle", "a striped circle"]
 

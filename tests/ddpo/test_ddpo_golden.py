@@ -20,8 +20,8 @@ from ddpo import (
     sparse_weights,
 )
 from ddpo.loss import ratio_statistics
-from policy import DiffusionPolicy
-from training import TrainingConfig, TrainingRun
+from overpaint.policy import DiffusionPolicy
+from overpaint.training import TrainingConfig, TrainingRun
 
 HALF_SQUARE = "half the mean square of new - old: ours are k1 and k3, of which k3 is the better estimate of the same"
 THRESHOLD = "the filter with a fixed threshold is not built: its rewards have no scale that is known beforehand"

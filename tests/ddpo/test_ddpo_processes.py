@@ -10,7 +10,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from training import read_metrics
+from overpaint.training import read_metrics
 
 PROGRAM = '''
 """Trains two rounds of a kind; each process writes what they led to."""
@@ -25,9 +25,9 @@ from safetensors.torch import save_file
 from ddpo import DDPOConfig, DDPOTrainer, RewardError, ScoringConfig
 from erasure import NUDITY, ImageConstraint, Lagrangian, LagrangianConfig
 from erasure import ObjectiveConstraint, ScoreCeiling, StayErased, StayErasedConfig
-from policy import DiffusionPolicy, LoRAConfig
+from overpaint.policy import DiffusionPolicy, LoRAConfig
 from rewards import HeldOut
-from training import TrainingConfig, process_state
+from overpaint.training import TrainingConfig, process_state
 
 HELD_OUT = ["a red circle", "a blue square"]
 

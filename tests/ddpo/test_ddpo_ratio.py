@@ -9,9 +9,9 @@ from torch import Tensor, nn
 
 from ddpo import DDPOConfig, DDPOMetrics, DDPOTrainer, gradient
 from ddpo.gradient import PolicyGradient
-from policy import DiffusionPolicy, LoRAConfig
-from policy.types import Trajectory
-from training import TrainingConfig, TrainingRun
+from overpaint.policy import DiffusionPolicy, LoRAConfig
+from overpaint.policy.types import Trajectory
+from overpaint.training import TrainingConfig, TrainingRun
 
 SAMPLING = 8
 """Images that are drawn at a time."""

@@ -16,13 +16,13 @@ import torch
 from torch import Tensor
 
 from ddpo import DDPOConfig, DDPOTrainer, RewardError, ScoringConfig
-from policy import DiffusionPolicy
-from policy.types import Images, PerSample
+from overpaint.policy import DiffusionPolicy
+from overpaint.policy.types import Images, PerSample
+from overpaint.training import TrainingConfig, read_metrics
 from rewards import Compressibility, Reward
 from rewards.http_json import HttpConfig
 from rewards.remote import RemoteConfig, RemoteReward
 from rewards.serve import ServeConfig, scores_for
-from training import TrainingConfig, read_metrics
 
 ROOT = Path(__file__).resolve().parents[2]
 BATCHES = 2

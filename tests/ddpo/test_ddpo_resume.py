@@ -11,10 +11,10 @@ from torch import Tensor
 
 from ddpo import DDPOConfig, DDPOTrainer, RewardError, ScoringConfig
 from erasure import ImageConstraint, Lagrangian, LagrangianConfig, ScoreCeiling
-from policy import DiffusionPolicy
-from policy.types import Embeddings, Images, PerSample, Trajectory
+from overpaint.policy import DiffusionPolicy
+from overpaint.policy.types import Embeddings, Images, PerSample, Trajectory
+from overpaint.training import TrainingConfig, read_metrics
 from rewards import HeldOut
-from training import TrainingConfig, read_metrics
 
 
 class KilledError(Exception):

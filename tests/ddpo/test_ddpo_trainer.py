@@ -20,10 +20,10 @@ from erasure import (
     StayErased,
     StayErasedConfig,
 )
-from policy import ClassifierFree, DiffusionPolicy
-from policy.types import Images, PerSample, Trajectory
+from overpaint.policy import ClassifierFree, DiffusionPolicy
+from overpaint.policy.types import Images, PerSample, Trajectory
+from overpaint.training import TrainingConfig, TrainingRun, read_metrics
 from rewards import HeldOut
-from training import TrainingConfig, TrainingRun, read_metrics
 
 ROOT = Path(__file__).resolve().parents[2]
 HELD_OUT = ["a yellow square", "two cats", "a large dog"]

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ddpo.scoring import RewardError, RewardPool, ScoringConfig
-from policy.types import Images, PerSample
+from overpaint.policy.types import Images, PerSample
 
 PATIENCE = 30.0
 """Seconds after which something that should have happened counts as a hang."""

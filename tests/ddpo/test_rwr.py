@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from ddpo import RewardError, RWRConfig, RWRTrainer, ScoringConfig, sparse_weights
-from policy import ClassifierFree, DiffusionPolicy
-from policy.types import Embeddings, Images, PerSample, Trajectory
+from overpaint.policy import ClassifierFree, DiffusionPolicy
+from overpaint.policy.types import Embeddings, Images, PerSample, Trajectory
+from overpaint.training import TrainingConfig, TrainingRun, read_metrics
 from rewards import HeldOut
-from training import TrainingConfig, TrainingRun, read_metrics
 
 
 class KilledError(Exception):

@@ -8,7 +8,7 @@ import torch
 
 from ddpo import DDPOConfig
 from ddpo.steps import signal_weights, step_plan
-from policy import ClassifierFree, DiffusionPolicy
+from overpaint.policy import ClassifierFree, DiffusionPolicy
 
 
 @pytest.mark.parametrize("steps", [3, 10])

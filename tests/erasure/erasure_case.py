@@ -8,8 +8,8 @@ import torch
 from golden_case import GOLDEN, GoldenCase
 from torch import Tensor
 
-from policy import DiffusionPolicy
-from policy.weights import base_parameters
+from overpaint.policy import DiffusionPolicy
+from overpaint.policy.weights import base_parameters
 
 TINY_SD = GOLDEN / "tiny-sd"
 """The pipeline that all of them were computed with."""

@@ -13,9 +13,9 @@ from erasure import STRIPES, Concept, Erasure, ObjectiveConstraint
 from erasure.ac import AC, PEOPLE, ACConfig, masked_error, start_detached
 from erasure.descend import DescentConfig
 from erasure.protocols import ConceptBatch, Objective
-from policy import ClassifierFree, DiffusionPolicy, LoRAConfig
-from policy.noise import SampleNoise
-from policy.weights import base_parameters, select_parameters
+from overpaint.policy import ClassifierFree, DiffusionPolicy, LoRAConfig
+from overpaint.policy.noise import SampleNoise
+from overpaint.policy.weights import base_parameters, select_parameters
 
 CONCEPT = Concept(name="stripes", phrases=("striped", "with stripes"))
 CONFIG = ACConfig(
@@ -331,7 +331,7 @@ def test_defaults_are_the_authors_for_nudity() -> None:
 
 
 def test_settings_for_the_tiny_world_fit_it() -> None:
-    import tinyworld
+    from overpaint import tinyworld
 
     policy = tinyworld.load_policy()
     method = AC(replace(ACConfig.tiny_world(), images=1, steps=1), progress=False)

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from erasure.ac import AC, ACConfig, Examples
-from policy import DiffusionPolicy
-from policy.weights import base_parameters, select_parameters
+from overpaint.policy import DiffusionPolicy
+from overpaint.policy.weights import base_parameters, select_parameters
 from tests.erasure.erasure_case import TINY_SD, ErasureCase
 
 CASE = ErasureCase("ac")

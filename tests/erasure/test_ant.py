@@ -16,8 +16,8 @@ from erasure.descend import DescentConfig
 from erasure.protocols import ConceptBatch, Objective
 from erasure.saliency import SaliencyConfig, masked_gradients, saliency_mask, salient, summed_gradients
 from erasure.sld import SLD, SLDConfig
-from policy import ClassifierFree, DiffusionPolicy
-from policy.weights import base_parameters
+from overpaint.policy import ClassifierFree, DiffusionPolicy
+from overpaint.policy.weights import base_parameters
 
 CONCEPT = Concept(name="stripes", phrases=("striped", "with stripes"))
 DESCENT = DescentConfig(iterations=4, learning_rate=1e-3, batch_size=2, checkpoint_every=1)
@@ -200,7 +200,7 @@ def test_a_map_sums_the_gradients_of_weights_that_move(student: DiffusionPolicy)
 
 
 def test_only_weights_of_the_mask_are_trained_and_the_others_keep_their_bits(bare: DiffusionPolicy) -> None:
-    student = bare.trainee("full")
+    student = bare.student_copy("full")
     mask = saliency_mask(student, ANT(CONFIG).loss, SALIENCY, progress=False)
     delta = ANT(CONFIG).erase(bare, CONCEPT, progress=False).delta.tensors
     assert set(delta) <= set(mask)
@@ -308,7 +308,7 @@ def test_a_second_concept_is_erased_on_top_of_the_first(bare: DiffusionPolicy) -
 def test_training_lowers_the_loss_of_fresh_samples(bare: DiffusionPolicy) -> None:
     config = replace(CONFIG, descent=replace(DESCENT, iterations=20, batch_size=4, learning_rate=1e-5))
     erasure = ANT(config).erase(bare, CONCEPT, progress=False)
-    student, batch = bare.trainee("full"), ConceptBatch(["striped"] * 16, range(16))
+    student, batch = bare.student_copy("full"), ConceptBatch(["striped"] * 16, range(16))
     with torch.no_grad():
         before = ANT(config).loss(student, batch).mean()
         erasure.delta.apply(student.unet)  # the reference stays the original
@@ -349,7 +349,7 @@ def test_a_folder_of_another_run_is_refused_before_long_work(
         ANT(CONFIG).erase(bare, CONCEPT, output_dir=tmp_path, progress=False)
     with pytest.raises(ValueError, match=r"resume must keep model and settings, and .*saliency.safetensors was found"):
         ANT(replace(CONFIG, guidance_scale=1.0)).erase(bare, CONCEPT, output_dir=tmp_path, resume=True)
-    moved_policy = bare.trainee("full")
+    moved_policy = bare.student_copy("full")
     moved(moved_policy)
     with pytest.raises(ValueError, match="resume must keep model and settings"):
         ANT(CONFIG).erase(moved_policy, CONCEPT, output_dir=tmp_path, resume=True)

@@ -10,7 +10,7 @@ from torch import Tensor
 from erasure.ant import ANT, ANTConfig, Terms
 from erasure.esd import erased_target
 from erasure.saliency import salient
-from policy import DiffusionPolicy
+from overpaint.policy import DiffusionPolicy
 from tests.erasure.erasure_case import TINY_SD, ErasureCase, perturb
 
 CASE = ErasureCase("ant")

@@ -14,7 +14,7 @@ from erasure.attention_maps import (
     recorded_attention,
     words_of,
 )
-from policy import DiffusionPolicy, LoRAConfig
+from overpaint.policy import DiffusionPolicy, LoRAConfig
 
 PROMPTS = ["striped", "a red circle with stripes"]
 TIMESTEPS = torch.tensor([500, 20])

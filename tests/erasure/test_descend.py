@@ -16,9 +16,9 @@ from erasure.esd import ESD, ESDConfig
 from erasure.estimate import estimate
 from erasure.methods import erase
 from erasure.rollout import latents_before, random_stops
-from policy import ClassifierFree, DiffusionPolicy
-from policy.weights import base_parameters
-from training import read_metrics
+from overpaint.policy import ClassifierFree, DiffusionPolicy
+from overpaint.policy.weights import base_parameters
+from overpaint.training import read_metrics
 
 CONCEPT = Concept(name="stripes", phrases=("striped", "with stripes"))
 DESCENT = DescentConfig(iterations=4, learning_rate=1e-3, batch_size=2, checkpoint_every=1)
@@ -119,7 +119,7 @@ def test_the_estimate_counts_what_training_does(bare: DiffusionPolicy) -> None:
 
     config = replace(CONFIG, descent=replace(DESCENT, batch_size=60, iterations=2))
     said = estimate(ESD(config), bare, train="xattn")
-    student = bare.trainee("xattn")
+    student = bare.student_copy("xattn")
     student.unet.register_forward_pre_hook(count, with_kwargs=True)
     for seed in range(2):
         ESD(config).loss(student, concept_batch(CONCEPT, 60, torch.Generator().manual_seed(seed)))

@@ -7,8 +7,8 @@ import torch
 
 from erasure import NUDITY, UCE, Erasure
 from erasure.changes import WeightChange
-from policy import DiffusionPolicy, WeightDelta
-from policy.weights import base_parameters
+from overpaint.policy import DiffusionPolicy, WeightDelta
+from overpaint.policy.weights import base_parameters
 
 
 @pytest.fixture

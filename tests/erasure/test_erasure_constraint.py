@@ -18,8 +18,8 @@ from erasure import (
     StayErased,
     StayErasedConfig,
 )
-from policy import DiffusionPolicy, Guidance
-from policy.types import Images, PerSample
+from overpaint.policy import DiffusionPolicy, Guidance
+from overpaint.policy.types import Images, PerSample
 
 
 class Redness:

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from erasure import UCE, Concept, Erasure, UCEConfig
-from policy import DiffusionPolicy, LoRAConfig, select_parameters
-from policy.weights import base_parameters
+from overpaint.policy import DiffusionPolicy, LoRAConfig, select_parameters
+from overpaint.policy.weights import base_parameters
 
 CONCEPT = Concept(name="stripes", phrases=("striped", "with stripes"), preserve=("", "dotted"))
 PROMPTS = ["a striped red circle", "a dotted blue square"]

@@ -15,8 +15,8 @@ from pathlib import Path
 from safetensors.torch import save_file
 from test_every_method import METHODS, draw, erased_by
 
-from policy import DiffusionPolicy
-from training import process_state
+from overpaint.policy import DiffusionPolicy
+from overpaint.training import process_state
 
 state = process_state()
 assert state.num_processes == int(sys.argv[3])

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from erasure.esd import erased_loss, learned_target
-from policy import ClassifierFree, DiffusionPolicy, select_parameters
-from policy.weights import base_parameters
+from overpaint.policy import ClassifierFree, DiffusionPolicy, select_parameters
+from overpaint.policy.weights import base_parameters
 from tests.erasure.erasure_case import TINY_SD, ErasureCase, perturb
 
 CASE = ErasureCase("esd")

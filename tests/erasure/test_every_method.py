@@ -24,8 +24,8 @@ from erasure.safree import SAFREE, SAFREEConfig
 from erasure.saliency import SaliencyConfig
 from erasure.sld import SLD, SLDConfig
 from erasure.uce import UCE
-from policy import ClassifierFree, DiffusionPolicy, SampleNoise
-from policy.weights import base_parameters
+from overpaint.policy import ClassifierFree, DiffusionPolicy, SampleNoise
+from overpaint.policy.weights import base_parameters
 
 STRIPED = Concept(name="stripes", phrases=("striped", "with stripes"))
 DOTTED = Concept(name="dots", phrases=("dotted",))
@@ -67,8 +67,8 @@ METHODS: dict[str, Callable[[Concept], Any]] = {
 """Each with settings that take a moment on the tiny pipeline."""
 
 REFUSED = {
-    "sld": "a policy takes one safeguard",
-    "safree": "a policy takes one safeguard",
+    "sld": "a policy takes one guard",
+    "safree": "a policy takes one guard",
     "receler": "erasers must be the first networks",
 }
 """Where two concepts are two phrases of one erasure."""

@@ -11,7 +11,7 @@ from torch import nn
 
 from erasure import fisher
 from erasure.fisher import FisherConfig, Sums, changes, fisher_information, noise_errors, start_of, watched_weights
-from policy import DiffusionPolicy, LoRAConfig
+from overpaint.policy import DiffusionPolicy, LoRAConfig
 
 PROMPTS = ["a cat", "a dog", "a red circle"]
 EVERY = FisherConfig(chunk=4)

@@ -11,7 +11,7 @@ from safetensors.torch import load, save
 
 from erasure import generated
 from erasure.generated import generated_latents
-from policy import ClassifierFree, DiffusionPolicy
+from overpaint.policy import ClassifierFree, DiffusionPolicy
 
 PROMPTS = ["a red circle", "a blue square", "a cat", "a dog", "a photo of a person"]
 SEEDS = [3, 1, 4, 1, 5]

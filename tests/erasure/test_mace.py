@@ -18,9 +18,9 @@ from erasure.mace import MACE, MACEConfig, attention_norm, low_rank, penalised, 
 from erasure.masks import MaskedImages, at_size, attention_masks, checked_masks, masked_images
 from erasure.phrases import Placed, holds, own_phrases, phrase_tokens, placed, template_of
 from erasure.protocols import ConceptBatch
-from policy import DiffusionPolicy, LoRAConfig, select_parameters
-from policy.noise import SampleNoise
-from policy.weights import base_parameters
+from overpaint.policy import DiffusionPolicy, LoRAConfig, select_parameters
+from overpaint.policy.noise import SampleNoise
+from overpaint.policy.weights import base_parameters
 
 CONCEPT = Concept(name="stripes", phrases=("striped", "with stripes", "a striped cat"), anchor=" ")
 DESCENT = DescentConfig(
@@ -444,7 +444,9 @@ def test_each_phrase_meets_its_own_update(bare: DiffusionPolicy) -> None:
 def test_training_takes_attention_off_the_phrase(bare: DiffusionPolicy) -> None:
     descent = replace(DESCENT, iterations=30, batch_size=4, learning_rate=3e-2, max_grad_norm=1e3)
     concept = replace(CONCEPT, phrases=("striped",))
-    student = with_lora(bare.trainee("xattn-kv"), LoRAConfig(rank=1, alpha=1.0, targets=("attn2.to_k", "attn2.to_v")))
+    student = with_lora(
+        bare.student_copy("xattn-kv"), LoRAConfig(rank=1, alpha=1.0, targets=("attn2.to_k", "attn2.to_v"))
+    )
     method, batch = prepared(bare), ConceptBatch(["striped"] * 16, list(range(16)))
     with torch.no_grad():
         before = method.loss(bare, batch).mean()
@@ -609,7 +611,7 @@ def test_defaults_fit_nudity_and_a_text_encoder_of_77_tokens() -> None:
 
 
 def test_settings_for_the_tiny_world_fit_it() -> None:
-    import tinyworld
+    from overpaint import tinyworld
 
     policy = tinyworld.load_policy()
     config = replace(MACEConfig.tiny_world(), images=1, steps=1)

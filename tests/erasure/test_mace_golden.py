@@ -10,7 +10,7 @@ from erasure.fusion import LowRank, around, fused, refining_factor
 from erasure.mace import keys_and_values
 from erasure.phrases import placed, positions
 from erasure.uce import TextReader
-from policy import DiffusionPolicy
+from overpaint.policy import DiffusionPolicy
 from tests.erasure.erasure_case import TINY_SD, ErasureCase
 
 CASE = ErasureCase("mace")

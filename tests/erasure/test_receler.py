@@ -16,8 +16,8 @@ from erasure.erasers import AddedNetworks, Eraser, fresh_erasers
 from erasure.esd import ESD, ESDConfig
 from erasure.estimate import TrainedMethod
 from erasure.receler import Receler, RecelerConfig, first_tokens, with_tokens
-from policy import DiffusionPolicy
-from policy.added import added_networks
+from overpaint.policy import DiffusionPolicy
+from overpaint.policy.added import added_networks
 
 CONCEPT = Concept(name="stripes", phrases=("striped", "with stripes"))
 DESCENT = DescentConfig(iterations=3, learning_rate=1e-2, batch_size=2, checkpoint_every=1)

@@ -9,7 +9,7 @@ from torch import Tensor
 from erasure.attention_maps import CrossAttention, concept_map, layer_shape, recorded_attention, words_of
 from erasure.erasers import recorded_erasers
 from erasure.receler import Receler, RecelerConfig, nearest, with_tokens
-from policy import DiffusionPolicy
+from overpaint.policy import DiffusionPolicy
 from tests.erasure.erasure_case import TINY_SD, ErasureCase
 
 CASE = ErasureCase("receler")

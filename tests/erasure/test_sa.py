@@ -15,8 +15,8 @@ from erasure.descend import DescentConfig, concept_batch
 from erasure.estimate import TrainedMethod, estimate
 from erasure.fisher import FisherConfig, changes, fisher_information, start_of
 from erasure.sa import EVERYDAY, SA, SAConfig, weighted_change
-from policy import DiffusionPolicy, LoRAConfig, select_parameters
-from tinyworld import load_policy
+from overpaint.policy import DiffusionPolicy, LoRAConfig, select_parameters
+from overpaint.tinyworld import load_policy
 
 CONCEPT = Concept(name="stripes", phrases=("striped", "with stripes"))
 DESCENT = DescentConfig(iterations=3, learning_rate=1e-3, batch_size=2, checkpoint_every=1)
@@ -244,7 +244,7 @@ def test_the_calls_are_those_that_are_made(make_policy: Callable[..., DiffusionP
     policy, seen = make_policy(), {True: 0, False: 0}
     config = replace(CONFIG, descent=replace(DESCENT, iterations=2, batch_size=4))
     said = estimate(SA(config), policy, config.train)
-    student = policy.trainee(config.train)
+    student = policy.student_copy(config.train)
     method = prepared(student, config)
 
     def count(module: Any, inputs: tuple[Any, ...], options: dict[str, Any]) -> None:

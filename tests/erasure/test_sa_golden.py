@@ -10,8 +10,8 @@ from torch import Tensor
 
 from erasure.fisher import Sums, changes, noise_errors, start_of, watched_weights
 from erasure.sa import SA, Examples, SAConfig, weighted_change
-from policy import DiffusionPolicy, select_parameters
-from policy.types import PerSample
+from overpaint.policy import DiffusionPolicy, select_parameters
+from overpaint.policy.types import PerSample
 from tests.erasure.erasure_case import TINY_SD, ErasureCase, perturb
 
 CASE = ErasureCase("sa")

@@ -8,14 +8,14 @@ import pytest
 import torch
 from torch import Tensor
 
-import tinyworld
 from erasure import NUDITY, STRIPES, UCE, Concept, Erasure
 from erasure.prompt_filter import PromptFilter, projector, trigger_tokens
 from erasure.reattention import Reattention, damp_low_frequencies
-from erasure.safree import NUDITY_CONCEPTS, SAFREE, SAFREEChange, SAFREEConfig, SAFREESafeguard
+from erasure.safree import NUDITY_CONCEPTS, SAFREE, SAFREEChange, SAFREEConfig, SAFREEGuard
 from erasure.safree_pipeline import detach
-from policy import ClassifierFree, DiffusionPolicy, LoRAConfig, Moment
-from policy.noise import SampleNoise
+from overpaint import tinyworld
+from overpaint.policy import ClassifierFree, DiffusionPolicy, LoRAConfig, StepContext
+from overpaint.policy.noise import SampleNoise
 
 CONCEPT = Concept(name="stripes", phrases=("striped", "with stripes"))
 PROMPTS = ["a striped red circle on a blue background", "striped", "", "a photo of a cat"]
@@ -29,14 +29,14 @@ def draw(policy: DiffusionPolicy, prompts: list[str] = PROMPTS, steps: int = 4, 
     return policy.draw(prompts, seeds=SEEDS[: len(prompts)], steps=steps, guidance=ClassifierFree(scale))
 
 
-def apply(policy: DiffusionPolicy, config: SAFREEConfig | None = None, strength: float = 1.0) -> SAFREESafeguard:
+def apply(policy: DiffusionPolicy, config: SAFREEConfig | None = None, strength: float = 1.0) -> SAFREEGuard:
     SAFREE(config).erase(policy, CONCEPT, strength).apply(policy)
-    assert isinstance(policy.safeguard, SAFREESafeguard)
-    return policy.safeguard
+    assert isinstance(policy.guard, SAFREEGuard)
+    return policy.guard
 
 
-def moment(steps: list[int], total: int) -> Moment:
-    return Moment(torch.tensor(steps), total, torch.ones(len(steps)))
+def moment(steps: list[int], total: int) -> StepContext:
+    return StepContext(torch.tensor(steps), total, torch.ones(len(steps)))
 
 
 def count_samples(policy: DiffusionPolicy) -> list[int]:
@@ -75,9 +75,9 @@ def test_token_without_which_a_prompt_is_far_from_the_concepts_is_a_trigger() ->
 
 
 def test_filter_replaces_trigger_tokens_and_no_others(bare: DiffusionPolicy) -> None:
-    safeguard = apply(bare)
+    guard = apply(bare)
     prompt = PROMPTS[0]
-    filtered, embedding = safeguard.filter(prompt), bare.encode([prompt])[0]
+    filtered, embedding = guard.filter(prompt), bare.encode([prompt])[0]
     changed = (filtered.embedding != embedding).any(dim=1)
     assert filtered.triggers.any()
     assert not filtered.triggers.all()
@@ -119,10 +119,10 @@ def test_prompt_is_read_once_and_its_masked_copies_in_one_batch(bare: DiffusionP
 
 def test_concepts_that_exceed_the_context_together_are_cut_off(bare: DiffusionPolicy) -> None:
     many = tuple(f"striped {word}" for word in ("red", "green", "blue", "circle", "square", "small", "large"))
-    safeguard = apply(bare, SAFREEConfig(concepts=many))
+    guard = apply(bare, SAFREEConfig(concepts=many))
     empty = bare.encode([""])
-    assert torch.equal(safeguard.negative(empty), bare.encode([", ".join(many)]))
-    assert torch.equal(safeguard.negative(empty), bare.encode([", ".join(many[:6])]))
+    assert torch.equal(guard.negative(empty), bare.encode([", ".join(many)]))
+    assert torch.equal(guard.negative(empty), bare.encode([", ".join(many[:6])]))
 
 
 def test_concept_that_the_tokenizer_cuts_off_is_refused(bare: DiffusionPolicy) -> None:
@@ -147,23 +147,23 @@ def test_concepts_are_the_authors_for_nudity_and_else_the_phrases(
 
 @pytest.mark.parametrize("total", [10, 20, 50, 1000])
 def test_same_share_of_the_way_is_filtered_in_any_number_of_steps(bare: DiffusionPolicy, total: int) -> None:
-    safeguard = apply(bare, SAFREEConfig(latent_reattention=False))
+    guard = apply(bare, SAFREEConfig(latent_reattention=False))
     prompt = bare.encode(["striped"] * total)
-    towards = safeguard.guided(CFG).embeddings(prompt, prompt, moment(list(range(total)), total))[1]
+    towards = guard.guided(CFG).embeddings(prompt, prompt, moment(list(range(total)), total))[1]
     seen = (towards != prompt).flatten(1).any(dim=1)
-    last = safeguard.filter("striped").last_step
+    last = guard.filter("striped").last_step
     assert 0 <= last <= 10
     assert int(seen.sum()) == math.ceil((last + 1) * total / 50)
     assert seen.tolist() == sorted(seen.tolist(), reverse=True)
 
 
 def test_samples_of_a_batch_have_their_own_steps_and_words(bare: DiffusionPolicy) -> None:
-    safeguard = apply(bare, SAFREEConfig(latent_reattention=False))
+    guard = apply(bare, SAFREEConfig(latent_reattention=False))
     prompt = bare.encode(["striped", "striped", "", "a photo of a cat"])
-    away, towards = safeguard.guided(CFG).embeddings(prompt, prompt, moment([0, 40, 0, 0], 50))
-    assert torch.equal(towards[0], safeguard.filter("striped").embedding)
+    away, towards = guard.guided(CFG).embeddings(prompt, prompt, moment([0, 40, 0, 0], 50))
+    assert torch.equal(towards[0], guard.filter("striped").embedding)
     assert torch.equal(towards[1:3], prompt[1:3])
-    assert torch.equal(towards[3], safeguard.filter("a photo of a cat").embedding)
+    assert torch.equal(towards[3], guard.filter("a photo of a cat").embedding)
     assert torch.equal(away, bare.encode(["striped, with stripes"]).expand_as(away))
 
 
@@ -192,11 +192,11 @@ def test_words_of_foreign_embeddings_cannot_be_read(bare: DiffusionPolicy) -> No
 
 
 def test_embeddings_changed_in_place_are_not_taken_for_the_old_ones(bare: DiffusionPolicy) -> None:
-    safeguard = apply(bare)
+    guard = apply(bare)
     embeddings = bare.encode(["striped"])
-    safeguard.filtered(embeddings)
+    guard.filtered(embeddings)
     embeddings.copy_(bare.encode(["a photo of a cat"]))
-    assert torch.equal(safeguard.filtered(embeddings)[0][0], safeguard.filter("a photo of a cat").embedding)
+    assert torch.equal(guard.filtered(embeddings)[0][0], guard.filter("a photo of a cat").embedding)
 
 
 # At work in a policy.
@@ -220,7 +220,7 @@ def test_strength_zero_changes_nothing_and_more_changes_more(bare: DiffusionPoli
             differences.append((draw(bare) - before).abs().mean().item())
     assert differences[0] == 0
     assert 0 < differences[1] < differences[2]
-    assert bare.safeguard is None
+    assert bare.guard is None
     assert torch.equal(draw(bare), before)
 
 
@@ -231,7 +231,7 @@ def test_strength_prolongs_the_filter(bare: DiffusionPolicy) -> None:
 
 def apply_last(policy: DiffusionPolicy, strength: float) -> int:
     config = SAFREEConfig(midpoint=0.0, concepts=CONCEPT.phrases)
-    return SAFREESafeguard(config, strength, policy.prompts, policy.unet).filter("striped").last_step
+    return SAFREEGuard(config, strength, policy.prompts, policy.unet).filter("striped").last_step
 
 
 @pytest.mark.parametrize("strength", [-0.1, math.inf, math.nan])
@@ -243,7 +243,7 @@ def test_impossible_strength_is_refused(bare: DiffusionPolicy, strength: float) 
 def test_erasing_alone_changes_nothing(bare: DiffusionPolicy) -> None:
     before = draw(bare)
     SAFREE().erase(bare, CONCEPT)
-    assert bare.safeguard is None
+    assert bare.guard is None
     assert torch.equal(draw(bare), before)
 
 
@@ -268,16 +268,16 @@ def test_folder_without_settings_is_refused(tmp_path: Path) -> None:
 def test_second_safeguard_is_refused(bare: DiffusionPolicy) -> None:
     erasure = SAFREE().erase(bare, CONCEPT)
     erasure.apply(bare)
-    with pytest.raises(ValueError, match=r"this one has SAFREESafeguard\(SAFREEConfig\(.* strength=1.0\)"):
+    with pytest.raises(ValueError, match=r"this one has SAFREEGuard\(SAFREEConfig\(.* strength=1.0\)"):
         erasure.apply(bare)
     pipeline = bare.to_pipeline()
-    with pytest.raises(ValueError, match=r"one safeguard, and this one has AttachedSAFREE\(SAFREESafeguard\(SAFREE"):
+    with pytest.raises(ValueError, match=r"one guard, and this one has AttachedSAFREE\(SAFREEGuard\(SAFREE"):
         erasure.apply_to_pipeline(pipeline)
 
 
 def test_second_concept_goes_into_the_same_safeguard(bare: DiffusionPolicy) -> None:
     one, two = apply(bare).filter("a dotted red circle"), None
-    bare.safeguard = None
+    bare.guard = None
     two = apply(bare, SAFREEConfig(concepts=("striped", "with stripes", "dotted"))).filter("a dotted red circle")
     assert not torch.equal(one.embedding, two.embedding)
 
@@ -297,12 +297,12 @@ def test_negative_prompt_of_ones_own_is_refused_or_kept(bare: DiffusionPolicy) -
     apply(bare)
     with pytest.raises(ValueError, match=r"guidance has a negative prompt of its own.*negative_prompt=False"):
         bare.sample(bare.encode(["striped"]), steps=2, guidance=own, seeds=[1])
-    bare.safeguard = None
-    safeguard = apply(bare, SAFREEConfig(negative_prompt=False, latent_reattention=False))
+    bare.guard = None
+    guard = apply(bare, SAFREEConfig(negative_prompt=False, latent_reattention=False))
     prompt = bare.encode(["striped"])
-    away, _ = safeguard.guided(own).embeddings(prompt, bare.encode([""]), moment([0], 50))
+    away, _ = guard.guided(own).embeddings(prompt, bare.encode([""]), moment([0], 50))
     assert torch.equal(away, bare.encode(["a cat"]))
-    away, _ = safeguard.guided(CFG).embeddings(prompt, bare.encode([""]), moment([0], 50))
+    away, _ = guard.guided(CFG).embeddings(prompt, bare.encode([""]), moment([0], 50))
     assert torch.equal(away, bare.encode([""]))
 
 
@@ -434,19 +434,19 @@ def test_gradients_pass_and_recomputing_activations_does_not_matter(
 def test_another_unet_than_that_of_the_policy_is_noticed(make_policy: Callable[..., DiffusionPolicy]) -> None:
     policy = make_policy()
     apply(policy)
-    trainee = policy.trainee("xattn")
+    student_copy = policy.student_copy("xattn")
     with pytest.raises(ValueError, match="works in the UNet that SAFREE was applied with, and another one"):
-        draw(trainee)
-    policy.safeguard = None
+        draw(student_copy)
+    policy.guard = None
     apply(policy, SAFREEConfig(latent_reattention=False))
-    assert torch.equal(draw(policy.trainee("xattn")), draw(policy))
+    assert torch.equal(draw(policy.student_copy("xattn")), draw(policy))
 
 
 def test_compiled_unet_is_refused_for_reattention_alone(make_policy: Callable[..., DiffusionPolicy]) -> None:
     policy = make_policy(compile=True)
     with pytest.raises(ValueError, match=r"a UNet that is not compiled; pass latent_reattention=False"):
         apply(policy)
-    assert policy.safeguard is None
+    assert policy.guard is None
     apply(policy, SAFREEConfig(latent_reattention=False))
 
 
@@ -457,7 +457,7 @@ def test_half_precision_draws_nearly_the_same(make_policy: Callable[..., Diffusi
     apply(rounded, SAFREEConfig(latent_reattention=False))
     # 2.3 to 2.9 units of either precision with AVX-512, AVX2 and SSE, and room for another rounding.
     torch.testing.assert_close(draw(rounded), draw(exact), rtol=0, atol=6 * torch.finfo(dtype).eps)
-    rounded.safeguard = None
+    rounded.guard = None
     apply(rounded)
     assert draw(rounded).isfinite().all()
 
@@ -517,10 +517,10 @@ def test_pipeline_draws_several_images_for_each_prompt(bare: DiffusionPolicy) ->
 def test_it_acts_without_guidance_too(reattention: bool, bare: DiffusionPolicy) -> None:
     unguided = ClassifierFree(1.0)
     plain = plain_images(ddim_pipeline(bare), PROMPTS, guidance_scale=1.0)
-    safeguard = apply(bare, SAFREEConfig(midpoint=0.0, latent_reattention=reattention))
+    guard = apply(bare, SAFREEConfig(midpoint=0.0, latent_reattention=reattention))
     erased = bare.draw(PROMPTS, seeds=SEEDS, steps=5, guidance=unguided)
     changed = (erased - plain).abs().amax(dim=(1, 2, 3))
-    striped = torch.tensor([bool(safeguard.filter(prompt).triggers.any()) for prompt in PROMPTS])
+    striped = torch.tensor([bool(guard.filter(prompt).triggers.any()) for prompt in PROMPTS])
     assert striped.any()
     assert bool((changed[striped] > 1e-3).all())
     pipeline = ddim_pipeline(bare)
@@ -530,12 +530,12 @@ def test_it_acts_without_guidance_too(reattention: bool, bare: DiffusionPolicy) 
 
 def test_without_guidance_the_prompts_of_a_step_are_the_filtered_ones(bare: DiffusionPolicy) -> None:
     seen: list[Tensor] = []
-    safeguard = apply(bare, SAFREEConfig(midpoint=0.0, latent_reattention=False))
+    guard = apply(bare, SAFREEConfig(midpoint=0.0, latent_reattention=False))
     bare.network = lambda latents, timesteps, **rest: (
         seen.append(rest["encoder_hidden_states"]) or bare.unet(latents, timesteps, **rest)
     )
     bare.sample(bare.encode(["striped"]), steps=50, guidance=ClassifierFree(1.0), seeds=[1])
-    filtered = safeguard.filter("striped")
+    filtered = guard.filter("striped")
     first, last = filtered.embedding[None], bare.encode(["striped"])
     assert 0 < filtered.last_step < 49
     for step, prompts in enumerate(seen):
@@ -617,9 +617,9 @@ def test_tiny_world_loses_its_stripes_and_keeps_its_dots() -> None:
 
 
 def test_two_safeguards_say_the_same_only_if_their_settings_are_the_same(policy: DiffusionPolicy) -> None:
-    # Pictures that are kept belong to the model that drew them, which its safeguard's words are part of.
+    # Pictures that are kept belong to the model that drew them, which its guard's words are part of.
     def words(config: SAFREEConfig, strength: float = 1.0) -> str:
-        return repr(SAFREESafeguard(config, strength, policy.prompts, policy.unet))
+        return repr(SAFREEGuard(config, strength, policy.prompts, policy.unet))
 
     config = SAFREEConfig(concepts=("striped", "with stripes"))
     assert words(config) == words(replace(config))

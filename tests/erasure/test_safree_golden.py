@@ -9,7 +9,7 @@ from torch import Tensor
 from erasure.prompt_filter import PromptFilter, projector, trigger_tokens
 from erasure.reattention import damp_low_frequencies
 from erasure.safree import NUDITY_CONCEPTS, SAFREEConfig
-from policy import DiffusionPolicy
+from overpaint.policy import DiffusionPolicy
 from tests.erasure.erasure_case import TINY_SD, ErasureCase
 
 CASE = ErasureCase("safree")

@@ -9,13 +9,13 @@ import pytest
 import torch
 from torch import Tensor
 
-import tinyworld
 from erasure import STRIPES, UCE, Concept, Erasure, strongest_erasure
 from erasure.changes import Change
-from erasure.sld import SLD, SafetyGuidance, SLDConfig, SLDSafeguard, safety_term
-from policy import ClassifierFree, DiffusionPolicy, Guidance, LoRAConfig, Moment, Safeguard
+from erasure.sld import SLD, SafetyGuidance, SLDConfig, SLDGuard, safety_term
+from overpaint import tinyworld
+from overpaint.policy import ClassifierFree, DiffusionPolicy, Guidance, LoRAConfig, SamplingGuard, StepContext
 from refl import ReFLConfig
-from refl.graded import graded_images
+from refl.graded import one_step_images
 
 STRIPED = Concept(name="stripes", phrases=("striped", "with stripes"))
 DOTTED = Concept(name="dots", phrases=("dotted",))
@@ -220,13 +220,13 @@ def test_strength_scales_the_guidance_and_zero_changes_nothing(policy: Diffusion
 
 def test_strength_can_be_searched_under_a_floor(policy: DiffusionPolicy) -> None:
     def rewards_of(policy: DiffusionPolicy) -> Tensor:
-        assert isinstance(policy.safeguard, SLDSafeguard)
-        return torch.tensor([-policy.safeguard.config.guidance_scale] * 2)
+        assert isinstance(policy.guard, SLDGuard)
+        return torch.tensor([-policy.guard.config.guidance_scale] * 2)
 
     erasure, search = strongest_erasure(SLD(EARLY), policy, STRIPED, rewards_of, floor=-11.0, tolerance=0.3)
     assert search.best.strength == 0.5
     assert erasure.config["strength"] == 0.5
-    assert policy.safeguard is None
+    assert policy.guard is None
 
 
 # Memory along a trajectory.
@@ -259,7 +259,7 @@ def test_steps_that_are_recomputed_for_the_gradient_have_their_own_momentum(
             steps=STEPS, first_graded_step=5, last_graded_step=5, truncation_steps=3,
             guidance_scale=5.0, eta=eta, checkpoint_steps=recompute,
         )  # fmt: skip
-        graded_images(policy, PROMPTS, SEEDS, config, graded_step=5).mean().backward()
+        one_step_images(policy, PROMPTS, SEEDS, config, reward_step=5).mean().backward()
         gradients.append(torch.cat([torch.zeros(0) if p.grad is None else p.grad.flatten() for p in trained]))
     assert gradients[0].abs().max() > 0
     assert torch.equal(*gradients)
@@ -333,7 +333,7 @@ def test_a_safety_concept_that_is_cut_off_is_refused(policy: DiffusionPolicy) ->
     for apply in (SafetyGuidance(long).apply, lambda p: SafetyGuidance(long).apply_to_pipeline(p.to_pipeline())):
         with pytest.raises(ValueError, match="must have at most 22 tokens"):
             apply(policy)
-    assert policy.safeguard is None
+    assert policy.guard is None
 
 
 def test_another_concept_gives_other_pictures(policy: DiffusionPolicy) -> None:
@@ -372,12 +372,12 @@ def test_an_erasure_for_a_while_is_taken_back_after_an_error(policy: DiffusionPo
     erasure = SLD(EARLY).erase(policy, STRIPED)
     with pytest.raises(RuntimeError, match="drawing failed"), erasure.applied(policy):
         raise RuntimeError("drawing failed")
-    assert policy.safeguard is None
+    assert policy.guard is None
 
 
 def test_a_policy_takes_one_safeguard(policy: DiffusionPolicy) -> None:
     safe(policy)
-    with pytest.raises(ValueError, match="a policy takes one safeguard, and this one has SLDSafeguard"):
+    with pytest.raises(ValueError, match="a policy takes one guard, and this one has SLDGuard"):
         safe(policy)
 
 
@@ -397,22 +397,22 @@ def test_it_goes_on_top_of_an_erasure_of_the_weights(policy: DiffusionPolicy) ->
 def test_erasing_leaves_the_policy_as_it_was(policy: DiffusionPolicy) -> None:
     before = draw(policy)
     SLD(EARLY).erase(policy, STRIPED)
-    assert policy.safeguard is None
+    assert policy.guard is None
     assert torch.equal(draw(policy), before)
 
 
 def test_a_trainee_is_safe_too(policy: DiffusionPolicy) -> None:
     drawn = draw(safe(policy))
-    torch.testing.assert_close(draw(policy.trainee("xattn")), drawn, rtol=0, atol=1e-3)
+    torch.testing.assert_close(draw(policy.student_copy("xattn")), drawn, rtol=0, atol=1e-3)
 
 
 @pytest.mark.parametrize("scale", [1.0, 5.0], ids=["off", "on"])
 def test_branches_are_the_same_with_guidance_and_without(scale: float, policy: DiffusionPolicy) -> None:
-    safeguard = safe(policy).safeguard
-    assert isinstance(safeguard, Safeguard)
-    guided = safeguard.guided(ClassifierFree(scale))
+    guard = safe(policy).guard
+    assert isinstance(guard, SamplingGuard)
+    guided = guard.guided(ClassifierFree(scale))
     assert isinstance(guided, Guidance)
-    moment = Moment(torch.zeros(2, dtype=torch.int64), 1, torch.ones(2))
+    moment = StepContext(torch.zeros(2, dtype=torch.int64), 1, torch.ones(2))
     prompt, empty = policy.encode(PROMPTS), policy.encode(["", ""])
     branches = guided.embeddings(prompt, empty, moment)
     assert torch.equal(branches, torch.stack([empty, prompt, policy.encode(["striped, with stripes"] * 2)]))

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from erasure.sld import SafetyGuidance, SLDConfig, SLDSafeguard, safety_term
-from policy import ClassifierFree, DiffusionPolicy, Moment
+from erasure.sld import SafetyGuidance, SLDConfig, SLDGuard, safety_term
+from overpaint.policy import ClassifierFree, DiffusionPolicy, StepContext
 from tests.erasure.erasure_case import TINY_SD, ErasureCase
 
 CASE = ErasureCase(
@@ -89,7 +89,7 @@ def test_a_step_is_that_of_the_authors_code(case: str, step: int) -> None:
     CASE.check(f"{case}/step{step}/safety_term", term)
     CASE.check(f"{case}/step{step}/momentum_after", momentum)
     towards = prompt - term if step >= config.warmup_steps else prompt
-    moment = Moment(torch.tensor([step]), STEPS, torch.ones(1))
+    moment = StepContext(torch.tensor([step]), STEPS, torch.ones(1))
     guided = ClassifierFree(HYPER["guidance_scale"]).combine(torch.stack([away, towards]), moment)
     CASE.check(f"{case}/step{step}/eps_guided", guided)
 
@@ -175,5 +175,5 @@ def test_a_plain_pipeline_is_diffusers_deprecated_safe_pipeline(
 
 def test_the_safeguard_shows_its_settings(golden_policy: DiffusionPolicy) -> None:
     SafetyGuidance(config_of("max")).apply(golden_policy)
-    assert isinstance(golden_policy.safeguard, SLDSafeguard)
-    assert "guidance_scale=5000.0" in repr(golden_policy.safeguard)
+    assert isinstance(golden_policy.guard, SLDGuard)
+    assert "guidance_scale=5000.0" in repr(golden_policy.guard)

@@ -11,7 +11,7 @@ from torch import Tensor
 from erasure import Concept
 from erasure.sld import SLD, SafetyGuidance, SLDConfig
 from erasure.sld_pipeline import detach
-from policy import ClassifierFree, DiffusionPolicy, SampleNoise
+from overpaint.policy import ClassifierFree, DiffusionPolicy, SampleNoise
 
 STRIPED = Concept(name="stripes", phrases=("striped", "with stripes"))
 PROMPTS = ["a striped red circle", "a dotted blue square"]
@@ -121,7 +121,7 @@ def test_detaching_gives_back_the_pipeline_to_the_bit(pipeline: Any) -> None:
     with pytest.raises(ValueError, match="the pipeline must have SLD attached, got None"):
         detach(pipeline)
     CHANGE.apply_to_pipeline(pipeline)
-    with pytest.raises(ValueError, match=r"a pipeline takes one safeguard, and this one has .*SLDSafeguard"):
+    with pytest.raises(ValueError, match=r"a pipeline takes one guard, and this one has .*SLDGuard"):
         CHANGE.apply_to_pipeline(pipeline)
     draw(pipeline)
     detach(pipeline)

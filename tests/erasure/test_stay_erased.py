@@ -5,7 +5,7 @@ import torch
 
 from erasure import NUDITY, UCE, ConceptBatch, StayErased, StayErasedConfig
 from erasure.rollout import random_stops
-from policy import ClassifierFree, DiffusionPolicy, LoRAConfig
+from overpaint.policy import ClassifierFree, DiffusionPolicy, LoRAConfig
 
 OBJECTIVE = StayErased(StayErasedConfig(steps=4))
 BATCH = ConceptBatch(["a naked person", "nude", "a nude person"], [3, 4, 5])

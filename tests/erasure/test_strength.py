@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from erasure import UCE, Concept, strongest_erasure, strongest_setting
-from policy import DiffusionPolicy
-from policy.types import PerSample
-from policy.weights import base_parameters
+from overpaint.policy import DiffusionPolicy
+from overpaint.policy.types import PerSample
+from overpaint.policy.weights import base_parameters
 
 NOISE = torch.randn(64, generator=torch.Generator().manual_seed(0))
 NOISE = NOISE - NOISE.mean()

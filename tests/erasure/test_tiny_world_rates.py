@@ -4,11 +4,11 @@ from typing import NamedTuple
 
 import pytest
 
-import tinyworld
 from erasure.methods import METHODS, erase, method_named
-from evaluation import DrawConfig
-from evaluation.examine import examine
-from evaluation.subject import tiny_world
+from overpaint import tinyworld
+from overpaint.evaluation import DrawConfig
+from overpaint.evaluation.experiments.examine import examine
+from overpaint.evaluation.experiments.experiment import tiny_world
 
 
 class Band(NamedTuple):

@@ -7,8 +7,8 @@ import torch
 
 from erasure import UCE, Concept, UCEConfig
 from erasure.uce import EmbeddedText, TextReader, aligned_spans, editing_factor
-from policy import DiffusionPolicy
-from policy.weights import base_parameters
+from overpaint.policy import DiffusionPolicy
+from overpaint.policy.weights import base_parameters
 
 STRIPED = Concept(name="stripes", phrases=("striped", "with stripes"), preserve=("", "dotted"))
 VALUES = "down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_v.weight"

@@ -7,8 +7,8 @@ from torch import Tensor
 
 from erasure import UCE, UCEConfig
 from erasure.uce import MATRICES, TextReader, aligned_spans, editing_factor
-from policy import DiffusionPolicy
-from policy.weights import base_parameters
+from overpaint.policy import DiffusionPolicy
+from overpaint.policy.weights import base_parameters
 from tests.erasure.erasure_case import TINY_SD, ErasureCase
 
 CASE = ErasureCase("uce")

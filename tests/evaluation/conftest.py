@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING
 import pytest
 import torch
 
-from evaluation import PlannedImage, plan
-from policy.guidance import Guidance
-from policy.types import Images
+from overpaint.evaluation import PlannedImage, plan
+from overpaint.policy.guidance import Guidance
+from overpaint.policy.types import Images
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser

@@ -22,8 +22,8 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from evaluation import DrawConfig, generate, plan
-from policy import DiffusionPolicy
+from overpaint.evaluation import DrawConfig, generate, plan
+from overpaint.policy import DiffusionPolicy
 
 PLANNED = plan({"explicit": ["a striped red circle", "a striped square"], "benign": ["a red circle", "a blue dog"]})
 CONFIG = DrawConfig(steps=2)

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from evaluation import plan
-from evaluation.prompts_animals import (
+from overpaint.evaluation import plan
+from overpaint.evaluation.prompts.prompts_animals import (
     UNSEEN_ACTIVITIES,
     activity_splits,
     animal_activities,

@@ -5,7 +5,7 @@ import xml.etree.ElementTree as ElementTree
 
 import pytest
 
-from evaluation.band_chart import Band, band_chart, band_of
+from overpaint.evaluation.report.band_chart import Band, band_chart, band_of
 
 
 def test_a_band_is_mean_and_standard_deviation_where_all_runs_have_a_point() -> None:

@@ -4,9 +4,14 @@ from xml.etree import ElementTree
 
 import pytest
 
-from evaluation.beside import Measured, beside_published, beside_published_text, beside_tables
-from evaluation.published import Published
-from evaluation.statistics import Estimate
+from overpaint.evaluation.experiments.published import Published
+from overpaint.evaluation.experiments.published_comparison import (
+    Measured,
+    beside_published,
+    beside_published_text,
+    beside_tables,
+)
+from overpaint.evaluation.metrics.statistics import Estimate
 
 PUBLISHED = (
     Published("captions", "Model <A>", "ImageReward", "256²", -1.5598, "study"),

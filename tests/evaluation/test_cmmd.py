@@ -9,9 +9,9 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional
 
-from evaluation.cmmd import clip_embeddings, cmmd
-from evaluation.files import write_png
-from evaluation.images import to_images
+from overpaint.evaluation.images.files import write_png
+from overpaint.evaluation.images.images import to_images
+from overpaint.evaluation.metrics.cmmd import clip_embeddings, cmmd
 from rewards import ClipEncoder, ClipTokenizer
 
 

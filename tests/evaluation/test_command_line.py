@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 import tyro
 
-from evaluation.command_line import command_line
 from examples import (
     ddpo_finetune,
     erase,
@@ -17,6 +16,7 @@ from examples import (
     refl_erase_nudity,
     refl_finetune,
 )
+from overpaint.evaluation.command_line import command_line
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,12 +5,12 @@ from pathlib import Path
 
 import pytest
 
-from evaluation import Column, DrawConfig, PlannedImage, Scores, compare, plan, text_table
-from evaluation.bootstrap import bootstrap_interval
-from evaluation.compare import Intervals
-from evaluation.score import Better
-from evaluation.statistics import paired_rate_difference
-from evaluation.table import number
+from overpaint.evaluation import Column, DrawConfig, PlannedImage, Scores, compare, plan, text_table
+from overpaint.evaluation.experiments.compare import Intervals
+from overpaint.evaluation.metrics.bootstrap import bootstrap_interval
+from overpaint.evaluation.metrics.statistics import paired_rate_difference
+from overpaint.evaluation.report.table import number
+from overpaint.evaluation.scoring.score import Better
 
 PLANNED = plan({"explicit": ["a striped star"] * 4, "benign": ["a star"] * 4})
 EXPLICIT, BENIGN = PLANNED[:4], PLANNED[4:]

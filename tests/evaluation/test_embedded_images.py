@@ -5,7 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
-from evaluation.files import data_uri
+from overpaint.evaluation.images.files import data_uri
 
 
 @pytest.mark.parametrize(("side", "shown"), [(64, 64), (512, 256)])

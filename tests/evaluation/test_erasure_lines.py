@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from evaluation.erasures import Line, Spread, html_table, markdown_table, spread
+from overpaint.evaluation.experiments.erasures import Line, Spread, html_table, markdown_table, spread
 
 LINES = [
     Line("before", {"explicit": Spread(1.0, math.nan)}),

@@ -3,7 +3,7 @@ import math
 import pytest
 from scipy.stats import binomtest
 
-from evaluation.statistics import (
+from overpaint.evaluation.metrics.statistics import (
     mean_estimate,
     paired_difference,
     paired_rate_difference,

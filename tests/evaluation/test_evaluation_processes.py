@@ -8,8 +8,8 @@ import sys
 from pathlib import Path
 
 import torch
-from evaluation import DrawConfig, Measure, draw, gather, generate, plan, score, shard
-from training import process_state
+from overpaint.evaluation import DrawConfig, Measure, draw, gather, generate, plan, score, shard
+from overpaint.training import process_state
 
 
 class Policy:

@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from evaluation.fid import frechet_distance
-from evaluation.files import write_png
-from evaluation.inception import WEIGHTS_SHA256, Inception
+from overpaint.evaluation.images.files import write_png
+from overpaint.evaluation.metrics.fid import frechet_distance
+from overpaint.evaluation.metrics.inception import WEIGHTS_SHA256, Inception
 
 
 def filled(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -83,7 +83,7 @@ def folder(root: Path, count: int, seed: int, highest: int) -> list[Path]:
 
 
 def by_hand(paths: list[Path], others: list[Path]) -> float:
-    from evaluation.files import read_png
+    from overpaint.evaluation.images.files import read_png
 
     first, second = (torch.cat([Means()(read_png(path)[None]) for path in some]).numpy() for some in (paths, others))
     covariances = numpy.cov(first, rowvar=False), numpy.cov(second, rowvar=False)

@@ -5,9 +5,19 @@ from typing import Any
 import pytest
 import torch
 
-from evaluation import DrawConfig, ImageFolder, PlannedImage, draw, generate, plan, shard, to_pixels, write_folder
-from policy import DiffusionPolicy
-from policy.guidance import ClassifierFree
+from overpaint.evaluation import (
+    DrawConfig,
+    ImageFolder,
+    PlannedImage,
+    draw,
+    generate,
+    plan,
+    shard,
+    to_pixels,
+    write_folder,
+)
+from overpaint.policy import DiffusionPolicy
+from overpaint.policy.guidance import ClassifierFree
 
 Planned = tuple[PlannedImage, ...]
 

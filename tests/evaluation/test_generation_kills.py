@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from evaluation import ImageFolder
-from evaluation.image_rows import read_image_rows
+from overpaint.evaluation import ImageFolder
+from overpaint.evaluation.images.image_rows import read_image_rows
 
 ROOT = Path(__file__).resolve().parents[2]
 PROGRAM = Path(__file__).with_name("killed_generation.py")
@@ -71,9 +71,9 @@ def test_two_processes_that_accelerate_counts_leave_what_one_alone_does(
     program = tmp_path / "program.py"
     program.write_text(
         "import sys\n"
-        "from evaluation import DrawConfig, generate, plan\n"
-        "from policy import DiffusionPolicy\n"
-        "from training import process_state\n"
+        "from overpaint.evaluation import DrawConfig, generate, plan\n"
+        "from overpaint.policy import DiffusionPolicy\n"
+        "from overpaint.training import process_state\n"
         "state = process_state()\n"
         "assert state.num_processes == int(sys.argv[3])\n"
         "policy = DiffusionPolicy.from_pretrained(sys.argv[1], device='cpu')\n"

@@ -15,12 +15,12 @@ import pytest
 import torch
 from PIL import Image
 
-from evaluation import DrawConfig, ImageFolder, PlannedImage, generate, plan
-from evaluation import generate as generate_function
-from evaluation.image_rows import ImageRow, append_row, known_rows, read_image_rows
-from evaluation.model_record import model_record, read_record, weights_digest
-from evaluation.plan import check_plan, plan_named
-from policy import DiffusionPolicy, LoRAConfig
+from overpaint.evaluation import DrawConfig, ImageFolder, PlannedImage, generate, plan
+from overpaint.evaluation import generate as generate_function
+from overpaint.evaluation.images.image_rows import ImageRow, append_row, known_rows, read_image_rows
+from overpaint.evaluation.images.model_record import model_record, read_record, weights_digest
+from overpaint.evaluation.images.plan import check_plan, plan_named
+from overpaint.policy import DiffusionPolicy, LoRAConfig
 
 Planned = tuple[PlannedImage, ...]
 ALONE: dict[str, Any] = {"model": "m", "rank": 0, "world_size": 1, "progress": False}
@@ -101,11 +101,11 @@ def test_the_record_tells_model_scheduler_drawing_and_libraries(
     config = DrawConfig(steps=1, guidance_scale=2.0)
     generate(make_policy(), TWO, tmp_path, config, **ALONE)
     record = read_record(tmp_path / "m")
-    assert record["class"] == "policy.DiffusionPolicy"
+    assert record["class"] == "overpaint.policy.DiffusionPolicy"
     assert record["drawing"] == {"steps": 1, "guidance_scale": 2.0, "eta": 0.0, "size": None}
     assert (record["scheduler"]["class"], record["scheduler"]["beta_end"]) == ("DDIM", 0.012)
     assert record["libraries"]["torch"] == torch.__version__
-    assert (record["safeguard"], record["safety_checker"]) == (None, "none")
+    assert (record["guard"], record["safety_checker"]) == (None, "none")
     assert len(record["weights"]) == 64
 
 
@@ -156,7 +156,7 @@ def test_a_safeguard_is_part_of_the_record(make_policy: Callable[..., DiffusionP
     ):
         policy = make_policy()
         change.apply(policy)
-        records.append(model_record(policy, DrawConfig())["safeguard"])
+        records.append(model_record(policy, DrawConfig())["guard"])
     assert len(set(records)) == 4
     assert not any(" at 0x" in record for record in records)
 

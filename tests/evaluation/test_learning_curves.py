@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from evaluation.curves import Curve, Panel, metrics_by_tag, panel_curves, smoothed
-from evaluation.svg import line_chart, nice_ticks
+from overpaint.evaluation.report.curves import Curve, Panel, metrics_by_tag, panel_curves, smoothed
+from overpaint.evaluation.report.svg import line_chart, nice_ticks
 
 
 def test_metrics_are_read_by_tag_and_what_is_not_a_number_is_left_out(tmp_path: Path) -> None:

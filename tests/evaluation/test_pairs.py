@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from evaluation.pair_table import check_output, read_table, write_table
-from evaluation.pairs import read_pairs
+from overpaint.evaluation.scoring.pair_table import check_output, read_table, write_table
+from overpaint.evaluation.scoring.pairs import read_pairs
 
 ROWS = [
     {"image": "a.png", "prompt": "ein Kätzchen, grün", "seed": 1, "tags": ["x", "y"]},

@@ -6,9 +6,18 @@ from xml.etree import ElementTree
 
 import pytest
 
-from evaluation.pareto import HEIGHT, LEFT, WIDTH, Point, front, pareto_chart, pareto_section, place_labels
-from evaluation.statistics import Estimate
-from evaluation.svg import Frame
+from overpaint.evaluation.metrics.statistics import Estimate
+from overpaint.evaluation.report.pareto import (
+    HEIGHT,
+    LEFT,
+    WIDTH,
+    Point,
+    front,
+    pareto_chart,
+    pareto_section,
+    place_labels,
+)
+from overpaint.evaluation.report.svg import Frame
 
 
 def point(method: str, rate: float, reward: float, before: str = "") -> Point:

@@ -11,10 +11,10 @@ import torch
 from diffusers import DDIMScheduler, PNDMScheduler, StableDiffusionPipeline
 from torch import nn
 
-from evaluation import DrawConfig, ImageFolder, draw, generate, plan
-from evaluation.model_record import model_record
-from evaluation.pipelines import PipelineDrawable
-from policy import ClassifierFree, DiffusionPolicy
+from overpaint.evaluation import DrawConfig, ImageFolder, draw, generate, plan
+from overpaint.evaluation.images.model_record import model_record
+from overpaint.evaluation.images.pipelines import PipelineDrawable
+from overpaint.policy import ClassifierFree, DiffusionPolicy
 
 PLANNED = plan({"benign": ["a red circle", "a blue dog", "a cat"]})
 

@@ -1,7 +1,7 @@
 import pytest
 
-from evaluation import DrawConfig, plan
-from evaluation.plan import kinds_of
+from overpaint.evaluation import DrawConfig, plan
+from overpaint.evaluation.images.plan import kinds_of
 
 
 def test_plan_lists_each_prompt_of_each_kind_with_its_copies() -> None:

@@ -15,7 +15,7 @@ from golden_case import GoldenCase, Record, Tensors
 from PIL import Image
 from torch import Tensor
 
-from evaluation.preference import (
+from overpaint.evaluation.metrics.preference import (
     IMAGE_REWARD_TEST,
     PreferenceAccuracy,
     RankedImages,
@@ -186,7 +186,9 @@ def test_published_file_holds_the_golden_rankings(shared: Path, rankings: list[l
 
 def test_published_file_is_read_where_none_is_given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
-    monkeypatch.setattr("evaluation.preference.fetch", lambda file: asked.append(file) or written([ENTRY], tmp_path))
+    monkeypatch.setattr(
+        "overpaint.evaluation.metrics.preference.fetch", lambda file: asked.append(file) or written([ENTRY], tmp_path)
+    )
     assert [images.id for images in read_ranked()] == ["a"]
     assert asked == [IMAGE_REWARD_TEST]
 

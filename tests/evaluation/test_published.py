@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from evaluation import published as module
-from evaluation.published import EXPERIMENTS, OWN_SIZE, PUBLISHED, SOURCES, published
+from overpaint.evaluation.experiments import published as module
+from overpaint.evaluation.experiments.published import EXPERIMENTS, OWN_SIZE, PUBLISHED, SOURCES, published
 
 METHODS = ("original", "SLD", "AC", "ESD", "UCE", "SA", "RECELER", "MACE", "SAFREE", "ANT")
 NUMBER = r"[\u2212-]?\d*\.?\d+"

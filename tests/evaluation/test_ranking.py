@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from evaluation.published import (
+from overpaint.evaluation.experiments.published import (
     CLIP,
     COGVIEW2,
     DALLE2,
@@ -18,7 +18,7 @@ from evaluation.published import (
     VERSATILE,
     published,
 )
-from evaluation.ranking import ranks, spearman
+from overpaint.evaluation.metrics.ranking import ranks, spearman
 
 MODELS = (SD14, SD21, OPENJOURNEY, DALLE2, VERSATILE, COGVIEW2)
 

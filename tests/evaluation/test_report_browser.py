@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pytest
 
-from evaluation import DrawConfig, Estimate, Measure, Panel, PlannedImage, Report, compare, draw, score
-from evaluation.beside import Measured, beside_published
-from evaluation.figures import curve_section
-from evaluation.page import Section
-from evaluation.pareto import Point, pareto_section
-from evaluation.published import published
+from overpaint.evaluation import DrawConfig, Estimate, Measure, Panel, PlannedImage, Report, compare, draw, score
+from overpaint.evaluation.experiments.published import published
+from overpaint.evaluation.experiments.published_comparison import Measured, beside_published
+from overpaint.evaluation.report.figures import curve_section
+from overpaint.evaluation.report.page import Section
+from overpaint.evaluation.report.pareto import Point, pareto_section
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, Page

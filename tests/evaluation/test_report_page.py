@@ -16,11 +16,22 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from evaluation import DrawConfig, DrawnImages, Estimate, Measure, Panel, PlannedImage, Report, compare, draw, score
-from evaluation.figures import curve_section, evenly_spaced
-from evaluation.page import Section
-from evaluation.result_tables import results_table
-from policy.types import Images
+from overpaint.evaluation import (
+    DrawConfig,
+    DrawnImages,
+    Estimate,
+    Measure,
+    Panel,
+    PlannedImage,
+    Report,
+    compare,
+    draw,
+    score,
+)
+from overpaint.evaluation.report.figures import curve_section, evenly_spaced
+from overpaint.evaluation.report.page import Section
+from overpaint.evaluation.report.result_tables import results_table
+from overpaint.policy.types import Images
 
 Planned = tuple[PlannedImage, ...]
 ONE = Estimate(0.5, 0.1, 0.3, 0.7, 9)

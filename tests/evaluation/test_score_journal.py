@@ -17,12 +17,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from evaluation import DrawConfig, DrawnImages, ImageFolder, Measure, Scores, draw, plan, score, write_folder
-from evaluation.files import write_png
-from evaluation.other_images import OtherImages
-from evaluation.pair_table import read_table
-from evaluation.score_table import score_rows, write_scores
-from policy.types import Images
+from overpaint.evaluation import DrawConfig, DrawnImages, ImageFolder, Measure, Scores, draw, plan, score, write_folder
+from overpaint.evaluation.images.files import write_png
+from overpaint.evaluation.images.other_images import OtherImages
+from overpaint.evaluation.scoring.pair_table import read_table
+from overpaint.evaluation.scoring.score_table import score_rows, write_scores
+from overpaint.policy.types import Images
 
 ROOT = Path(__file__).parents[2]
 
@@ -70,7 +70,7 @@ def test_an_interrupted_scoring_goes_on_with_what_is_missing(
 
 PROGRAM = """
 import sys, time
-from evaluation import ImageFolder, Measure, score
+from overpaint.evaluation import ImageFolder, Measure, score
 def slow(images, prompts):
     time.sleep(0.02)
     return images.mean(dim=(1, 2, 3))
@@ -217,7 +217,7 @@ class Repeated:
         self.planned = plan({"benign": [f"a star {k}" for k in range(count)]})
 
     def pixels(self, positions: Sequence[int]) -> Tensor:
-        from evaluation.files import read_png
+        from overpaint.evaluation.images.files import read_png
 
         return torch.stack([read_png(self.path) for _ in positions])
 

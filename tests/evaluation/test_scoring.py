@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from evaluation import (
+from overpaint.evaluation import (
     Column,
     DrawConfig,
     DrawnImages,
@@ -21,7 +21,7 @@ from evaluation import (
     score,
     shard,
 )
-from policy.types import Images
+from overpaint.policy.types import Images
 
 Planned = tuple[PlannedImage, ...]
 

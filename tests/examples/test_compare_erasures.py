@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from evaluation import Column, Scores, plan
-from evaluation.subject import tiny_world
+from overpaint.evaluation import Column, Scores, plan
+from overpaint.evaluation.experiments.experiment import tiny_world
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 CAPTIONS = ["a photo of a cat", "two dogs on a beach", "a red bus"]

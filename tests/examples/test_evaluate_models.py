@@ -10,16 +10,16 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from evaluation.beside import Measured
-from evaluation.model_record import read_record
-from evaluation.named_models import checkpoint_of, file_name_of, load_drawable, published_as
-from evaluation.pipelines import PipelineDrawable
-from evaluation.published import CLIP, DALLE2, IMAGE_REWARD, OWN_SIZE, SD14, SD21
-from evaluation.rank_table import agreement, rank_section, rank_text
-from evaluation.result_tables import MINUS
-from evaluation.sweep import Cell, Result, cells_of, guidance_curves, means_by_metric, measured
 from examples.evaluate_models import Config, main
-from policy import DiffusionPolicy
+from overpaint.evaluation.experiments.named_models import checkpoint_of, file_name_of, load_drawable, published_as
+from overpaint.evaluation.experiments.published import CLIP, DALLE2, IMAGE_REWARD, OWN_SIZE, SD14, SD21
+from overpaint.evaluation.experiments.published_comparison import Measured
+from overpaint.evaluation.experiments.sweep import Cell, Result, cells_of, guidance_curves, means_by_metric, measured
+from overpaint.evaluation.images.model_record import read_record
+from overpaint.evaluation.images.pipelines import PipelineDrawable
+from overpaint.evaluation.report.rank_table import agreement, rank_section, rank_text
+from overpaint.evaluation.report.result_tables import MINUS
+from overpaint.policy import DiffusionPolicy
 
 HERE = Path(__file__).parent
 BRIGHTNESS = "made_up_rewards:Brightness"
@@ -220,7 +220,7 @@ def test_models_have_their_hub_ids_file_names_and_published_names(pipeline_dir: 
 
 
 def result(model: str, size: int | None, scale: float | None, *, side: int, scored: int | None, mean: float) -> Result:
-    from evaluation import Column, PlannedImage, Scores
+    from overpaint.evaluation import Column, PlannedImage, Scores
 
     images = tuple(PlannedImage("benign", f"p-{k}", 0, "a", k) for k in range(2))
     column = Column(
@@ -310,7 +310,7 @@ def test_rankings_agree_where_the_orders_do(order: Any) -> None:
 
 
 def test_published_means_of_six_models_give_the_published_agreement() -> None:
-    from evaluation.published import published
+    from overpaint.evaluation.experiments.published import published
 
     ours = [
         Measured("prompts", one.model, one.metric, "", result("x", None, None, side=1, scored=None, mean=one.value)

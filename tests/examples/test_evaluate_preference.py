@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from evaluation.preference import IMAGE_REWARD_TEST, read_ranked
 from examples import evaluate_preference
 from examples.evaluate_preference import Config, main
+from overpaint.evaluation.metrics.preference import IMAGE_REWARD_TEST, read_ranked
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]

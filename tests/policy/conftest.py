@@ -5,7 +5,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from policy import DiffusionPolicy
+from overpaint.policy import DiffusionPolicy
 
 
 @pytest.fixture

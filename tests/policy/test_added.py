@@ -1,4 +1,4 @@
-"""Networks that are added to a UNet, policies with a UNet of their own, and safeguards of sampling."""
+"""Networks that are added to a UNet, policies with a UNet of their own, and guards of sampling."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from policy import ClassifierFree, DiffusionPolicy, Guidance, LoRAConfig, select_parameters
-from policy.added import add_networks, added_networks, remove_networks
-from policy.weights import base_parameters
+from overpaint.policy import ClassifierFree, DiffusionPolicy, Guidance, LoRAConfig, select_parameters
+from overpaint.policy.added import add_networks, added_networks, remove_networks
+from overpaint.policy.weights import base_parameters
 
 PROMPTS = ["a red circle", "a photo of a cat"]
 
@@ -79,16 +79,16 @@ def test_a_trainee_draws_the_same_and_leaves_its_policy_alone(make_policy: Calla
         for parameter in policy.trainable_parameters():
             parameter.fill_(0.1)
     before = draw(policy)
-    trainee = policy.trainee("xattn")
-    torch.testing.assert_close(draw(trainee), before, rtol=0, atol=1e-5)
+    student_copy = policy.student_copy("xattn")
+    torch.testing.assert_close(draw(student_copy), before, rtol=0, atol=1e-5)
     with torch.no_grad():
-        for parameter in trainee.trainable_parameters():
+        for parameter in student_copy.trainable_parameters():
             parameter.zero_()
     assert torch.equal(draw(policy), before)
-    assert not torch.equal(draw(trainee), before)
-    with trainee.reference():
-        torch.testing.assert_close(draw(trainee), before, rtol=0, atol=1e-5)
-    assert trainee.vae is policy.vae
+    assert not torch.equal(draw(student_copy), before)
+    with student_copy.reference():
+        torch.testing.assert_close(draw(student_copy), before, rtol=0, atol=1e-5)
+    assert student_copy.vae is policy.vae
 
 
 class Stronger:
@@ -107,12 +107,12 @@ class Stronger:
 
 def test_a_safeguard_takes_the_place_of_guidance_at_scale_one_as_well(bare: DiffusionPolicy, tmp_path: Path) -> None:
     tripled = [bare.draw(PROMPTS, steps=2, seeds=[1, 2], guidance=ClassifierFree(scale)) for scale in (6.0, 3.0)]
-    bare.safeguard = Stronger()
+    bare.guard = Stronger()
     for scale, expected in zip((2.0, 1.0), tripled, strict=True):
         assert torch.equal(bare.draw(PROMPTS, steps=2, seeds=[1, 2], guidance=ClassifierFree(scale)), expected)
-    assert bare.safeguard.asked == [2.0, 2.0, 1.0, 1.0]
-    assert bare.to_pipeline().attached is bare.safeguard
-    with pytest.raises(ValueError, match="cannot hold a safeguard"):
+    assert bare.guard.asked == [2.0, 2.0, 1.0, 1.0]
+    assert bare.to_pipeline().attached is bare.guard
+    with pytest.raises(ValueError, match="cannot hold a guard"):
         bare.save_pipeline(tmp_path)
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from policy.atomic import atomic_file, forget_partial, this_process, write_bytes, write_text
+from overpaint.policy.atomic import atomic_file, forget_partial, this_process, write_bytes, write_text
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -51,7 +51,7 @@ def test_a_kill_leaves_the_earlier_file_and_a_hidden_one_that_is_forgotten(tmp_p
     code = (
         "import os, signal, sys\n"
         "from pathlib import Path\n"
-        "from policy.atomic import atomic_file\n"
+        "from overpaint.policy.atomic import atomic_file\n"
         "with atomic_file(Path(sys.argv[1]), writer='.3') as partial:\n"
         "    partial.write_text('half')\n"
         "    os.kill(os.getpid(), signal.SIGKILL)\n"

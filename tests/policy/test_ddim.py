@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from policy import ddim
+from overpaint.policy import ddim
 
 CASE = GoldenCase(
     "ddim_logprob",

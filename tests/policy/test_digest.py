@@ -2,7 +2,7 @@ import hashlib
 
 import torch
 
-from policy.digest import tensors_hash
+from overpaint.policy.digest import tensors_hash
 
 
 def test_the_hash_is_of_names_types_shapes_and_bytes() -> None:

@@ -4,10 +4,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from policy import ClassifierFree, DiffusionPolicy, Guidance, Moment, PredictionType, predict_epsilon
-from policy.ddim import noise_scale
+from overpaint.policy import ClassifierFree, DiffusionPolicy, Guidance, PredictionType, StepContext, predict_epsilon
+from overpaint.policy.ddim import noise_scale
 
-MOMENT = Moment(torch.zeros(2, dtype=torch.int64), 50, torch.ones(2))
+MOMENT = StepContext(torch.zeros(2, dtype=torch.int64), 50, torch.ones(2))
 
 
 def test_classifier_free_is_a_guidance() -> None:
@@ -76,9 +76,9 @@ def test_guidance_learns_the_index_of_each_step(policy: DiffusionPolicy) -> None
     class Recorder(ClassifierFree):
         seen: list[list[int]]
 
-        def combine(self, predictions: Tensor, moment: Moment) -> Tensor:
-            self.seen.append(moment.steps.tolist())
-            return super().combine(predictions, moment)
+        def combine(self, predictions: Tensor, context: StepContext) -> Tensor:
+            self.seen.append(context.steps.tolist())
+            return super().combine(predictions, context)
 
     guidance = Recorder(2.0)
     guidance.seen = []
@@ -101,15 +101,15 @@ def test_noise_scale_turns_differences_of_predictions_into_differences_of_noise(
 
 def test_guidance_learns_number_of_steps_and_noise_scale(v_policy: DiffusionPolicy) -> None:
     policy = v_policy
-    seen: list[Moment] = []
+    seen: list[StepContext] = []
 
     class Recorder(ClassifierFree):
-        def embeddings(self, prompt: Tensor, empty: Tensor, moment: Moment) -> Tensor:
-            seen.append(moment)
-            return super().embeddings(prompt, empty, moment)
+        def embeddings(self, prompt: Tensor, empty: Tensor, context: StepContext) -> Tensor:
+            seen.append(context)
+            return super().embeddings(prompt, empty, context)
 
     policy.sample(policy.encode(["a cat"]), steps=3, guidance=Recorder(2.0), seeds=[0])
     policy.predict_noise(torch.zeros(1, 4, 8, 8), torch.tensor([10]), policy.encode(["a cat"]), Recorder(2.0))
-    assert [moment.total for moment in seen] == [3, 3, 3, 1000]
+    assert [context.total for context in seen] == [3, 3, 3, 1000]
     timesteps = [*policy.timesteps(3).tolist(), 10]
-    torch.testing.assert_close(torch.cat([moment.noise_scale for moment in seen]), policy.alphas[timesteps].sqrt())
+    torch.testing.assert_close(torch.cat([context.noise_scale for context in seen]), policy.alphas[timesteps].sqrt())

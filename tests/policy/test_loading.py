@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from policy import DiffusionPolicy
+from overpaint.policy import DiffusionPolicy
 
 
 def change(file: Path, **values: Any) -> None:
@@ -115,7 +115,7 @@ def test_what_is_no_pipeline_or_carries_an_adapter_is_refused(policy: DiffusionP
 
 
 def test_process_takes_its_own_accelerator(monkeypatch: pytest.MonkeyPatch) -> None:
-    from policy.diffusion import _default_device
+    from overpaint.policy.diffusion_policy import _default_device
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setenv("LOCAL_RANK", "3")
@@ -137,7 +137,7 @@ def test_prediction_type_and_precision_come_from_checkpoint_and_caller(
 
 def test_importing_the_package_imports_no_heavy_library() -> None:
     program = (
-        "import sys, policy\n"
+        "import sys, overpaint.policy\n"
         "heavy = {'diffusers', 'transformers', 'peft', 'accelerate', 'safetensors', 'numpy.f2py'} & set(sys.modules)\n"
         "sys.exit(f'imported {sorted(heavy)}' if heavy else 0)"
     )

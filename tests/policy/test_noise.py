@@ -2,7 +2,7 @@ import itertools
 
 import torch
 
-from policy import ClassifierFree, DiffusionPolicy, SampleNoise
+from overpaint.policy import ClassifierFree, DiffusionPolicy, SampleNoise
 
 CPU = torch.device("cpu")
 

@@ -3,7 +3,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from policy import DiffusionPolicy, prompts
+from overpaint.policy import DiffusionPolicy, prompts
 
 
 @pytest.fixture

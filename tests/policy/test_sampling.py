@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from policy import ClassifierFree, DiffusionPolicy, LoRAConfig, SampleNoise, Trajectory
+from overpaint.policy import ClassifierFree, DiffusionPolicy, LoRAConfig, SampleNoise, Trajectory
 
 PROMPTS = ["a red circle", "a photo of a cat"]
 SEEDS = [11, 12]

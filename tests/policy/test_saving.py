@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from policy import DiffusionPolicy, LoRAConfig, SampleNoise
+from overpaint.policy import DiffusionPolicy, LoRAConfig, SampleNoise
 
 PROMPTS = ["a red circle", "a photo of a cat"]
 SEEDS = [11, 12]

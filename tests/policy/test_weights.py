@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from policy import PARAMETER_SETS, DiffusionPolicy, LoRAConfig, WeightDelta, merged_state, select_parameters
+from overpaint.policy import PARAMETER_SETS, DiffusionPolicy, LoRAConfig, WeightDelta, merged_state, select_parameters
 
 PROMPTS = ["a red circle", "a photo of a cat"]
 SEEDS = [11, 12]
@@ -140,7 +140,7 @@ def test_fresh_loras_depend_on_their_seed_alone(pipeline_dir: Path) -> None:
     [
         ({"rank": 0}, "rank must be at least 1, got 0"),
         ({"alpha": 0.0}, "alpha must be above 0, got 0.0"),
-        ({"targets": ()}, r"targets must name at least one layer, got \(\)"),
+        ({"targets": ()}, r"targets must have at least 1 item, got \(\)"),
     ],
 )
 def test_impossible_lora_is_refused(options: dict[str, Any], message: str) -> None:

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from erasure import ImageConstraint, Lagrangian, LagrangianConfig, ScoreCeiling
-from policy import DiffusionPolicy
-from policy.types import Images, PerSample
+from overpaint.policy import DiffusionPolicy
+from overpaint.policy.types import Images, PerSample
+from overpaint.training import TrainingConfig, TrainingRun
 from refl import PretrainingPairs, ReFLConfig, ReFLTrainer
-from training import TrainingConfig, TrainingRun
 
 PROMPTS = ["a red circle", "a blue square", "a cat", "two dogs", "a large green triangle"]
 

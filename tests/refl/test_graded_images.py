@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from policy import ClassifierFree, DiffusionPolicy, LoRAConfig, SampleNoise
-from refl import ReFLConfig, graded_images
+from overpaint.policy import ClassifierFree, DiffusionPolicy, LoRAConfig, SampleNoise
+from refl import ReFLConfig, one_step_images
 
 SEEDS = [11, 12, 13]
 PROMPTS = ["a red circle", "a cat", "two blue squares"]
@@ -44,7 +44,7 @@ def test_plain_refl_is_sampling_then_one_shot_prediction(
     latents = stirred.sample(embeddings, steps=4, guidance=guidance, eta=config.eta, seeds=SEEDS, until=2)
     clean = stirred.predict_clean(latents, embeddings, step=2, steps=4, guidance=guidance)
     expected = stirred.decode(clean)
-    images = graded_images(stirred, PROMPTS, SEEDS, config, graded_step=2)
+    images = one_step_images(stirred, PROMPTS, SEEDS, config, reward_step=2)
     assert torch.equal(images, expected)
     assert torch.equal(gradient(stirred, images), gradient(stirred, expected))
 
@@ -55,7 +55,7 @@ def test_two_graded_steps_are_differentiated_both(stirred: DiffusionPolicy, smal
     noise = noises(4)[3]  # after the initial latents and the noises of steps 0 and 1
     latents = stirred.denoise(latents, embeddings, step=2, steps=4, guidance=guidance, eta=1.0, noise=noise)
     expected = stirred.decode(stirred.predict_clean(latents, embeddings, step=3, steps=4, guidance=guidance))
-    images = graded_images(stirred, PROMPTS, SEEDS, small(truncation_steps=2), graded_step=3)
+    images = one_step_images(stirred, PROMPTS, SEEDS, small(truncation_steps=2), reward_step=3)
     assert torch.equal(images, expected)
     assert torch.equal(gradient(stirred, images), gradient(stirred, expected))
 
@@ -65,7 +65,7 @@ def test_number_of_graded_steps_changes_the_gradient_and_not_the_images(
     stirred: DiffusionPolicy, small: Callable[..., ReFLConfig], eta: float
 ) -> None:
     drawn = [
-        graded_images(stirred, PROMPTS, SEEDS, small(truncation_steps=k, eta=eta), graded_step=3) for k in (1, 2, 3)
+        one_step_images(stirred, PROMPTS, SEEDS, small(truncation_steps=k, eta=eta), reward_step=3) for k in (1, 2, 3)
     ]
     for images in drawn[1:]:
         torch.testing.assert_close(images, drawn[0], rtol=0, atol=1e-6)
@@ -79,7 +79,7 @@ def test_recomputing_steps_changes_nothing(
     stirred: DiffusionPolicy, small: Callable[..., ReFLConfig], truncation_steps: int
 ) -> None:
     settings = [small(truncation_steps=truncation_steps, checkpoint_steps=switch) for switch in (False, True)]
-    kept, recomputed = (graded_images(stirred, PROMPTS, SEEDS, config, graded_step=3) for config in settings)
+    kept, recomputed = (one_step_images(stirred, PROMPTS, SEEDS, config, reward_step=3) for config in settings)
     assert torch.equal(kept, recomputed)
     torch.testing.assert_close(gradient(stirred, recomputed), gradient(stirred, kept), rtol=1e-5, atol=1e-9)
 
@@ -95,7 +95,7 @@ def test_recomputed_steps_run_again_in_the_backward_pass(
         return network(*arguments, **options)
 
     monkeypatch.setattr(stirred, "network", counted)
-    images = graded_images(stirred, PROMPTS, SEEDS, small(truncation_steps=2, checkpoint_steps=True), graded_step=3)
+    images = one_step_images(stirred, PROMPTS, SEEDS, small(truncation_steps=2, checkpoint_steps=True), reward_step=3)
     assert calls == [False, False, True, True]
     images.mean().backward()
     assert calls == [False, False, True, True, True, True]
@@ -105,7 +105,7 @@ def test_recomputed_steps_run_again_in_the_backward_pass(
 def test_low_variance_noises_finished_images_anew(
     stirred: DiffusionPolicy, small: Callable[..., ReFLConfig], eta: float
 ) -> None:
-    images = graded_images(stirred, PROMPTS, SEEDS, small(low_variance_noises=2, eta=eta), graded_step=3)
+    images = one_step_images(stirred, PROMPTS, SEEDS, small(low_variance_noises=2, eta=eta), reward_step=3)
     assert images.shape == (6, 3, 64, 64)
 
     embeddings, guidance = stirred.encode(PROMPTS), ClassifierFree(1.0)
@@ -125,8 +125,8 @@ def test_image_does_not_depend_on_what_it_is_drawn_with(
     stirred: DiffusionPolicy, small: Callable[..., ReFLConfig]
 ) -> None:
     config = small(truncation_steps=2)
-    together = graded_images(stirred, PROMPTS, SEEDS, config, graded_step=3)
-    alone = graded_images(stirred, PROMPTS[2:], SEEDS[2:], config, graded_step=3)
+    together = one_step_images(stirred, PROMPTS, SEEDS, config, reward_step=3)
+    alone = one_step_images(stirred, PROMPTS[2:], SEEDS[2:], config, reward_step=3)
     torch.testing.assert_close(alone, together[2:], rtol=0, atol=1e-5)
 
 
@@ -135,7 +135,7 @@ def test_weights_without_a_lora_get_the_gradient_too(
 ) -> None:
     policy = make_policy(train="xattn", gradient_checkpointing=True)
     plain = make_policy(train="xattn")
-    grads = [gradient(p, graded_images(p, PROMPTS, SEEDS, small(), graded_step=2)) for p in (policy, plain)]
+    grads = [gradient(p, one_step_images(p, PROMPTS, SEEDS, small(), reward_step=2)) for p in (policy, plain)]
     torch.testing.assert_close(grads[0], grads[1], rtol=1e-5, atol=1e-9)
     assert grads[0].abs().max() > 0
 
@@ -144,7 +144,7 @@ def test_frozen_parts_keep_no_gradient(
     make_policy: Callable[..., DiffusionPolicy], small: Callable[..., ReFLConfig]
 ) -> None:
     policy = make_policy(lora=LoRAConfig())
-    graded_images(policy, PROMPTS, SEEDS, small(), graded_step=3).mean().backward()
+    one_step_images(policy, PROMPTS, SEEDS, small(), reward_step=3).mean().backward()
     with_gradient = {name for name, parameter in policy.unet.named_parameters() if parameter.grad is not None}
     assert with_gradient == set(policy.trainable_state())
     assert all(parameter.grad is None for part in (policy.vae, policy.text_encoder) for parameter in part.parameters())

@@ -10,11 +10,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from policy import ClassifierFree, DiffusionPolicy
-from policy.types import Latents
+from overpaint.policy import ClassifierFree, DiffusionPolicy
+from overpaint.policy.types import Latents
+from overpaint.training import TrainingConfig, TrainingRun, read_metrics
 from refl import PretrainingPairs, ReFLConfig, ReFLTrainer, pairs_from_folder, pairs_from_policy
 from refl.pretraining import denoising_loss
-from training import TrainingConfig, TrainingRun, read_metrics
 
 COLOURS = {"b.png": "red", "a.jpg": "green", "below/c.webp": "blue"}
 

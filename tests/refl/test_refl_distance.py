@@ -5,7 +5,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from policy import DiffusionPolicy, LoRAConfig, WeightDelta, merged_state
+from overpaint.policy import DiffusionPolicy, LoRAConfig, WeightDelta, merged_state
 from refl import distance_to_reference
 
 

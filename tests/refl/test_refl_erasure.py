@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from erasure import NUDITY, UCE, Lagrangian, LagrangianConfig, ObjectiveConstraint, StayErased, StayErasedConfig
-from policy import ClassifierFree, DiffusionPolicy, LoRAConfig
-from policy.types import Images, PerSample
+from overpaint.policy import ClassifierFree, DiffusionPolicy, LoRAConfig
+from overpaint.policy.types import Images, PerSample
+from overpaint.training import TrainingConfig, read_metrics
 from refl import ReFLConfig, ReFLTrainer
-from training import TrainingConfig, read_metrics
 
 
 class Minus:

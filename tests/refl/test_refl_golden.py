@@ -18,11 +18,11 @@ from golden_case import GOLDEN, GoldenCase, Record, Tensors, image_reward_config
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from policy import ClassifierFree, DiffusionPolicy
-from refl import ReFLConfig, ReFLTrainer, graded_images, hinge
+from overpaint.policy import ClassifierFree, DiffusionPolicy
+from overpaint.training import TrainingConfig, TrainingRun, make_optimizer
+from refl import ReFLConfig, ReFLTrainer, hinge, one_step_images
 from rewards import ImageReward
 from rewards.preprocess import normalise, resize_and_crop
-from training import TrainingConfig, TrainingRun, make_optimizer
 
 CASE = GoldenCase(
     "refl_step",
@@ -282,7 +282,7 @@ def test_gradient_and_update_of_the_graded_images_are_the_golden_ones(
 ) -> None:
     policy, reward = exact
     unclamped = before_clamp(policy)
-    images = graded_images(policy, prompts, [0, 1], settings, graded_step=settings.first_graded_step)
+    images = one_step_images(policy, prompts, [0, 1], settings, reward_step=settings.first_graded_step)
     assert images.dtype == torch.float64
     assert_close(images[: len(golden["image"])].detach(), golden["image"], "image")
     clamped = torch.cat(unclamped) != images.detach()
@@ -335,7 +335,7 @@ def test_whole_iteration_of_the_trainer_is_the_golden_one(
     trainer = ReFLTrainer(policy, reward, prompts, settings)
     with TrainingRun(policy, make_run_config()) as run:
         metrics = trainer.step(run)
-    assert metrics.graded_step == case["hyperparameters"]["mid_timestep_index"]
+    assert metrics.reward_step == case["hyperparameters"]["mid_timestep_index"]
     (tolerance,) = CASE.tolerance("rewards")
     assert metrics.reward == pytest.approx(float(golden["rewards"].mean()), rel=0, abs=tolerance)
     (tolerance,) = CASE.tolerance("loss")
@@ -358,7 +358,7 @@ def test_gradient_in_float32_is_that_in_float64_through_pixels_off_the_clamp(
     def gradients(policy: DiffusionPolicy, reward: ImageReward) -> dict[str, Tensor]:
         unclamped = before_clamp(policy)
         policy.unet.zero_grad()
-        images = graded_images(policy, prompts, [0, 1], settings, graded_step=settings.first_graded_step)
+        images = one_step_images(policy, prompts, [0, 1], settings, reward_step=settings.first_graded_step)
         if not certain:
             pixels = torch.cat(unclamped)
             certain.append((pixels.abs() > CERTAIN) & ((pixels - 1).abs() > CERTAIN))

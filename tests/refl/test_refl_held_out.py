@@ -7,11 +7,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from policy import ClassifierFree, DiffusionPolicy
-from policy.types import Images, PerSample
+from overpaint.policy import ClassifierFree, DiffusionPolicy
+from overpaint.policy.types import Images, PerSample
+from overpaint.training import TrainingConfig, read_metrics
 from refl import ReFLConfig, ReFLTrainer
-from rewards import HeldOut, HeldOutWatch
-from training import TrainingConfig, read_metrics
+from rewards import EarlyStopping, HeldOut
 
 HELD_OUT = ["a yellow square", "two cats", "a large dog"]
 
@@ -26,8 +26,8 @@ class Blackness:
 
 
 @pytest.fixture
-def watch(redness: Any) -> HeldOutWatch:
-    return HeldOutWatch(HeldOut(HELD_OUT, redness, batch_size=2), patience=2)
+def watch(redness: Any) -> EarlyStopping:
+    return EarlyStopping(HeldOut(HELD_OUT, redness, batch_size=2), patience=2)
 
 
 def set_weights(policy: DiffusionPolicy, value: float) -> None:
@@ -38,7 +38,7 @@ def weights(policy: DiffusionPolicy) -> set[float]:
     return {float(number) for value in policy.trainable_state().values() for number in value.unique()}
 
 
-def test_best_weights_are_kept_by_hand_made_numbers(watch: HeldOutWatch, policy: DiffusionPolicy) -> None:
+def test_best_weights_are_kept_by_hand_made_numbers(watch: EarlyStopping, policy: DiffusionPolicy) -> None:
     for iteration, held_out in enumerate([0.1, 0.4, 0.3, 0.4]):  # as good as the best is not better
         set_weights(policy, float(iteration))
         watch.note(policy, iteration=iteration, trained=0.0, held_out=held_out)
@@ -59,7 +59,7 @@ def test_best_weights_are_kept_by_hand_made_numbers(watch: HeldOutWatch, policy:
     ],
 )
 def test_patience_counts_looks_in_a_row_at_which_the_two_have_parted(
-    trained: list[float], held_out: list[float], stops: bool, watch: HeldOutWatch, policy: DiffusionPolicy
+    trained: list[float], held_out: list[float], stops: bool, watch: EarlyStopping, policy: DiffusionPolicy
 ) -> None:
     for iteration, numbers in enumerate(zip(trained, held_out, strict=True)):
         assert not watch.should_stop
@@ -68,7 +68,7 @@ def test_patience_counts_looks_in_a_row_at_which_the_two_have_parted(
 
 
 def test_without_patience_nothing_stops(redness: Any, policy: DiffusionPolicy) -> None:
-    watch = HeldOutWatch(HeldOut(HELD_OUT, redness), patience=0)
+    watch = EarlyStopping(HeldOut(HELD_OUT, redness), patience=0)
     for iteration in range(5):
         watch.note(policy, iteration=iteration, trained=float(iteration), held_out=-float(iteration))
     assert watch.parted == 4
@@ -76,7 +76,7 @@ def test_without_patience_nothing_stops(redness: Any, policy: DiffusionPolicy) -
 
 
 def test_only_weights_with_which_the_constraint_held_are_kept(redness: Any, policy: DiffusionPolicy) -> None:
-    watch = HeldOutWatch(HeldOut(HELD_OUT, redness), patience=0, constrained=True)
+    watch = EarlyStopping(HeldOut(HELD_OUT, redness), patience=0, constrained=True)
     looks = [
         ([], 0.9),  # before training nothing is known of the cost
         ([0.3, 0.1], 0.8),
@@ -96,7 +96,7 @@ def test_only_weights_with_which_the_constraint_held_are_kept(redness: Any, poli
 
 
 def test_without_any_weights_that_count_the_last_ones_stay(redness: Any, policy: DiffusionPolicy) -> None:
-    watch = HeldOutWatch(HeldOut(HELD_OUT, redness), patience=0, constrained=True)
+    watch = EarlyStopping(HeldOut(HELD_OUT, redness), patience=0, constrained=True)
     watch.note_cost(0.1)
     set_weights(policy, 1.0)
     watch.note(policy, iteration=0, trained=0.0, held_out=0.5)
@@ -105,8 +105,8 @@ def test_without_any_weights_that_count_the_last_ones_stay(redness: Any, policy:
     assert weights(policy) == {2.0}
 
 
-def test_state_of_a_watch_goes_into_another(watch: HeldOutWatch, redness: Any, policy: DiffusionPolicy) -> None:
-    other = HeldOutWatch(HeldOut(HELD_OUT, redness), patience=2)
+def test_state_of_a_watch_goes_into_another(watch: EarlyStopping, redness: Any, policy: DiffusionPolicy) -> None:
+    other = EarlyStopping(HeldOut(HELD_OUT, redness), patience=2)
     other.load_state_dict(watch.state_dict())  # before any look
     assert (other.start, other.best_iteration) == (None, -1)
     set_weights(policy, 1.0)
@@ -122,7 +122,7 @@ def test_state_of_a_watch_goes_into_another(watch: HeldOutWatch, redness: Any, p
     assert weights(policy) == {1.0}
 
 
-def test_parts_of_the_prompts_add_up_to_the_whole(watch: HeldOutWatch, policy: DiffusionPolicy, redness: Any) -> None:
+def test_parts_of_the_prompts_add_up_to_the_whole(watch: EarlyStopping, policy: DiffusionPolicy, redness: Any) -> None:
     def measure(part: slice) -> Any:
         return watch.measure(policy, Blackness(), part=part, steps=3, guidance=ClassifierFree(2.0))
 
@@ -134,14 +134,14 @@ def test_parts_of_the_prompts_add_up_to_the_whole(watch: HeldOutWatch, policy: D
     assert torch.equal(whole.trained, -whole.held_out)
 
 
-def test_same_images_are_looked_at_each_time(watch: HeldOutWatch, policy: DiffusionPolicy) -> None:
+def test_same_images_are_looked_at_each_time(watch: EarlyStopping, policy: DiffusionPolicy) -> None:
     looks = [watch.measure(policy, Blackness(), part=slice(0, 3), steps=3, guidance=ClassifierFree(1.0)) for _ in "ab"]
     assert torch.equal(looks[0].images, looks[1].images)
 
 
 def test_prompts_that_are_held_out_are_checked(redness: Any) -> None:
     with pytest.raises(ValueError, match="prompts must not be empty"):
-        HeldOutWatch(HeldOut([], redness), patience=0)
+        EarlyStopping(HeldOut([], redness), patience=0)
 
 
 def test_training_stops_and_goes_back_when_the_trained_reward_is_exploited(

@@ -18,10 +18,10 @@ import torch
 from safetensors.torch import save_file
 
 from erasure import NUDITY, ImageConstraint, ObjectiveConstraint, ScoreCeiling, StayErased, StayErasedConfig
-from policy import DiffusionPolicy
+from overpaint.policy import DiffusionPolicy
 from refl import ReFLConfig, ReFLTrainer
 from rewards import HeldOut
-from training import TrainingConfig, process_state
+from overpaint.training import TrainingConfig, process_state
 
 PROMPTS = ["a red circle", "a blue square", "a cat", "two dogs"]
 

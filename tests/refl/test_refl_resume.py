@@ -7,11 +7,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from policy import DiffusionPolicy
-from policy.types import Images, PerSample
+from overpaint.policy import DiffusionPolicy
+from overpaint.policy.types import Images, PerSample
+from overpaint.training import TrainingConfig, read_metrics
 from refl import ReFLConfig, ReFLTrainer
 from rewards import HeldOut
-from training import TrainingConfig, read_metrics
 
 
 class KilledError(Exception):

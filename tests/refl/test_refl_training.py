@@ -9,11 +9,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from policy import ClassifierFree, DiffusionPolicy
-from policy.types import Images, PerSample
+from overpaint.policy import ClassifierFree, DiffusionPolicy
+from overpaint.policy.types import Images, PerSample
+from overpaint.training import TrainingConfig, TrainingRun, read_metrics
 from refl import PretrainingPairs, ReFLConfig, ReFLTrainer
 from rewards import HeldOut
-from training import TrainingConfig, TrainingRun, read_metrics
 
 Judge = Callable[[Images, Sequence[str]], PerSample]
 
@@ -57,7 +57,7 @@ def test_trivial_reward_goes_up(
     rewards = [line["reward/mean"] for line in lines if "reward/mean" in line]
     assert len(rewards) == 12
     assert sum(rewards[-4:]) / 4 > sum(rewards[:4]) / 4
-    assert {line["train/graded_step"] for line in lines if "train/graded_step" in line} == {2, 3}
+    assert {line["train/reward_step"] for line in lines if "train/reward_step" in line} == {2, 3}
 
 
 def test_reward_above_the_margin_does_not_pull(
@@ -209,7 +209,7 @@ def test_logged_tags_are_those_of_what_is_switched_on(
         trainer.train(config)
         return set().union(*read_metrics(config.output_dir / "metrics.jsonl")) - {"iteration"}
 
-    plain = {"reward/mean", "train/reward_loss", "train/grad_norm", "train/graded_step", "train/distance"}
+    plain = {"reward/mean", "train/reward_loss", "train/grad_norm", "train/reward_step", "train/distance"}
     assert tags("plain", ReFLTrainer(policy, redness, prompts, small())) == plain
     full = ReFLTrainer(
         policy,

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from policy.types import Images
+from overpaint.policy.types import Images
 from rewards import Reward
 from rewards.alignment import Alignment, AlignmentConfig, Judgement, Question, StrictAlignment
 from rewards.bertscore import BertScore

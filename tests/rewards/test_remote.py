@@ -23,7 +23,7 @@ import pytest
 import torch
 from PIL import Image
 
-from policy.types import Images, PerSample
+from overpaint.policy.types import Images, PerSample
 from rewards import Compressibility, Reward
 from rewards.encoded import encode_images
 from rewards.http_json import HttpConfig, HttpError

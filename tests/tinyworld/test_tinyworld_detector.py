@@ -6,12 +6,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from tinyworld import StripeScore, detect, render, to_tensors
-from tinyworld.caption import captions, parse, training_scene
-from tinyworld.scene import BACKGROUNDS, COLOURS, PLACES, SHAPES, Scene, Thing
-from tinyworld.texture import STRIPE_THRESHOLD, stripe_response
-from tinyworld.train_reward import scene_mismatches
-from tinyworld.utility import concept_shown, matches, mismatches, neighbour_shown, objects_shown, utility
+from overpaint.tinyworld import StripeScore, detect, render, to_tensors
+from overpaint.tinyworld.caption import captions, parse, training_scene
+from overpaint.tinyworld.scene import BACKGROUNDS, COLOURS, PLACES, SHAPES, Scene, Thing
+from overpaint.tinyworld.texture import STRIPE_THRESHOLD, stripe_response
+from overpaint.tinyworld.train_reward import scene_mismatches
+from overpaint.tinyworld.utility import concept_shown, matches, mismatches, neighbour_shown, objects_shown, utility
 
 
 @pytest.fixture(scope="module")

@@ -4,9 +4,9 @@ import random
 
 import pytest
 
-from tinyworld.caption import WORDS, captions, parse, training_scene
-from tinyworld.components import CONTEXT_LENGTH, build_tokenizer
-from tinyworld.scene import HELD_OUT_PAIRS
+from overpaint.tinyworld.caption import WORDS, captions, parse, training_scene
+from overpaint.tinyworld.components import CONTEXT_LENGTH, build_tokenizer
+from overpaint.tinyworld.scene import HELD_OUT_PAIRS
 
 
 def test_a_caption_is_read_back_as_the_scene_it_was_written_for() -> None:

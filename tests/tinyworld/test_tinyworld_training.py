@@ -6,13 +6,13 @@ import pytest
 import torch
 from torch import nn
 
-from tinyworld import components, workers
-from tinyworld.caption import parse, training_scene
-from tinyworld.render import render
-from tinyworld.scene import to_tensors
-from tinyworld.train_diffusion import DiffusionTrainingConfig, questions, read_captions
-from tinyworld.train_reward import build_reward, candidate, changed, pairs
-from tinyworld.train_vae import cosine, pictures, reconstruction_loss, whiten
+from overpaint.tinyworld import components, workers
+from overpaint.tinyworld.caption import parse, training_scene
+from overpaint.tinyworld.render import render
+from overpaint.tinyworld.scene import to_tensors
+from overpaint.tinyworld.train_diffusion import DiffusionTrainingConfig, questions, read_captions
+from overpaint.tinyworld.train_reward import build_reward, candidate, changed, pairs
+from overpaint.tinyworld.train_vae import cosine, pictures, reconstruction_loss, whiten
 
 
 def test_whitening_gives_unit_latents_and_changes_no_reconstruction() -> None:
@@ -63,7 +63,7 @@ def test_questions_list_what_a_caption_asks_for() -> None:
 
 
 def test_one_change_makes_a_scene_mismatch_its_caption() -> None:
-    from tinyworld.train_reward import scene_mismatches
+    from overpaint.tinyworld.train_reward import scene_mismatches
 
     rng = random.Random(2)
     spoilt = []

@@ -5,11 +5,11 @@ import random
 import pytest
 import torch
 
-import tinyworld
-from policy import ClassifierFree, DiffusionPolicy
+from overpaint import tinyworld
+from overpaint.policy import ClassifierFree, DiffusionPolicy
+from overpaint.tinyworld.caption import training_scene
+from overpaint.tinyworld.train_reward import accuracy
 from rewards import ImageReward
-from tinyworld.caption import training_scene
-from tinyworld.train_reward import accuracy
 
 
 @pytest.fixture(scope="module")

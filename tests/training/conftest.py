@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from training import TrainingConfig, TrainingRun, read_metrics
+from overpaint.training import TrainingConfig, TrainingRun, read_metrics
 
 
 class StandIn:

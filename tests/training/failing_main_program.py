@@ -10,7 +10,7 @@ from typing import Any, NoReturn
 import torch
 from conftest import StandIn
 
-from training import TrainingConfig, TrainingRun, from_main, process_state
+from overpaint.training import TrainingConfig, TrainingRun, from_main, process_state
 
 
 class UnsendableError(Exception):

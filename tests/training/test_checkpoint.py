@@ -12,8 +12,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from training import Checkpoint, CheckpointFolder, DamagedCheckpointError, load_checkpoint
-from training.tree import pack, unpack
+from overpaint.training import Checkpoint, CheckpointFolder, DamagedCheckpointError, load_checkpoint
+from overpaint.training.tree import pack, unpack
 
 LEAVES = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text()
 TREES = st.recursive(

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from training import NonFiniteError, TrainingConfig, TrainingRun, make_optimizer
+from overpaint.training import NonFiniteError, TrainingConfig, TrainingRun, make_optimizer
 
 BATCH = torch.linspace(-1, 1, 32).reshape(8, 4)
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from training import from_main
+from overpaint.training import from_main
 
 
 @pytest.fixture(scope="module")

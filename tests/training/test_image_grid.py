@@ -8,8 +8,8 @@ import pytest
 import torch
 from PIL import ImageFont
 
-from training import image_grid
-from training.images import _lines
+from overpaint.training import image_grid
+from overpaint.training.images import _lines
 
 
 def colours(count: int, side: int) -> torch.Tensor:

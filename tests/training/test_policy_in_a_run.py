@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from policy import DiffusionPolicy, LoRAConfig
-from training import Trainable, TrainingConfig, TrainingRun
+from overpaint.policy import DiffusionPolicy, LoRAConfig
+from overpaint.training import Trainable, TrainingConfig, TrainingRun
 
 
 def _train(policy: DiffusionPolicy, config: TrainingConfig) -> dict[str, torch.Tensor]:

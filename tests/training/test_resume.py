@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from training import DamagedCheckpointError, TrainingConfig, TrainingRun
+from overpaint.training import DamagedCheckpointError, TrainingConfig, TrainingRun
 
 EVERYTHING = {"ema_decay": 0.7}
 

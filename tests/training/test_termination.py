@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from training import TERMINATED, TrainingConfig, TrainingRun
-from training.signals import Termination
+from overpaint.training import TERMINATED, TrainingConfig, TrainingRun
+from overpaint.training.signals import Termination
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="there is no SIGTERM to catch")

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from training import TrainingConfig
+from overpaint.training import TrainingConfig
 
 
 @pytest.mark.parametrize(
@@ -14,24 +14,24 @@ from training import TrainingConfig
         ("iterations", 0, "be at least 1"),
         ("checkpoint_every", 0, "be at least 1"),
         ("keep_checkpoints", -1, "be at least 1"),
-        ("learning_rate", 0.0, "be positive and finite"),
-        ("learning_rate", float("nan"), "be positive and finite"),
-        ("adam_epsilon", float("inf"), "be positive and finite"),
-        ("adam_betas", (0.9, 1.0), "be two numbers in"),
-        ("weight_decay", -0.1, "be finite and not negative"),
-        ("max_grad_norm", 0.0, "be positive"),
-        ("ema_decay", 1.0, "be None or lie between 0 and 1"),
-        ("trackers", ("wandb", "wandb"), "be different names among"),
-        ("project", "", "not be empty"),
-        ("seed", -1, "lie in"),
-        ("max_skipped", -1, "not be negative"),
+        ("learning_rate", 0.0, "be above 0"),
+        ("learning_rate", float("nan"), "be a finite number"),
+        ("adam_epsilon", float("inf"), "be a finite number"),
+        ("adam_betas", (0.9, 1.0), "be below 1"),
+        ("weight_decay", -0.1, "be at least 0"),
+        ("max_grad_norm", 0.0, "be above 0"),
+        ("ema_decay", 1.0, "be below 1"),
+        ("trackers", ("wandb", "wandb"), "be different"),
+        ("project", "", "have at least 1 character"),
+        ("seed", -1, "be at least 0"),
+        ("max_skipped", -1, "be at least 0"),
     ],
 )
 def test_error_names_field_rule_and_value(field: str, value: Any, rule: str, tmp_path: Path) -> None:
     settings: dict[str, Any] = {"iterations": 1} | {field: value}
-    with pytest.raises(ValueError, match=f"^{field} must {rule}") as caught:
+    with pytest.raises(ValueError, match=rf"{field}(\[1\])? must {rule}") as caught:
         TrainingConfig(output_dir=tmp_path, **settings)
-    assert str(caught.value).endswith(f"got {value!r}")
+    assert str(caught.value).endswith(f"got {value[1] if field == 'adam_betas' else value!r}")
 
 
 @pytest.mark.parametrize(

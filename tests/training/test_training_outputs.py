@@ -14,9 +14,9 @@ import pytest
 import torch
 from PIL import Image
 
-from training import MetricsFile, TrainingConfig, TrainingRun, read_metrics
-from training.progress import Progress, postfix
-from training.trackers import log_image
+from overpaint.training import MetricsFile, TrainingConfig, TrainingRun, read_metrics
+from overpaint.training.progress import Progress, postfix
+from overpaint.training.trackers import log_image
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -204,7 +204,7 @@ def test_shard_and_gather_and_mean_in_one_process(stand_in: Callable, config: Tr
 
 def test_import_is_light() -> None:
     code = (
-        "import sys, training; "
+        "import sys, overpaint.training; "
         "heavy = {'accelerate', 'bitsandbytes', 'wandb', 'diffusers', 'transformers', 'peft', 'tensorboard'}; "
         "sys.exit(', '.join(heavy & set(sys.modules)) or 0)"
     )

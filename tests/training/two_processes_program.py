@@ -9,8 +9,8 @@ import torch
 from conftest import KilledError, StandIn, small_training
 from safetensors.torch import save_file
 
-from policy import DiffusionPolicy, LoRAConfig
-from training import TrainingConfig, TrainingRun, process_state
+from overpaint.policy import DiffusionPolicy, LoRAConfig
+from overpaint.training import TrainingConfig, TrainingRun, process_state
 
 
 def unequal_losses(folder: Path) -> None:

@@ -1,0 +1,1 @@
+"""What an experiment is about, the study's experiments, published numbers."""

@@ -1,0 +1,211 @@
+"""Draw the planned images with a policy: into memory, or into a folder that an interrupted run fills up later."""
+
+import hashlib
+import sys
+import time
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from tqdm import tqdm
+
+from overpaint.evaluation.processes import batches_of, check_rank, process_rank_and_count
+from overpaint.policy.atomic import forget_partial, write_bytes
+from overpaint.policy.guidance import ClassifierFree
+
+from .drawable import Drawable as Drawable
+from .drawing_time import duration_text
+from .files import png_bytes
+from .folder import MANIFEST, check_model_name, write_manifest
+from .image_rows import ROWS, ImageRow, append_row, drawn_row, finish_rows, known_rows
+from .images import DrawnImages, Pixels, to_pixels
+from .model_record import RECORD, keep_record, model_record
+from .plan import DrawConfig, PlannedImage, check_plan
+
+LONG = 600.0
+"""Seconds from which on the first batch is followed by an estimate of the whole."""
+
+
+def draw(
+    policy: Drawable,
+    planned: Sequence[PlannedImage],
+    config: DrawConfig | None = None,
+    *,
+    model: str,
+    batch_size: int = 16,
+    progress: bool = True,
+) -> DrawnImages:
+    """Draws images into memory.
+
+    Args:
+        policy: What draws, in its present state.
+        planned: What is drawn; under several processes, this process's `shard` of the plan.
+        config: How images are drawn.
+        model: What this state of the policy is called in tables, such as `before` or `erased`.
+        batch_size: Images drawn at a time. Changes speed and memory, not the images.
+        progress: Whether a progress bar is shown.
+
+    Raises:
+        ValueError: Nothing is planned, or an image came out with values that are not finite.
+    """
+    config = config or DrawConfig()
+    if not planned:
+        raise ValueError("planned must hold at least one image, got none")
+    batches = []
+    with tqdm(total=len(planned), desc=f"drawing {model}", unit="image", disable=not progress) as bar:
+        for batch in batches_of(planned, batch_size):
+            batches.append(_draw_batch(policy, batch, config))
+            bar.update(len(batch))
+    return DrawnImages(model=model, planned=tuple(planned), config=config, stack=torch.cat(batches))
+
+
+def generate(
+    policy: Drawable,
+    planned: Sequence[PlannedImage],
+    root: Path | str,
+    config: DrawConfig | None = None,
+    *,
+    model: str,
+    batch_size: int = 16,
+    rank: int | None = None,
+    world_size: int | None = None,
+    progress: bool = True,
+) -> int:
+    """Draws this process's part of the images into a folder, those that are not there yet.
+
+    A run killed at any moment is continued by the same call, to the same bytes: every file is written whole or not
+    at all, and batches are those of the plan, so that one in which an image is missing is drawn again as a whole.
+    Processes share out whole batches. Another `batch_size` may change an image by one grey level in a few pixels,
+    since networks then sum in another order.
+
+    Args:
+        policy: What draws, in its present state.
+        planned: What is drawn by all processes together.
+        root: The folder of all models compared.
+        config: How images are drawn.
+        model: Name of the folder within `root`.
+        batch_size: Images drawn at a time.
+        rank: Which process this is; asked of accelerate when not given.
+        world_size: How many processes there are; asked of accelerate when not given.
+        progress: Whether the first process shows a progress bar with the time left, and tells beforehand if the
+            images will take long.
+
+    Returns:
+        How many images this process drew.
+
+    Raises:
+        ValueError: The folder holds another run or images of another model, two images have one name, a name cannot
+            be that of a file, or the process is not one of the processes.
+        OSError: A file cannot be written, as on a full disk; the message names it. All images drawn before stay.
+    """
+    config = config or DrawConfig()
+    root = Path(root)
+    check_model_name(model)
+    check_plan(planned)
+    if (rank is None) != (world_size is None):
+        raise ValueError(f"rank and world_size must be given both or neither, got {rank} and {world_size}")
+    if rank is None or world_size is None:
+        rank, world_size = process_rank_and_count()
+    check_rank(rank, world_size)
+    mine = batches_of(planned, batch_size)[rank::world_size]
+
+    folder, writer = root / model, f".{rank}"
+    with _says_what_stays(folder, len(planned)):
+        for path in (root / MANIFEST, folder / RECORD, folder / ROWS):
+            forget_partial(path, writer=writer)
+        write_manifest(root, planned, config, writer=writer)
+        keep_record(folder, model_record(policy, config), writer=writer)
+    rows = known_rows(folder)
+    work = [Work(batch, missing) for batch in mine if (missing := _missing(folder, batch, rows))]
+    total, to_draw = sum(map(len, mine)), sum(len(each.missing) for each in work)
+    with tqdm(
+        total=total,
+        initial=total - to_draw,
+        desc=f"drawing {model}",
+        unit="image",
+        disable=not progress or rank > 0,
+    ) as bar:
+        for number, each in enumerate(work):
+            with _says_what_stays(folder, len(planned)):
+                seconds = _draw_into(folder, each, policy, config, rank)
+            bar.update(len(each.missing))
+            if number == 0 and seconds * (len(work) - 1) > LONG and not bar.disable:
+                bar.write(
+                    f"{model}: {to_draw} images will take about {duration_text(seconds * len(work))}", file=sys.stderr
+                )
+    with _says_what_stays(folder, len(planned)):
+        finish_rows(folder, planned, writer=writer)
+    return to_draw
+
+
+class Work(NamedTuple):
+    """A batch that is drawn, and those of its images that are written."""
+
+    batch: tuple[PlannedImage, ...]
+    missing: frozenset[PlannedImage]
+
+
+def _missing(
+    folder: Path, batch: Sequence[PlannedImage], rows: Mapping[str, Sequence[ImageRow]]
+) -> frozenset[PlannedImage]:
+    drawn = {image for image in batch if drawn_row(folder / image.file_name, rows.get(image.file_name, ())) is not None}
+    return frozenset(batch) - drawn
+
+
+def _draw_into(folder: Path, work: Work, policy: Drawable, config: DrawConfig, rank: int) -> float:
+    """Draws a batch, writes what is missing of it, and returns how many seconds drawing took."""
+    begin = time.perf_counter()
+    pixels = _draw_batch(policy, work.batch, config)
+    seconds = time.perf_counter() - begin
+    for image, picture in zip(work.batch, pixels, strict=True):
+        if image in work.missing:
+            content = png_bytes(picture)
+            row = ImageRow(
+                file=image.file_name,
+                **image._asdict(),
+                width=picture.shape[-1],
+                height=picture.shape[-2],
+                seconds=round(seconds / len(work.batch), 6),
+                batch=len(work.batch),
+                sha256=hashlib.sha256(content).hexdigest(),
+            )
+            write_bytes(folder / image.file_name, content)
+            append_row(folder, rank, row)
+    return seconds
+
+
+@contextmanager
+def _says_what_stays(folder: Path, total: int) -> Generator[None]:
+    """Adds to an error of writing what of the work is kept."""
+    try:
+        yield
+    except OSError as error:
+        there = len(list(folder.glob("*.png"))) if folder.is_dir() else 0
+        raise OSError(
+            error.errno,
+            f"{error.strerror}; the {there} of {total} images that are in {folder} stay, and the same call goes on "
+            "once it can write again",
+            error.filename,
+        ) from error
+
+
+def _draw_batch(policy: Drawable, batch: Sequence[PlannedImage], config: DrawConfig) -> Pixels:
+    # Not inference mode: embeddings that the policy caches here may later be part of a training graph.
+    with torch.no_grad():
+        images = policy.draw(
+            [image.prompt for image in batch],
+            seeds=[image.seed for image in batch],
+            steps=config.steps,
+            guidance=ClassifierFree(config.guidance_scale),
+            eta=config.eta,
+            batch_size=len(batch),
+            height=config.size,
+            width=config.size,
+        )
+    if len(images) != len(batch):
+        raise ValueError(f"policy must draw one image for each of {len(batch)} prompts, got {len(images)}")
+    if config.size is not None and tuple(images.shape[-2:]) != (config.size, config.size):
+        raise ValueError(f"policy must draw images of size {config.size}, got {tuple(images.shape[-2:])}")
+    return to_pixels(images)

@@ -1,0 +1,1 @@
+"""Numbers of many images: distances between sets, preference accuracy, statistics."""

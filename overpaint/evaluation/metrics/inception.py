@@ -1,0 +1,239 @@
+"""The Inception network of 2015-12-05, whose features the Fréchet Inception distance is defined by.
+
+The network that TensorFlow published and Heusel et al. (2017) used, not the later ones called Inception v3. Layers have
+the names that they have in the one file of its weights in PyTorch, which torch-fidelity and pytorch-fid publish.
+
+Source: Szegedy et al. (2016), https://arxiv.org/abs/1512.00567; the file itself; torch-fidelity's outputs, which the
+tests compare with.
+"""
+
+import hashlib
+from pathlib import Path
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn import functional
+
+from overpaint.evaluation.images.images import Pixels
+
+WEIGHTS_NAME = "weights-inception-2015-12-05-6726825d.pth"
+WEIGHTS_URL = f"https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/{WEIGHTS_NAME}"
+WEIGHTS_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
+"""Of the file's 95,628,359 bytes; pytorch-fid's `pt_inception-2015-12-05-6726825d.pth` is the same file."""
+SIDE = 299
+"""Pixels of a side that the network takes."""
+
+Maps = Float[Tensor, "batch _ _ _"]
+
+
+class Inception(nn.Module):
+    """Maps images to 2,048 features each, as they enter the last layer."""
+
+    num_features = 2048
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.Conv2d_1a_3x3 = Convolution(3, 32, (3, 3), stride=2)
+        self.Conv2d_2a_3x3 = Convolution(32, 32, (3, 3))
+        self.Conv2d_2b_3x3 = Convolution(32, 64, (3, 3), same=True)
+        self.Conv2d_3b_1x1 = Convolution(64, 80, (1, 1))
+        self.Conv2d_4a_3x3 = Convolution(80, 192, (3, 3))
+        self.Mixed_5b = BlockA(192, 32)
+        self.Mixed_5c = BlockA(256, 64)
+        self.Mixed_5d = BlockA(288, 64)
+        self.Mixed_6a = BlockB()
+        self.Mixed_6b = BlockC(128)
+        self.Mixed_6c = BlockC(160)
+        self.Mixed_6d = BlockC(160)
+        self.Mixed_6e = BlockC(192)
+        self.Mixed_7a = BlockD()
+        self.Mixed_7b = BlockE(1280, "average")
+        self.Mixed_7c = BlockE(2048, "maximum")
+        self.fc = nn.Linear(2048, 1008)
+
+    @classmethod
+    def from_file(cls, path: Path | str, sha256: str | None = WEIGHTS_SHA256) -> "Inception":
+        """Loads frozen weights.
+
+        Args:
+            path: The file of weights.
+            sha256: What its content must have as SHA-256; None leaves it unchecked.
+
+        Raises:
+            FileNotFoundError: There is no such file; the message says where to get it.
+            ValueError: It has other content.
+        """
+        path = Path(path)
+        if not path.is_file():
+            raise FileNotFoundError(f"the features' file must be there, got {path}, which is not. {_by_hand()}")
+        with path.open("rb") as content:
+            found = hashlib.file_digest(content, "sha256").hexdigest()
+        if sha256 is not None and found != sha256:
+            raise ValueError(f"{path} must have SHA-256 {sha256}, got {found}. {_by_hand()}")
+        network = cls()
+        network.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+        return network.eval().requires_grad_(False)
+
+    def forward(self, images: Pixels) -> Float[Tensor, "batch 2048"]:
+        """Returns the features of images of any size, RGB in 0..255."""
+        maps = (_scaled(images.float()) - 128) / 128
+        maps = self.Conv2d_2b_3x3(self.Conv2d_2a_3x3(self.Conv2d_1a_3x3(maps)))
+        maps = functional.max_pool2d(maps, 3, stride=2)
+        maps = self.Conv2d_4a_3x3(self.Conv2d_3b_1x1(maps))
+        maps = functional.max_pool2d(maps, 3, stride=2)
+        for name, block in self.named_children():
+            if name.startswith("Mixed"):
+                maps = block(maps)
+        return maps.mean(dim=(2, 3))
+
+
+class Convolution(nn.Module):
+    """A convolution, its normalisation, and what is positive of it; `same` keeps height and width by padding."""
+
+    def __init__(
+        self, inputs: int, outputs: int, kernel: tuple[int, int], *, stride: int = 1, same: bool = False
+    ) -> None:
+        super().__init__()
+        padding = (kernel[0] // 2, kernel[1] // 2) if same else 0
+        self.conv = nn.Conv2d(inputs, outputs, kernel, stride=stride, padding=padding, bias=False)
+        self.bn = nn.BatchNorm2d(outputs, eps=0.001)
+
+    def forward(self, maps: Maps) -> Maps:
+        """Returns the maps of the layer."""
+        return functional.relu(self.bn(self.conv(maps)))
+
+
+class BlockA(nn.Module):
+    """The block at 35 x 35."""
+
+    def __init__(self, inputs: int, pooled: int) -> None:
+        super().__init__()
+        self.branch1x1 = Convolution(inputs, 64, (1, 1))
+        self.branch5x5_1 = Convolution(inputs, 48, (1, 1))
+        self.branch5x5_2 = Convolution(48, 64, (5, 5), same=True)
+        self.branch3x3dbl_1 = Convolution(inputs, 64, (1, 1))
+        self.branch3x3dbl_2 = Convolution(64, 96, (3, 3), same=True)
+        self.branch3x3dbl_3 = Convolution(96, 96, (3, 3), same=True)
+        self.branch_pool = Convolution(inputs, pooled, (1, 1))
+
+    def forward(self, maps: Maps) -> Maps:
+        """Returns the branches side by side."""
+        double = self.branch3x3dbl_3(self.branch3x3dbl_2(self.branch3x3dbl_1(maps)))
+        five = self.branch5x5_2(self.branch5x5_1(maps))
+        return torch.cat([self.branch1x1(maps), five, double, self.branch_pool(_averaged(maps))], dim=1)
+
+
+class BlockB(nn.Module):
+    """From 35 x 35 to 17 x 17."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.branch3x3 = Convolution(288, 384, (3, 3), stride=2)
+        self.branch3x3dbl_1 = Convolution(288, 64, (1, 1))
+        self.branch3x3dbl_2 = Convolution(64, 96, (3, 3), same=True)
+        self.branch3x3dbl_3 = Convolution(96, 96, (3, 3), stride=2)
+
+    def forward(self, maps: Maps) -> Maps:
+        """Returns the branches side by side."""
+        double = self.branch3x3dbl_3(self.branch3x3dbl_2(self.branch3x3dbl_1(maps)))
+        return torch.cat([self.branch3x3(maps), double, functional.max_pool2d(maps, 3, stride=2)], dim=1)
+
+
+class BlockC(nn.Module):
+    """The block at 17 x 17."""
+
+    def __init__(self, middle: int) -> None:
+        super().__init__()
+        self.branch1x1 = Convolution(768, 192, (1, 1))
+        self.branch7x7_1 = Convolution(768, middle, (1, 1))
+        self.branch7x7_2 = Convolution(middle, middle, (1, 7), same=True)
+        self.branch7x7_3 = Convolution(middle, 192, (7, 1), same=True)
+        self.branch7x7dbl_1 = Convolution(768, middle, (1, 1))
+        self.branch7x7dbl_2 = Convolution(middle, middle, (7, 1), same=True)
+        self.branch7x7dbl_3 = Convolution(middle, middle, (1, 7), same=True)
+        self.branch7x7dbl_4 = Convolution(middle, middle, (7, 1), same=True)
+        self.branch7x7dbl_5 = Convolution(middle, 192, (1, 7), same=True)
+        self.branch_pool = Convolution(768, 192, (1, 1))
+
+    def forward(self, maps: Maps) -> Maps:
+        """Returns the branches side by side."""
+        seven = self.branch7x7_3(self.branch7x7_2(self.branch7x7_1(maps)))
+        double = self.branch7x7dbl_3(self.branch7x7dbl_2(self.branch7x7dbl_1(maps)))
+        double = self.branch7x7dbl_5(self.branch7x7dbl_4(double))
+        return torch.cat([self.branch1x1(maps), seven, double, self.branch_pool(_averaged(maps))], dim=1)
+
+
+class BlockD(nn.Module):
+    """From 17 x 17 to 8 x 8."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.branch3x3_1 = Convolution(768, 192, (1, 1))
+        self.branch3x3_2 = Convolution(192, 320, (3, 3), stride=2)
+        self.branch7x7x3_1 = Convolution(768, 192, (1, 1))
+        self.branch7x7x3_2 = Convolution(192, 192, (1, 7), same=True)
+        self.branch7x7x3_3 = Convolution(192, 192, (7, 1), same=True)
+        self.branch7x7x3_4 = Convolution(192, 192, (3, 3), stride=2)
+
+    def forward(self, maps: Maps) -> Maps:
+        """Returns the branches side by side."""
+        three = self.branch3x3_2(self.branch3x3_1(maps))
+        seven = self.branch7x7x3_4(self.branch7x7x3_3(self.branch7x7x3_2(self.branch7x7x3_1(maps))))
+        return torch.cat([three, seven, functional.max_pool2d(maps, 3, stride=2)], dim=1)
+
+
+class BlockE(nn.Module):
+    """The block at 8 x 8; the published network pools one of its two by the maximum."""
+
+    def __init__(self, inputs: int, pooling: str) -> None:
+        super().__init__()
+        self.pooling = pooling
+        self.branch1x1 = Convolution(inputs, 320, (1, 1))
+        self.branch3x3_1 = Convolution(inputs, 384, (1, 1))
+        self.branch3x3_2a = Convolution(384, 384, (1, 3), same=True)
+        self.branch3x3_2b = Convolution(384, 384, (3, 1), same=True)
+        self.branch3x3dbl_1 = Convolution(inputs, 448, (1, 1))
+        self.branch3x3dbl_2 = Convolution(448, 384, (3, 3), same=True)
+        self.branch3x3dbl_3a = Convolution(384, 384, (1, 3), same=True)
+        self.branch3x3dbl_3b = Convolution(384, 384, (3, 1), same=True)
+        self.branch_pool = Convolution(inputs, 192, (1, 1))
+
+    def forward(self, maps: Maps) -> Maps:
+        """Returns the branches side by side."""
+        three = self.branch3x3_1(maps)
+        double = self.branch3x3dbl_2(self.branch3x3dbl_1(maps))
+        pooled = _averaged(maps) if self.pooling == "average" else functional.max_pool2d(maps, 3, stride=1, padding=1)
+        return torch.cat(
+            [
+                self.branch1x1(maps),
+                self.branch3x3_2a(three),
+                self.branch3x3_2b(three),
+                self.branch3x3dbl_3a(double),
+                self.branch3x3dbl_3b(double),
+                self.branch_pool(pooled),
+            ],
+            dim=1,
+        )
+
+
+def _averaged(maps: Maps) -> Maps:
+    """Returns means over 3 x 3 places, those outside not counted, as TensorFlow takes them."""
+    return functional.avg_pool2d(maps, 3, stride=1, padding=1, count_include_pad=False)
+
+
+def _scaled(images: Maps) -> Maps:
+    """Scales to `SIDE` as TensorFlow 1 did: bilinear, not antialiased, the corner of the first pixel at the origin."""
+    for dim in (2, 3):
+        length = images.shape[dim]
+        places = torch.arange(SIDE, device=images.device) * (length / SIDE)
+        first = places.floor().long()
+        second = (first + 1).clamp(max=length - 1)
+        shape = [-1 if k == dim else 1 for k in range(4)]
+        share = (places - first).to(images.dtype).view(shape)
+        images = images.index_select(dim, first) * (1 - share) + images.index_select(dim, second) * share
+    return images
+
+
+def _by_hand() -> str:
+    return f"Where there is a network, save {WEIGHTS_URL} (SHA-256 {WEIGHTS_SHA256}) and give its path"

@@ -1,0 +1,1 @@
+"""Sets of prompts, and prompts from files."""

@@ -1,0 +1,1 @@
+"""What images and pairs of images are given: measures, scores, journals of both."""

@@ -1,0 +1,48 @@
+"""How an image is drawn: prompt encoding, sampling, log-probability, trainable weights, saving."""
+
+from .ddim import (
+    PredictionType,
+    Schedule,
+    add_noise,
+    ddim_mean_and_std,
+    gaussian_log_prob,
+    predict_clean,
+    predict_epsilon,
+    prediction_target,
+    schedule,
+)
+from .diffusion_policy import DiffusionPolicy
+from .guidance import ClassifierFree, Guidance, SamplingGuard, StepContext
+from .loading import check_checkpoint
+from .noise import SampleNoise
+from .types import Embeddings, Images, Latents, PerSample, Trajectory
+from .weights import PARAMETER_SETS, LoRAConfig, WeightDelta, merged_state, select_parameters
+
+__all__ = [
+    "PARAMETER_SETS",
+    "ClassifierFree",
+    "DiffusionPolicy",
+    "Embeddings",
+    "Guidance",
+    "Images",
+    "Latents",
+    "LoRAConfig",
+    "PerSample",
+    "PredictionType",
+    "SampleNoise",
+    "SamplingGuard",
+    "Schedule",
+    "StepContext",
+    "Trajectory",
+    "WeightDelta",
+    "add_noise",
+    "check_checkpoint",
+    "ddim_mean_and_std",
+    "gaussian_log_prob",
+    "merged_state",
+    "predict_clean",
+    "predict_epsilon",
+    "prediction_target",
+    "schedule",
+    "select_parameters",
+]

@@ -1,0 +1,115 @@
+"""From several predictions for one latent to the one that sampling follows."""
+
+from typing import NamedTuple, Protocol, runtime_checkable
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from .parts import Pipeline
+from .types import Embeddings, PerSample
+
+
+class StepContext(NamedTuple):
+    """Where on the way from noise to image each sample of a call is; a policy-gradient minibatch mixes steps."""
+
+    steps: Int[Tensor, " batch"]
+    """Index of each sample's denoising step, counted from noise."""
+
+    total: int
+    """Number of denoising steps of a whole image."""
+
+    noise_scale: PerSample
+    """By what a difference of two predictions is to be multiplied to be a difference of noise: 1 for a network that
+    predicts noise, the square root of the cumulative alpha for velocities."""
+
+
+@runtime_checkable
+class Guidance(Protocol):
+    """Which prompts the network sees at a step, and how its answers become one.
+
+    All branches of all samples go through the network in one call.
+    """
+
+    def embeddings(
+        self, prompt: Embeddings, empty: Embeddings, context: StepContext
+    ) -> Float[Tensor, "branches batch tokens dim"]:
+        """Returns the prompts of each branch; `empty` is the encoded empty prompt, one for each sample."""
+        ...
+
+    def combine(
+        self, predictions: Float[Tensor, "branches batch 4 h w"], context: StepContext
+    ) -> Float[Tensor, "batch 4 h w"]:
+        """Returns one prediction for each sample from those of the branches, in the order of `embeddings`.
+
+        Predictions are float32 and of the network's own kind: velocities for a v-prediction network.
+        """
+        ...
+
+
+class ClassifierFree:
+    """Classifier-free guidance: away from the empty prompt, towards the given one.
+
+    Source: Ho and Salimans (2022), https://arxiv.org/abs/2207.12598, with the scale as diffusers writes it (theirs
+    plus one).
+
+    Args:
+        scale: Factor of the difference; 1 leaves the prompt's own prediction and asks for no second branch.
+        negative: What to lead away from in place of the empty prompt: one for all samples, or one for each.
+    """
+
+    def __init__(self, scale: float = 5.0, negative: Embeddings | None = None) -> None:
+        if scale < 0:
+            raise ValueError(f"scale must not be negative, got {scale}")
+        self.scale = float(scale)
+        self.negative = negative
+
+    def __repr__(self) -> str:
+        """Shows the scale."""
+        return f"ClassifierFree(scale={self.scale})"
+
+    @property
+    def branches(self) -> int:
+        """How many predictions it is made of."""
+        return 1 if self.scale == 1.0 else 2
+
+    def embeddings(
+        self, prompt: Embeddings, empty: Embeddings, context: StepContext
+    ) -> Float[Tensor, "branches batch tokens dim"]:
+        """Returns the branch to lead away from and the prompt's, or the prompt's alone where the scale is 1."""
+        if self.scale == 1.0:
+            return prompt.unsqueeze(0)
+        return torch.stack([self.away(prompt, empty), prompt])
+
+    def away(self, prompt: Embeddings, empty: Embeddings) -> Embeddings:
+        """Returns what is led away from: the negative prompt, or the empty one, for each sample."""
+        return empty if self.negative is None else self.negative.to(prompt).expand_as(prompt)
+
+    def combine(
+        self, predictions: Float[Tensor, "branches batch 4 h w"], context: StepContext
+    ) -> Float[Tensor, "batch 4 h w"]:
+        """Returns away + scale * (towards - away), which is the last branch where the scale is 1."""
+        if self.scale == 1.0:
+            return predictions[-1]
+        away, towards = predictions
+        return away + self.scale * (towards - away)
+
+
+@runtime_checkable
+class SamplingGuard(Protocol):
+    """A change of sampling that keeps something out of pictures, put between the caller's guidance and the network.
+
+    A policy has at most one, in `DiffusionPolicy.guard`, and asks it at every step of sampling, at scale 1 as well.
+    """
+
+    def guided(self, guidance: ClassifierFree) -> Guidance:
+        """Returns what takes the place of classifier-free guidance."""
+        ...
+
+    def attach(self, pipeline: Pipeline) -> None:
+        """Makes a plain diffusers pipeline draw in the same way, in place."""
+        ...
+
+
+DEFAULT_GUIDANCE = ClassifierFree(5.0)
+"""What sampling uses where no guidance is given."""

@@ -1,0 +1,242 @@
+"""What of a UNet is trained, and how what was learned is kept: parameter sets, LoRA, differences of weights.
+
+Names of parameters are those of the bare UNet everywhere; where peft has wrapped a layer, its `.base_layer` is left
+out of the name.
+"""
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+from torch import Tensor, nn
+
+from overpaint.settings import Field, settings
+
+from .added import is_added
+from .parts import UNet
+
+ADAPTER = "default"
+"""Name of the one LoRA adapter."""
+
+TENSOR_FILE = "weight_delta.safetensors"
+RECORD_FILE = "weight_delta.json"
+RECORD_FORMAT = "overpaint.WeightDelta/1"
+
+
+@settings
+class LoRAConfig:
+    """A low-rank adapter on the UNet (Hu et al. 2021, https://arxiv.org/abs/2106.09685)."""
+
+    rank: int = Field(4, ge=1)
+    """Rank of each update. Source: 4 in kvablack/ddpo-pytorch and in diffusers' text-to-image LoRA example."""
+
+    alpha: float = Field(4.0, gt=0)
+    """The update is scaled by alpha / rank."""
+
+    targets: tuple[Annotated[str, Field(min_length=1)], ...] = Field(("to_q", "to_k", "to_v", "to_out.0"), min_length=1)
+    """Endings of the names of the layers that get an update; by default every projection of both attentions."""
+
+    seed: int = 0
+    """Seed of the random half of the update; the other half starts at zero."""
+
+
+def _is_cross_attention(name: str) -> bool:
+    return ".attn2." in name
+
+
+def _is_neither_cross_attention_nor_time_nor_output(name: str) -> bool:
+    # "time_emb_proj" of the residual blocks does not match and is trained, as in the source.
+    return not (_is_cross_attention(name) or "time_embed" in name or name.startswith(("conv_out.", "conv_norm_out.")))
+
+
+def _is_norm(name: str) -> bool:
+    return "norm" in name
+
+
+PARAMETER_SETS: dict[str, Callable[[str], bool]] = {
+    "xattn": _is_cross_attention,
+    "xattn-kv": lambda name: _is_cross_attention(name) and (".to_k." in name or ".to_v." in name),
+    "selfattn": lambda name: ".attn1." in name,
+    "noxattn": _is_neither_cross_attention_nor_time_nor_output,
+    "attn": lambda name: _is_cross_attention(name) or ".attn1." in name,
+    "full": lambda name: True,
+    "noxattn-layers": lambda name: not _is_cross_attention(name) and not _is_norm(name),
+    "layers": lambda name: not _is_norm(name),
+    "added": lambda name: False,
+}
+"""Which of a UNet's own parameters each named set holds; "added" is what `overpaint.policy.added` has put beside them.
+
+Source of the names: rohitgandikota/erasing, whose newer code takes linear and convolutional layers only, which are
+"noxattn-layers" (esd-u) and "layers" (esd-all) here; "attn" is nupurkmr9/concept-ablation's.
+"""
+
+
+def plain_name(name: str) -> str:
+    """Returns a parameter's name without the mark of a layer that peft has wrapped."""
+    return name.replace(".base_layer.", ".")
+
+
+def is_lora(name: str) -> bool:
+    """Tells whether a parameter belongs to a LoRA."""
+    return ".lora_A." in name or ".lora_B." in name
+
+
+def base_parameters(unet: nn.Module) -> dict[str, nn.Parameter]:
+    """Returns the UNet's own parameters by their plain names, without those of a LoRA or of added networks."""
+    return {
+        plain_name(name): parameter
+        for name, parameter in unet.named_parameters()
+        if not is_lora(name) and not is_added(name)
+    }
+
+
+def select_parameters(unet: nn.Module, name: str) -> dict[str, nn.Parameter]:
+    """Returns the parameters of a named set, by their plain names.
+
+    Raises:
+        ValueError: There is no such set, or this UNet has nothing in it.
+    """
+    if name not in PARAMETER_SETS:
+        raise ValueError(f"the parameter set must be one of {', '.join(PARAMETER_SETS)}, got {name!r}")
+    if name == "added":
+        chosen = {key: value for key, value in unet.named_parameters() if is_added(key)}
+    else:
+        chosen = {key: value for key, value in base_parameters(unet).items() if PARAMETER_SETS[name](key)}
+    if not chosen:
+        raise ValueError(f"the parameter set {name!r} must not be empty, and this UNet has nothing in it")
+    return chosen
+
+
+def attach_lora(unet: UNet, config: LoRAConfig) -> None:
+    """Puts a fresh LoRA on a frozen UNet; what the UNet computes stays the same to the last bit.
+
+    Its weights are float32 even on a half-precision UNet, and the random ones are drawn on the CPU from the
+    configuration's seed: every process and device starts from the same numbers.
+    """
+    import peft
+
+    settings = peft.LoraConfig(
+        r=config.rank,
+        lora_alpha=config.alpha,  # ty: ignore[invalid-argument-type]  peft says int and takes any number
+        target_modules=list(config.targets),
+        init_lora_weights="gaussian",
+    )
+    with torch.random.fork_rng(devices=[]):
+        unet.add_adapter(settings, adapter_name=ADAPTER)
+    generator = torch.Generator().manual_seed(config.seed)
+    with torch.no_grad():
+        for name, parameter in unet.named_parameters():
+            if is_lora(name):
+                parameter.data = parameter.data.float()
+                if ".lora_A." in name:
+                    parameter.copy_(torch.randn(parameter.shape, generator=generator) / config.rank)
+
+
+@torch.no_grad()
+def merged_state(unet: nn.Module) -> dict[str, Tensor]:
+    """Returns the weights of a plain UNet that computes the same: base weights, with any LoRA added in.
+
+    Tensors that no LoRA touches share memory with the UNet's.
+    """
+    state: dict[str, Tensor] = {name: value.detach() for name, value in base_parameters(unet).items()}
+    state |= {plain_name(name): value for name, value in unet.named_buffers()}
+    for name, layer in _lora_layers(unet).items():
+        weight = state[f"{name}.weight"]
+        update = layer.get_delta_weight(ADAPTER)
+        state[f"{name}.weight"] = (weight.float() + update.float()).to(weight.dtype)
+    return state
+
+
+@torch.no_grad()
+def merge_lora(unet: UNet) -> None:
+    """Adds the LoRA into the UNet's own weights and takes it off."""
+    merged = merged_state(unet)
+    for name, parameter in base_parameters(unet).items():
+        parameter.copy_(merged[name])
+    torch.clear_autocast_cache()
+    unet.unload_lora()
+
+
+def _lora_layers(unet: nn.Module) -> dict[str, Any]:
+    """Returns the layers that peft has wrapped, by their plain names."""
+    if not getattr(unet, "peft_config", None):
+        return {}
+    from peft.tuners.lora import LoraLayer
+
+    return {name: module for name, module in unet.named_modules() if isinstance(module, LoraLayer)}
+
+
+@dataclass(frozen=True)
+class WeightDelta:
+    """How a UNet's weights were changed: for each changed parameter, the difference to add."""
+
+    tensors: dict[str, Tensor]
+    """Differences by plain parameter name; float32, on the CPU."""
+
+    @classmethod
+    def between(cls, before: Mapping[str, Tensor], after: nn.Module) -> "WeightDelta":
+        """Returns what leads from a state to a UNet, over the parameters that differ.
+
+        Args:
+            before: The earlier weights by plain name, such as `merged_state` of a copy; others are left out.
+            after: The changed UNet; a LoRA that it carries counts.
+        """
+        changed = {}
+        for name, value in merged_state(after).items():
+            if name in before and not torch.equal(before[name].to(value.device), value):
+                changed[name] = value.float().cpu() - before[name].float().cpu()
+        return cls(changed)
+
+    @torch.no_grad()
+    def apply(self, unet: nn.Module, scale: float = 1.0) -> None:
+        """Adds `scale` times the differences to the UNet's own weights, in place; -1 takes them back.
+
+        Raises:
+            ValueError: The UNet lacks a parameter, or has it in another shape; nothing is changed then.
+        """
+        parameters = base_parameters(unet)
+        for name, difference in self.tensors.items():
+            if name not in parameters:
+                raise ValueError(f"the UNet must have every parameter of the weight delta, and lacks {name!r}")
+            if parameters[name].shape != difference.shape:
+                expected, got = tuple(difference.shape), tuple(parameters[name].shape)
+                raise ValueError(f"{name!r} must have the weight delta's shape {expected}, got {got}")
+        for name, difference in self.tensors.items():
+            parameter = parameters[name]
+            parameter.copy_(parameter.float() + scale * difference.to(parameter.device))
+        torch.clear_autocast_cache()
+
+    def save(self, folder: str | Path) -> None:
+        """Writes the differences as safetensors, and their names and shapes as JSON."""
+        from safetensors.torch import save_file
+
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file({name: tensor.contiguous() for name, tensor in self.tensors.items()}, folder / TENSOR_FILE)
+        shapes = {name: list(tensor.shape) for name, tensor in sorted(self.tensors.items())}
+        record = {"format": RECORD_FORMAT, "parameters": shapes}
+        (folder / RECORD_FILE).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, folder: str | Path) -> "WeightDelta":
+        """Reads what `save` wrote.
+
+        Raises:
+            ValueError: The folder holds no weight delta, or its two files disagree.
+        """
+        from safetensors.torch import load_file
+
+        folder = Path(folder)
+        for name in (TENSOR_FILE, RECORD_FILE):
+            if not (folder / name).is_file():
+                raise ValueError(f"a weight delta's folder must hold {name}, and {folder} does not")
+        record = json.loads((folder / RECORD_FILE).read_text(encoding="utf-8"))
+        if record.get("format") != RECORD_FORMAT:
+            raise ValueError(f"{RECORD_FILE} must be of format {RECORD_FORMAT!r}, got {record.get('format')!r}")
+        tensors = load_file(folder / TENSOR_FILE)
+        if {name: list(tensor.shape) for name, tensor in tensors.items()} != record["parameters"]:
+            raise ValueError(f"{TENSOR_FILE} must hold the parameters that {RECORD_FILE} lists, in {folder}")
+        return cls(tensors)

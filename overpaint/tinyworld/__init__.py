@@ -1,0 +1,45 @@
+"""The embedded default: a small trained text-to-image model of a world with ground truth, and its reward model.
+
+Pictures show coloured shapes. The concept to erase is stripes, its harmless neighbour dots. What a picture shows
+(``detect``), whether it is what was asked for (``matches``) and how much people like it (``utility``) are public
+functions, so every claim about erasing and rewarding can be checked against the truth. See docs/tinyworld.md.
+"""
+
+from .caption import EXPLICIT_ROUTES, IMPLICIT_ROUTES, NEIGHBOUR_ROUTES, CaptionRequest, Request, captions, parse
+from .detector import Detection, detect
+from .loading import load_policy, load_reward, pipeline_dir, reward_dir
+from .render import render
+from .scene import IMAGE_SIZE, Scene, SceneTensors, Thing, to_tensors
+from .texture import StripeScore, dot_response, stripe_response
+from .utility import Utility, concept_shown, matches, neighbour_shown, objects_shown, utility
+
+__all__ = [
+    "EXPLICIT_ROUTES",
+    "IMAGE_SIZE",
+    "IMPLICIT_ROUTES",
+    "NEIGHBOUR_ROUTES",
+    "CaptionRequest",
+    "Detection",
+    "Request",
+    "Scene",
+    "SceneTensors",
+    "StripeScore",
+    "Thing",
+    "Utility",
+    "captions",
+    "concept_shown",
+    "detect",
+    "dot_response",
+    "load_policy",
+    "load_reward",
+    "matches",
+    "neighbour_shown",
+    "objects_shown",
+    "parse",
+    "pipeline_dir",
+    "render",
+    "reward_dir",
+    "stripe_response",
+    "to_tensors",
+    "utility",
+]

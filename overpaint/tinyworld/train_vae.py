@@ -1,0 +1,132 @@
+"""Trains the tiny autoencoder: ``python -m overpaint.tinyworld.train_vae``.
+
+The loss is led by the squared error: an L1-led one stalls, since the median picture is bare background. Afterwards the
+latents are whitened channel by channel, exactly, inside the two 1 x 1 convolutions around them, so that every
+channel has zero mean and, after Stable Diffusion's scaling factor, unit variance.
+"""
+
+import math
+import random
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor
+
+from . import components, workers
+from .caption import training_scene
+from .render import render
+from .scene import to_tensors
+
+
+@dataclass(frozen=True, kw_only=True)
+class VAETrainingConfig:
+    """How the autoencoder is trained."""
+
+    output_dir: Path = Path("tinyworld-training/vae")
+    """Where weights are written."""
+
+    steps: int = 7000
+    """Optimizer steps of each worker."""
+
+    batch_size: int = 8
+    """Pictures per step and worker; small batches learn faster per picture here."""
+
+    learning_rate: float = 1.5e-3
+    """Peak of a cosine schedule with a short warm-up."""
+
+    kl_weight: float = 5e-5
+    """Weight of the mean KL divergence per latent entry."""
+
+    workers: int = 2
+    """Processes, one thread each."""
+
+    average_every: int = 8
+    """Steps between two averagings of the weights."""
+
+    seed: int = 0
+    """Seed of data and initial weights."""
+
+
+def reconstruction_loss(drawn: Tensor, target: Tensor) -> Tensor:
+    """Mixes squared and absolute error of pixels with the squared error of their differences."""
+    loss = 2 * F.mse_loss(drawn, target) + 0.15 * F.l1_loss(drawn, target)
+    for axis in (-1, -2):
+        loss = loss + F.mse_loss(drawn.diff(dim=axis), target.diff(dim=axis))
+    return loss
+
+
+def cosine(step: int, steps: int, *, warm_up: int = 100) -> float:
+    """Returns the factor of the learning rate at a step: a linear warm-up, then half a cosine."""
+    if step < warm_up:
+        return (step + 1) / warm_up
+    return 0.5 * (1 + math.cos(math.pi * (step - warm_up) / max(1, steps - warm_up)))
+
+
+def pictures(rng: random.Random, count: int) -> Float[Tensor, "count 3 size size"]:
+    """Draws training pictures as RGB in [-1, 1]."""
+    return render(to_tensors([training_scene(rng)[1] for _ in range(count)])) * 2 - 1
+
+
+@torch.no_grad()
+def whiten(vae, images: Float[Tensor, "batch 3 size size"]) -> None:
+    """Shifts and scales each latent channel to mean 0 and deviation 1 / scaling factor, in place and exactly."""
+    mean = torch.cat([vae.encode(chunk).latent_dist.mean for chunk in images.split(64)])
+    shift = mean.mean(dim=(0, 2, 3))
+    scale = (1 / components.LATENT_SCALE) / mean.std(dim=(0, 2, 3))
+    into, out = vae.quant_conv, vae.post_quant_conv
+    out.bias += (out.weight * shift[None, :, None, None]).sum(dim=(1, 2, 3))
+    out.weight /= scale[None, :, None, None]
+    into.weight[:4] *= scale[:, None, None, None]
+    into.bias[:4] = (into.bias[:4] - shift) * scale
+    into.bias[4:] += 2 * scale.log()
+
+
+def train(rank: int, count: int, config: VAETrainingConfig) -> None:
+    """Trains one worker; worker 0 saves."""
+    torch.manual_seed(config.seed)
+    vae = components.build_vae()
+    torch.manual_seed(config.seed * 1000 + rank)
+    rng = random.Random(f"vae-{config.seed}-{rank}")
+    optimizer = torch.optim.AdamW(vae.parameters(), lr=config.learning_rate, betas=(0.9, 0.99), weight_decay=0.0)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: cosine(step, config.steps))
+    start = time.time()
+    for step in range(config.steps):
+        images = pictures(rng, config.batch_size)
+        posterior = vae.encode(images).latent_dist
+        drawn = vae.decode(posterior.sample()).sample
+        kl = 0.5 * (posterior.mean**2 + posterior.var - 1 - posterior.logvar).mean()
+        loss = reconstruction_loss(drawn, images) + config.kl_weight * kl
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        if (step + 1) % config.average_every == 0:
+            workers.average([vae])
+        if rank == 0 and (step + 1) % 250 == 0:
+            error = F.mse_loss(drawn.clamp(-1, 1), images).item() / 4
+            print(f"step {step + 1}  PSNR {-10 * math.log10(error):.2f} dB  {time.time() - start:.0f} s", flush=True)
+        if rank == 0 and (step + 1) % 1000 == 0:
+            vae.save_pretrained(config.output_dir / "last")
+    workers.average([vae])
+    if rank == 0:
+        vae.save_pretrained(config.output_dir / "unwhitened")
+        whiten(vae, pictures(random.Random("whiten"), 2048))
+        vae.save_pretrained(config.output_dir / "final")
+
+
+def main() -> None:
+    """Trains the autoencoder as the shipped one was."""
+    import tyro
+
+    config = tyro.cli(VAETrainingConfig)
+    config.output_dir.mkdir(parents=True, exist_ok=True)
+    workers.run_workers(train, config, count=config.workers)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,403 @@
+"""A training run: everything around the loss that every trainer needs."""
+
+import warnings
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from pathlib import Path
+from types import TracebackType
+from typing import Any, SupportsFloat, TypeVar
+
+import torch
+from jaxtyping import Float, Shaped
+from torch import Tensor
+
+from .checkpoint import Checkpoint, CheckpointFolder, check_same_weights
+from .config import TrainingConfig
+from .descent import Descent
+from .engine import in_any, started_accelerator
+from .folder import CHECKPOINTS, IMAGES, METRICS, claim, recorded
+from .images import image_grid
+from .metrics import MetricsFile
+from .network import prepared_network
+from .processes import from_main
+from .progress import Progress
+from .randomness import global_random_state, seed_global_generators, set_global_random_state
+from .signals import TERMINATED, Termination
+from .trackers import check_trackers, finish_trackers, log_image, start_trackers
+from .types import Sliceable, Stateful, Trainable
+
+Items = TypeVar("Items", bound=Sliceable)
+
+
+def check_trainable(policy: Trainable) -> None:
+    """Checks that there is something to train.
+
+    Raises:
+        ValueError: There is not.
+    """
+    if not policy.trainable_parameters():
+        raise ValueError("policy must have trainable weights: load it with lora= or train=, got none")
+
+
+class TrainingRun:
+    """Owns what every training run needs, and leaves the loss to the trainer.
+
+        with TrainingRun(policy, config, state={"lagrangian": lagrangian}) as run:
+            for iteration in run.iterations():
+                with run.autocast():
+                    loss = ...
+                run.backward(loss)
+                grad_norm = run.update()
+                run.log({"train/loss": loss, "train/grad_norm": grad_norm})
+
+    Inside the block, `policy.network` is accelerate's wrapper of the UNet. A run that was killed goes on with the
+    same numbers when it is started again with `resume`: weights, optimizer, averages, all generators, and the objects
+    in `state` come from the newest sound checkpoint, and metrics of later iterations are dropped. What a program does
+    between entering the block and the first iteration sees the generators as they were when the run was new.
+
+    One process, or several with one copy of the network each, under `accelerate launch`.
+
+    Args:
+        policy: What is trained, in place.
+        config: Settings of the run.
+        state: Further objects whose state belongs in the checkpoints, by name. It must be the same in all processes.
+        configs: Further settings that are recorded beside the run's own, dataclasses by name. They too must stay the
+            same when the run is resumed.
+
+    Raises:
+        ValueError: The policy has nothing to train, or what it trains cannot be trained in this precision.
+    """
+
+    iteration: int
+    """Index of the current iteration; after the last, their number."""
+
+    device: torch.device
+    """Where this process computes."""
+
+    is_main: bool
+    """Whether this is the process that writes."""
+
+    process_index: int
+    """Index of this process, from 0."""
+
+    num_processes: int
+    """Number of processes."""
+
+    generator: torch.Generator
+    """Source of random numbers on the CPU. It is the same in all processes: draw for the whole batch, then `shard`."""
+
+    def __init__(
+        self,
+        policy: Trainable,
+        config: TrainingConfig,
+        *,
+        state: Mapping[str, Stateful] | None = None,
+        configs: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.policy = policy
+        self.config = config
+        self._state = dict(state or {})
+        self._configs = dict(configs or {})
+        check_trainable(policy)
+        parameters = policy.trainable_parameters()
+        narrow = {parameter.dtype for parameter in parameters} & {torch.float16}
+        if config.mixed_precision == "fp16" and narrow:
+            raise ValueError(
+                "policy must keep its trainable weights in float32 with mixed_precision 'fp16', got float16"
+            )
+        check_trackers(config)
+        self.iteration = 0
+        self._saved: int | None = None
+        self._random_state: dict[str, Any] | None = None
+        self._generator_state: Tensor | None = None
+        self._metrics: MetricsFile | None = None
+        self._loop: Any = None
+        self._bar: Progress | None = None
+        self._failure: Exception | None = None
+
+    def __enter__(self) -> "TrainingRun":
+        """Starts or resumes the run.
+
+        Raises:
+            ValueError: The output folder holds another run, or accelerate was configured for something that is not
+                supported.
+        """
+        with ExitStack() as stack:
+            self.accelerator = stack.enter_context(started_accelerator(self.config))
+            self.device = self.accelerator.device
+            self.is_main = self.accelerator.is_main_process
+            self.process_index = self.accelerator.process_index
+            self.num_processes = self.accelerator.num_processes
+            from_main(lambda: claim(self.config, self._configs))
+            config, policy = self.config, self.policy
+            folder = Path(config.output_dir)
+            self.generator = torch.Generator().manual_seed(config.seed)
+            for part in (policy.unet, policy.vae, policy.text_encoder):
+                part.to(self.device)
+            network = stack.enter_context(prepared_network(self.accelerator, policy))
+            self._descent = Descent(self.accelerator, network, policy.trainable_parameters(), config)
+            self._checkpoints = CheckpointFolder(folder / CHECKPOINTS, keep=config.keep_checkpoints)
+            self._resume()
+            from_main(lambda: self._open_logs(stack))
+            # Last, because what the lines above draw may depend on what they find in the folder.
+            seed_global_generators(config.seed + self.process_index)
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Gives back the policy's own network, the signal handler and the trackers."""
+        if self._loop is not None:
+            self._loop.close()
+        self._stack.close()
+        if error is None:
+            self._tell_failure()
+
+    # The processes.
+
+    def shard(self, items: Items) -> Items:
+        """Returns this process's part of a batch; the parts are equal, so that a mean of means is the mean.
+
+        Raises:
+            ValueError: The batch cannot be divided evenly.
+        """
+        part, rest = divmod(len(items), self.num_processes)
+        if rest or not part:
+            raise ValueError(f"batch must divide evenly among {self.num_processes} processes, got {len(items)} items")
+        return items[self.process_index * part : (self.process_index + 1) * part]
+
+    def gather(self, values: Shaped[Tensor, "batch ..."]) -> Shaped[Tensor, "all ..."]:
+        """Returns the values of all processes in their order, without gradients; undoes `shard`."""
+        values = values.detach().to(self.device)
+        return self.accelerator.gather(values) if self.num_processes > 1 else values
+
+    def mean(self, values: float | int | Tensor) -> float:
+        """Returns the mean over all values of all processes, each of which holds equally many."""
+        total = torch.as_tensor(values, device=self.device).detach().float().mean()
+        return float(self.accelerator.reduce(total, reduction="mean") if self.num_processes > 1 else total)
+
+    def in_any(self, flag: bool) -> bool:
+        """Returns whether the flag is set in any process."""
+        return in_any(self.accelerator, flag)
+
+    # The loop.
+
+    def iterations(self) -> Iterator[int]:
+        """Yields the index of each iteration that is left, and saves checkpoints between them.
+
+        On SIGTERM the iteration is finished, a checkpoint is saved, and the program exits.
+
+        Raises:
+            Exception: One process of several could not write what it was told to; it is raised in all of them.
+            SystemExit: SIGTERM came; the code is `overpaint.training.TERMINATED` (143).
+        """
+        self._loop = self._iterate()
+        return self._loop
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """Returns the block in which a loss is computed in the run's precision."""
+        return self.accelerator.autocast() if self.config.mixed_precision != "no" else nullcontext()
+
+    def backward(self, loss: Float[Tensor, ""], *, sync: bool = True) -> None:
+        """Adds the gradient of a loss to the gradient of the coming update.
+
+        Several losses may be added up this way, in one process or in many, whether their forwards came one by one or
+        all before: only the backward with `sync` averages the sum over the processes. It has to be the last one
+        before the update and to reach every trained weight.
+
+        Args:
+            loss: Mean over this process's part of the batch. A non-finite one makes `update` skip.
+            sync: Whether the update comes next.
+        """
+        self._descent.backward(loss, sync=sync)
+
+    def update(self) -> float:
+        """Clips the gradient, takes one step of the optimizer and of the averages, and clears the gradient.
+
+        The step is skipped, in all processes alike, when a loss or the gradient is not finite.
+
+        Returns:
+            Euclidean norm of the gradient before clipping; not finite if the gradient was not.
+
+        Raises:
+            NonFiniteError: More than `max_skipped` updates in a row were skipped.
+            RuntimeError: There was no backward with `sync` since the last update.
+        """
+        return self._descent.update()
+
+    @property
+    def skipped(self) -> int:
+        """Updates that were skipped since the run began, those before an interruption included."""
+        return self._descent.skipped
+
+    def ema_weights(self) -> AbstractContextManager[None]:
+        """Returns the block in which the policy has the averaged weights, for evaluation or saving.
+
+        Raises:
+            ValueError: The run keeps no average.
+        """
+        if self._descent.ema is None:
+            raise ValueError("ema_decay must be set to use averaged weights, got None")
+        return self._descent.ema.swapped()
+
+    def averaged(self) -> AbstractContextManager[None]:
+        """Returns the block in which the policy has the averaged weights, or its own where the run keeps no average."""
+        return nullcontext() if self._descent.ema is None else self._descent.ema.swapped()
+
+    # What is written down.
+
+    def log(self, values: Mapping[str, SupportsFloat]) -> None:
+        """Writes values of the current iteration to metrics.jsonl, to the trackers and to the progress bar.
+
+        Only the main process writes. Values that differ between processes go through `mean` before.
+
+        Args:
+            values: Numbers by tag, such as `reward/mean`.
+        """
+        if self._metrics is None:
+            return
+        numbers = {tag: float(v.detach() if isinstance(v, Tensor) else v) for tag, v in values.items()}
+        with self._told_to_all():
+            self._metrics.write(self.iteration, numbers)
+            self.accelerator.log(numbers, step=self.iteration)
+        if self._bar is not None:
+            self._bar.show(numbers, self.skipped)
+
+    def log_images(
+        self, name: str, images: Float[Tensor, "batch 3 H W"], captions: Sequence[str] | None = None
+    ) -> None:
+        """Writes a grid of images to images/<name>-<iteration>.png and to the trackers.
+
+        Only the main process writes.
+
+        Args:
+            name: Name of the grid; a slash in it becomes a hyphen in the name of the file.
+            images: RGB in [0, 1].
+            captions: One text for each image.
+        """
+        if not self.is_main:
+            return
+        grid = image_grid(images, captions)
+        folder = Path(self.config.output_dir) / IMAGES
+        with self._told_to_all():
+            folder.mkdir(exist_ok=True)
+            grid.save(folder / f"{name.replace('/', '-')}-{self.iteration:06d}.png")
+            log_image(self.accelerator, name, grid, self.iteration)
+
+    # How it is done.
+
+    def _open_logs(self, stack: ExitStack) -> None:
+        """Opens what only the main process writes to, and has the stack close it."""
+        config = self.config
+        self._metrics = MetricsFile(Path(config.output_dir) / METRICS, start=self.iteration)
+        stack.callback(self._metrics.close)
+        stack.callback(finish_trackers, self.accelerator)
+        start_trackers(self.accelerator, config, recorded(config, self._configs))
+
+    def _iterate(self) -> Iterator[int]:
+        """Yields iterations; see `iterations`."""
+        self._restore_randomness()
+        total = self.config.iterations
+        bar = Progress(total=total, done=self.iteration, shown=self.is_main and self.config.progress)
+        with Termination() as termination:
+            try:
+                self._bar = bar
+                while self.iteration < total:
+                    yield self.iteration
+                    self.iteration += 1
+                    bar.advance()
+                    stop = in_any(self.accelerator, termination.requested or self._failure is not None)
+                    if stop:
+                        from_main(self._tell_failure)
+                    if stop or self.iteration == total or self.iteration % self.config.checkpoint_every == 0:
+                        self.save()
+                    if stop:
+                        raise SystemExit(TERMINATED)
+            finally:
+                self._bar = None
+                bar.close()
+
+    @contextmanager
+    def _told_to_all(self) -> Generator[None]:
+        """Puts an error of the main process alone off to the iteration's end, where the others are listening."""
+        try:
+            yield
+        except Exception as error:
+            if self.num_processes == 1:
+                raise
+            self._failure = self._failure or error
+
+    def _tell_failure(self) -> None:
+        """Raises what was put off."""
+        failure, self._failure = self._failure, None
+        if failure is not None:
+            raise failure
+
+    # Checkpoints.
+
+    def save(self) -> None:
+        """Saves a checkpoint of the iterations done so far, unless there is one; all processes have to call it.
+
+        `iterations` calls it when its time has come. A trainer does so before it gives up in the middle of an
+        iteration; the generator then has to be where it was at the beginning of it.
+        """
+        from accelerate.utils import gather_object
+
+        if self._saved == self.iteration:
+            return
+        random_state = global_random_state(self.device)
+        random_states = gather_object([random_state])
+        from_main(lambda: self._write_checkpoint(random_states))
+        # What was called to save may have drawn, and a run resumed from here will not have called it.
+        set_global_random_state(random_state, self.device)
+        self._saved = self.iteration
+
+    def _write_checkpoint(self, random_states: list[dict[str, Any]]) -> None:
+        """Writes what all processes have in common, and the global generators of each."""
+        if self._metrics is not None:
+            self._metrics.sync()
+        state = {
+            "descent": self._descent.state_dict(),
+            "objects": {name: item.state_dict() for name, item in self._state.items()},
+            "generator": self.generator.get_state(),
+            "random": random_states,
+        }
+        self._checkpoints.save(Checkpoint(self.iteration, self.policy.trainable_state(), state))
+
+    def _resume(self) -> None:
+        """Takes over the newest sound checkpoint, where there is one; `claim` has made sure that it may."""
+        # The main process chooses, because setting damaged ones aside is for one process to do.
+        iteration = from_main(self._checkpoints.newest)
+        if iteration is None:
+            return
+        checkpoint = self._checkpoints.load(iteration)
+        state = checkpoint.state
+        if state["objects"].keys() != self._state.keys():
+            raise ValueError(
+                f"state must name {sorted(state['objects'])} as in the checkpoint, got {sorted(self._state)}"
+            )
+        check_same_weights(self.policy.trainable_state(), checkpoint.weights)
+        self.policy.load_trainable_state(checkpoint.weights)
+        self._descent.load_state_dict(state["descent"])
+        for name, item in self._state.items():
+            item.load_state_dict(state["objects"][name])
+        self.iteration = self._saved = iteration
+        self._generator_state = state["generator"]
+        if len(state["random"]) == self.num_processes:
+            self._random_state = state["random"][self.process_index]
+        else:
+            warnings.warn(
+                f"the checkpoint has the global generators of {len(state['random'])} processes, and there are "
+                f"{self.num_processes} now: they start from the seed again",
+                RuntimeWarning,
+                stacklevel=3,
+            )
+
+    def _restore_randomness(self) -> None:
+        """Puts the generators where the checkpoint has them; late, so that preparations see them new."""
+        if self._generator_state is not None:
+            self.generator.set_state(self._generator_state)
+        if self._random_state is not None:
+            set_global_random_state(self._random_state, self.device)
+        self._generator_state = self._random_state = None
