@@ -1,5 +1,6 @@
 """How an image is drawn: prompt encoding, sampling, log-probability, trainable weights, saving."""
 
+from .conditioning import Conditioning
 from .ddim import (
     PredictionType,
     Schedule,
@@ -15,12 +16,14 @@ from .diffusion_policy import DiffusionPolicy
 from .guidance import ClassifierFree, Guidance, SamplingGuard, StepContext
 from .loading import check_checkpoint
 from .noise import SampleNoise
-from .types import Embeddings, Images, Latents, PerSample, Trajectory
+from .trajectory import Trajectory
+from .types import Embeddings, Images, Latents, PerSample
 from .weights import PARAMETER_SETS, LoRAConfig, WeightDelta, merged_state, select_parameters
 
 __all__ = [
     "PARAMETER_SETS",
     "ClassifierFree",
+    "Conditioning",
     "DiffusionPolicy",
     "Embeddings",
     "Guidance",

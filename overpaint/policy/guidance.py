@@ -2,12 +2,12 @@
 
 from typing import NamedTuple, Protocol, runtime_checkable
 
-import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from .conditioning import Conditioning
 from .parts import Pipeline
-from .types import Embeddings, PerSample
+from .types import PerSample
 
 
 class StepContext(NamedTuple):
@@ -31,16 +31,14 @@ class Guidance(Protocol):
     All branches of all samples go through the network in one call.
     """
 
-    def embeddings(
-        self, prompt: Embeddings, empty: Embeddings, context: StepContext
-    ) -> Float[Tensor, "branches batch tokens dim"]:
+    def branches(self, prompt: Conditioning, empty: Conditioning, context: StepContext) -> tuple[Conditioning, ...]:
         """Returns the prompts of each branch; `empty` is the encoded empty prompt, one for each sample."""
         ...
 
     def combine(
         self, predictions: Float[Tensor, "branches batch 4 h w"], context: StepContext
     ) -> Float[Tensor, "batch 4 h w"]:
-        """Returns one prediction for each sample from those of the branches, in the order of `embeddings`.
+        """Returns one prediction for each sample from those of the branches, in the order of `branches`.
 
         Predictions are float32 and of the network's own kind: velocities for a v-prediction network.
         """
@@ -58,7 +56,7 @@ class ClassifierFree:
         negative: What to lead away from in place of the empty prompt: one for all samples, or one for each.
     """
 
-    def __init__(self, scale: float = 5.0, negative: Embeddings | None = None) -> None:
+    def __init__(self, scale: float = 5.0, negative: Conditioning | None = None) -> None:
         if scale < 0:
             raise ValueError(f"scale must not be negative, got {scale}")
         self.scale = float(scale)
@@ -69,21 +67,19 @@ class ClassifierFree:
         return f"ClassifierFree(scale={self.scale})"
 
     @property
-    def branches(self) -> int:
+    def num_branches(self) -> int:
         """How many predictions it is made of."""
         return 1 if self.scale == 1.0 else 2
 
-    def embeddings(
-        self, prompt: Embeddings, empty: Embeddings, context: StepContext
-    ) -> Float[Tensor, "branches batch tokens dim"]:
+    def branches(self, prompt: Conditioning, empty: Conditioning, context: StepContext) -> tuple[Conditioning, ...]:
         """Returns the branch to lead away from and the prompt's, or the prompt's alone where the scale is 1."""
         if self.scale == 1.0:
-            return prompt.unsqueeze(0)
-        return torch.stack([self.away(prompt, empty), prompt])
+            return (prompt,)
+        return self.away(prompt, empty), prompt
 
-    def away(self, prompt: Embeddings, empty: Embeddings) -> Embeddings:
+    def away(self, prompt: Conditioning, empty: Conditioning) -> Conditioning:
         """Returns what is led away from: the negative prompt, or the empty one, for each sample."""
-        return empty if self.negative is None else self.negative.to(prompt).expand_as(prompt)
+        return empty if self.negative is None else self.negative.to(prompt.tokens).expand(len(prompt))
 
     def combine(
         self, predictions: Float[Tensor, "branches batch 4 h w"], context: StepContext

@@ -1,22 +1,40 @@
 """Finding out whether a checkpoint is a Stable Diffusion before any of it is loaded."""
 
 import json
-from collections.abc import Mapping
+import os
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 
 from .ddim import PREDICTION_TYPES
 from .parts import Pipeline
+from .weights import LoRAConfig
 
 PIPELINE_CLASS = "StableDiffusionPipeline"
 PARTS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
 WEIGHTS = "diffusion_pytorch_model"
 
 
-def load_pipeline(path: str | Path, dtype: torch.dtype) -> Pipeline:
-    """Loads a folder or a hub id with diffusers, without safety checker, in the given precision.
+class PolicyOptions(TypedDict, total=False):
+    """What `DiffusionPolicy` takes besides a pipeline."""
+
+    lora: LoRAConfig | None
+    train: str | None
+    dtype: torch.dtype | None
+    device: str | torch.device | None
+    gradient_checkpointing: bool
+    compile: bool
+
+
+def load_pipeline(path: str | Path, dtype: torch.dtype | None) -> Pipeline:
+    """Loads a folder or a hub id with diffusers, without safety checker and without a word.
+
+    Args:
+        path: What to load.
+        dtype: Precision of all weights; None is that of the files.
 
     Raises:
         ValueError: There is no such checkpoint, or it is not a Stable Diffusion v1 or v2 text-to-image pipeline.
@@ -26,16 +44,30 @@ def load_pipeline(path: str | Path, dtype: torch.dtype) -> Pipeline:
     check_checkpoint(path)
     variant = _variant(Path(path)) if _names_a_folder(path) else None
     options: dict[str, Any] = {"variant": variant} if variant else {}
-    pipeline = StableDiffusionPipeline.from_pretrained(
-        path,
-        dtype=dtype,
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-        **options,
-    )
+    if dtype is not None:
+        options["dtype"] = dtype
+    with _without_bars():
+        pipeline = StableDiffusionPipeline.from_pretrained(
+            path, safety_checker=None, feature_extractor=None, requires_safety_checker=False, **options
+        )
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
+
+
+@contextmanager
+def _without_bars() -> Generator[None]:
+    """Keeps diffusers and transformers from drawing a bar for every few weights."""
+    from diffusers.utils import logging as of_diffusers
+    from transformers.utils import logging as of_transformers
+
+    shown = [each for each in (of_diffusers, of_transformers) if each.is_progress_bar_enabled()]
+    for each in shown:
+        each.disable_progress_bar()
+    try:
+        yield
+    finally:
+        for each in shown:
+            each.enable_progress_bar()
 
 
 def check_checkpoint(path: str | Path) -> None:
@@ -67,6 +99,13 @@ def check_pipeline(pipeline: Any) -> None:
     kind = scheduler.config.get("prediction_type", "epsilon")
     if kind not in PREDICTION_TYPES:
         raise ValueError(f"the scheduler's prediction_type must be one of {', '.join(PREDICTION_TYPES)}, got {kind!r}")
+
+
+def default_device() -> torch.device:
+    """Returns this process's GPU, or the CPU where there is none."""
+    if torch.cuda.is_available():
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    return torch.device("cpu")
 
 
 def _names_a_folder(path: str | Path) -> bool:

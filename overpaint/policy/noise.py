@@ -39,3 +39,13 @@ def draw_noise(generators: Sequence[torch.Generator], *, height: int, width: int
     if device.type == "cuda":
         return noise.pin_memory().to(device, non_blocking=True)
     return noise.to(device)
+
+
+def check_seeds(seeds: Sequence[int], count: int) -> None:
+    """Checks that there is a seed for each sample.
+
+    Raises:
+        ValueError: There are more or fewer.
+    """
+    if len(seeds) != count:
+        raise ValueError(f"seeds must be one for each of the {count} samples, got {len(seeds)}")

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from .parts import UNet
-from .weights import LoRAConfig, attach_lora, select_parameters
+from .weights import LoRAConfig, attach_lora, merge_lora, select_parameters
 
 
 class TrainedWeights:
@@ -102,7 +102,22 @@ class TrainedWeights:
         if values:
             torch.clear_autocast_cache()
 
-    def forget_lora(self) -> None:
-        """Notes that the LoRA has become part of the UNet's own weights, and that nothing is trained any more."""
+    def with_lora(self) -> UNet:
+        """Returns the UNet.
+
+        Raises:
+            ValueError: It has no LoRA.
+        """
+        if self.lora is None:
+            raise ValueError("the policy must have a LoRA, and this one was made without; pass lora=LoRAConfig()")
+        return self.unet
+
+    def merge_lora(self) -> None:
+        """Adds the LoRA into the UNet's own weights; nothing is trained any more.
+
+        Raises:
+            ValueError: There is no LoRA.
+        """
+        merge_lora(self.with_lora())
         self.lora = None
         self.parameters = {}

@@ -1,8 +1,6 @@
 """Names of the tensors that travel between packages."""
 
-from typing import NamedTuple
-
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
 Latents = Float[Tensor, "batch 4 h w"]
@@ -16,22 +14,3 @@ PerSample = Float[Tensor, " batch"]
 
 Embeddings = Float[Tensor, "batch tokens dim"]
 """Prompts as the UNet's cross-attention reads them."""
-
-
-class Trajectory(NamedTuple):
-    """Everything that one rollout of the policy did, in the order of the steps, from noise to image.
-
-    Step i took `latents[:, i]` at `timesteps[i]` to `latents[:, i + 1]`, with log-probability `log_probs[:, i]`.
-    """
-
-    latents: Float[Tensor, "batch states 4 h w"]
-    """States, one more than there are steps; float32 and unrounded, so that log-probabilities stay exact."""
-
-    log_probs: Float[Tensor, "batch steps"]
-    """Log-density of each step, averaged over the latent's elements; float32."""
-
-    timesteps: Int[Tensor, " steps"]
-    """The scheduler's integers, falling."""
-
-    embeddings: Embeddings
-    """The prompts that were drawn, encoded."""

@@ -58,9 +58,9 @@ def test_added_networks_are_no_weights_of_the_unet(bare: DiffusionPolicy) -> Non
 
 def test_a_plain_pipeline_keeps_them_and_its_folder_cannot(bare: DiffusionPolicy, tmp_path: Path) -> None:
     add_networks(bare.unet, networks(bare))
-    other = DiffusionPolicy.from_pipeline(bare.to_pipeline(), device="cpu")
+    other = DiffusionPolicy(bare.to_pipeline(), device="cpu")
     assert torch.equal(draw(other), draw(bare))
-    with pytest.raises(ValueError, match="cannot hold networks that were added to the UNet"):
+    with pytest.raises(ValueError, match="cannot hold networks added to the UNet"):
         bare.save_pipeline(tmp_path)
 
 
@@ -114,13 +114,3 @@ def test_a_safeguard_takes_the_place_of_guidance_at_scale_one_as_well(bare: Diff
     assert bare.to_pipeline().attached is bare.guard
     with pytest.raises(ValueError, match="cannot hold a guard"):
         bare.save_pipeline(tmp_path)
-
-
-def test_the_words_of_an_embedding_can_be_read_again(bare: DiffusionPolicy) -> None:
-    embeddings = bare.encode(["a red circle", "", "a photo of a cat"])
-    assert bare.prompts.texts(embeddings.flip(0)) == ["a photo of a cat", "", "a red circle"]
-    with pytest.raises(ValueError, match="embeddings must be some of the last 4096"):
-        bare.prompts.texts(embeddings + 1)
-    bare.prompts.clear()
-    with pytest.raises(ValueError, match="got one that is not"):
-        bare.prompts.texts(embeddings)

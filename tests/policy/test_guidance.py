@@ -4,10 +4,18 @@ import pytest
 import torch
 from torch import Tensor
 
-from overpaint.policy import ClassifierFree, DiffusionPolicy, Guidance, PredictionType, StepContext, predict_epsilon
+from overpaint.policy import (
+    ClassifierFree,
+    Conditioning,
+    DiffusionPolicy,
+    Guidance,
+    PredictionType,
+    StepContext,
+    predict_epsilon,
+)
 from overpaint.policy.ddim import noise_scale
 
-MOMENT = StepContext(torch.zeros(2, dtype=torch.int64), 50, torch.ones(2))
+CONTEXT = StepContext(torch.zeros(2, dtype=torch.int64), 50, torch.ones(2))
 
 
 def test_classifier_free_is_a_guidance() -> None:
@@ -16,29 +24,34 @@ def test_classifier_free_is_a_guidance() -> None:
     assert repr(ClassifierFree(2.0)) == "ClassifierFree(scale=2.0)"
 
 
+def encoded(value: float) -> Conditioning:
+    return Conditioning(("a", "b"), torch.full((2, 3, 4), value))
+
+
 def test_combination_leads_away_from_the_empty_prompt() -> None:
     away, towards = torch.full((2, 4, 1, 1), 1.0), torch.full((2, 4, 1, 1), 3.0)
-    combined = ClassifierFree(2.0).combine(torch.stack([away, towards]), MOMENT)
+    combined = ClassifierFree(2.0).combine(torch.stack([away, towards]), CONTEXT)
     assert torch.equal(combined, torch.full((2, 4, 1, 1), 5.0))
 
 
 def test_branches_are_empty_then_prompt() -> None:
-    prompt, empty = torch.ones(2, 3, 4), torch.zeros(2, 3, 4)
-    assert torch.equal(ClassifierFree(2.0).embeddings(prompt, empty, MOMENT), torch.stack([empty, prompt]))
+    prompt, empty = encoded(1.0), encoded(0.0)
+    assert ClassifierFree(2.0).branches(prompt, empty, CONTEXT) == (empty, prompt)
 
 
 def test_scale_one_asks_for_the_prompt_alone() -> None:
     guidance = ClassifierFree(1.0)
-    prompt = torch.ones(2, 3, 4)
-    assert torch.equal(guidance.embeddings(prompt, torch.zeros(2, 3, 4), MOMENT), prompt[None])
+    prompt = encoded(1.0)
+    assert guidance.branches(prompt, encoded(0.0), CONTEXT) == (prompt,)
     prediction = torch.ones(1, 2, 4, 1, 1)
-    assert torch.equal(guidance.combine(prediction, MOMENT), prediction[0])
+    assert torch.equal(guidance.combine(prediction, CONTEXT), prediction[0])
 
 
 def test_negative_prompt_takes_the_place_of_the_empty_one() -> None:
-    prompt, negative = torch.ones(2, 3, 4), torch.full((1, 3, 4), -1.0)
-    branches = ClassifierFree(2.0, negative).embeddings(prompt, torch.zeros(2, 3, 4), MOMENT)
-    assert torch.equal(branches[0], negative.expand(2, 3, 4))
+    negative = Conditioning(("bad",), torch.full((1, 3, 4), -1.0))
+    away, _ = ClassifierFree(2.0, negative).branches(encoded(1.0), encoded(0.0), CONTEXT)
+    assert away.texts == ("bad", "bad")
+    assert torch.equal(away.tokens, torch.full((2, 3, 4), -1.0))
 
 
 def test_negative_scale_is_refused() -> None:
@@ -54,9 +67,9 @@ def test_guided_step_is_one_call_of_the_network_on_twice_the_batch(policy: Diffu
         return policy.unet(latents, timesteps, **rest)
 
     policy.network = network
-    embeddings = policy.encode(["a red circle", "a cat", "a dog"])
-    policy.sample(embeddings, steps=3, guidance=ClassifierFree(5.0), seeds=[0, 1, 2])
-    policy.sample(embeddings, steps=2, guidance=ClassifierFree(1.0), seeds=[0, 1, 2])
+    conditioning = policy.encode(["a red circle", "a cat", "a dog"])
+    policy.sample(conditioning, steps=3, guidance=ClassifierFree(5.0), seeds=[0, 1, 2])
+    policy.sample(conditioning, steps=2, guidance=ClassifierFree(1.0), seeds=[0, 1, 2])
     assert sizes == [6, 6, 6, 3, 3]
 
 
@@ -82,10 +95,10 @@ def test_guidance_learns_the_index_of_each_step(policy: DiffusionPolicy) -> None
 
     guidance = Recorder(2.0)
     guidance.seen = []
-    embeddings = policy.encode(["a cat", "a dog"])
-    trajectory = policy.rollout(embeddings, steps=2, guidance=guidance, seeds=[0, 1])
+    conditioning = policy.encode(["a cat", "a dog"])
+    trajectory = policy.rollout(conditioning, steps=2, guidance=guidance, seeds=[0, 1])
     policy.log_prob(trajectory, torch.tensor([0, 0, 1]), torch.tensor([1, 0, 1]), guidance=guidance)
-    policy.predict_noise(trajectory.latents[:, 0], torch.tensor([999, 0]), embeddings, guidance)
+    policy.predict_noise(trajectory.latents[:, 0], torch.tensor([999, 0]), conditioning, guidance)
     assert guidance.seen == [[0, 0], [1, 1], [1, 0, 1], [0, 999]]
 
 
@@ -104,9 +117,9 @@ def test_guidance_learns_number_of_steps_and_noise_scale(v_policy: DiffusionPoli
     seen: list[StepContext] = []
 
     class Recorder(ClassifierFree):
-        def embeddings(self, prompt: Tensor, empty: Tensor, context: StepContext) -> Tensor:
+        def branches(self, prompt: Conditioning, empty: Conditioning, context: StepContext) -> tuple[Conditioning, ...]:
             seen.append(context)
-            return super().embeddings(prompt, empty, context)
+            return super().branches(prompt, empty, context)
 
     policy.sample(policy.encode(["a cat"]), steps=3, guidance=Recorder(2.0), seeds=[0])
     policy.predict_noise(torch.zeros(1, 4, 8, 8), torch.tensor([10]), policy.encode(["a cat"]), Recorder(2.0))

@@ -95,7 +95,7 @@ def test_unet_of_another_task_is_refused(pipeline_dir: Path) -> None:
     pipeline = diffusers.StableDiffusionPipeline.from_pretrained(pipeline_dir, dtype=torch.float32)
     pipeline.unet.register_to_config(in_channels=9)
     with pytest.raises(ValueError, match="must take 4 channels of latents and nothing else, got 9"):
-        DiffusionPolicy.from_pipeline(pipeline)
+        DiffusionPolicy(pipeline)
 
 
 def test_unknown_prediction_is_refused(pipeline_copy: Path) -> None:
@@ -107,23 +107,23 @@ def test_unknown_prediction_is_refused(pipeline_copy: Path) -> None:
 def test_what_is_no_pipeline_or_carries_an_adapter_is_refused(policy: DiffusionPolicy) -> None:
     other: Any = object()
     with pytest.raises(ValueError, match="must be a StableDiffusionPipeline, got a object"):
-        DiffusionPolicy.from_pipeline(other)
+        DiffusionPolicy(other)
     pipeline = policy.to_pipeline()
     pipeline.unet = policy.unet
     with pytest.raises(ValueError, match="the UNet must carry no adapter"):
-        DiffusionPolicy.from_pipeline(pipeline)
+        DiffusionPolicy(pipeline)
 
 
 def test_process_takes_its_own_accelerator(monkeypatch: pytest.MonkeyPatch) -> None:
-    from overpaint.policy.diffusion_policy import _default_device
+    from overpaint.policy.loading import default_device
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setenv("LOCAL_RANK", "3")
-    assert _default_device() == torch.device("cuda", 3)
+    assert default_device() == torch.device("cuda", 3)
     monkeypatch.delenv("LOCAL_RANK")
-    assert _default_device() == torch.device("cuda", 0)
+    assert default_device() == torch.device("cuda", 0)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert _default_device() == torch.device("cpu")
+    assert default_device() == torch.device("cpu")
 
 
 def test_prediction_type_and_precision_come_from_checkpoint_and_caller(
@@ -132,7 +132,9 @@ def test_prediction_type_and_precision_come_from_checkpoint_and_caller(
     assert v_policy.prediction_type == "v_prediction"
     half = make_policy(dtype=torch.bfloat16)
     assert half.prediction_type == "epsilon"
-    assert half.dtype == half.vae.dtype == half.text_encoder.dtype == half.encode(["a cat"]).dtype == torch.bfloat16
+    assert (
+        half.dtype == half.vae.dtype == half.text_encoder.dtype == half.encode(["a cat"]).tokens.dtype == torch.bfloat16
+    )
 
 
 def test_importing_the_package_imports_no_heavy_library() -> None:
@@ -143,3 +145,15 @@ def test_importing_the_package_imports_no_heavy_library() -> None:
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def test_loading_draws_no_bars_and_leaves_the_libraries_as_they_were(
+    pipeline_dir: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    from diffusers.utils import logging as of_diffusers
+    from transformers.utils import logging as of_transformers
+
+    DiffusionPolicy.from_pretrained(pipeline_dir, device="cpu")
+    assert capfd.readouterr() == ("", "")
+    assert of_diffusers.is_progress_bar_enabled()
+    assert of_transformers.is_progress_bar_enabled()

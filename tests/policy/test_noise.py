@@ -32,13 +32,11 @@ def test_draws_of_a_stream_differ_and_are_standard_normal() -> None:
 def test_initial_latents_and_step_noises_of_a_policy_do_not_depend_on_the_batch(policy: DiffusionPolicy) -> None:
     # A network that predicts nothing leaves a rollout that is noise alone.
     policy.network = lambda latents, timesteps, **rest: (torch.zeros_like(latents),)
-    embeddings = policy.encode(["a cat"])
+    conditioning = policy.encode(["a cat"])
     guidance = ClassifierFree(1.0)
 
     def states(seeds: list[int]) -> torch.Tensor:
-        return policy.rollout(
-            embeddings.expand(len(seeds), -1, -1), steps=3, guidance=guidance, eta=1.0, seeds=seeds
-        ).latents
+        return policy.rollout(conditioning.expand(len(seeds)), steps=3, guidance=guidance, eta=1.0, seeds=seeds).latents
 
     together = states([7, 8, 9])
     assert torch.equal(together.flip(0), states([9, 8, 7]))
@@ -46,6 +44,6 @@ def test_initial_latents_and_step_noises_of_a_policy_do_not_depend_on_the_batch(
 
 
 def test_partial_rollout_of_no_steps_is_the_initial_noise(policy: DiffusionPolicy) -> None:
-    embeddings = policy.encode(["a cat", "a dog"])
-    latents = policy.sample(embeddings, steps=5, seeds=[4, 2], until=0)
+    conditioning = policy.encode(["a cat", "a dog"])
+    latents = policy.sample(conditioning, steps=5, seeds=[4, 2], until=0)
     assert torch.equal(latents, SampleNoise([4, 2], height=8, width=8, device=CPU).draw())

@@ -20,7 +20,7 @@ def test_embeddings_are_those_of_diffusers(policy: DiffusionPolicy) -> None:
     texts = ["a red circle", "", "a photo of a naked person " * 5]
     expected, _ = policy.to_pipeline().encode_prompt(texts, policy.device, 1, False)
     # Theirs is one batch of three.
-    torch.testing.assert_close(policy.encode(texts), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(policy.encode(texts).tokens, expected, rtol=1e-5, atol=1e-5)
     assert expected.shape == (3, 24, 16)
 
 
@@ -31,9 +31,9 @@ def test_text_encoder_runs_once_for_each_prompt(policy: DiffusionPolicy, texts_e
 
 
 def test_text_encoder_does_not_run_inside_sampling(policy: DiffusionPolicy, texts_encoded: list[int]) -> None:
-    embeddings = policy.encode(["a cat"])
+    conditioning = policy.encode(["a cat"])
     for _ in range(2):
-        trajectory = policy.rollout(embeddings, steps=3, seeds=[0])
+        trajectory = policy.rollout(conditioning, steps=3, seeds=[0])
         policy.log_prob(trajectory, torch.tensor([0]), torch.tensor([1]))
     assert texts_encoded == [1, 1]  # the prompt, and the empty one of guidance
 
@@ -41,12 +41,12 @@ def test_text_encoder_does_not_run_inside_sampling(policy: DiffusionPolicy, text
 def test_an_embedding_does_not_depend_on_what_else_is_encoded(make_policy: Callable[..., DiffusionPolicy]) -> None:
     together = make_policy().encode(["a red circle", "a cat", "a dog"])
     alone = make_policy().encode(["a cat"])
-    assert torch.equal(together[1], alone[0])
+    assert torch.equal(together.tokens[1], alone.tokens[0])
 
 
 def test_embeddings_carry_no_gradient(policy: DiffusionPolicy) -> None:
     policy.text_encoder.requires_grad_(True)
-    assert not policy.encode(["a cat"]).requires_grad
+    assert not policy.encode(["a cat"]).tokens.requires_grad
 
 
 def test_oldest_prompts_are_forgotten(
@@ -65,10 +65,10 @@ def test_cleared_prompts_see_changed_weights(policy: DiffusionPolicy) -> None:
     before, empty = policy.encode(["a cat"]), policy.prompts.empty(policy.encode(["a cat"]))
     with torch.no_grad():
         policy.text_encoder.get_input_embeddings().weight.mul_(2)
-    assert torch.equal(policy.encode(["a cat"]), before)
+    assert torch.equal(policy.encode(["a cat"]).tokens, before.tokens)
     policy.prompts.clear()
-    assert not torch.equal(policy.encode(["a cat"]), before)
-    assert not torch.equal(policy.prompts.empty(before), empty)
+    assert not torch.equal(policy.encode(["a cat"]).tokens, before.tokens)
+    assert not torch.equal(policy.prompts.empty(before).tokens, empty.tokens)
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from overpaint.policy import ClassifierFree, DiffusionPolicy, LoRAConfig, SampleNoise, Trajectory
+from overpaint.policy import ClassifierFree, Conditioning, DiffusionPolicy, LoRAConfig, SampleNoise, Trajectory
 
 PROMPTS = ["a red circle", "a photo of a cat"]
 SEEDS = [11, 12]
@@ -33,13 +33,13 @@ def pairs(trajectory: Trajectory, step: int) -> tuple[Tensor, Tensor]:
 
 
 @torch.no_grad()
-def diffusers_loop(policy: DiffusionPolicy, embeddings: Tensor, *, eta: float, scale: float) -> Tensor:
+def diffusers_loop(policy: DiffusionPolicy, conditioning: Conditioning, *, eta: float, scale: float) -> Tensor:
     from diffusers import DDIMScheduler
 
     scheduler: Any = DDIMScheduler.from_config(policy.scheduler_config)
     scheduler.set_timesteps(STEPS)
     latents, *rest = noises(SEEDS, 1 + STEPS)
-    both = torch.cat([policy.encode(["", ""]), embeddings])
+    both = torch.cat([policy.encode(["", ""]).tokens, conditioning.tokens])
     for timestep, noise in zip(scheduler.timesteps, rest, strict=True):
         output = policy.unet(torch.cat([latents, latents]), timestep, encoder_hidden_states=both).sample
         away, towards = output.chunk(2)
@@ -51,9 +51,9 @@ def diffusers_loop(policy: DiffusionPolicy, embeddings: Tensor, *, eta: float, s
 
 @pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
 def test_sampling_agrees_with_the_ddim_of_diffusers(either: DiffusionPolicy, eta: float) -> None:
-    embeddings = either.encode(PROMPTS)
-    latents = either.sample(embeddings, steps=STEPS, guidance=CFG, eta=eta, seeds=SEEDS)
-    expected = diffusers_loop(either, embeddings, eta=eta, scale=3.0)
+    conditioning = either.encode(PROMPTS)
+    latents = either.sample(conditioning, steps=STEPS, guidance=CFG, eta=eta, seeds=SEEDS)
+    expected = diffusers_loop(either, conditioning, eta=eta, scale=3.0)
     torch.testing.assert_close(latents, expected, rtol=1e-4, atol=1e-4)
 
 
@@ -89,46 +89,36 @@ def test_drawing_in_batches_gives_the_same_images(policy: DiffusionPolicy) -> No
 
 @pytest.mark.parametrize("eta", [0.0, 1.0])
 def test_partial_rollout_is_the_beginning_of_the_whole(policy: DiffusionPolicy, eta: float) -> None:
-    embeddings = policy.encode(PROMPTS)
-    whole = policy.sample(embeddings, steps=STEPS, guidance=CFG, eta=eta, seeds=SEEDS)
-    latents = policy.sample(embeddings, steps=STEPS, guidance=CFG, eta=eta, seeds=SEEDS, until=3)
+    conditioning = policy.encode(PROMPTS)
+    whole = policy.sample(conditioning, steps=STEPS, guidance=CFG, eta=eta, seeds=SEEDS)
+    latents = policy.sample(conditioning, steps=STEPS, guidance=CFG, eta=eta, seeds=SEEDS, until=3)
     rest = noises(SEEDS, 1 + STEPS)[4:]
     with torch.no_grad():
         for step, noise in zip((3, 4), rest, strict=True):
             given = noise if eta else None
-            latents = policy.denoise(latents, embeddings, step=step, steps=STEPS, guidance=CFG, eta=eta, noise=given)
+            latents = policy.denoise(latents, conditioning, step=step, steps=STEPS, guidance=CFG, eta=eta, noise=given)
     assert torch.equal(latents, whole)
-    assert torch.equal(policy.sample(embeddings, steps=STEPS, guidance=CFG, eta=eta, seeds=SEEDS, until=STEPS), whole)
-
-
-def test_generators_give_a_step_the_noise_of_each_sample(policy: DiffusionPolicy) -> None:
-    latents = noises([5, 6], 1)[0]
-    embeddings = policy.encode(PROMPTS)
-    generators = [torch.Generator().manual_seed(seed) for seed in (5, 6)]
-    options: dict[str, Any] = {"step": 2, "steps": STEPS, "eta": 1.0}
-    with torch.no_grad():
-        drawn = policy.denoise(latents, embeddings, generators=generators, **options)
-        assert torch.equal(drawn, policy.denoise(latents, embeddings, noise=latents, **options))
+    assert torch.equal(policy.sample(conditioning, steps=STEPS, guidance=CFG, eta=eta, seeds=SEEDS, until=STEPS), whole)
 
 
 def test_another_image_size(policy: DiffusionPolicy) -> None:
-    embeddings = policy.encode(PROMPTS)
-    assert policy.sample(embeddings, steps=2, seeds=SEEDS, height=32, width=96).shape == (2, 4, 4, 12)
-    assert policy.rollout(embeddings, steps=2, seeds=SEEDS, height=32).latents.shape == (2, 3, 4, 4, 8)
-    assert (policy.image_size, policy.sample_size, policy.vae_scale_factor) == (64, 8, 8)
+    conditioning = policy.encode(PROMPTS)
+    assert policy.sample(conditioning, steps=2, seeds=SEEDS, height=32, width=96).shape == (2, 4, 4, 12)
+    assert policy.rollout(conditioning, steps=2, seeds=SEEDS, height=32).latents.shape == (2, 3, 4, 4, 8)
+    assert (policy.image_size, policy.sample_size) == (64, 8)
 
 
 # Trajectories and log-probabilities.
 
 
 def test_rollout_ends_where_sampling_ends(policy: DiffusionPolicy) -> None:
-    embeddings = policy.encode(PROMPTS)
-    trajectory = policy.rollout(embeddings, steps=STEPS, guidance=CFG, eta=1.0, seeds=SEEDS)
+    conditioning = policy.encode(PROMPTS)
+    trajectory = policy.rollout(conditioning, steps=STEPS, guidance=CFG, eta=1.0, seeds=SEEDS)
     assert trajectory.latents.shape == (2, STEPS + 1, 4, 8, 8)
     assert trajectory.log_probs.shape == (2, STEPS)
     assert torch.equal(trajectory.timesteps, policy.timesteps(STEPS))
     assert torch.equal(trajectory.latents[:, 0], noises(SEEDS, 1)[0])
-    final = policy.sample(embeddings, steps=STEPS, guidance=CFG, eta=1.0, seeds=SEEDS)
+    final = policy.sample(conditioning, steps=STEPS, guidance=CFG, eta=1.0, seeds=SEEDS)
     assert torch.equal(trajectory.latents[:, -1], final)
 
 
@@ -199,28 +189,28 @@ def test_a_step_along_the_gradient_raises_the_log_prob(policy: DiffusionPolicy) 
 
 def test_clean_prediction_is_what_the_last_noise_leaves(either: DiffusionPolicy) -> None:
     clean, noise = noises([1, 2], 1)[0], noises([3, 4], 1)[0]
-    embeddings = either.encode(PROMPTS)
+    conditioning = either.encode(PROMPTS)
     timesteps = either.timesteps(STEPS)[2].expand(2)
     noised = either.add_noise(clean, noise, timesteps)
     with torch.no_grad():
-        predicted = either.predict_clean(noised, embeddings, step=2, steps=STEPS, guidance=ClassifierFree(1.0))
-        epsilon = either.predict_noise(noised, timesteps, embeddings)
+        predicted = either.predict_clean(noised, conditioning, step=2, steps=STEPS, guidance=ClassifierFree(1.0))
+        epsilon = either.predict_noise(noised, timesteps, conditioning)
     torch.testing.assert_close(either.add_noise(predicted, epsilon, timesteps), noised, rtol=1e-5, atol=1e-5)
 
 
 def test_default_guidance_is_classifier_free_of_five(policy: DiffusionPolicy) -> None:
-    embeddings = policy.encode(PROMPTS)
-    plain = policy.sample(embeddings, steps=2, seeds=SEEDS)
-    assert torch.equal(plain, policy.sample(embeddings, steps=2, seeds=SEEDS, guidance=ClassifierFree(5.0)))
-    assert not torch.equal(plain, policy.sample(embeddings, steps=2, seeds=SEEDS, guidance=ClassifierFree(1.0)))
+    conditioning = policy.encode(PROMPTS)
+    plain = policy.sample(conditioning, steps=2, seeds=SEEDS)
+    assert torch.equal(plain, policy.sample(conditioning, steps=2, seeds=SEEDS, guidance=ClassifierFree(5.0)))
+    assert not torch.equal(plain, policy.sample(conditioning, steps=2, seeds=SEEDS, guidance=ClassifierFree(1.0)))
 
 
 def test_image_of_one_step_is_differentiable_in_the_trained_weights(policy: DiffusionPolicy) -> None:
-    embeddings = policy.encode(PROMPTS)
-    latents = policy.sample(embeddings, steps=4, seeds=SEEDS, until=3)
+    conditioning = policy.encode(PROMPTS)
+    latents = policy.sample(conditioning, steps=4, seeds=SEEDS, until=3)
     assert not latents.requires_grad
-    latents = policy.denoise(latents, embeddings, step=2, steps=4)
-    images = policy.decode(policy.predict_clean(latents, embeddings, step=3, steps=4))
+    latents = policy.denoise(latents, conditioning, step=2, steps=4)
+    images = policy.decode(policy.predict_clean(latents, conditioning, step=3, steps=4))
     images.mean().backward()
     gradients = [parameter.grad for parameter in policy.trainable_parameters()]
     assert all(gradient is not None for gradient in gradients)
@@ -236,9 +226,9 @@ def test_checkpointing_changes_no_gradient(
     for switch in (False, True):
         policy = make_policy(lora=LoRAConfig(), gradient_checkpointing=switch)
         stir(policy)
-        embeddings = policy.encode(PROMPTS)
-        latents = policy.sample(embeddings, steps=4, seeds=SEEDS, until=3)
-        policy.decode(policy.predict_clean(latents, embeddings, step=3, steps=4)).square().mean().backward()
+        conditioning = policy.encode(PROMPTS)
+        latents = policy.sample(conditioning, steps=4, seeds=SEEDS, until=3)
+        policy.decode(policy.predict_clean(latents, conditioning, step=3, steps=4)).square().mean().backward()
         gradients.append([parameter.grad for parameter in policy.trainable_parameters()])
         assert policy.unet.is_gradient_checkpointing is switch
         assert policy.vae.is_gradient_checkpointing is switch
@@ -273,14 +263,14 @@ def test_encoded_images_are_the_scaled_posterior(policy: DiffusionPolicy) -> Non
 
 def test_denoising_loss_is_the_error_of_the_networks_own_prediction(either: DiffusionPolicy) -> None:
     latents = noises(SEEDS, 1)[0]
-    embeddings = either.encode(PROMPTS)
+    conditioning = either.encode(PROMPTS)
     timesteps = torch.tensor([17, 803])
     noise = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
-    loss = either.denoising_loss(latents, embeddings, timesteps, noise)
+    loss = either.denoising_loss(latents, conditioning, timesteps, noise)
     alphas = either.alphas[timesteps].view(-1, 1, 1, 1)
     noised = alphas.sqrt() * latents + (1 - alphas).sqrt() * noise
     target = noise if either.prediction_type == "epsilon" else alphas.sqrt() * noise - (1 - alphas).sqrt() * latents
-    output = either.unet(noised, timesteps, encoder_hidden_states=embeddings).sample
+    output = either.unet(noised, timesteps, encoder_hidden_states=conditioning.tokens).sample
     torch.testing.assert_close(loss, (output - target).square().mean(dim=(1, 2, 3)), rtol=1e-5, atol=1e-6)
     loss.mean().backward()
     assert all(parameter.grad is not None for parameter in either.trainable_parameters())
@@ -313,9 +303,8 @@ def test_sampling_refuses_what_is_out_of_bounds(policy: DiffusionPolicy, options
     [
         ({"step": 5}, "step must be from 0 to 4, the last of 5 steps, got 5"),
         ({"step": -1}, "step must be from 0 to 4, the last of 5 steps, got -1"),
-        ({"eta": 1.0}, "with eta=1.0 exactly one of noise and generators must be given"),
+        ({"eta": 1.0}, "noise must be given with eta=1.0, got None"),
         ({"eta": -0.1}, "eta must be from 0 to 1, got -0.1"),
-        ({"eta": 1.0, "generators": [torch.Generator()]}, "generators must be one for each of the 2 samples, got 1"),
     ],
 )
 def test_a_step_refuses_what_is_out_of_bounds(policy: DiffusionPolicy, options: dict[str, Any], message: str) -> None:
@@ -331,12 +320,12 @@ def test_clean_prediction_refuses_a_step_out_of_bounds(policy: DiffusionPolicy) 
 
 
 def test_deterministic_steps_have_no_log_prob(policy: DiffusionPolicy) -> None:
-    embeddings = policy.encode(PROMPTS)
+    conditioning = policy.encode(PROMPTS)
     with pytest.raises(ValueError, match="eta must be above 0 for log-probabilities"):
-        policy.rollout(embeddings, steps=STEPS, eta=0.0, seeds=SEEDS)
+        policy.rollout(conditioning, steps=STEPS, eta=0.0, seeds=SEEDS)
     policy.scheduler_config["timestep_spacing"] = "linspace"
     with pytest.raises(ValueError, match=r"must start above timestep 0 .* timestep_spacing='linspace'"):
-        policy.rollout(embeddings, steps=STEPS, eta=1.0, seeds=SEEDS)
+        policy.rollout(conditioning, steps=STEPS, eta=1.0, seeds=SEEDS)
 
 
 def test_other_numbers_out_of_bounds_are_refused(policy: DiffusionPolicy) -> None:
@@ -388,11 +377,11 @@ def test_compiled_policy_draws_the_same(make_policy: Callable[..., DiffusionPoli
 @pytest.mark.gpu
 def test_no_step_of_sampling_waits_for_the_accelerator(make_policy: Callable[..., DiffusionPolicy]) -> None:
     policy = make_policy(lora=LoRAConfig()).to("cuda")
-    embeddings = policy.encode(PROMPTS)
-    policy.rollout(embeddings, steps=STEPS, seeds=SEEDS)  # copies the schedule and the empty prompt there
+    conditioning = policy.encode(PROMPTS)
+    policy.rollout(conditioning, steps=STEPS, seeds=SEEDS)  # copies the schedule and the empty prompt there
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        policy.rollout(embeddings, steps=STEPS, seeds=SEEDS)
+        policy.rollout(conditioning, steps=STEPS, seeds=SEEDS)
     finally:
         torch.cuda.set_sync_debug_mode("default")

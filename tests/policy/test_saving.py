@@ -113,7 +113,7 @@ def test_pipeline_in_memory_is_plain_and_leaves_the_policy_alone(
     before = images(policy)
     pipeline = policy.to_pipeline()
     assert not any("lora" in name for name in pipeline.unet.state_dict())
-    torch.testing.assert_close(images(DiffusionPolicy.from_pipeline(pipeline)), before, rtol=0, atol=1e-4)
+    torch.testing.assert_close(images(DiffusionPolicy(pipeline)), before, rtol=0, atol=1e-4)
     assert torch.equal(images(policy), before)
     assert all(parameter.requires_grad for parameter in policy.trainable_parameters())
 
@@ -124,9 +124,9 @@ def test_policy_of_a_pipeline_in_memory_is_that_of_its_folder(
     from diffusers import StableDiffusionPipeline
 
     pipeline = StableDiffusionPipeline.from_pretrained(pipeline_dir, dtype=torch.float32)
-    policy = DiffusionPolicy.from_pipeline(pipeline, lora=LoRAConfig(), device="cpu")
+    policy = DiffusionPolicy(pipeline, lora=LoRAConfig(), device="cpu")
     assert torch.equal(images(policy), images(make_policy()))
-    half = DiffusionPolicy.from_pipeline(make_policy().to_pipeline(), dtype=torch.bfloat16)
+    half = DiffusionPolicy(make_policy().to_pipeline(), dtype=torch.bfloat16)
     assert half.dtype == half.vae.dtype == half.text_encoder.dtype == torch.bfloat16
     assert images(half).dtype == torch.float32
 

@@ -1,0 +1,132 @@
+"""The denoising network as a Gaussian policy over latents: one guided prediction, and the step that it makes."""
+
+from collections.abc import Callable, Iterator
+from typing import Any, Protocol, cast, runtime_checkable
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from . import ddim
+from .conditioning import Conditioning
+from .ddim import PredictionType, Schedule
+from .guidance import ClassifierFree, Guidance, SamplingGuard, StepContext
+from .noise import SampleNoise
+from .prompts import PromptEncoder
+from .schedules import Schedules
+from .types import Latents, PerSample
+
+
+@runtime_checkable
+class Parts(Protocol):
+    """What a prediction is made with, as `DiffusionPolicy` has it."""
+
+    network: Callable[..., Any]
+    prompts: PromptEncoder
+    guard: SamplingGuard | None
+    schedules: Schedules
+    prediction_type: PredictionType
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Precision of the network's weights."""
+        ...
+
+
+def predict(
+    parts: Parts,
+    latents: Latents,
+    timesteps: Int[Tensor, " batch"],
+    conditioning: Conditioning,
+    guidance: Guidance | None = None,
+    context: StepContext | None = None,
+) -> Latents:
+    """Returns the guided prediction, of the network's own kind; all branches go through it in one call."""
+    if isinstance(guidance, ClassifierFree) and parts.guard is not None:
+        guidance = parts.guard.guided(guidance)
+    if isinstance(guidance, ClassifierFree) and guidance.scale == 1.0:
+        guidance = None  # the same, without an encoded empty prompt
+    branches = (conditioning,)
+    if guidance is not None:
+        branches = guidance.branches(conditioning, parts.prompts.empty(conditioning), cast(StepContext, context))
+    count = len(branches)
+    tokens = torch.cat([branch.tokens for branch in branches]) if count > 1 else branches[0].tokens
+    output = parts.network(
+        latents.to(parts.dtype).repeat(count, 1, 1, 1),
+        timesteps.repeat(count),
+        encoder_hidden_states=tokens.to(parts.dtype),
+        return_dict=False,
+    )[0]
+    predictions = output.float().unflatten(0, (count, len(latents)))
+    return predictions[0] if guidance is None else guidance.combine(predictions, cast(StepContext, context))
+
+
+def predict_noise(
+    parts: Parts,
+    latents: Latents,
+    timesteps: Int[Tensor, " batch"],
+    conditioning: Conditioning,
+    guidance: Guidance | None = None,
+    steps: Int[Tensor, " batch"] | None = None,
+) -> Latents:
+    """Returns the noise at timesteps of training; see `DiffusionPolicy.predict_noise`."""
+    levels = parts.schedules.alphas(latents.device)
+    alphas, total = levels[timesteps], len(levels)
+    context = _context(parts, total - 1 - timesteps if steps is None else steps, total, alphas)
+    prediction = predict(parts, latents, timesteps, conditioning, guidance, context)
+    return ddim.predict_epsilon(latents, prediction, alphas, parts.prediction_type)
+
+
+def predict_at(
+    parts: Parts,
+    latents: Latents,
+    conditioning: Conditioning,
+    plan: Schedule,
+    steps: Int[Tensor, " batch"],
+    guidance: Guidance,
+) -> Latents:
+    """Returns the guided prediction at steps of a sampling."""
+    context = _context(parts, steps, len(plan.timesteps), plan.alphas[steps])
+    return predict(parts, latents, plan.timesteps[steps], conditioning, guidance, context)
+
+
+def mean_and_std(
+    parts: Parts,
+    latents: Latents,
+    conditioning: Conditioning,
+    plan: Schedule,
+    steps: Int[Tensor, " batch"],
+    guidance: Guidance,
+    eta: float,
+) -> tuple[Latents, PerSample]:
+    """Returns the Gaussian of one step of each sample; the one path of sampling and of recomputation."""
+    prediction = predict_at(parts, latents, conditioning, plan, steps, guidance)
+    levels = plan.alphas[steps], plan.previous_alphas[steps]
+    return ddim.ddim_mean_and_std(latents, prediction, *levels, eta=eta, prediction_type=parts.prediction_type)
+
+
+def chain(
+    parts: Parts,
+    latents: Latents,
+    conditioning: Conditioning,
+    plan: Schedule,
+    guidance: Guidance,
+    eta: float,
+    noise: SampleNoise,
+    until: int | None = None,
+) -> Iterator[tuple[Latents, Latents, PerSample]]:
+    """Yields the state after each step, and mean and standard deviation of the Gaussian it was drawn from."""
+    for step in range(len(plan.timesteps) if until is None else until):
+        mean, std = mean_and_std(parts, latents, conditioning, plan, all_at(step, latents), guidance, eta)
+        latents = mean + std.view(-1, 1, 1, 1) * noise.draw() if eta > 0 else mean
+        yield latents, mean, std
+
+
+def _context(parts: Parts, steps: Int[Tensor, " batch"], total: int, alphas: PerSample) -> StepContext:
+    """Returns what a guidance may want to know of each sample's step."""
+    return StepContext(steps, total, ddim.noise_scale(alphas, parts.prediction_type))
+
+
+def all_at(step: int, latents: Latents) -> Int[Tensor, " batch"]:
+    """Returns the same step for every sample."""
+    return torch.full((len(latents),), step, dtype=torch.int64, device=latents.device)

@@ -1,0 +1,27 @@
+"""What one rollout of the policy did."""
+
+from typing import NamedTuple
+
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from .conditioning import Conditioning
+
+
+class Trajectory(NamedTuple):
+    """Everything that one rollout of the policy did, in the order of the steps, from noise to image.
+
+    Step i took `latents[:, i]` at `timesteps[i]` to `latents[:, i + 1]`, with log-probability `log_probs[:, i]`.
+    """
+
+    latents: Float[Tensor, "batch states 4 h w"]
+    """States, one more than there are steps; float32 and unrounded, so that log-probabilities stay exact."""
+
+    log_probs: Float[Tensor, "batch steps"]
+    """Log-density of each step, averaged over the latent's elements; float32."""
+
+    timesteps: Int[Tensor, " steps"]
+    """The scheduler's integers, falling."""
+
+    conditioning: Conditioning
+    """The prompts that were drawn, encoded."""
