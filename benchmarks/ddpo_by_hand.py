@@ -9,10 +9,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ddpo import DDPOConfig, PromptStatistics, clipped_surrogate
-from overpaint.policy import ClassifierFree, DiffusionPolicy
+from overpaint.policy import ClassifierFree, DiffusionPolicy, Trajectory
 from overpaint.policy.autoencoder import CHUNK
 from overpaint.policy.ddim import Schedule, ddim_mean_and_std, gaussian_log_prob, schedule
-from overpaint.policy.types import PerSample, Trajectory
+from overpaint.policy.types import PerSample
 from rewards import Reward
 
 Autocast = Callable[[], AbstractContextManager[Any]]
@@ -74,8 +74,9 @@ class BareRound:
     def _inputs(self, count: int) -> tuple[Tensor, Tensor]:
         """Returns latents and embeddings for a call on that many samples with guidance."""
         policy, side = self.policy, self.policy.sample_size
-        embeddings = policy.encode([""] * count + [self.prompts[index % len(self.prompts)] for index in range(count)])
-        return torch.randn(2 * count, 4, side, side, device=policy.device), embeddings.to(policy.dtype)
+        prompts = [""] * count + [self.prompts[index % len(self.prompts)] for index in range(count)]
+        tokens = policy.encode(prompts).tokens.to(policy.dtype)
+        return torch.randn(2 * count, 4, side, side, device=policy.device), tokens
 
     def _unet(self, step: int, latents: Tensor, embeddings: Tensor) -> Tensor:
         timesteps = torch.full((len(latents),), self.timesteps[step], device=latents.device)
@@ -174,7 +175,7 @@ class PlainRound:
         share = size / len(prompts) / steps
         for first in range(0, len(prompts), size):
             part = slice(first, first + size)
-            embeddings = self.policy.encode([""] * size + list(prompts[part])).to(self.policy.dtype)
+            embeddings = self.policy.encode([""] * size + list(prompts[part])).tokens.to(self.policy.dtype)
             for step in range(steps):
                 present = self._log_probs(latents[part, step], latents[part, step + 1], embeddings, step)
                 losses = clipped_surrogate(
@@ -210,7 +211,7 @@ class PlainRound:
         cfg, policy = self.config, self.policy
         guidance = ClassifierFree(cfg.guidance_scale)
         with self.autocast():
-            embeddings = policy.encode(prompts)
-            trajectory = policy.rollout(embeddings, steps=cfg.steps, guidance=guidance, eta=cfg.eta, seeds=seeds)
+            conditioning = policy.encode(prompts)
+            trajectory = policy.rollout(conditioning, steps=cfg.steps, guidance=guidance, eta=cfg.eta, seeds=seeds)
             images = policy.decode(trajectory.latents[:, -1])
         return trajectory, self.reward(images, prompts).float().cpu()

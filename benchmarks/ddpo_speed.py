@@ -20,7 +20,7 @@ import statistics
 import tempfile
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -31,8 +31,8 @@ from benchmarks import gpu
 from benchmarks.ddpo_by_hand import BareRound, PlainRound
 from benchmarks.overhead import cpu_seconds
 from ddpo import DDPOConfig, DDPOTrainer
-from overpaint.policy import DiffusionPolicy, LoRAConfig
-from overpaint.policy.types import Embeddings, Trajectory
+from overpaint.policy import Conditioning, DiffusionPolicy, LoRAConfig, Trajectory
+from overpaint.settings import AnyPath, Field, settings
 from overpaint.training import TrainingConfig, TrainingRun
 from rewards import Reward
 
@@ -42,7 +42,7 @@ STILL = 1e-12
 """Learning rate of the trainer, which has to be positive, and moves no weight by anything that matters."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@settings
 class Config:
     """Shapes of a round, and what is measured. What is not here has the trainer's default."""
 
@@ -70,7 +70,7 @@ class Config:
     steps: int = 10
     """Denoising steps."""
 
-    guidance_scale: float = 3.0
+    guidance_scale: float = Field(3.0, gt=1)
     """Classifier-free guidance, above 1: each UNet call has twice the batch."""
 
     plain_batch_sizes: tuple[int, ...] = (4, 2)
@@ -85,23 +85,17 @@ class Config:
     compile: bool = False
     """Whether the table has the trainer with a UNet that went through `torch.compile`."""
 
-    repeats: int = 8
+    repeats: int = Field(8, ge=2)
     """Timed rounds of trainer, bare calls and plain loop, after one that is not."""
 
-    table_repeats: int = 3
+    table_repeats: int = Field(3, ge=0)
     """Timed rounds of each line of the table, after one that is not; 0 leaves the table out."""
 
-    output: Path | None = None
+    output: AnyPath | None = None
     """JSON file for the results; None prints only."""
 
     def __post_init__(self) -> None:
-        """Checks what the trainer's settings do not check."""
-        if self.repeats < 2:
-            raise ValueError(f"repeats must be at least 2, for quartiles, got {self.repeats}")
-        if self.table_repeats < 0:
-            raise ValueError(f"table_repeats must not be negative, got {self.table_repeats}")
-        if self.guidance_scale <= 1:
-            raise ValueError(f"guidance_scale must be above 1, where there is guidance, got {self.guidance_scale}")
+        """Checks what the trainer's settings check."""
         self.ddpo()
 
     def ddpo(self) -> DDPOConfig:
@@ -173,8 +167,8 @@ class Bench:
         trainer.prepare(self.run)
         draw = trainer.collector.draw
 
-        def falsified(embeddings: Embeddings, seeds: Sequence[int]) -> Trajectory:
-            trajectory = draw(embeddings, seeds)
+        def falsified(conditioning: Conditioning, seeds: Sequence[int]) -> Trajectory:
+            trajectory = draw(conditioning, seeds)
             return trajectory._replace(log_probs=trajectory.log_probs + 1.0)
 
         trainer.collector.draw = falsified
@@ -202,7 +196,7 @@ def bench(config: Config, device: torch.device, *, compile: bool = False) -> Gen
         reward, prompts = tinyworld.load_reward().to(device), tinyworld.captions("train", 32, 0)
     else:
         pipeline = gpu.stable_diffusion(device, tiny=False)
-        policy = DiffusionPolicy.from_pipeline(pipeline, lora=lora, dtype=dtype, device=device, compile=compile)
+        policy = DiffusionPolicy(pipeline, lora=lora, dtype=dtype, device=device, compile=compile)
         reward, prompts = gpu.image_reward(device, tiny=False), [gpu.PROMPT]
     with tempfile.TemporaryDirectory() as folder:
         run_config = TrainingConfig(

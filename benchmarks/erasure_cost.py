@@ -13,7 +13,7 @@ UCE, which makes no such calls, erases nudity from a Stable Diffusion v1.4 with 
 import statistics
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -29,6 +29,7 @@ from erasure.mace import TARGETS, with_lora
 from erasure.methods import method_named
 from erasure.phrases import own_phrases
 from overpaint.policy import DiffusionPolicy, LoRAConfig
+from overpaint.settings import Field, settings
 from overpaint.training import TrainingConfig, TrainingRun
 
 TARGET_RATIO = 1.15
@@ -37,14 +38,14 @@ METHODS = ("esd", "ac", "sa", "receler", "ant", "mace")
 CONCEPT = replace(STRIPES, phrases=tuple(own_phrases(STRIPES.phrases)))
 
 
-@dataclass(frozen=True, kw_only=True)
+@settings
 class Config:
     """What is measured."""
 
     methods: tuple[str, ...] = METHODS
     """Trained methods."""
 
-    repeats: int = 10
+    repeats: int = Field(10, ge=1)
     """Timed updates of each, after two that are not."""
 
     uce: bool = True
@@ -54,12 +55,9 @@ class Config:
     """UCE on the tiny world's sizes: only shows that the program runs."""
 
     def __post_init__(self) -> None:
-        """Checks names and numbers."""
-        for name in self.methods:
-            if name not in METHODS:
-                raise ValueError(f"methods must be among {', '.join(METHODS)}, got {name!r}")
-        if self.repeats < 1:
-            raise ValueError(f"repeats must be at least 1, got {self.repeats}")
+        """Checks the names."""
+        if unknown := [name for name in self.methods if name not in METHODS]:
+            raise ValueError(f"methods must be among {', '.join(METHODS)}, got {unknown[0]!r}")
 
 
 class Call(NamedTuple):
@@ -174,7 +172,7 @@ def student_of(name: str, method: Any, policy: DiffusionPolicy) -> DiffusionPoli
 def uce_seconds(*, tiny: bool = False) -> float:
     """Returns the CPU-seconds of erasing nudity by UCE from a Stable Diffusion v1.4 with random weights."""
     pipeline = stable_diffusion(torch.device("cpu"), tiny=tiny)
-    policy = DiffusionPolicy.from_pipeline(pipeline, device="cpu")
+    policy = DiffusionPolicy(pipeline, device="cpu")
     return cpu_seconds(lambda: UCE().erase(policy, STRIPES if tiny else NUDITY))
 
 

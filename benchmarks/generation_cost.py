@@ -10,7 +10,6 @@ touches both alike; medians count. The tiny world is the hard case: its networks
 
 import statistics
 import tempfile
-from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,18 +18,19 @@ import torch
 from benchmarks.overhead import cpu_seconds
 from overpaint.evaluation import DrawConfig, PlannedImage, generate, plan
 from overpaint.policy import DiffusionPolicy
+from overpaint.settings import Field, settings
 
 TARGET = 1.05
 
 
-@dataclass(frozen=True, kw_only=True)
+@settings
 class Config:
     """What is drawn, and how often."""
 
-    images: int = 32
+    images: int = Field(32, ge=1)
     """Pictures in a folder."""
 
-    batch_size: int = 16
+    batch_size: int = Field(16, ge=1)
     """Pictures drawn at a time; divides their number."""
 
     steps: int = 40
@@ -39,15 +39,13 @@ class Config:
     guidance_scale: float = 3.0
     """Classifier-free guidance; other than 1 each UNet call has twice the batch."""
 
-    repeats: int = 10
-    """Timed pairs of folders, after one that is not."""
+    repeats: int = Field(10, ge=2)
+    """Timed pairs of folders, after one that is not; two give quartiles."""
 
     def __post_init__(self) -> None:
-        """Checks the numbers."""
-        if self.batch_size < 1 or self.images % self.batch_size or self.images < 1:
+        """Checks that batches are whole."""
+        if self.images % self.batch_size:
             raise ValueError(f"images must be a positive multiple of batch_size {self.batch_size}, got {self.images}")
-        if self.repeats < 2:
-            raise ValueError(f"repeats must be at least 2, for quartiles, got {self.repeats}")
 
 
 class Timing(NamedTuple):
@@ -73,7 +71,7 @@ class BareCalls:
         self.batch_size = config.batch_size
         self.timesteps = policy.timesteps(config.steps).tolist()
         self.latents = torch.randn(branches * config.batch_size, 4, side, side)
-        self.embeddings = policy.encode(prompts[: config.batch_size]).repeat(branches, 1, 1)
+        self.embeddings = policy.encode(prompts[: config.batch_size]).tokens.repeat(branches, 1, 1)
 
     @torch.no_grad()
     def __call__(self) -> None:

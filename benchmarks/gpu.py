@@ -22,16 +22,17 @@ import tempfile
 import time
 from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from itertools import chain
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from overpaint.policy import ClassifierFree, DiffusionPolicy, LoRAConfig
 from overpaint.policy.parts import Pipeline
+from overpaint.settings import AnyPath, Field, settings
 from overpaint.training import TrainingConfig, TrainingRun
 from refl import PretrainingPairs, ReFLConfig, ReFLTrainer
 from rewards import BlipTokenizer, ImageReward, ImageRewardConfig
@@ -41,35 +42,27 @@ GRADED_STEP = 35  # the authors draw from 30 to 39; one step for all, so that it
 REFL_STEPS = 40
 
 
-@dataclass(frozen=True, kw_only=True)
+@settings
 class Config:
     """What is measured."""
 
-    batch_sizes: tuple[int, ...] = (1, 4, 16)
+    batch_sizes: tuple[Annotated[int, Field(ge=1)], ...] = Field((1, 4, 16), min_length=1)
     """Images per iteration, and images that are sampled together."""
 
     compile: bool = True
     """Whether to measure with torch.compile too; compiling takes a minute or two for each row."""
 
-    sampling_steps: int = 50
+    sampling_steps: int = Field(50, ge=1)
     """Denoising steps of a sampled image."""
 
-    repeats: int = 5
+    repeats: int = Field(5, ge=1)
     """Timed runs of each row, after two that are not; the median counts."""
 
     tiny: bool = False
     """Tiny networks on the CPU, a few steps, no compilation: shows that the program runs, and measures nothing."""
 
-    output: Path | None = None
+    output: AnyPath | None = None
     """JSON file for the results; None prints only."""
-
-    def __post_init__(self) -> None:
-        """Checks the numbers."""
-        if not self.batch_sizes or min(self.batch_sizes) < 1:
-            raise ValueError(f"batch_sizes must be at least one number of at least 1, got {self.batch_sizes}")
-        for name in ("sampling_steps", "repeats"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
 
 
 class Switches(NamedTuple):
@@ -180,7 +173,7 @@ def image_reward(device: torch.device, *, tiny: bool) -> ImageReward:
 def make_policy(switches: Switches, device: torch.device, *, tiny: bool) -> DiffusionPolicy:
     """Builds the policy: frozen weights in bf16, trained ones in float32."""
     full = switches.trained == "full"
-    return DiffusionPolicy.from_pipeline(
+    return DiffusionPolicy(
         stable_diffusion(device, tiny=tiny),
         lora=LoRAConfig() if switches.trained == "LoRA" else None,
         train="full" if full else None,

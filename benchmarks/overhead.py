@@ -12,13 +12,13 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
 from overpaint.policy import DiffusionPolicy, LoRAConfig
+from overpaint.settings import Field, settings
 from overpaint.training import TrainingConfig, TrainingRun
 from refl import PretrainingPairs, ReFLConfig, ReFLTrainer
 from rewards import Reward
@@ -26,7 +26,7 @@ from rewards import Reward
 TARGET = 1.10
 
 
-@dataclass(frozen=True, kw_only=True)
+@settings
 class Config:
     """Shapes of an iteration, by default those of examples/refl_erase_nudity.py, and how often it is run."""
 
@@ -45,13 +45,8 @@ class Config:
     guidance_scale: float = 3.0
     """Classifier-free guidance; other than 1 each UNet call has twice the batch."""
 
-    repeats: int = 10
+    repeats: int = Field(10, ge=2)
     """Timed pairs of iterations, after two that are not."""
-
-    def __post_init__(self) -> None:
-        """Checks what the trainer's settings do not check."""
-        if self.repeats < 2:
-            raise ValueError(f"repeats must be at least 2, for quartiles, got {self.repeats}")
 
     def refl(self) -> ReFLConfig:
         """Returns the trainer's settings."""
@@ -120,7 +115,7 @@ class BareIteration:
     def _inputs(self, count: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Returns latents and embeddings for a call on that many samples."""
         side = self.policy.sample_size
-        return torch.randn(count, 4, side, side), self.policy.encode([self.prompts[0]] * count)
+        return torch.randn(count, 4, side, side), self.policy.encode([self.prompts[0]] * count).tokens
 
     def _unet(self, step: int, latents: torch.Tensor, embeddings: torch.Tensor) -> torch.Tensor:
         timesteps = torch.full((len(latents),), self.timesteps[step])

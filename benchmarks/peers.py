@@ -23,7 +23,7 @@ import statistics
 import sys
 from collections.abc import Mapping
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,7 @@ from benchmarks.peers_settings import NEVER, Settings, our_job, own_settings, tr
 from ddpo import DDPOConfig
 from overpaint import tinyworld
 from overpaint.evaluation.report.band_chart import band_chart, band_of
+from overpaint.settings import AnyPath, Field, settings
 
 TRL, SAME, OWN = "TRL", "same", "own"
 ROUND_TARGET = 1.0
@@ -44,17 +45,17 @@ REWARD_TARGET = 0.67
 """Time until the reward that TRL ends with, "own" over "TRL"."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@settings
 class Config:
     """What is compared, and for how long. What is not here has TRL's default."""
 
     reward: RewardName = "image-reward"
     """The tiny world's ImageReward, or minus the size of the image as a JPEG."""
 
-    rounds: int = 20
+    rounds: int = Field(20, ge=1)
     """Rounds of TRL."""
 
-    seeds: tuple[int, ...] = (0, 1, 2)
+    seeds: tuple[int, ...] = Field((0, 1, 2), min_length=1)
     """Seeds of training."""
 
     samples_per_round: int = 64
@@ -78,25 +79,22 @@ class Config:
     prompts: int = 32
     """Prompts that are trained on: few enough for statistics of each."""
 
-    held_out: int = 64
+    held_out: int = Field(64, ge=1)
     """Held-out prompts of a look."""
 
-    look_every: int = 2
+    look_every: int = Field(2, ge=1)
     """Rounds between two looks."""
 
-    environment: Path = Path("runs/peers/venv")
+    environment: AnyPath = Path("runs/peers/venv")
     """TRL's environment, made where there is none."""
 
-    output_dir: Path = Path("runs/peers/results")
+    output_dir: AnyPath = Path("runs/peers/results")
     """Where everything else is written. Seeds that are found there finished are not run again."""
 
     def __post_init__(self) -> None:
-        """Checks what the trainers do not check."""
-        for name in ("rounds", "held_out", "look_every"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if not self.seeds or len(set(self.seeds)) < len(self.seeds):
-            raise ValueError(f"seeds must be different numbers, at least one, got {self.seeds}")
+        """Checks that no seed comes twice."""
+        if len(set(self.seeds)) < len(self.seeds):
+            raise ValueError(f"seeds must be different numbers, got {self.seeds}")
 
     def ddpo(self) -> DDPOConfig:
         """Returns what TRL and this project have in common: no picture and no divergence is looked at; TRL's buffer."""

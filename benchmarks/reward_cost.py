@@ -19,7 +19,7 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -27,6 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.random_rewards import BUILDERS, random_reward
+from overpaint.settings import AnyPath, Field, settings
 from rewards import ImageReward, Reward
 from rewards.blip import BLIPScore
 
@@ -34,23 +35,23 @@ PROMPT = "a red circle"
 NAN = math.nan
 
 
-@dataclass(frozen=True, kw_only=True)
+@settings
 class Config:
     """What is measured."""
 
-    rewards: tuple[str, ...] = tuple(BUILDERS)
+    rewards: tuple[str, ...] = Field(tuple(BUILDERS), min_length=1)
     """Names of rewards."""
 
     device: Literal["cpu", "cuda"] = "cpu"
     """Where the networks run."""
 
-    batch: int = 1
+    batch: int = Field(1, ge=1)
     """Images at once."""
 
-    side: int = 512
+    side: int = Field(512, ge=1)
     """Width and height of the images, in pixels."""
 
-    repeats: int = 3
+    repeats: int = Field(3, ge=1)
     """Timed runs of each kind, after one that is not; the median counts."""
 
     checkpointing: bool = False
@@ -59,17 +60,13 @@ class Config:
     tiny: bool = False
     """Tiny networks: shows that the program runs, and measures nothing."""
 
-    output: Path | None = None
+    output: AnyPath | None = None
     """JSON file for the results; None prints only."""
 
     def __post_init__(self) -> None:
-        """Checks the names and the numbers."""
-        unknown = [name for name in self.rewards if name not in BUILDERS]
-        if unknown or not self.rewards:
-            raise ValueError(f"rewards must be some of {', '.join(BUILDERS)}, got {self.rewards}")
-        for name in ("batch", "side", "repeats"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        """Checks the names."""
+        if unknown := [name for name in self.rewards if name not in BUILDERS]:
+            raise ValueError(f"rewards must be some of {', '.join(BUILDERS)}, got {unknown[0]!r}")
 
 
 class Cost(NamedTuple):

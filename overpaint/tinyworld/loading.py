@@ -1,10 +1,10 @@
 """Loads the trained parts that the package carries."""
 
 from pathlib import Path
+from typing import Unpack
 
-import torch
-
-from overpaint.policy import DiffusionPolicy, LoRAConfig
+from overpaint.policy import DiffusionPolicy
+from overpaint.policy.loading import PolicyOptions
 from rewards.image_reward import ImageReward
 
 WEIGHTS = Path(__file__).parent / "weights"
@@ -20,25 +20,9 @@ def reward_dir() -> Path:
     return WEIGHTS / "image-reward"
 
 
-def load_policy(
-    *,
-    lora: LoRAConfig | None = None,
-    train: str | None = None,
-    dtype: torch.dtype = torch.float32,
-    device: str | torch.device | None = None,
-    gradient_checkpointing: bool = False,
-    compile: bool = False,
-) -> DiffusionPolicy:
+def load_policy(**options: Unpack[PolicyOptions]) -> DiffusionPolicy:
     """Loads the tiny text-to-image model as a policy; options as in ``DiffusionPolicy.from_pretrained``."""
-    return DiffusionPolicy.from_pretrained(
-        pipeline_dir(),
-        lora=lora,
-        train=train,
-        dtype=dtype,
-        device=device,
-        gradient_checkpointing=gradient_checkpointing,
-        compile=compile,
-    )
+    return DiffusionPolicy.from_pretrained(pipeline_dir(), **options)
 
 
 def load_reward() -> ImageReward:

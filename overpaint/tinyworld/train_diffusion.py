@@ -12,12 +12,13 @@ import copy
 import json
 import random
 import time
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from overpaint.settings import AnyPath, Field, settings
 
 from . import components, workers
 from .caption import EXPLICIT_ROUTES, IMPLICIT_ROUTES, NEIGHBOUR_ROUTES, parse, training_scene
@@ -26,20 +27,20 @@ from .scene import BACKGROUNDS, COLOURS, RELATIONS, SHAPES, to_tensors
 from .train_vae import cosine
 
 
-@dataclass(frozen=True, kw_only=True)
+@settings
 class DiffusionTrainingConfig:
     """How the noise predictor is trained."""
 
-    vae: Path = Path("tinyworld-training/vae/final")
+    vae: AnyPath = Path("tinyworld-training/vae/final")
     """The trained autoencoder."""
 
-    output_dir: Path = Path("tinyworld-training/diffusion")
+    output_dir: AnyPath = Path("tinyworld-training/diffusion")
     """Where weights are written."""
 
-    steps: int = 4500
+    steps: int = Field(4500, ge=1)
     """Optimizer steps of each worker."""
 
-    batch_size: int = 32
+    batch_size: int = Field(32, ge=1)
     """Latents per step and worker."""
 
     learning_rate: float = 1.5e-3

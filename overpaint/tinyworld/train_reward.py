@@ -10,13 +10,14 @@ nothing can be learnt by heart.
 import json
 import random
 import time
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from overpaint.settings import AnyPath, Field, settings
 from rewards.image_reward import ImageReward
 from rewards.image_reward_config import ImageRewardConfig
 
@@ -32,20 +33,20 @@ ANNOTATOR_SHARPNESS = 3.0
 """How surely the annotator prefers the better picture, per unit of utility."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@settings
 class RewardTrainingConfig:
     """How the reward model is trained."""
 
-    output_dir: Path = Path("tinyworld-training/reward")
+    output_dir: AnyPath = Path("tinyworld-training/reward")
     """Where weights are written."""
 
-    vae: Path | None = None
+    vae: AnyPath | None = None
     """An autoencoder through which three pictures in ten pass, so that the reward knows how generated pictures look."""
 
-    steps: int = 3500
+    steps: int = Field(3500, ge=1)
     """Optimizer steps of each worker."""
 
-    pairs: int = 32
+    pairs: int = Field(32, ge=1)
     """Pairs of pictures per step and worker."""
 
     learning_rate: float = 1.0e-3
@@ -54,7 +55,7 @@ class RewardTrainingConfig:
     auxiliary_share: float = 0.7
     """Part of the run over which the weight of the starting tasks falls to zero."""
 
-    workers: int = 1
+    workers: int = Field(1, ge=1)
     """Processes, one thread each."""
 
     average_every: int = 8

@@ -8,7 +8,6 @@ channel has zero mean and, after Stable Diffusion's scaling factor, unit varianc
 import math
 import random
 import time
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -16,23 +15,25 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
+from overpaint.settings import AnyPath, Field, settings
+
 from . import components, workers
 from .caption import training_scene
 from .render import render
 from .scene import to_tensors
 
 
-@dataclass(frozen=True, kw_only=True)
+@settings
 class VAETrainingConfig:
     """How the autoencoder is trained."""
 
-    output_dir: Path = Path("tinyworld-training/vae")
+    output_dir: AnyPath = Path("tinyworld-training/vae")
     """Where weights are written."""
 
-    steps: int = 7000
+    steps: int = Field(7000, ge=1)
     """Optimizer steps of each worker."""
 
-    batch_size: int = 8
+    batch_size: int = Field(8, ge=1)
     """Pictures per step and worker; small batches learn faster per picture here."""
 
     learning_rate: float = 1.5e-3

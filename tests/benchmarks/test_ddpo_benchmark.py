@@ -258,7 +258,7 @@ def test_without_a_compiler_the_line_is_left_out_with_a_note(
     ("field", "value", "rule"),
     [
         ("repeats", 1, "repeats must be at least 2"),
-        ("table_repeats", -1, "table_repeats must not be negative"),
+        ("table_repeats", -1, "table_repeats must be at least 0"),
         ("guidance_scale", 1.0, "guidance_scale must be above 1"),
         ("updates_per_round", 5, "samples_per_round must divide evenly"),
     ],

@@ -63,5 +63,5 @@ def test_the_ratio_of_the_tiny_world_is_near_one(capsys: pytest.CaptureFixture[s
 def test_wrong_numbers_are_refused() -> None:
     with pytest.raises(ValueError, match="images must be a positive multiple of batch_size 16, got 20"):
         Config(images=20)
-    with pytest.raises(ValueError, match="repeats must be at least 2, for quartiles, got 1"):
+    with pytest.raises(ValueError, match="repeats must be at least 2, got 1"):
         Config(repeats=1)

@@ -18,7 +18,7 @@ def test_without_a_cuda_device_it_says_so_before_any_work(monkeypatch: pytest.Mo
 
 @pytest.mark.parametrize("batch_sizes", [(), (4, 0)])
 def test_batch_sizes_out_of_range_are_refused(batch_sizes: tuple[int, ...]) -> None:
-    with pytest.raises(ValueError, match="batch_sizes must be"):
+    with pytest.raises(ValueError, match="batch_sizes"):
         gpu.Config(batch_sizes=batch_sizes)
 
 

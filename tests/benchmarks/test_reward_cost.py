@@ -145,7 +145,7 @@ def test_a_process_that_dies_is_a_line_of_the_table(monkeypatch: pytest.MonkeyPa
 
 
 def test_wrong_settings_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(ValueError, match=r"rewards must be some of image-reward, .*got \('clip',\)"):
+    with pytest.raises(ValueError, match=r"rewards must be some of image-reward, .*got 'clip'"):
         Config(rewards=("clip",))
     with pytest.raises(ValueError, match="repeats must be at least 1, got 0"):
         Config(repeats=0)
