@@ -201,8 +201,8 @@ def refl_iteration(
         micro_batch_size=batch_size,
         pretraining_batch_size=batch_size,
         steps=steps,
-        first_graded_step=reward_step,
-        last_graded_step=reward_step,
+        first_reward_step=reward_step,
+        last_reward_step=reward_step,
     )
     latents = torch.randn(batch_size, 4, policy.sample_size, policy.sample_size, device=device)
     pairs = PretrainingPairs(latents, [PROMPT] * batch_size)

@@ -55,8 +55,8 @@ class Config:
             micro_batch_size=max(self.batch_size, self.pretraining_batch_size),
             pretraining_batch_size=self.pretraining_batch_size,
             steps=self.steps,
-            first_graded_step=self.reward_step,
-            last_graded_step=self.reward_step,
+            first_reward_step=self.reward_step,
+            last_reward_step=self.reward_step,
             guidance_scale=self.guidance_scale,
         )
 

@@ -1,4 +1,4 @@
-"""A round's samples: drawn, decoded and graded, the grading beside the drawing."""
+"""A round's samples: drawn, decoded and scored, the scoring beside the drawing."""
 
 import time
 from collections.abc import Callable, Generator, Sequence
@@ -9,22 +9,22 @@ from typing import NamedTuple
 import torch
 
 from erasure import ImageCost
-from overpaint.policy import DiffusionPolicy
-from overpaint.policy.types import Embeddings, Images, PerSample, Trajectory
+from overpaint.policy import Conditioning, DiffusionPolicy, Trajectory
+from overpaint.policy.types import Images, PerSample
 from overpaint.training import TrainingRun
 from rewards import Reward
 
-from .kept import KeptSamples
+from .sample_cache import SampleCache
 from .scoring import RewardError, RewardPool, ScoringConfig
 
 PICTURES = 16
 """Images of a round that are kept to be looked at."""
 
-Draw = Callable[[Embeddings, Sequence[int]], Trajectory]
+Draw = Callable[[Conditioning, Sequence[int]], Trajectory]
 """Draws a batch from its prompts and seeds."""
 
 
-class Graded(NamedTuple):
+class ScoredSamples(NamedTuple):
     """A process's part of a round."""
 
     trajectory: Trajectory
@@ -42,16 +42,16 @@ class Graded(NamedTuple):
 
 
 class Collector:
-    """Draws a round batch by batch, and has each batch graded by worker threads while it draws the next.
+    """Draws a round batch by batch, and has each batch scored by worker threads while it draws the next.
 
     Where the reward or the cost fails for good, the samples are kept in the folder of the run, together with a
-    checkpoint; when the run is resumed they are graded again, and not drawn again.
+    checkpoint; when the run is resumed they are scored again, and not drawn again.
 
     Args:
         policy: Decodes what was drawn.
         draw: Draws a batch.
-        reward: Grades every sample.
-        cost: Grades the samples of the concept beside the reward.
+        reward: Scores every sample.
+        cost: Scores the samples of the concept beside the reward.
         batch_size: Images drawn at a time.
         scoring: How reward and cost are run.
     """
@@ -74,8 +74,8 @@ class Collector:
         self.scoring = scoring
 
     @torch.no_grad()
-    def collect(self, run: TrainingRun, prompts: list[str], seeds: list[int], *, of_concept: int = 0) -> Graded:
-        """Draws and grades this process's part of a round.
+    def collect(self, run: TrainingRun, prompts: list[str], seeds: list[int], *, of_concept: int = 0) -> ScoredSamples:
+        """Draws and scores this process's part of a round.
 
         Args:
             run: Says where samples are kept, and which round it is.
@@ -86,21 +86,21 @@ class Collector:
         Raises:
             RewardError: The reward or the cost failed for good, in this process or in another.
         """
-        kept = KeptSamples(Path(run.config.output_dir), round=run.iteration, process=run.process_index)
-        batches = kept.load(self.policy, prompts, seeds)
-        graded, failure = None, None
+        cache = SampleCache(Path(run.config.output_dir), round=run.iteration, process=run.process_index)
+        batches = cache.load(self.policy, prompts, seeds)
+        scored, failure = None, None
         try:
-            graded = self._graded(run, batches, prompts, seeds, first_of_concept=len(prompts) - of_concept)
+            scored = self._scored(run, batches, prompts, seeds, first_of_concept=len(prompts) - of_concept)
         except RewardError as error:
             failure = error
         if run.in_any(failure is not None):
-            kept.save(batches, prompts, seeds)
+            cache.save(batches, prompts, seeds)
             raise failure or RewardError("the reward failed in another process, whose message says how")
-        kept.forget()
-        assert graded is not None
-        return graded
+        cache.forget()
+        assert scored is not None
+        return scored
 
-    def _graded(
+    def _scored(
         self,
         run: TrainingRun,
         batches: list[Trajectory],
@@ -108,8 +108,8 @@ class Collector:
         seeds: list[int],
         *,
         first_of_concept: int,
-    ) -> Graded:
-        """Draws the batches that are missing from a list, adds them to it, and grades all of them."""
+    ) -> ScoredSamples:
+        """Draws the batches that are missing from a list, adds them to it, and scores all of them."""
         sampling, pictures = 0.0, []
         with ExitStack() as stack:
             pools = [stack.enter_context(RewardPool("reward", self.reward, self.scoring))]
@@ -130,23 +130,23 @@ class Collector:
                 if first < PICTURES:
                     pictures.append(images.cpu())
             scores = [pool.results() for pool in pools]
-            grading = sum(pool.busy_seconds for pool in pools)
-        return Graded(
+            scoring_seconds = sum(pool.busy_seconds for pool in pools)
+        return ScoredSamples(
             trajectory=joined(batches),
             rewards=scores[0],
             costs=scores[1] if self.cost is not None else torch.empty(0),
             pictures=torch.cat(pictures)[:PICTURES],
             seconds_sampling=sampling,
-            seconds_reward=grading,
+            seconds_reward=scoring_seconds,
             retries=sum(pool.retries for pool in pools),
         )
 
 
 @contextmanager
-def asked_again_on_failure(run: TrainingRun) -> Generator[None, None, None]:
-    """Returns the block in which a round is asked for and graded.
+def requested_again_on_failure(run: TrainingRun) -> Generator[None, None, None]:
+    """Returns the block in which the samples of a round are drawn and scored.
 
-    Where the reward fails for good, it saves a checkpoint from which the same round will be asked for again.
+    Where the reward fails for good, it saves a checkpoint from which the same samples are requested again.
     """
     begin = run.generator.get_state()
     try:
@@ -163,5 +163,5 @@ def joined(batches: Sequence[Trajectory]) -> Trajectory:
         torch.cat([batch.latents for batch in batches]),
         torch.cat([batch.log_probs for batch in batches]),
         batches[0].timesteps,
-        torch.cat([batch.embeddings for batch in batches]),
+        Conditioning.cat([batch.conditioning for batch in batches]),
     )

@@ -1,4 +1,4 @@
-"""The updates of a round: stored steps are looked at again under the present weights, and made more or less likely."""
+"""The updates of a round: stored steps are evaluated again under the present weights, and made more or less likely."""
 
 from collections.abc import Sequence
 from statistics import fmean
@@ -8,14 +8,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from overpaint.policy import DiffusionPolicy, Guidance
+from overpaint.policy import DiffusionPolicy, Guidance, Trajectory
 from overpaint.policy.ddim import gaussian_log_prob
-from overpaint.policy.types import Latents, PerSample, Trajectory
+from overpaint.policy.types import Latents, PerSample
 from overpaint.training import TrainingRun
 
-from .asked import Pairs
 from .config import DDPOConfig
 from .loss import clipped_surrogate, gaussian_kl, ratio_statistics, score_function
+from .requests import Pairs
 
 TOLERATED = 0.1
 """Share of the clip range by which a ratio may be off before anything was updated."""

@@ -8,32 +8,35 @@ to them, which is what DDPO is compared with. See docs/ddpo.md for each departur
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import partial
 from statistics import fmean
 from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from overpaint.policy import ClassifierFree, DiffusionPolicy
+from overpaint.policy import ClassifierFree, Conditioning, DiffusionPolicy, Trajectory
 from overpaint.policy.prompts import check_prompts
-from overpaint.policy.types import Embeddings, Latents, PerSample, Trajectory
-from overpaint.training import TrainingConfig, TrainingRun, check_trainable, require
-from rewards import EarlyStopping, HeldOut, Reward
+from overpaint.policy.types import Latents, PerSample
+from overpaint.settings import Field, settings
+from overpaint.training import (
+    EarlyStopping,
+    HeldOut,
+    TrainingConfig,
+    TrainingRun,
+    check_trainable,
+    evaluate_held_out,
+    train,
+)
+from overpaint.training.loop import check_batches
+from rewards import Reward
 
-from .asked import ask
-from .collect import Collector, asked_again_on_failure
-from .loop import check_held_out, train_in_rounds
+from .collect import Collector, requested_again_on_failure
+from .requests import draw_requests
 from .scoring import ScoringConfig
 from .weighting import softmax_weights, sparse_weights
 
-WEIGHTINGS = ("softmax", "sparse")
 
-_require = partial(require, "RWRConfig")
-
-
-@dataclass(frozen=True, kw_only=True)
+@settings
 class RWRConfig:
     """What reward-weighted regression does in a round; by default the authors' settings.
 
@@ -43,64 +46,44 @@ class RWRConfig:
     weighting: Literal["softmax", "sparse"] = "softmax"
     """Weights of samples: softmax of their rewards (RWR), or 1 for the best and 0 for the others (RWR-sparse)."""
 
-    samples_per_round: int = 10_240
-    """Images that are drawn and graded in a round, over all processes."""
+    samples_per_round: int = Field(10_240, ge=1)
+    """Images that are drawn and scored in a round, over all processes."""
 
-    sampling_batch_size: int = 8
+    sampling_batch_size: int = Field(8, ge=1)
     """Images that a process draws at a time."""
 
-    epochs_per_round: int = 5
+    epochs_per_round: int = Field(5, ge=1)
     """Passes over the samples of weight above zero. The authors' RWR-sparse makes 50."""
 
-    batch_size: int = 64
+    batch_size: int = Field(64, ge=1)
     """Samples of an update, over all processes."""
 
-    minibatch_size: int = 8
+    minibatch_size: int = Field(8, ge=1)
     """Samples that go through the UNet at a time in an update."""
 
-    steps: int = 50
+    steps: int = Field(50, ge=1)
     """Denoising steps of an image."""
 
-    guidance_scale: float = 5.0
+    guidance_scale: float = Field(5.0, ge=0)
     """Classifier-free guidance, in sampling and in the regression alike."""
 
-    eta: float = 1.0
+    eta: float = Field(1.0, ge=0, le=1)
     """Noise of the sampling in [0, 1]."""
 
-    inverse_temperature: float = 0.2
+    inverse_temperature: float = Field(0.2, ge=0)
     """Factor of rewards in the softmax, per unit of reward. It has to suit the reward's scale."""
 
     per_prompt: bool = False
     """Whether the softmax is taken among the samples of each prompt; the authors do so for aesthetics."""
 
-    percentile: float = 90.0
+    percentile: float = Field(90.0, ge=0, lt=100)
     """Rewards at or above this percentile of the round have weight 1 in RWR-sparse."""
 
-    evaluate_every: int = 1
-    """Rounds between two looks at the held-out prompts, if there are any."""
+    evaluate_every: int = Field(1, ge=1)
+    """Rounds between two evaluations of the held-out prompts, if there are any."""
 
-    patience: int = 0
+    patience: int = Field(0, ge=0)
     """As in `DDPOConfig`."""
-
-    def __post_init__(self) -> None:
-        """Checks every field.
-
-        Raises:
-            ValueError: A field breaks its rule.
-        """
-        positive = (
-            "samples_per_round", "sampling_batch_size", "epochs_per_round", "batch_size", "minibatch_size", "steps",
-            "evaluate_every",
-        )  # fmt: skip
-        for name in positive:
-            _require(getattr(self, name) >= 1, name, "be at least 1", getattr(self, name))
-        _require(self.weighting in WEIGHTINGS, "weighting", f"be one of {WEIGHTINGS}", self.weighting)
-        _require(0 <= self.eta <= 1, "eta", "lie in [0, 1]", self.eta)
-        for name in ("guidance_scale", "inverse_temperature"):
-            value = getattr(self, name)
-            _require(0 <= value < math.inf, name, "be finite and not negative", value)
-        _require(0 <= self.percentile < 100, "percentile", "lie in [0, 100)", self.percentile)
-        _require(self.patience >= 0, "patience", "not be negative", self.patience)
 
 
 class RWRMetrics(NamedTuple):
@@ -123,14 +106,14 @@ class RWRMetrics(NamedTuple):
 class RWRTrainer:
     """Tunes a policy by regression on its own images, weighted by their rewards.
 
-    An iteration of the run is a round: samples are drawn and graded, and trained on for some epochs.
+    An iteration of the run is a round: samples are drawn and scored, and trained on for some epochs.
 
     Args:
         policy: What is tuned, in place; needs a LoRA or `train=`.
         reward: What is raised; differentiable or not.
         prompts: What images are drawn for, with repetition.
         config: Settings; those of the authors' code by default.
-        held_out: Prompts and a reward that are watched and not trained on; the weights that it liked best are kept.
+        held_out: Prompts and a reward that are not trained on, for early stopping; the best weights by it remain.
         scoring: How the reward is run beside the sampling.
 
     Raises:
@@ -153,9 +136,7 @@ class RWRTrainer:
         self.reward = reward
         self.prompts = check_prompts(prompts)
         self.config = cfg = config or RWRConfig()
-        if cfg.patience and held_out is None:
-            raise ValueError(f"RWRConfig.patience must be 0 without held_out, got {cfg.patience}")
-        self.watch = None if held_out is None else EarlyStopping(held_out, patience=cfg.patience)
+        self.early_stopping = EarlyStopping.of(cfg, held_out)
         self.guidance = ClassifierFree(cfg.guidance_scale)
         self.collector = Collector(
             policy, self._finished, reward, None, batch_size=cfg.sampling_batch_size, scoring=scoring or ScoringConfig()
@@ -163,7 +144,7 @@ class RWRTrainer:
 
     def train(self, run_config: TrainingConfig) -> RWRMetrics | None:
         """Trains, or goes on with an interrupted run; as `DDPOTrainer.train`."""
-        return train_in_rounds(self, run_config, state={}, configs={"rwr": self.config})
+        return train(self, run_config, state={}, configs={"rwr": self.config})
 
     def prepare(self, run: TrainingRun) -> None:
         """Checks what only a run can tell.
@@ -171,28 +152,25 @@ class RWRTrainer:
         Raises:
             ValueError: Samples or batches do not divide evenly among the processes.
         """
-        for name in ("samples_per_round", "batch_size"):
-            count = getattr(self.config, name)
-            if count % run.num_processes:
-                raise ValueError(
-                    f"RWRConfig.{name} must divide evenly among {run.num_processes} processes, got {count}"
-                )
-        check_held_out(run, self.watch)
+        cfg = self.config
+        check_batches(run, "RWRConfig.", {"samples_per_round": cfg.samples_per_round, "batch_size": cfg.batch_size})
+        if self.early_stopping is not None:
+            check_batches(run, "", {"held_out.prompts": len(self.early_stopping.held_out.prompts)})
 
     def step(self, run: TrainingRun) -> RWRMetrics:
-        """Does one round: draws and grades samples, weighs them, and takes its updates.
+        """Does one round: draws and scores samples, weighs them, and takes its updates.
 
         Raises:
             RewardError: The reward failed for good. A checkpoint is saved, and the samples are kept beside it.
         """
         cfg = self.config
-        with asked_again_on_failure(run):
-            asked = ask(run, self.prompts, cfg.samples_per_round)
-            graded = self.collector.collect(run, asked.my_prompts, asked.my_seeds)
-        rewards = asked.gathered(run, graded.rewards)
-        clean = run.gather(graded.trajectory.latents[:, -1])
+        with requested_again_on_failure(run):
+            request = draw_requests(run, self.prompts, cfg.samples_per_round)
+            scored = self.collector.collect(run, request.my_prompts, request.my_seeds)
+        rewards = request.gathered(run, scored.rewards)
+        clean = run.gather(scored.trajectory.latents[:, -1])
         if cfg.weighting == "softmax":
-            groups = asked.prompts if cfg.per_prompt else None
+            groups = request.prompts if cfg.per_prompt else None
             weights = softmax_weights(rewards, inverse_temperature=cfg.inverse_temperature, prompts=groups)
         else:
             weights = sparse_weights(rewards, percentile=cfg.percentile)
@@ -203,7 +181,7 @@ class RWRTrainer:
         epochs = math.ceil(count * cfg.batch_size / len(kept))
         order = torch.cat([kept[torch.randperm(len(kept), generator=run.generator)] for _ in range(epochs)])
         updates = [
-            self._update(run, samples, asked.prompts, clean, weights)
+            self._update(run, samples, request.prompts, clean, weights)
             for samples in order[: count * cfg.batch_size].split(cfg.batch_size)
         ]
         return RWRMetrics(
@@ -213,9 +191,9 @@ class RWRTrainer:
             grad_norm=fmean(norm for _, norm in updates),
             effective_samples=float(weights.sum() ** 2 / weights.square().sum()),
             updates=count,
-            retries=graded.retries,
-            seconds_sampling=graded.seconds_sampling,
-            seconds_reward=graded.seconds_reward,
+            retries=scored.retries,
+            seconds_sampling=scored.seconds_sampling,
+            seconds_reward=scored.seconds_reward,
             seconds_update=time.perf_counter() - start,
         )
 
@@ -237,14 +215,18 @@ class RWRTrainer:
             "seconds/update": metrics.seconds_update,
         }
 
+    def evaluate(self, run: TrainingRun) -> None:
+        """Evaluates the held-out prompts, drawn as in a round."""
+        evaluate_held_out(run, self, eta=self.config.eta)
+
     # The parts of a round.
 
-    def _finished(self, embeddings: Embeddings, seeds: Sequence[int]) -> Trajectory:
+    def _finished(self, conditioning: Conditioning, seeds: Sequence[int]) -> Trajectory:
         """Draws a batch and keeps of its trajectory the end only."""
         cfg = self.config
-        clean = self.policy.sample(embeddings, steps=cfg.steps, guidance=self.guidance, eta=cfg.eta, seeds=seeds)
+        clean = self.policy.sample(conditioning, steps=cfg.steps, guidance=self.guidance, eta=cfg.eta, seeds=seeds)
         none = clean.new_empty(len(clean), 0)
-        return Trajectory(clean.unsqueeze(1), none, none.new_empty(0, dtype=torch.int64), embeddings)
+        return Trajectory(clean.unsqueeze(1), none, none.new_empty(0, dtype=torch.int64), conditioning)
 
     def _update(
         self, run: TrainingRun, samples: Tensor, prompts: Sequence[str], clean: Latents, weights: PerSample
@@ -257,17 +239,17 @@ class RWRTrainer:
         count, total = len(mine[0]), torch.zeros((), device=run.device)
         parts = list(zip(*(part.split(self.config.minibatch_size) for part in mine), strict=True))
         for number, (picked, times, noise) in enumerate(parts):
-            embeddings = self.policy.encode([prompts[sample] for sample in picked.tolist()])
+            conditioning = self.policy.encode([prompts[sample] for sample in picked.tolist()])
             with run.autocast():
-                losses = self._losses(clean[picked.to(clean.device)], embeddings, times, noise)
+                losses = self._losses(clean[picked.to(clean.device)], conditioning, times, noise)
             loss = (weights[picked].to(losses) * losses).sum() / count
             run.backward(loss, sync=number == len(parts) - 1)
             total += loss.detach()
         return run.mean(total), run.update()
 
-    def _losses(self, clean: Latents, embeddings: Embeddings, timesteps: Tensor, noise: Latents) -> PerSample:
+    def _losses(self, clean: Latents, conditioning: Conditioning, timesteps: Tensor, noise: Latents) -> PerSample:
         """Returns the squared error of the guided noise prediction of each sample, averaged over its elements."""
         timesteps, noise = timesteps.to(clean.device), noise.to(clean.device)
         noised = self.policy.add_noise(clean, noise, timesteps)
-        predicted = self.policy.predict_noise(noised, timesteps, embeddings, self.guidance)
+        predicted = self.policy.predict_noise(noised, timesteps, conditioning, self.guidance)
         return ((predicted - noise) ** 2).flatten(1).mean(dim=1)

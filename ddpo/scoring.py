@@ -7,13 +7,12 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 
 import torch
 from torch import Tensor
 
 from overpaint.policy.types import Images, PerSample
-from overpaint.training import require
+from overpaint.settings import AnyFloat, Field, settings
 from rewards.scores import Judge, scores_of
 from rewards.types import check_pairs
 
@@ -22,38 +21,24 @@ GRACE = 5.0
 A thread that Python stops inside torch aborts the process."""
 
 
-_require = partial(require, "ScoringConfig")
-
-
-@dataclass(frozen=True, kw_only=True)
+@settings
 class ScoringConfig:
     """How many batches are scored at a time, and what happens when a reward fails."""
 
-    workers: int = 1
+    workers: int = Field(1, ge=1)
     """Batches that are scored at a time."""
 
-    max_waiting: int = 4
+    max_waiting: int = Field(4, ge=1)
     """Batches that may wait for a worker. Sampling pauses when there are that many, so that memory stays bounded."""
 
-    attempts: int = 3
+    attempts: int = Field(3, ge=1)
     """Tries that a batch has before its reward counts as failed."""
 
-    timeout: float = 600.0
+    timeout: AnyFloat = Field(600.0, gt=0)
     """Seconds that one try may take; `math.inf` waits for ever."""
 
-    backoff: float = 1.0
+    backoff: float = Field(1.0, ge=0)
     """Seconds between the first try and the second; doubled for each further one."""
-
-    def __post_init__(self) -> None:
-        """Checks every field.
-
-        Raises:
-            ValueError: A field breaks its rule.
-        """
-        for name in ("workers", "max_waiting", "attempts"):
-            _require(getattr(self, name) >= 1, name, "be at least 1", getattr(self, name))
-        _require(self.timeout > 0, "timeout", "be positive", self.timeout)
-        _require(0 <= self.backoff < math.inf, "backoff", "be finite and not negative", self.backoff)
 
 
 class RewardError(RuntimeError):

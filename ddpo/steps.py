@@ -5,6 +5,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from overpaint.policy import DiffusionPolicy
+from overpaint.policy.ddim import ddim_mean_and_std, mean_sensitivity
 
 from .config import DDPOConfig
 
@@ -35,5 +36,20 @@ def signal_weights(policy: DiffusionPolicy, *, steps: int, eta: float) -> Float[
 
     Each step's own gradient keeps its direction; what changes is how the steps share the weights of the network.
     """
-    std, slope = policy.step_scales(steps, eta)
+    std, slope = step_scales(policy, steps=steps, eta=eta)
     return (std**2 / slope).float()
+
+
+def step_scales(
+    policy: DiffusionPolicy, *, steps: int, eta: float
+) -> tuple[Float[Tensor, " steps"], Float[Tensor, " steps"]]:
+    """Returns the standard deviation of each step, and by how much its mean follows the network's prediction.
+
+    Raises:
+        ValueError: As `DiffusionPolicy.rollout`.
+    """
+    plan = policy.schedules.stochastic(steps, eta, policy.device)
+    levels = plan.alphas.double(), plan.previous_alphas.double()
+    blank = plan.alphas.new_zeros(steps, 4, 1, 1).double()
+    _, std = ddim_mean_and_std(blank, blank, *levels, eta=eta, prediction_type=policy.prediction_type)
+    return std, mean_sensitivity(*levels, eta=eta, prediction_type=policy.prediction_type)

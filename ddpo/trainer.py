@@ -4,7 +4,7 @@ Algorithm of Black et al. (2023), https://arxiv.org/abs/2305.13301: denoising is
 made likelier or less likely by how much better than expected the finished image is. With options of later work: a
 divergence penalty (DPOK), advantages within a group (GRPO), and a constraint that keeps an erased concept erased. What
 is not here: the engine (`training`), the denoising and its densities (`policy`), the arithmetic (`loss`, `advantage`),
-the grading (`collect`). See docs/ddpo.md for each departure from the authors' code, and for results.
+the scoring (`collect`). See docs/ddpo.md for each departure from the authors' code, and for results.
 """
 
 import math
@@ -19,18 +19,27 @@ from torch import Tensor
 
 from erasure import ErasureConstraint, ImageConstraint, ObjectiveConstraint
 from erasure.protocols import ConceptBatch
-from overpaint.policy import ClassifierFree, DiffusionPolicy
+from overpaint.policy import ClassifierFree, Conditioning, DiffusionPolicy, Trajectory
 from overpaint.policy.prompts import check_prompts
-from overpaint.policy.types import Embeddings, Trajectory
-from overpaint.training import Stateful, TrainingConfig, TrainingRun, check_trainable, draw_batch
-from rewards import EarlyStopping, HeldOut, Reward
+from overpaint.training import (
+    EarlyStopping,
+    HeldOut,
+    Stateful,
+    TrainingConfig,
+    TrainingRun,
+    check_trainable,
+    draw_batch,
+    evaluate_held_out,
+    train,
+)
+from overpaint.training.loop import check_batches
+from rewards import Reward
 
 from .advantage import EPSILON, PromptStatistics, centred, centred_advantages, group_advantages, round_advantages
-from .asked import Asked, ask, pairs_of_update
-from .collect import Collector, Graded, asked_again_on_failure
+from .collect import Collector, ScoredSamples, requested_again_on_failure
 from .config import DDPOConfig
 from .gradient import PolicyGradient, measured_by
-from .loop import check_held_out, train_in_rounds
+from .requests import SampleRequest, draw_requests, pairs_of_update
 from .scoring import ScoringConfig
 from .steps import step_plan
 
@@ -61,8 +70,8 @@ class DDPOMetrics(NamedTuple):
     seconds_update: float
 
 
-class Verdict(NamedTuple):
-    """What a round was worth."""
+class Advantages(NamedTuple):
+    """By how much the samples of a round are better than expected, and what that was computed from."""
 
     rewards: Float[Tensor, " samples"]
     """Of the samples of all processes, on the CPU; as the next two."""
@@ -78,7 +87,7 @@ class DDPOTrainer:
         trainer = DDPOTrainer(policy, reward, prompts, DDPOConfig(samples_per_round=64))
         trainer.train(TrainingConfig(output_dir="run", iterations=100, learning_rate=3e-4))
 
-    An iteration of the run is a round: samples are drawn and graded, and trained on in one or more updates.
+    An iteration of the run is a round: samples are drawn and scored, and trained on in one or more updates.
 
     Args:
         policy: What is tuned, in place; needs a LoRA or `train=`.
@@ -86,7 +95,7 @@ class DDPOTrainer:
         prompts: What images are drawn for, with repetition; there may be fewer of them than processes.
         config: Settings; those of the authors' code by default.
         erasure: What is kept erased: a cost on images of the concept, or an objective on noise predictions.
-        held_out: Prompts and a reward that are watched and not trained on; the weights that it liked best are kept.
+        held_out: Prompts and a reward that are not trained on, for early stopping; the best weights by it remain.
         scoring: How the reward is run beside the sampling.
 
     Raises:
@@ -111,11 +120,7 @@ class DDPOTrainer:
         self.prompts = check_prompts(prompts)
         self.config = cfg = config or DDPOConfig()
         self.erasure = erasure
-        if cfg.patience and held_out is None:
-            raise ValueError(f"DDPOConfig.patience must be 0 without held_out, got {cfg.patience}")
-        self.watch = None
-        if held_out is not None:
-            self.watch = EarlyStopping(held_out, patience=cfg.patience, constrained=erasure is not None)
+        self.early_stopping = EarlyStopping.of(cfg, held_out, constrained=erasure is not None)
         self.guidance = ClassifierFree(cfg.guidance_scale)
         self.statistics = PromptStatistics(cfg.buffer_size, cfg.min_count)
         step_weights, self.chosen_steps = step_plan(policy, cfg)
@@ -146,7 +151,7 @@ class DDPOTrainer:
         state: dict[str, Stateful] = {"statistics": self.statistics}
         if self.erasure is not None:
             state["lagrangian"] = self.erasure.lagrangian
-        return train_in_rounds(self, run_config, state=state, configs={"ddpo": self.config})
+        return train(self, run_config, state=state, configs={"ddpo": self.config})
 
     def prepare(self, run: TrainingRun) -> None:
         """Checks what only a run can tell, and readies an erasure objective.
@@ -181,27 +186,28 @@ class DDPOTrainer:
                 f"DDPOConfig.minibatch_size must divide the {pairs} pairs of sample and step that a process trains on "
                 f"in an update, got {cfg.minibatch_size}"
             )
-        check_held_out(run, self.watch)
+        if self.early_stopping is not None:
+            check_batches(run, "", {"held_out.prompts": len(self.early_stopping.held_out.prompts)})
         if isinstance(self.erasure, ObjectiveConstraint):
             self.erasure.prepare(self.policy)
 
     def step(self, run: TrainingRun) -> DDPOMetrics:
-        """Does one round: draws and grades samples, and takes its updates.
+        """Does one round: draws and scores samples, and takes its updates.
 
         Raises:
             RewardError: The reward failed for good. A checkpoint is saved, and the samples are kept beside it.
         """
         cfg = self.config
         weight = 0.0 if self.erasure is None else self.erasure.lagrangian.weight
-        with asked_again_on_failure(run):
-            asked, graded = self._sample(run)
-        verdict = self._judge(run, asked, graded, weight)
+        with requested_again_on_failure(run):
+            requests, scored = self._sample(run)
+        advantages = self.compute_advantages(run, requests, scored, weight)
 
         start = time.perf_counter()
         parts = [
             pairs_of_update(
                 run,
-                asked,
+                requests,
                 k,
                 updates=cfg.updates_per_round,
                 steps=cfg.steps,
@@ -210,35 +216,35 @@ class DDPOTrainer:
             )
             for k in range(cfg.updates_per_round)
         ]
-        trajectory = self.gradient.with_old_log_probs(run, graded.trajectory, parts)
+        trajectory = self.gradient.with_old_log_probs(run, scored.trajectory, parts)
         objective, updates = [], []
         for number, pairs in enumerate(parts):
             objective.append(self._objective(run))
-            look = number == 0 and run.iteration % cfg.kl_every == 0
-            updates.append(self.gradient.update(run, pairs, trajectory, verdict.advantages, measure_kl=look))
+            measure_kl = number == 0 and run.iteration % cfg.kl_every == 0
+            updates.append(self.gradient.update(run, pairs, trajectory, advantages.advantages, measure_kl=measure_kl))
         measured = measured_by(run, updates, kl_in_loss=cfg.kl_weight > 0)
         seconds_update = time.perf_counter() - start
 
         cost = fmean(objective)
         if isinstance(self.erasure, ImageConstraint):
-            cost = float(verdict.costs.mean())
+            cost = float(advantages.costs.mean())
             self.erasure.lagrangian.update(cost)
-        if self.watch is not None and self.erasure is not None:
-            self.watch.note_cost(cost)
+        if self.early_stopping is not None and self.erasure is not None:
+            self.early_stopping.note_cost(cost)
         if run.iteration % cfg.pictures_every == 0:
-            prompts = [prompt for part in asked for prompt in part.my_prompts]
-            captions = [f"{r:.2f} {p}" for r, p in zip(graded.rewards.tolist(), prompts, strict=True)]
-            run.log_images("round", graded.pictures, captions[: len(graded.pictures)])
+            prompts = [prompt for part in requests for prompt in part.my_prompts]
+            captions = [f"{r:.2f} {p}" for r, p in zip(scored.rewards.tolist(), prompts, strict=True)]
+            run.log_images("round", scored.pictures, captions[: len(scored.pictures)])
         return DDPOMetrics(
-            reward=float(verdict.rewards.mean()),
-            reward_std=float(verdict.rewards.std(correction=0)),
-            erasure_reward=float(verdict.concept_rewards.mean()),
+            reward=float(advantages.rewards.mean()),
+            reward_std=float(advantages.rewards.std(correction=0)),
+            erasure_reward=float(advantages.concept_rewards.mean()),
             erasure_cost=cost,
             erasure_weight=weight,
             **measured._asdict(),
-            retries=graded.retries,
-            seconds_sampling=graded.seconds_sampling,
-            seconds_reward=graded.seconds_reward,
+            retries=scored.retries,
+            seconds_sampling=scored.seconds_sampling,
+            seconds_reward=scored.seconds_reward,
             seconds_update=seconds_update,
         )
 
@@ -272,52 +278,60 @@ class DDPOTrainer:
                 values["erasure/reward"] = metrics.erasure_reward
         return values
 
+    def evaluate(self, run: TrainingRun) -> None:
+        """Evaluates the held-out prompts, drawn as in a round."""
+        evaluate_held_out(run, self, eta=self.config.eta)
+
     # The parts of a round.
 
-    def _rollout(self, embeddings: Embeddings, seeds: Sequence[int]) -> Trajectory:
+    def _rollout(self, conditioning: Conditioning, seeds: Sequence[int]) -> Trajectory:
         cfg = self.config
-        return self.policy.rollout(embeddings, steps=cfg.steps, guidance=self.guidance, eta=cfg.eta, seeds=seeds)
+        return self.policy.rollout(conditioning, steps=cfg.steps, guidance=self.guidance, eta=cfg.eta, seeds=seeds)
 
-    def _sample(self, run: TrainingRun) -> tuple[list[Asked], Graded]:
-        """Draws this process's samples and has them graded: those of the prompts, then those of the concept."""
+    def _sample(self, run: TrainingRun) -> tuple[list[SampleRequest], ScoredSamples]:
+        """Draws this process's samples and has them scored: those of the prompts, then those of the concept."""
         cfg = self.config
         wanted = [(self.prompts, cfg.samples_per_round)]
         if isinstance(self.erasure, ImageConstraint):
             wanted.append((self.erasure.prompts, cfg.erasure_samples_per_round))
-        asked = [
-            ask(run, population, count, updates=cfg.updates_per_round, images_per_prompt=cfg.images_per_prompt)
+        requests = [
+            draw_requests(
+                run, population, count, updates=cfg.updates_per_round, images_per_prompt=cfg.images_per_prompt
+            )
             for population, count in wanted
         ]
-        prompts = [prompt for part in asked for prompt in part.my_prompts]
-        seeds = [seed for part in asked for seed in part.my_seeds]
-        return asked, self.collector.collect(run, prompts, seeds, of_concept=len(prompts) - len(asked[0].mine))
+        prompts = [prompt for part in requests for prompt in part.my_prompts]
+        seeds = [seed for part in requests for seed in part.my_seeds]
+        return requests, self.collector.collect(run, prompts, seeds, of_concept=len(prompts) - len(requests[0].mine))
 
-    def _judge(self, run: TrainingRun, asked: list[Asked], graded: Graded, weight: float) -> Verdict:
-        """Turns rewards and costs into advantages.
+    def compute_advantages(
+        self, run: TrainingRun, requests: list[SampleRequest], scored: ScoredSamples, weight: float
+    ) -> Advantages:
+        """Computes advantages from rewards and costs.
 
         Samples of the concept are worth reward - weight * cost. They are compared with each other, or with the others
         of their prompt, and never with earlier rounds, where the weight was another. Their advantages have the unit of
         the others', one standard deviation of the reward: were they normalised by their own, no weight could make the
         constraint count for more than the reward does.
         """
-        cfg, mine = self.config, len(asked[0].mine)
+        cfg, mine = self.config, len(requests[0].mine)
         compare = {
             "prompt": self.statistics.advantages,
             "group": group_advantages,
             "centred": centred_advantages,
             "round": round_advantages,
         }[cfg.baseline]
-        rewards = asked[0].gathered(run, graded.rewards[:mine])
-        parts = [compare(rewards, asked[0].prompts)[asked[0].mine]]
+        rewards = requests[0].gathered(run, scored.rewards[:mine])
+        parts = [compare(rewards, requests[0].prompts)[requests[0].mine]]
         concept_rewards = costs = torch.zeros(1)
-        if len(asked) == 2:
-            concept_rewards = asked[1].gathered(run, graded.rewards[mine:])
-            costs = asked[1].gathered(run, graded.costs)
-            worth = centred(concept_rewards - weight * costs, self._compared(asked[1]))
-            unit = centred(rewards, self._compared(asked[0])).square().mean().sqrt()
-            parts.append((worth / (unit + EPSILON))[asked[1].mine])
+        if len(requests) == 2:
+            concept_rewards = requests[1].gathered(run, scored.rewards[mine:])
+            costs = requests[1].gathered(run, scored.costs)
+            worth = centred(concept_rewards - weight * costs, self._compared(requests[1]))
+            unit = centred(rewards, self._compared(requests[0])).square().mean().sqrt()
+            parts.append((worth / (unit + EPSILON))[requests[1].mine])
         clamped = torch.cat(parts).clamp(-cfg.max_advantage, cfg.max_advantage)
-        return Verdict(rewards, concept_rewards, costs, clamped.to(run.device, torch.float32))
+        return Advantages(rewards, concept_rewards, costs, clamped.to(run.device, torch.float32))
 
     def _objective(self, run: TrainingRun) -> float:
         """Adds the gradient of an erasure objective, if there is one, and moves its weight; returns its mean cost."""
@@ -339,9 +353,9 @@ class DDPOTrainer:
 
     # Small things.
 
-    def _compared(self, asked: Asked) -> list[str]:
+    def _compared(self, requests: SampleRequest) -> list[str]:
         """Returns a name for each sample of those that it is compared with: those of its prompt, or all."""
-        return asked.prompts if self.config.images_per_prompt > 1 else [""] * len(asked.prompts)
+        return requests.prompts if self.config.images_per_prompt > 1 else [""] * len(requests.prompts)
 
     @property
     def _of_concept(self) -> int:

@@ -37,8 +37,8 @@ from overpaint.evaluation.experiments.experiment import TINY_WORLD
 from overpaint.evaluation.experiments.tasks import Task, TaskName, animal_task, tiny_task
 from overpaint.policy import DiffusionPolicy, LoRAConfig, check_checkpoint
 from overpaint.policy.types import Images, PerSample
-from overpaint.training import TrainingConfig, check_output_dir, process_state
-from rewards import HeldOut, reward_named
+from overpaint.training import HeldOut, TrainingConfig, check_output_dir, process_state
+from rewards import reward_named
 from rewards.combine import to_device
 
 Algorithm = Literal["ddpo-is", "ddpo-sf", "rwr", "rwr-sparse"]

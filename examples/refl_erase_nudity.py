@@ -26,9 +26,8 @@ from overpaint.evaluation.command_line import command_line
 from overpaint.evaluation.experiments.examine import Examination, examine
 from overpaint.evaluation.experiments.experiment import TINY_WORLD, Subject, subject
 from overpaint.policy import DiffusionPolicy, LoRAConfig
-from overpaint.training import TrainingConfig, check_output_dir, process_state
+from overpaint.training import HeldOut, TrainingConfig, check_output_dir, process_state
 from refl import ReFLConfig, ReFLTrainer
-from rewards import HeldOut
 from rewards.combine import to_device
 
 
@@ -85,8 +84,8 @@ def refl_config(config: Config) -> ReFLConfig:
             erasure_batch_size=8,
             pretraining_batch_size=16,
             steps=20,
-            first_graded_step=10,
-            last_graded_step=19,
+            first_reward_step=10,
+            last_reward_step=19,
             guidance_scale=config.guidance_scale,
             reward_scale=0.05,
             evaluate_every=20,

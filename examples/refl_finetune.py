@@ -17,9 +17,8 @@ from overpaint.evaluation import DrawConfig, Panel, Report, compare, draw, gathe
 from overpaint.evaluation.command_line import command_line
 from overpaint.evaluation.experiments.experiment import TINY_WORLD, subject
 from overpaint.policy import LoRAConfig
-from overpaint.training import TrainingConfig, check_output_dir, process_state
+from overpaint.training import HeldOut, TrainingConfig, check_output_dir, process_state
 from refl import ReFLConfig, ReFLTrainer
-from rewards import HeldOut
 from rewards.combine import to_device
 
 

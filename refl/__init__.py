@@ -2,8 +2,8 @@
 
 from .config import ReFLConfig
 from .distance import distance_to_reference
-from .graded import one_step_images
 from .loss import hinge
+from .one_step import one_step_images
 from .pretraining import PretrainingPairs, pairs_from_folder, pairs_from_policy
 from .trainer import ReFLMetrics, ReFLTrainer
 

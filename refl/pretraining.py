@@ -7,9 +7,10 @@ from typing import NamedTuple
 
 import torch
 
-from overpaint.policy import DiffusionPolicy, Guidance, SampleNoise
+from overpaint.policy import Conditioning, DiffusionPolicy, Guidance, SampleNoise
+from overpaint.policy.guidance import DEFAULT_GUIDANCE
 from overpaint.policy.prompts import check_prompts
-from overpaint.policy.types import Embeddings, Latents, PerSample
+from overpaint.policy.types import Latents, PerSample
 
 IMAGE_ENDINGS = (".png", ".jpg", ".jpeg", ".webp")
 CAPTIONS_FILE = "metadata.jsonl"
@@ -42,7 +43,7 @@ def pairs_from_policy(
     *,
     count: int,
     steps: int = 40,
-    guidance: Guidance | None = None,
+    guidance: Guidance = DEFAULT_GUIDANCE,
     seed: int = 0,
     batch_size: int = 16,
 ) -> PretrainingPairs:
@@ -55,7 +56,7 @@ def pairs_from_policy(
         prompts: Captions, taken in turn.
         count: Number of pairs.
         steps: Denoising steps.
-        guidance: None is classifier-free guidance of 5.
+        guidance: By default classifier-free guidance of 5.
         seed: Seed of the first image; the next ones follow.
         batch_size: Images at a time.
 
@@ -72,8 +73,8 @@ def pairs_from_policy(
     with policy.reference():
         for start in range(0, count, batch_size):
             part = slice(start, start + batch_size)
-            embeddings = policy.encode(captions[part])
-            parts.append(policy.sample(embeddings, steps=steps, guidance=guidance, seeds=seeds[part]))
+            conditioning = policy.encode(captions[part])
+            parts.append(policy.sample(conditioning, steps=steps, guidance=guidance, seeds=seeds[part]))
     return PretrainingPairs(torch.cat(parts), captions)
 
 
@@ -104,7 +105,7 @@ def pairs_from_folder(policy: DiffusionPolicy, folder: str | Path, *, batch_size
 
 
 def denoising_loss(
-    policy: DiffusionPolicy, latents: Latents, embeddings: Embeddings, *, seeds: Sequence[int]
+    policy: DiffusionPolicy, latents: Latents, conditioning: Conditioning, *, seeds: Sequence[int]
 ) -> PerSample:
     """Returns the loss of pretraining for each sample, see `DiffusionPolicy.denoising_loss`.
 
@@ -113,7 +114,7 @@ def denoising_loss(
     noise = SampleNoise(seeds, height=latents.shape[2], width=latents.shape[3], device=policy.device)
     levels = len(policy.alphas)
     drawn = [torch.randint(levels, (), generator=generator) for generator in noise.generators]
-    return policy.denoising_loss(latents, embeddings, torch.stack(drawn).to(policy.device), noise.draw())
+    return policy.denoising_loss(latents, conditioning, torch.stack(drawn).to(policy.device), noise.draw())
 
 
 def _captions(folder: Path) -> dict[str, str]:

@@ -1,9 +1,9 @@
 """The ReFL trainer.
 
 Algorithm 1 of Xu et al. (2023), https://arxiv.org/abs/2304.05977, with two additions: an optional constraint that keeps
-an erased concept erased, and a second, held-out reward that is watched. What is not here: the engine (`training`), the
-denoising (`policy`), the constraint's arithmetic (`erasure`). See docs/refl.md for each departure from the authors'
-code, and for results.
+an erased concept erased, and early stopping by a second, held-out reward. What is not here: the engine and the loop
+(`training`), the denoising (`policy`), the constraint's arithmetic (`erasure`). See docs/refl.md for each departure
+from the authors' code, and for results.
 """
 
 import math
@@ -18,23 +18,31 @@ from erasure.protocols import ConceptBatch
 from overpaint.policy import ClassifierFree, DiffusionPolicy
 from overpaint.policy.prompts import check_prompts
 from overpaint.policy.types import PerSample
-from overpaint.training import Stateful, TrainingConfig, TrainingRun, check_trainable, draw_batch
-from rewards import EarlyStopping, HeldOut, Reward, scores_of
+from overpaint.training import (
+    EarlyStopping,
+    HeldOut,
+    Stateful,
+    TrainingConfig,
+    TrainingRun,
+    check_trainable,
+    draw_batch,
+    evaluate_held_out,
+    train,
+)
+from overpaint.training.loop import check_batches
+from rewards import Reward, scores_of
 
 from .config import ReFLConfig
 from .distance import distance_to_reference
-from .graded import one_step_images
-from .judge import check_gradient, not_differentiable
+from .gradient_check import check_gradient, not_differentiable
 from .loss import hinge
+from .one_step import one_step_images
 from .pretraining import PretrainingPairs, check_pretraining, denoising_loss, pairs_from_policy
 
 Item = TypeVar("Item", str, int)
 
 POOL_BATCHES = 4
 """Size of the pool of pairs that is drawn where none are given, in batches of the pretraining term."""
-
-PICTURES = 16
-"""Images of a look that are logged."""
 
 
 class ReFLMetrics(NamedTuple):
@@ -63,7 +71,7 @@ class ReFLTrainer:
         config: Settings; those of the authors' code by default.
         erasure: What is kept erased: a cost on images of the concept, or an objective on noise predictions.
         pretraining: Pairs of the pretraining term; drawn from the frozen policy itself where none are given.
-        held_out: Prompts and a reward that are watched and not trained on; the weights that it liked best are kept.
+        held_out: Prompts and a reward that are not trained on, for early stopping; the best weights by it remain.
 
     Raises:
         ValueError: The reward says that it has no gradient, there are no prompts or no pairs, the policy has nothing to
@@ -90,48 +98,13 @@ class ReFLTrainer:
         self.config = config or ReFLConfig()
         self.erasure = erasure
         self.pretraining = None if pretraining is None else check_pretraining(pretraining)
-        if self.config.patience and held_out is None:
-            raise ValueError(f"ReFLConfig.patience must be 0 without held_out, got {self.config.patience}")
-        self.watch = None
-        if held_out is not None:
-            self.watch = EarlyStopping(held_out, patience=self.config.patience, constrained=erasure is not None)
+        self.early_stopping = EarlyStopping.of(self.config, held_out, constrained=erasure is not None)
+        self.guidance = ClassifierFree(self.config.guidance_scale)
 
     def train(self, run_config: TrainingConfig) -> ReFLMetrics | None:
-        """Trains, or goes on with an interrupted run.
-
-        The policy ends with the weights that the held-out reward liked best, or, where nothing is held out or the
-        constraint held at no look, with the last ones. With `ema_decay` both are averaged weights, while checkpoints
-        keep what training goes on from.
-
-        Returns:
-            What the last iteration measured; None where a resumed run had nothing left to do.
-
-        Raises:
-            ValueError: As `prepare`, or the run cannot be started or resumed.
-        """
-        state: dict[str, Stateful] = {}
-        if self.erasure is not None:
-            state["lagrangian"] = self.erasure.lagrangian
-        if self.watch is not None:
-            state["held_out"] = self.watch
-        metrics = None
-        with TrainingRun(self.policy, run_config, state=state, configs={"refl": self.config}) as run:
-            self.prepare(run)
-            for iteration in run.iterations():
-                if iteration % self.config.evaluate_every == 0:
-                    self._look(run)
-                    if self.watch is not None and self.watch.should_stop:
-                        break
-                metrics = self.step(run)
-                run.log(self._tagged(metrics))
-            else:
-                self._look(run)
-            with run.averaged():
-                last = self.policy.trainable_state()
-        self.policy.load_trainable_state(last)
-        if self.watch is not None:
-            self.watch.restore(self.policy)
-        return metrics
+        """Trains, or goes on with an interrupted run, as `overpaint.training.train` says."""
+        state: dict[str, Stateful] = {} if self.erasure is None else {"lagrangian": self.erasure.lagrangian}
+        return train(self, run_config, state=state, configs={"refl": self.config})
 
     def prepare(self, run: TrainingRun) -> None:
         """Checks what only a run can tell, draws pairs where none were given, and readies an erasure objective.
@@ -146,11 +119,9 @@ class ReFLTrainer:
             batches["pretraining_batch_size"] = cfg.pretraining_batch_size
         if self.erasure is not None:
             batches["erasure_batch_size"] = cfg.erasure_batch_size
-        if self.watch is not None:
-            batches["held_out.prompts"] = len(self.watch.held_out.prompts)
-        for name, count in batches.items():
-            if count % run.num_processes:
-                raise ValueError(f"{name} must divide evenly among {run.num_processes} processes, got {count}")
+        if self.early_stopping is not None:
+            batches["held_out.prompts"] = len(self.early_stopping.held_out.prompts)
+        check_batches(run, "", batches)
 
         size = self.policy.image_size
         grey = torch.full((1, 3, size, size), 0.5, device=self.policy.device)
@@ -164,26 +135,26 @@ class ReFLTrainer:
             self.erasure.prepare(self.policy)
 
     def step(self, run: TrainingRun) -> ReFLMetrics:
-        """Samples a batch, grades it and takes one gradient step.
+        """Samples a batch, scores it and takes one gradient step.
 
         Raises:
             ValueError: The reward or the erasure cost gave not one number for each image.
         """
         cfg, erasure, pairs = self.config, self.erasure, self.pretraining
-        reward_step = int(torch.randint(cfg.first_graded_step, cfg.last_graded_step + 1, (), generator=run.generator))
+        reward_step = int(torch.randint(cfg.first_reward_step, cfg.last_reward_step + 1, (), generator=run.generator))
 
         batch = draw_batch(run, self.prompts, cfg.batch_size)
-        rewards = self._descend(run, batch, lambda *part: self._reward_term(*part, reward_step))
+        rewards = self._accumulate(run, batch, lambda *part: self._reward_term(*part, reward_step))
         costs, cosine = None, 0.0
         if erasure is not None:
             before = [gradient.clone() for gradient in self._gradients()]
             batch = draw_batch(run, erasure.prompts, cfg.erasure_batch_size)
-            costs = self._descend(run, batch, lambda *part: self._erasure_term(*part, erasure, reward_step))
+            costs = self._accumulate(run, batch, lambda *part: self._erasure_term(*part, erasure, reward_step))
             cosine = _cosine(before, self._gradients())
         losses = None
         if cfg.pretraining_weight and pairs is not None:
             chosen = draw_batch(run, range(len(pairs.captions)), cfg.pretraining_batch_size)
-            losses = self._descend(run, chosen, lambda *part: self._pretraining_term(*part, pairs))
+            losses = self._accumulate(run, chosen, lambda *part: self._pretraining_term(*part, pairs))
 
         # The terms have added up in each process; a last backward, of nothing, averages over the processes.
         run.backward(torch.stack([0.0 * p.sum() for p in self.policy.trainable_parameters()]).sum(), sync=True)
@@ -194,8 +165,8 @@ class ReFLTrainer:
             cost, weight = run.mean(costs), erasure.lagrangian.weight
             if math.isfinite(cost):  # otherwise the update was skipped, and there is nothing to answer
                 erasure.lagrangian.update(cost)
-                if self.watch is not None:
-                    self.watch.note_cost(cost)
+                if self.early_stopping is not None:
+                    self.early_stopping.note_cost(cost)
         return ReFLMetrics(
             reward=run.mean(rewards),
             reward_loss=run.mean(hinge(rewards, margin=cfg.reward_margin)),
@@ -206,6 +177,12 @@ class ReFLTrainer:
             grad_norm=grad_norm,
             reward_step=reward_step,
         )
+
+    def evaluate(self, run: TrainingRun) -> None:
+        """Measures the distance from the reference, and evaluates the held-out prompts."""
+        with run.averaged():
+            run.log({"train/distance": distance_to_reference(self.policy)})
+        evaluate_held_out(run, self)
 
     # The three terms of the loss: each gives its mean over some samples, and what it measured of each.
 
@@ -229,14 +206,14 @@ class ReFLTrainer:
     def _pretraining_term(
         self, indices: list[int], seeds: list[int], pairs: PretrainingPairs
     ) -> tuple[Tensor, PerSample]:
-        embeddings = self.policy.encode([pairs.captions[k] for k in indices])
+        conditioning = self.policy.encode([pairs.captions[k] for k in indices])
         latents = pairs.latents[indices].to(self.policy.device)
-        loss = denoising_loss(self.policy, latents, embeddings, seeds=seeds)
+        loss = denoising_loss(self.policy, latents, conditioning, seeds=seeds)
         return self.config.pretraining_weight * loss.mean(), loss
 
     # Small things.
 
-    def _descend(
+    def _accumulate(
         self,
         run: TrainingRun,
         batch: Sequence[tuple[Item, int]],
@@ -276,27 +253,7 @@ class ReFLTrainer:
         )
         return PretrainingPairs(run.gather(part.latents), captions)
 
-    def _look(self, run: TrainingRun) -> None:
-        """Looks at the policy from outside: its distance from the reference, and the held-out prompts."""
-        with run.averaged():
-            run.log({"train/distance": distance_to_reference(self.policy)})
-            if self.watch is None:
-                return
-            mine = run.shard(range(len(self.watch.held_out.prompts)))
-            part = slice(mine.start, mine.stop)
-            look = self.watch.measure(
-                self.policy,
-                self.reward,
-                part=part,
-                steps=self.config.steps,
-                guidance=ClassifierFree(self.config.guidance_scale),
-            )
-            trained, held_out = run.mean(look.trained), run.mean(look.held_out)
-            self.watch.note(self.policy, iteration=run.iteration, trained=trained, held_out=held_out)
-        run.log({"reward/validation": trained, "reward/held_out": held_out})
-        run.log_images("held_out", look.images[:PICTURES], self.watch.held_out.prompts[part][:PICTURES])
-
-    def _tagged(self, metrics: ReFLMetrics) -> dict[str, float]:
+    def tagged(self, metrics: ReFLMetrics, run: TrainingRun) -> dict[str, float]:
         """Returns what was measured under the tags that docs/refl.md defines, without what was switched off."""
         values = {
             "reward/mean": metrics.reward,

@@ -9,7 +9,6 @@ from .clip import CLIPScore, CLIPScoreConfig
 from .clip_encoder import ClipEncoder
 from .clip_tokenizer import ClipTokenizer
 from .combine import Clipped, Standardised, WeightedSum
-from .held_out import EarlyStopping, HeldOut, Look
 from .hps import HPSv2
 from .http_json import HttpConfig, HttpError
 from .image_reward import ImageReward, ImageRewardConfig
@@ -42,9 +41,7 @@ __all__ = [
     "ClipTokenizer",
     "Clipped",
     "Compressibility",
-    "EarlyStopping",
     "HPSv2",
-    "HeldOut",
     "HttpConfig",
     "HttpError",
     "ImageReward",
@@ -53,7 +50,6 @@ __all__ = [
     "Judgement",
     "LocalVLM",
     "LocalVLMConfig",
-    "Look",
     "NudeNet",
     "NudeNetConfig",
     "OpenNSFW",

@@ -1,40 +1,42 @@
 """What every training run needs: accelerate, optimizer, checkpoints and resume, trackers, progress."""
 
-from .batch import draw_batch
 from .checkpoint import Checkpoint, CheckpointFolder, DamagedCheckpointError, load_checkpoint
 from .config import TrainingConfig
-from .descent import NonFiniteError
-from .ema import ExponentialMovingAverage
+from .early_stopping import EarlyStopping, HeldOut
+from .engine import from_main, process_state
 from .folder import check_output_dir
-from .images import image_grid
-from .metrics import MetricsFile, read_metrics
-from .optimizer import make_optimizer
-from .processes import from_main, process_state
-from .require import require
-from .run import TrainingRun, check_trainable
+from .logging import MetricsFile, image_grid, read_metrics
+from .loop import Trainer, evaluate_held_out, train
+from .optimizer_step import AveragedWeights, NonFiniteError, make_optimizer
+from .run import TrainingRun, check_trainable, draw_batch
 from .signals import TERMINATED
 from .types import Stateful, Trainable
 
 __all__ = [
     "TERMINATED",
+    "AveragedWeights",
     "Checkpoint",
     "CheckpointFolder",
     "DamagedCheckpointError",
-    "ExponentialMovingAverage",
+    "EarlyStopping",
+    "HeldOut",
     "MetricsFile",
     "NonFiniteError",
     "Stateful",
     "Trainable",
+    "Trainer",
     "TrainingConfig",
     "TrainingRun",
     "check_output_dir",
     "check_trainable",
     "draw_batch",
+    "evaluate_held_out",
     "from_main",
     "image_grid",
     "load_checkpoint",
     "make_optimizer",
     "process_state",
     "read_metrics",
-    "require",
+    "train",
 ]
+from .require import require as require

@@ -3,32 +3,34 @@
 A checkpoint is a folder `iteration-00000123` (123 iterations were done) with
 
 - `weights.safetensors`: the trained weights, by the policy's own names;
-- `state.safetensors` and `state.json`: everything else (optimizer, averages, generators, constraints, counters);
+- `state.pt`: everything else (optimizer, averages, generators, constraints, counters), as `torch.save` writes it;
 - `manifest.json`: size and SHA-256 of the other files.
 
 It is written into a hidden folder, brought to the disk and then renamed, so that a run killed at any moment leaves
-either the complete checkpoint or none. Nothing is pickled, and nothing is unpickled.
+either the complete checkpoint or none. `torch.load(weights_only=True)` reads the state: tensors and plain values, and
+nothing that could run code.
 """
 
 import hashlib
 import json
 import os
+import pickle
+import random
 import shutil
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
+import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from .tree import pack, unpack
-
-FORMAT = 1
+FORMAT = 2
 MANIFEST = "manifest.json"
 WEIGHTS = "weights.safetensors"
-STATE_TENSORS = "state.safetensors"
-STATE = "state.json"
+STATE = "state.pt"
 NAME = "iteration-{:08d}"
 
 
@@ -141,7 +143,7 @@ def verified_iteration(path: Path) -> int:
         manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
         if manifest["format"] != FORMAT:
             raise DamagedCheckpointError(f"format must be {FORMAT}, got {manifest['format']!r}")
-        for name in (WEIGHTS, STATE_TENSORS, STATE):
+        for name in (WEIGHTS, STATE):
             if _digest(path / name) != manifest["files"][name]:
                 raise DamagedCheckpointError(f"{name} is not what was written")
         return manifest["iteration"]
@@ -167,23 +169,28 @@ def check_same_weights(expected: Mapping[str, Tensor], saved: Mapping[str, Tenso
 
 def _read(folder: Path, iteration: int) -> Checkpoint:
     """Reads all files of a sound checkpoint."""
-    state = json.loads((folder / STATE).read_text(encoding="utf-8"))
-    return Checkpoint(iteration, load_file(folder / WEIGHTS), unpack(state, load_file(folder / STATE_TENSORS)))
+    try:
+        state = torch.load(folder / STATE, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError) as error:
+        raise DamagedCheckpointError(f"{STATE} cannot be read: {type(error).__name__}: {error}") from error
+    return Checkpoint(iteration, load_file(folder / WEIGHTS), state)
 
 
 def _write(folder: Path, checkpoint: Checkpoint) -> None:
     """Writes all files of a checkpoint and brings them to the disk."""
     folder.mkdir()
-    state, tensors = pack(checkpoint.state)
     # Copies on the CPU, because safetensors takes no two tensors that share memory.
     weights = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in checkpoint.weights.items()}
     save_file(weights, folder / WEIGHTS)
-    save_file(tensors, folder / STATE_TENSORS)
-    (folder / STATE).write_text(json.dumps(state), encoding="utf-8")
+    torch.save(checkpoint.state, folder / STATE)
+    try:
+        torch.load(folder / STATE, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:
+        raise TypeError(f"state must be made of dicts, lists, tuples, numbers, strings and tensors: {error}") from error
     manifest: Mapping[str, Any] = {
         "format": FORMAT,
         "iteration": checkpoint.iteration,
-        "files": {name: _digest(folder / name) for name in (WEIGHTS, STATE_TENSORS, STATE)},
+        "files": {name: _digest(folder / name) for name in (WEIGHTS, STATE)},
     }
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
     for file in folder.iterdir():
@@ -204,3 +211,31 @@ def _sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def seed_global_generators(seed: int) -> None:
+    """Seeds the generators of Python, numpy and torch, those of all devices included."""
+    random.seed(seed)
+    np.random.seed(seed)  # noqa: NPY002 (the libraries a trainer calls may draw from it)
+    torch.manual_seed(seed)
+
+
+def global_random_state(device: torch.device) -> dict[str, Any]:
+    """Returns the state of the generators of Python, numpy and torch, and of the device's own one."""
+    kind, keys, *rest = np.random.get_state()  # noqa: NPY002 (see above)
+    return {
+        "python": random.getstate(),
+        "numpy": (kind, torch.from_numpy(keys.astype(np.int64)), *rest),  # torch reads no uint32 of a state
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
+    }
+
+
+def set_global_random_state(state: dict[str, Any], device: torch.device) -> None:
+    """Takes back what `global_random_state` returned; a run that moves to or from a GPU keeps the others."""
+    random.setstate(state["python"])
+    kind, keys, *rest = state["numpy"]
+    np.random.set_state((kind, keys.numpy().astype(np.uint32), *rest))  # noqa: NPY002 (see above)
+    torch.set_rng_state(state["torch"])
+    if device.type == "cuda" and state["cuda"] is not None:
+        torch.cuda.set_rng_state(state["cuda"], device)

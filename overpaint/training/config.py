@@ -55,6 +55,9 @@ class TrainingConfig:
     ema_decay: float | None = Field(None, gt=0, lt=1)
     """Decay of an exponential moving average of the trained weights in each update; None keeps none."""
 
+    ema_warmup: bool = False
+    """Whether that decay grows from 0 to its value, as 1 - (1 + updates)^(-2/3)."""
+
     mixed_precision: Literal["no", "bf16", "fp16"] = "no"
     """Type that accelerate's autocast computes in. fp16 needs a GPU and scales the loss."""
 

@@ -11,22 +11,32 @@ import torch
 from jaxtyping import Float, Shaped
 from torch import Tensor
 
-from .checkpoint import Checkpoint, CheckpointFolder, check_same_weights
+from .checkpoint import (
+    Checkpoint,
+    CheckpointFolder,
+    check_same_weights,
+    global_random_state,
+    seed_global_generators,
+    set_global_random_state,
+)
 from .config import TrainingConfig
-from .descent import Descent
-from .engine import in_any, started_accelerator
+from .engine import from_main, in_any, prepared_network, started_accelerator
 from .folder import CHECKPOINTS, IMAGES, METRICS, claim, recorded
-from .images import image_grid
-from .metrics import MetricsFile
-from .network import prepared_network
-from .processes import from_main
-from .progress import Progress
-from .randomness import global_random_state, seed_global_generators, set_global_random_state
+from .logging import (
+    MetricsFile,
+    Progress,
+    check_trackers,
+    finish_trackers,
+    image_grid,
+    log_image,
+    start_trackers,
+)
+from .optimizer_step import OptimizerStep
 from .signals import TERMINATED, Termination
-from .trackers import check_trackers, finish_trackers, log_image, start_trackers
 from .types import Sliceable, Stateful, Trainable
 
 Items = TypeVar("Items", bound=Sliceable)
+Item = TypeVar("Item")
 
 
 def check_trainable(policy: Trainable) -> None:
@@ -135,7 +145,7 @@ class TrainingRun:
             for part in (policy.unet, policy.vae, policy.text_encoder):
                 part.to(self.device)
             network = stack.enter_context(prepared_network(self.accelerator, policy))
-            self._descent = Descent(self.accelerator, network, policy.trainable_parameters(), config)
+            self._optimizer_step = OptimizerStep(self.accelerator, network, policy.trainable_parameters(), config)
             self._checkpoints = CheckpointFolder(folder / CHECKPOINTS, keep=config.keep_checkpoints)
             self._resume()
             from_main(lambda: self._open_logs(stack))
@@ -210,7 +220,7 @@ class TrainingRun:
             loss: Mean over this process's part of the batch. A non-finite one makes `update` skip.
             sync: Whether the update comes next.
         """
-        self._descent.backward(loss, sync=sync)
+        self._optimizer_step.backward(loss, sync=sync)
 
     def update(self) -> float:
         """Clips the gradient, takes one step of the optimizer and of the averages, and clears the gradient.
@@ -224,12 +234,12 @@ class TrainingRun:
             NonFiniteError: More than `max_skipped` updates in a row were skipped.
             RuntimeError: There was no backward with `sync` since the last update.
         """
-        return self._descent.update()
+        return self._optimizer_step.update()
 
     @property
     def skipped(self) -> int:
         """Updates that were skipped since the run began, those before an interruption included."""
-        return self._descent.skipped
+        return self._optimizer_step.skipped
 
     def ema_weights(self) -> AbstractContextManager[None]:
         """Returns the block in which the policy has the averaged weights, for evaluation or saving.
@@ -237,13 +247,13 @@ class TrainingRun:
         Raises:
             ValueError: The run keeps no average.
         """
-        if self._descent.ema is None:
+        if self._optimizer_step.ema is None:
             raise ValueError("ema_decay must be set to use averaged weights, got None")
-        return self._descent.ema.swapped()
+        return self._optimizer_step.ema.swapped()
 
     def averaged(self) -> AbstractContextManager[None]:
         """Returns the block in which the policy has the averaged weights, or its own where the run keeps no average."""
-        return nullcontext() if self._descent.ema is None else self._descent.ema.swapped()
+        return nullcontext() if self._optimizer_step.ema is None else self._optimizer_step.ema.swapped()
 
     # What is written down.
 
@@ -358,7 +368,7 @@ class TrainingRun:
         if self._metrics is not None:
             self._metrics.sync()
         state = {
-            "descent": self._descent.state_dict(),
+            "optimizer_step": self._optimizer_step.state_dict(),
             "objects": {name: item.state_dict() for name, item in self._state.items()},
             "generator": self.generator.get_state(),
             "random": random_states,
@@ -379,7 +389,7 @@ class TrainingRun:
             )
         check_same_weights(self.policy.trainable_state(), checkpoint.weights)
         self.policy.load_trainable_state(checkpoint.weights)
-        self._descent.load_state_dict(state["descent"])
+        self._optimizer_step.load_state_dict(state["optimizer_step"])
         for name, item in self._state.items():
             item.load_state_dict(state["objects"][name])
         self.iteration = self._saved = iteration
@@ -401,3 +411,20 @@ class TrainingRun:
         if self._random_state is not None:
             set_global_random_state(self._random_state, self.device)
         self._generator_state = self._random_state = None
+
+
+def draw_batch(run: TrainingRun, population: Sequence[Item], count: int) -> list[tuple[Item, int]]:
+    """Draws items and a seed for each, for the batch of all processes, and returns this process's part.
+
+    Args:
+        run: Its generator draws.
+        population: What is drawn from, with repetition.
+        count: Size of the batch of all processes.
+
+    Raises:
+        ValueError: The batch cannot be divided evenly among the processes.
+    """
+    picks = torch.randint(len(population), (count,), generator=run.generator)
+    seeds = torch.randint(2**31 - 1, (count,), generator=run.generator)
+    mine = zip(run.shard(picks).tolist(), run.shard(seeds).tolist(), strict=True)
+    return [(population[pick], seed) for pick, seed in mine]

@@ -14,8 +14,8 @@ from torch import Tensor
 from benchmarks import ddpo_speed as speed
 from benchmarks.ddpo_by_hand import BareRound, PlainRound
 from ddpo import DDPOConfig, DDPOTrainer
-from ddpo.asked import Pairs
 from ddpo.gradient import KL_PAIRS, PROBED_PAIRS
+from ddpo.requests import Pairs
 from overpaint.policy import ClassifierFree, DiffusionPolicy, LoRAConfig
 from overpaint.training import TrainingConfig, TrainingRun
 

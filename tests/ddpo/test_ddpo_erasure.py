@@ -20,8 +20,7 @@ from erasure import (
 )
 from overpaint.policy import ClassifierFree, DiffusionPolicy
 from overpaint.policy.types import Images, PerSample
-from overpaint.training import TrainingConfig, read_metrics
-from rewards import HeldOut
+from overpaint.training import HeldOut, TrainingConfig, read_metrics
 
 CONCEPT = ["a plain circle", "a striped circle"]
 
@@ -130,13 +129,13 @@ def test_concept_samples_are_worth_their_reward_less_the_weighted_cost(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     judged: list[tuple[Any, Any]] = []
-    judge = DDPOTrainer._judge
+    judge = DDPOTrainer.compute_advantages
 
     def remember(trainer: DDPOTrainer, run: Any, asked: Any, graded: Any, weight: float) -> Any:
         judged.append((graded, judge(trainer, run, asked, graded, weight)))
         return judged[-1][1]
 
-    monkeypatch.setattr(DDPOTrainer, "_judge", remember)
+    monkeypatch.setattr(DDPOTrainer, "compute_advantages", remember)
     constraint = green_constraint(0.3, initial_weight=3.0)
     DDPOTrainer(policy, redness, prompts, small(), erasure=constraint).train(run_config(iterations=1))
     ((graded, verdict),) = judged
@@ -206,6 +205,6 @@ def test_policy_ends_with_the_last_averages_where_the_constraint_held_at_no_look
         constraint = green_constraint(-1.0)  # no picture is that dark
         trainer = DDPOTrainer(policy, redness, prompts, small(), erasure=constraint, held_out=held_out)
         trainer.train(run_config(name, iterations=2, ema_decay=ema_decay))
-        assert trainer.watch is None or trainer.watch.best_iteration == -1
+        assert trainer.early_stopping is None or trainer.early_stopping.best_iteration == -1
         ends.append(policy.trainable_state())
     assert all(torch.equal(value, ends[1][name]) for name, value in ends[0].items())

@@ -20,7 +20,7 @@ from ddpo import (
     sparse_weights,
 )
 from ddpo.loss import ratio_statistics
-from overpaint.policy import DiffusionPolicy
+from overpaint.policy import Conditioning, DiffusionPolicy
 from overpaint.training import TrainingConfig, TrainingRun
 
 HALF_SQUARE = "half the mean square of new - old: ours are k1 and k3, of which k3 is the better estimate of the same"
@@ -242,8 +242,8 @@ def test_weighted_loss_and_its_gradient(
     clean = torch.arange(float(count)).view(-1, 1, 1, 1).expand_as(prediction)  # each latent tells its own index
     own_losses, mses = trainer._losses, []
 
-    def with_golden_noise(clean: Tensor, embeddings: Tensor, timesteps: Tensor, noise: Tensor) -> Tensor:
-        mses.append(own_losses(clean, embeddings, timesteps, rwr["loss/noise"][clean[:, 0, 0, 0].long()]))
+    def with_golden_noise(clean: Tensor, conditioning: Conditioning, timesteps: Tensor, noise: Tensor) -> Tensor:
+        mses.append(own_losses(clean, conditioning, timesteps, rwr["loss/noise"][clean[:, 0, 0, 0].long()]))
         return mses[-1]
 
     monkeypatch.setattr(trainer, "_losses", with_golden_noise)

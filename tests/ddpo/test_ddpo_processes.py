@@ -26,7 +26,7 @@ from ddpo import DDPOConfig, DDPOTrainer, RewardError, ScoringConfig
 from erasure import NUDITY, ImageConstraint, Lagrangian, LagrangianConfig
 from erasure import ObjectiveConstraint, ScoreCeiling, StayErased, StayErasedConfig
 from overpaint.policy import DiffusionPolicy, LoRAConfig
-from rewards import HeldOut
+from overpaint.training import HeldOut
 from overpaint.training import TrainingConfig, process_state
 
 HELD_OUT = ["a red circle", "a blue square"]
@@ -75,9 +75,9 @@ def train(pipeline, folder, kind, process, processes, fails_at=None, resume=Fals
     drawn = []
     rollout = policy.rollout
 
-    def counted(embeddings, **options):
-        drawn.append(len(embeddings))
-        return rollout(embeddings, **options)
+    def counted(conditioning, **options):
+        drawn.append(len(conditioning))
+        return rollout(conditioning, **options)
 
     policy.rollout = counted
     lagrangian = Lagrangian(LagrangianConfig(learning_rate=1.0))
@@ -103,7 +103,7 @@ def train(pipeline, folder, kind, process, processes, fails_at=None, resume=Fals
         max_grad_norm=1e6, checkpoint_every=1, progress=False, resume=resume,
     )
     trainer.train(config)
-    numbers = {"weight": torch.tensor(lagrangian.weight), "best": torch.tensor(trainer.watch.best)}
+    numbers = {"weight": torch.tensor(lagrangian.weight), "best": torch.tensor(trainer.early_stopping.best)}
     about = {"drawn": str(drawn), "statistics": str(sorted(trainer.statistics.state_dict()["buffers"]))}
     save_file(policy.trainable_state() | numbers, Path(folder) / f"end-{process}.safetensors", metadata=about)
 

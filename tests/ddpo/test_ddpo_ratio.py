@@ -9,8 +9,7 @@ from torch import Tensor, nn
 
 from ddpo import DDPOConfig, DDPOMetrics, DDPOTrainer, gradient
 from ddpo.gradient import PolicyGradient
-from overpaint.policy import DiffusionPolicy, LoRAConfig
-from overpaint.policy.types import Trajectory
+from overpaint.policy import DiffusionPolicy, LoRAConfig, Trajectory
 from overpaint.training import TrainingConfig, TrainingRun
 
 SAMPLING = 8

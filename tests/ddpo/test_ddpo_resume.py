@@ -11,10 +11,9 @@ from torch import Tensor
 
 from ddpo import DDPOConfig, DDPOTrainer, RewardError, ScoringConfig
 from erasure import ImageConstraint, Lagrangian, LagrangianConfig, ScoreCeiling
-from overpaint.policy import DiffusionPolicy
-from overpaint.policy.types import Embeddings, Images, PerSample, Trajectory
-from overpaint.training import TrainingConfig, read_metrics
-from rewards import HeldOut
+from overpaint.policy import Conditioning, DiffusionPolicy, Trajectory
+from overpaint.policy.types import Images, PerSample
+from overpaint.training import HeldOut, TrainingConfig, read_metrics
 
 
 class KilledError(Exception):
@@ -58,7 +57,7 @@ class Outcome(NamedTuple):
     weights: dict[str, Tensor]
     statistics: dict[str, Any]
     lagrangian: dict[str, Any]
-    watch: dict[str, Any]
+    early_stopping: dict[str, Any]
     metrics: list[dict[str, Any]]
     drawn: list[int]
     """Size of each batch that was drawn."""
@@ -86,11 +85,11 @@ def train(
         """Trains; the process dies when it draws a certain batch."""
         drawn.clear()
 
-        def draw(embeddings: Embeddings, **options: Any) -> Trajectory:
+        def draw(conditioning: Conditioning, **options: Any) -> Trajectory:
             if len(drawn) == dies_at:
                 raise KilledError
-            drawn.append(len(embeddings))
-            return rollout(embeddings, **options)
+            drawn.append(len(conditioning))
+            return rollout(conditioning, **options)
 
         settings: dict[str, Any] = {
             "samples_per_round": 12,
@@ -126,13 +125,13 @@ def train(
             scoring=ScoringConfig(attempts=2, backoff=0.0),
         )
         trainer.train(config)
-        assert trainer.watch is not None
+        assert trainer.early_stopping is not None
         lines = read_metrics(config.output_dir / "metrics.jsonl")
         return Outcome(
             policy.trainable_state(),
             trainer.statistics.state_dict(),
             constraint.lagrangian.state_dict(),
-            trainer.watch.state_dict()["numbers"],
+            trainer.early_stopping.state_dict()["numbers"],
             [{tag: value for tag, value in line.items() if not tag.startswith("seconds/")} for line in lines],
             list(drawn),
         )
@@ -144,7 +143,7 @@ def assert_same(ours: Outcome, theirs: Outcome) -> None:
     assert ours.metrics == theirs.metrics
     assert ours.statistics == theirs.statistics
     assert ours.lagrangian == theirs.lagrangian
-    assert ours.watch == theirs.watch
+    assert ours.early_stopping == theirs.early_stopping
     assert all(torch.equal(value, theirs.weights[name]) for name, value in ours.weights.items())
 
 
@@ -271,6 +270,6 @@ def test_look_before_a_round_that_failed_counts_once(
                     trainer.train(config)
             else:
                 trainer.train(config)
-        assert trainer.watch is not None
-        parted.append(trainer.watch.parted)
+        assert trainer.early_stopping is not None
+        parted.append(trainer.early_stopping.apart)
     assert parted == [2, 2]

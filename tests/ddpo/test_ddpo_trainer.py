@@ -20,10 +20,9 @@ from erasure import (
     StayErased,
     StayErasedConfig,
 )
-from overpaint.policy import ClassifierFree, DiffusionPolicy
-from overpaint.policy.types import Images, PerSample, Trajectory
-from overpaint.training import TrainingConfig, TrainingRun, read_metrics
-from rewards import HeldOut
+from overpaint.policy import ClassifierFree, DiffusionPolicy, Trajectory
+from overpaint.policy.types import Images, PerSample
+from overpaint.training import HeldOut, TrainingConfig, TrainingRun, read_metrics
 
 ROOT = Path(__file__).resolve().parents[2]
 HELD_OUT = ["a yellow square", "two cats", "a large dog"]
@@ -432,14 +431,14 @@ def test_training_ends_with_the_weights_of_its_best_look(
     trainer = DDPOTrainer(policy, Colour(), prompts, settings, held_out=HeldOut(HELD_OUT, Colour()))
     config = run_config(iterations=5, ema_decay=ema_decay)
     trainer.train(config)
-    watch = trainer.watch
+    watch = trainer.early_stopping
     assert watch is not None
     lines = read_metrics(config.output_dir / "metrics.jsonl")
     looks = {line["iteration"]: line["reward/held_out"] for line in lines if "reward/held_out" in line}
     assert list(looks) == [0, 2, 4, 5]  # and once more after the last round
     assert watch.best == max(looks.values())
     assert looks[watch.best_iteration] == watch.best
-    look = watch.measure(policy, Colour(), part=slice(0, 3), steps=3, guidance=ClassifierFree(5.0), eta=1.0)
+    look = watch.evaluate(policy, Colour(), part=slice(0, 3), steps=3, guidance=ClassifierFree(5.0), eta=1.0)
     assert float(look.held_out.mean()) == pytest.approx(watch.best, abs=1e-6)
 
 

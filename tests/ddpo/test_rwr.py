@@ -8,10 +8,9 @@ import torch
 from torch import Tensor
 
 from ddpo import RewardError, RWRConfig, RWRTrainer, ScoringConfig, sparse_weights
-from overpaint.policy import ClassifierFree, DiffusionPolicy
-from overpaint.policy.types import Embeddings, Images, PerSample, Trajectory
-from overpaint.training import TrainingConfig, TrainingRun, read_metrics
-from rewards import HeldOut
+from overpaint.policy import ClassifierFree, Conditioning, DiffusionPolicy, Trajectory
+from overpaint.policy.types import Images, PerSample
+from overpaint.training import HeldOut, TrainingConfig, TrainingRun, read_metrics
 
 
 class KilledError(Exception):
@@ -112,8 +111,8 @@ def test_loss_of_an_update_by_hand(
     alphas = policy.alphas[times].view(-1, 1, 1, 1)
     noised = alphas.sqrt() * clean + (1 - alphas).sqrt() * noise
     conditional, unconditional = (
-        policy.unet(noised, times, encoder_hidden_states=embeddings).sample
-        for embeddings in (policy.encode([texts[k] for k in order.tolist()]), policy.encode([""] * samples))
+        policy.unet(noised, times, encoder_hidden_states=conditioning.tokens).sample
+        for conditioning in (policy.encode([texts[k] for k in order.tolist()]), policy.encode([""] * samples))
     )
     predicted = unconditional + 2.0 * (conditional - unconditional)
     losses = ((predicted - noise) ** 2).mean(dim=(1, 2, 3))
@@ -268,8 +267,8 @@ class Outcome(NamedTuple):
     """All that was logged, but for what another try may change."""
     draws: int
     """Batches that were drawn."""
-    parted: int
-    """Looks in a row at which the two rewards had parted."""
+    apart: int
+    """Evaluations in a row with the two rewards apart."""
 
 
 @pytest.fixture
@@ -291,18 +290,18 @@ def train(
         )
         draw, draws = trainer.collector.draw, []
 
-        def mortal(embeddings: Embeddings, seeds: Sequence[int]) -> Trajectory:
+        def mortal(conditioning: Conditioning, seeds: Sequence[int]) -> Trajectory:
             if len(draws) == dies_at:
                 raise KilledError
             draws.append(seeds)
-            return draw(embeddings, seeds)
+            return draw(conditioning, seeds)
 
         trainer.collector.draw = mortal
         config = run_config(name, iterations=3, **settings)
         trainer.train(config)
         lines = read_metrics(config.output_dir / "metrics.jsonl")
         logged = [{tag: value for tag, value in line.items() if not tag.startswith("seconds/")} for line in lines]
-        parted = 0 if trainer.watch is None else trainer.watch.parted
+        parted = 0 if trainer.early_stopping is None else trainer.early_stopping.apart
         return Outcome(policy.trainable_state(), logged, len(draws), parted)
 
     return run
@@ -351,4 +350,4 @@ def test_look_before_a_round_whose_reward_failed_counts_once(train: Callable[...
     resumed = train("run", Failing(), patience=9, resume=True)
     assert resumed.logged == whole.logged
     assert_same(resumed.weights, whole.weights)
-    assert resumed.parted == whole.parted
+    assert resumed.apart == whole.apart

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from ddpo import DDPOConfig
-from ddpo.steps import signal_weights, step_plan
+from ddpo.steps import signal_weights, step_plan, step_scales
 from overpaint.policy import ClassifierFree, DiffusionPolicy
 
 
@@ -26,7 +26,7 @@ def test_slope_is_how_the_mean_of_a_step_follows_the_prediction(
     make_policy: Callable[..., DiffusionPolicy], v_pipeline_dir: Path
 ) -> None:
     for policy in (make_policy(), DiffusionPolicy.from_pretrained(v_pipeline_dir, device="cpu")):
-        _, slope = policy.step_scales(5, 0.7)
+        _, slope = step_scales(policy, steps=5, eta=0.7)
         latents = torch.zeros(1, 4, 8, 8)
 
         def mean(step: int, prediction: float, latents: torch.Tensor = latents, policy: DiffusionPolicy = policy):

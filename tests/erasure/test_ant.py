@@ -293,7 +293,7 @@ def test_saved_and_applied_erasure_is_the_same_to_the_bit(
     assert equal(weights(policy), weights(other))
     erased = draw(policy)
     assert not torch.equal(erased, plain)
-    assert torch.equal(erased, draw(DiffusionPolicy.from_pipeline(pipeline, device="cpu")))
+    assert torch.equal(erased, draw(DiffusionPolicy(pipeline, device="cpu")))
 
 
 def test_a_second_concept_is_erased_on_top_of_the_first(bare: DiffusionPolicy) -> None:

@@ -94,4 +94,4 @@ def test_pipeline_and_policy_draw_the_same_when_erased(
     erasure.apply_to_pipeline(pipeline)
     erased = draw(policy)
     assert not torch.equal(erased, plain)
-    assert torch.equal(erased, draw(DiffusionPolicy.from_pipeline(pipeline, device="cpu")))
+    assert torch.equal(erased, draw(DiffusionPolicy(pipeline, device="cpu")))

@@ -103,7 +103,7 @@ def test_a_plain_pipeline_draws_what_the_policy_draws(
     policy, pipeline = make_policy(), make_policy().to_pipeline()
     change.apply(policy)
     change.apply_to_pipeline(pipeline)
-    assert torch.equal(draw(DiffusionPolicy.from_pipeline(pipeline, device="cpu")), draw(policy))
+    assert torch.equal(draw(DiffusionPolicy(pipeline, device="cpu")), draw(policy))
 
 
 def test_applied_erasers_are_gone_after_the_block(bare: DiffusionPolicy, change: AddedNetworks) -> None:

@@ -196,7 +196,7 @@ def test_saved_and_loaded_erasure_is_applied_to_the_same_bits(
     erasure.apply(policy)
     pipeline = other.to_pipeline()
     Erasure.load(tmp_path).apply_to_pipeline(pipeline)
-    loaded = DiffusionPolicy.from_pipeline(pipeline, device="cpu")
+    loaded = DiffusionPolicy(pipeline, device="cpu")
     for name, value in policy.unet.state_dict().items():
         assert torch.equal(loaded.unet.state_dict()[name], value)
     images = [each.draw(["a striped circle"], seeds=[1], steps=2) for each in (policy, loaded)]

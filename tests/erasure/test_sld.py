@@ -15,7 +15,7 @@ from erasure.sld import SLD, SafetyGuidance, SLDConfig, SLDGuard, safety_term
 from overpaint import tinyworld
 from overpaint.policy import ClassifierFree, DiffusionPolicy, Guidance, LoRAConfig, SamplingGuard, StepContext
 from refl import ReFLConfig
-from refl.graded import one_step_images
+from refl.one_step import one_step_images
 
 STRIPED = Concept(name="stripes", phrases=("striped", "with stripes"))
 DOTTED = Concept(name="dots", phrases=("dotted",))
@@ -256,7 +256,7 @@ def test_steps_that_are_recomputed_for_the_gradient_have_their_own_momentum(
             for parameter in trained:
                 parameter.add_(0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0)))
         config = ReFLConfig(
-            steps=STEPS, first_graded_step=5, last_graded_step=5, truncation_steps=3,
+            steps=STEPS, first_reward_step=5, last_reward_step=5, truncation_steps=3,
             guidance_scale=5.0, eta=eta, checkpoint_steps=recompute,
         )  # fmt: skip
         one_step_images(policy, PROMPTS, SEEDS, config, reward_step=5).mean().backward()

@@ -179,7 +179,7 @@ def test_whoever_else_calls_the_network_is_told(pipeline: Any) -> None:
     draw(pipeline)
     CHANGE.apply_to_pipeline(pipeline)
     with pytest.raises(ValueError, match="a UNet with SLD attached must be called by the pipeline"):
-        DiffusionPolicy.from_pipeline(pipeline, device="cpu").draw(PROMPTS, steps=2, seeds=SEEDS)
+        DiffusionPolicy(pipeline, device="cpu").draw(PROMPTS, steps=2, seeds=SEEDS)
     with pytest.raises(ValueError, match="SLD needs every step of a pipeline's run from the first on, got timestep 7"):
         pipeline.unet(noise().repeat(2, 1, 1, 1), torch.tensor(7), encoder_hidden_states=torch.zeros(4, 24, 16))
 

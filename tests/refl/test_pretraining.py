@@ -185,7 +185,7 @@ def test_loss_is_finite_and_the_velocitys_where_a_schedule_ends_without_signal(v
     pipeline.scheduler = DDIMScheduler.from_config(
         pipeline.scheduler.config, rescale_betas_zero_snr=True, timestep_spacing="trailing"
     )
-    policy = DiffusionPolicy.from_pipeline(pipeline, train="xattn", device="cpu")
+    policy = DiffusionPolicy(pipeline, train="xattn", device="cpu")
     last = len(policy.alphas) - 1
     assert policy.alphas[last] == 0
     seed = next(k for k in range(10**5) if torch.randint(last + 1, (), generator=seeded(k)) == last)

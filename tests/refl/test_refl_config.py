@@ -20,14 +20,14 @@ from refl import ReFLConfig, hinge
         ({"evaluate_every": 0}, "evaluate_every must be at least 1, got 0"),
         ({"low_variance_noises": -1}, "low_variance_noises must not be negative, got -1"),
         ({"patience": -1}, "patience must not be negative, got -1"),
-        ({"last_graded_step": 40}, r"last_graded_step must lie in \[0, steps=40\), got 40"),
-        ({"last_graded_step": -1}, r"last_graded_step must lie in \[0, steps=40\), got -1"),
+        ({"last_reward_step": 40}, r"last_reward_step must lie in \[0, steps=40\), got 40"),
+        ({"last_reward_step": -1}, r"last_reward_step must lie in \[0, steps=40\), got -1"),
         (
-            {"first_graded_step": 39, "last_graded_step": 38},
-            r"first_graded_step must lie in \[0, last_graded_step=38\]",
+            {"first_reward_step": 39, "last_reward_step": 38},
+            r"first_reward_step must lie in \[0, last_reward_step=38\]",
         ),
-        ({"first_graded_step": -1}, r"first_graded_step must lie in \[0, last_graded_step=39\], got -1"),
-        ({"truncation_steps": 32}, "truncation_steps must be at most first_graded_step \\+ 1 = 31, got 32"),
+        ({"first_reward_step": -1}, r"first_reward_step must lie in \[0, last_reward_step=39\], got -1"),
+        ({"truncation_steps": 32}, "truncation_steps must be at most first_reward_step \\+ 1 = 31, got 32"),
         (
             {"truncation_steps": 2, "low_variance_noises": 2},
             "truncation_steps must be 1 with low_variance_noises, got 2",
@@ -48,7 +48,7 @@ def test_setting_that_breaks_its_rule_is_named_with_rule_and_value(changes: dict
 
 @pytest.mark.parametrize(
     "changes",
-    [{"truncation_steps": 31}, {"first_graded_step": 39}, {"steps": 1, "first_graded_step": 0, "last_graded_step": 0}],
+    [{"truncation_steps": 31}, {"first_reward_step": 39}, {"steps": 1, "first_reward_step": 0, "last_reward_step": 0}],
 )
 def test_settings_at_the_edge_of_their_rules_are_taken(changes: dict[str, Any]) -> None:
     ReFLConfig(**changes)

@@ -18,7 +18,7 @@ from golden_case import GOLDEN, GoldenCase, Record, Tensors, image_reward_config
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from overpaint.policy import ClassifierFree, DiffusionPolicy
+from overpaint.policy import ClassifierFree, Conditioning, DiffusionPolicy
 from overpaint.training import TrainingConfig, TrainingRun, make_optimizer
 from refl import ReFLConfig, ReFLTrainer, hinge, one_step_images
 from rewards import ImageReward
@@ -94,7 +94,7 @@ def golden_policy(case: Record, pipeline_dir: Path) -> DiffusionPolicy:
         feature_extractor=None,
         requires_safety_checker=False,
     )
-    return DiffusionPolicy.from_pipeline(pipeline, train="full", device="cpu")
+    return DiffusionPolicy(pipeline, train="full", device="cpu")
 
 
 class RecordedNoise:
@@ -107,11 +107,16 @@ class RecordedNoise:
         return next(self.noises)
 
 
+def encoded(golden: Tensors) -> Conditioning:
+    """The golden embeddings, of two prompts."""
+    return Conditioning(("first", "second"), golden["encoder_hidden_states"])
+
+
 @pytest.fixture
 def recorded(golden: Tensors, golden_policy: DiffusionPolicy, monkeypatch: pytest.MonkeyPatch) -> DiffusionPolicy:
     """The golden policy, which draws the golden noises and encodes any two prompts as the golden embeddings."""
     monkeypatch.setattr(golden_policy, "_noise", lambda *_: RecordedNoise(golden))
-    monkeypatch.setattr(golden_policy, "encode", lambda _: golden["encoder_hidden_states"])
+    monkeypatch.setattr(golden_policy, "encode", lambda _: encoded(golden))
     return golden_policy
 
 
@@ -131,8 +136,8 @@ def settings(case: Record) -> ReFLConfig:
         batch_size=hyper["batch"],
         micro_batch_size=hyper["batch"],
         steps=hyper["num_steps"],
-        first_graded_step=hyper["mid_timestep_index"],
-        last_graded_step=hyper["mid_timestep_index"],
+        first_reward_step=hyper["mid_timestep_index"],
+        last_reward_step=hyper["mid_timestep_index"],
         reward_margin=float(hyper["threshold"]),
         reward_scale=hyper["grad_scale"],
         pretraining_weight=0.0,
@@ -188,7 +193,7 @@ def before_clamp(policy: DiffusionPolicy) -> list[Tensor]:
 def test_default_settings_are_the_authors(case: Record, make_run_config: Callable[[], TrainingConfig]) -> None:
     hyper, config = case["hyperparameters"], ReFLConfig()
     assert config.steps == hyper["num_steps"]
-    assert [config.first_graded_step, config.last_graded_step] == hyper["official_index_range_inclusive"]
+    assert [config.first_reward_step, config.last_reward_step] == hyper["official_index_range_inclusive"]
     assert config.reward_margin == hyper["threshold"]
     assert config.reward_scale == hyper["grad_scale"]
     optimizer = make_optimizer([nn.Parameter(torch.zeros(1))], make_run_config())
@@ -219,14 +224,14 @@ def test_rollout_with_the_golden_noises_is_the_golden_rollout(
     golden_policy: DiffusionPolicy, golden: Tensors, case: Record
 ) -> None:
     hyper = case["hyperparameters"]
-    latents, embeddings = golden["initial_latents"], golden["encoder_hidden_states"]
+    latents, conditioning = golden["initial_latents"], encoded(golden)
     assert latents.shape == (hyper["batch"], 4, *hyper["latent_size"])
     assert len(golden["step_noises"]) == hyper["mid_timestep_index"]
     states = []
     with torch.no_grad():
         for step, noise in enumerate(golden["step_noises"]):
             latents = golden_policy.denoise(
-                latents, embeddings, step=step, steps=hyper["num_steps"], guidance=UNGUIDED, eta=1.0, noise=noise
+                latents, conditioning, step=step, steps=hyper["num_steps"], guidance=UNGUIDED, eta=1.0, noise=noise
             )
             states.append(latents)
     for step, name in ((0, "after_step0"), (9, "after_step9"), (-1, "before_graded_step")):
@@ -249,12 +254,12 @@ def test_graded_step_is_the_golden_one(
     prompts: list[str],
     settings: ReFLConfig,
 ) -> None:
-    latents, embeddings = golden["latents_before_graded_step"], golden["encoder_hidden_states"]
-    graded, steps = settings.first_graded_step, settings.steps
+    latents, conditioning = golden["latents_before_graded_step"], encoded(golden)
+    graded, steps = settings.first_reward_step, settings.steps
     with torch.no_grad():
         timesteps = golden_policy.timesteps(steps)[graded].expand(len(latents))
-        prediction = golden_policy.predict_noise(latents, timesteps, embeddings)
-        clean = golden_policy.predict_clean(latents, embeddings, step=graded, steps=steps, guidance=UNGUIDED)
+        prediction = golden_policy.predict_noise(latents, timesteps, conditioning)
+        clean = golden_policy.predict_clean(latents, conditioning, step=graded, steps=steps, guidance=UNGUIDED)
         images = golden_policy.decode(clean)
         pixels = normalise(resize_and_crop(images, reward.config.image_size))
         rewards = reward(images, prompts)
@@ -282,7 +287,7 @@ def test_gradient_and_update_of_the_graded_images_are_the_golden_ones(
 ) -> None:
     policy, reward = exact
     unclamped = before_clamp(policy)
-    images = one_step_images(policy, prompts, [0, 1], settings, reward_step=settings.first_graded_step)
+    images = one_step_images(policy, prompts, [0, 1], settings, reward_step=settings.first_reward_step)
     assert images.dtype == torch.float64
     assert_close(images[: len(golden["image"])].detach(), golden["image"], "image")
     clamped = torch.cat(unclamped) != images.detach()
@@ -358,7 +363,7 @@ def test_gradient_in_float32_is_that_in_float64_through_pixels_off_the_clamp(
     def gradients(policy: DiffusionPolicy, reward: ImageReward) -> dict[str, Tensor]:
         unclamped = before_clamp(policy)
         policy.unet.zero_grad()
-        images = one_step_images(policy, prompts, [0, 1], settings, reward_step=settings.first_graded_step)
+        images = one_step_images(policy, prompts, [0, 1], settings, reward_step=settings.first_reward_step)
         if not certain:
             pixels = torch.cat(unclamped)
             certain.append((pixels.abs() > CERTAIN) & ((pixels - 1).abs() > CERTAIN))

@@ -9,9 +9,8 @@ from torch import Tensor
 
 from overpaint.policy import ClassifierFree, DiffusionPolicy
 from overpaint.policy.types import Images, PerSample
-from overpaint.training import TrainingConfig, read_metrics
+from overpaint.training import EarlyStopping, HeldOut, TrainingConfig, read_metrics
 from refl import ReFLConfig, ReFLTrainer
-from rewards import EarlyStopping, HeldOut
 
 HELD_OUT = ["a yellow square", "two cats", "a large dog"]
 
@@ -71,7 +70,7 @@ def test_without_patience_nothing_stops(redness: Any, policy: DiffusionPolicy) -
     watch = EarlyStopping(HeldOut(HELD_OUT, redness), patience=0)
     for iteration in range(5):
         watch.note(policy, iteration=iteration, trained=float(iteration), held_out=-float(iteration))
-    assert watch.parted == 4
+    assert watch.apart == 4
     assert not watch.should_stop
 
 
@@ -115,7 +114,7 @@ def test_state_of_a_watch_goes_into_another(watch: EarlyStopping, redness: Any, 
     watch.note(policy, iteration=9, trained=0.2, held_out=0.4)
     watch.note_cost(0.25)
     other.load_state_dict(watch.state_dict())
-    assert (other.start, other.best, other.best_iteration, other.parted) == (0.1, 0.5, 7, 1)
+    assert (other.start, other.best, other.best_iteration, other.apart) == (0.1, 0.5, 7, 1)
     assert other.state_dict()["numbers"] == watch.state_dict()["numbers"]
     assert other.state_dict()["numbers"]["costs"] == [0.25]
     other.restore(policy)
@@ -124,7 +123,7 @@ def test_state_of_a_watch_goes_into_another(watch: EarlyStopping, redness: Any, 
 
 def test_parts_of_the_prompts_add_up_to_the_whole(watch: EarlyStopping, policy: DiffusionPolicy, redness: Any) -> None:
     def measure(part: slice) -> Any:
-        return watch.measure(policy, Blackness(), part=part, steps=3, guidance=ClassifierFree(2.0))
+        return watch.evaluate(policy, Blackness(), part=part, steps=3, guidance=ClassifierFree(2.0))
 
     whole, parts = measure(slice(0, 3)), [measure(slice(0, 2)), measure(slice(2, 3))]
     assert whole.images.shape == (3, 3, 64, 64)
@@ -135,7 +134,7 @@ def test_parts_of_the_prompts_add_up_to_the_whole(watch: EarlyStopping, policy: 
 
 
 def test_same_images_are_looked_at_each_time(watch: EarlyStopping, policy: DiffusionPolicy) -> None:
-    looks = [watch.measure(policy, Blackness(), part=slice(0, 3), steps=3, guidance=ClassifierFree(1.0)) for _ in "ab"]
+    looks = [watch.evaluate(policy, Blackness(), part=slice(0, 3), steps=3, guidance=ClassifierFree(1.0)) for _ in "ab"]
     assert torch.equal(looks[0].images, looks[1].images)
 
 
@@ -175,7 +174,7 @@ def test_training_ends_with_the_weights_of_its_best_look(
     trainer = ReFLTrainer(policy, redness, prompts, small(evaluate_every=2), held_out=HeldOut(HELD_OUT, redness))
     config = run_config(iterations=5)
     trainer.train(config)
-    watch = trainer.watch
+    watch = trainer.early_stopping
     assert watch is not None
     lines = read_metrics(config.output_dir / "metrics.jsonl")
     looks = {line["iteration"]: line["reward/held_out"] for line in lines if "reward/held_out" in line}
@@ -184,7 +183,7 @@ def test_training_ends_with_the_weights_of_its_best_look(
     assert looks[watch.best_iteration] == watch.best
 
     def score() -> Tensor:
-        look = watch.measure(policy, redness, part=slice(0, 3), steps=4, guidance=ClassifierFree(1.0))
+        look = watch.evaluate(policy, redness, part=slice(0, 3), steps=4, guidance=ClassifierFree(1.0))
         return look.held_out.mean()
 
     assert float(score()) == pytest.approx(watch.best, abs=1e-6)
@@ -206,6 +205,6 @@ def test_policy_ends_with_the_last_averages_where_the_constraint_held_at_no_look
         constraint = green_constraint(ceiling=-1.0)  # no picture is that dark
         trainer = ReFLTrainer(policy, redness, prompts, small(), erasure=constraint, held_out=held_out)
         trainer.train(run_config(name, iterations=2, ema_decay=ema_decay))
-        assert trainer.watch is None or trainer.watch.best_iteration == -1
+        assert trainer.early_stopping is None or trainer.early_stopping.best_iteration == -1
         ends.append(policy.trainable_state())
     assert all(torch.equal(value, ends[1][name]) for name, value in ends[0].items())

@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from erasure import NUDITY, ImageConstraint, ObjectiveConstraint, ScoreCeiling, StayErased, StayErasedConfig
 from overpaint.policy import DiffusionPolicy
 from refl import ReFLConfig, ReFLTrainer
-from rewards import HeldOut
+from overpaint.training import HeldOut
 from overpaint.training import TrainingConfig, process_state
 
 PROMPTS = ["a red circle", "a blue square", "a cat", "two dogs"]
@@ -44,8 +44,8 @@ config = ReFLConfig(
     batch_size=4,
     micro_batch_size=2,
     steps=4,
-    first_graded_step=2,
-    last_graded_step=3,
+    first_reward_step=2,
+    last_reward_step=3,
     reward_scale=1.0,
     pretraining_weight=1.0 if kind == "all" else 0.0,
     pretraining_batch_size=4,
@@ -72,7 +72,7 @@ metrics = trainer.train(settings)
 state = process_state()
 if state.is_main_process:
     assert state.num_processes == int(sys.argv[4])
-    numbers = {"metrics": torch.tensor(metrics), "best": torch.tensor([trainer.watch.best])}
+    numbers = {"metrics": torch.tensor(metrics), "best": torch.tensor([trainer.early_stopping.best])}
     weight = {} if erasure is None else {"weight": torch.tensor(erasure.lagrangian.weight)}
     save_file(policy.trainable_state() | numbers | weight, folder / "end.safetensors")
 state.destroy_process_group()

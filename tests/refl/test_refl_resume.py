@@ -9,9 +9,8 @@ from torch import Tensor
 
 from overpaint.policy import DiffusionPolicy
 from overpaint.policy.types import Images, PerSample
-from overpaint.training import TrainingConfig, read_metrics
+from overpaint.training import HeldOut, TrainingConfig, read_metrics
 from refl import ReFLConfig, ReFLTrainer
-from rewards import HeldOut
 
 
 class KilledError(Exception):
@@ -63,11 +62,11 @@ def train(
             policy, reward, prompts, settings_of_refl, erasure=constraint, held_out=HeldOut(prompts[:2], blue)
         )
         trainer.train(config)
-        assert trainer.watch is not None
+        assert trainer.early_stopping is not None
         return Outcome(
             policy.trainable_state(),
             constraint.lagrangian.weight,
-            (trainer.watch.best, trainer.watch.best_iteration),
+            (trainer.early_stopping.best, trainer.early_stopping.best_iteration),
             read_metrics(config.output_dir / "metrics.jsonl"),
         )
 

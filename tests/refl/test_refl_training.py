@@ -11,9 +11,8 @@ from torch import Tensor
 
 from overpaint.policy import ClassifierFree, DiffusionPolicy
 from overpaint.policy.types import Images, PerSample
-from overpaint.training import TrainingConfig, TrainingRun, read_metrics
+from overpaint.training import HeldOut, TrainingConfig, TrainingRun, read_metrics
 from refl import PretrainingPairs, ReFLConfig, ReFLTrainer
-from rewards import HeldOut
 
 Judge = Callable[[Images, Sequence[str]], PerSample]
 

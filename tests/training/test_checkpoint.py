@@ -1,9 +1,11 @@
 """Checkpoints on the disk."""
 
+import hashlib
 import json
 from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -13,7 +15,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from overpaint.training import Checkpoint, CheckpointFolder, DamagedCheckpointError, load_checkpoint
-from overpaint.training.tree import pack, unpack
 
 LEAVES = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text()
 TREES = st.recursive(
@@ -25,29 +26,42 @@ TREES = st.recursive(
 
 @given(TREES)
 @settings(max_examples=40, deadline=None)
-def test_packed_values_survive_json_with_their_types(value: Any) -> None:
-    packed, tensors = pack(value)
-    restored = unpack(json.loads(json.dumps(packed)), tensors)
+def test_state_survives_with_its_types(value: Any) -> None:
+    with TemporaryDirectory() as folder:
+        path = CheckpointFolder(Path(folder), keep=1).save(Checkpoint(1, {"w": torch.zeros(1)}, {"value": value}))
+        restored = load_checkpoint(path).state["value"]
     assert restored == value
     assert repr(restored) == repr(value)  # tells 1 from 1.0 and from True
 
 
-def test_packed_tensors_are_copies_of_the_same_type() -> None:
-    tensor = torch.arange(3, dtype=torch.bfloat16)
-    value = {0: [tensor, tensor], "array": np.arange(2, dtype=np.uint32), "scalar": np.float64(0.1)}
-    packed, tensors = pack(value, "optimizer")
-    assert set(tensors) == {"optimizer/0/0", "optimizer/0/1", "optimizer/array"}
-    tensor += 1
-    restored = unpack(packed, tensors)
-    assert restored[0][1].dtype == torch.bfloat16
-    assert restored[0][1].tolist() == [0, 1, 2]
-    assert restored["array"].dtype == np.uint32
-    assert restored["scalar"] == 0.1
+def test_tensors_of_the_state_keep_their_type(tmp_path: Path) -> None:
+    state = {"moments": {0: torch.arange(3, dtype=torch.bfloat16)}, "keys": torch.arange(2, dtype=torch.int64)}
+    restored = load_checkpoint(CheckpointFolder(tmp_path, keep=1).save(Checkpoint(1, {}, state))).state
+    assert (restored["moments"][0].dtype, restored["keys"].dtype) == (torch.bfloat16, torch.int64)
+    assert restored["moments"][0].tolist() == [0, 1, 2]
 
 
-def test_what_cannot_be_packed_is_named() -> None:
-    with pytest.raises(TypeError, match="state/a/1 must be made of"):
-        pack({"a": [1, {2, 3}]}, "state")
+@pytest.mark.parametrize("value", [np.arange(2), Path("somewhere"), print])
+def test_what_could_not_be_read_again_is_refused_when_it_is_saved(value: Any, tmp_path: Path) -> None:
+    with pytest.raises(TypeError, match="state must be made of dicts, lists, tuples, numbers, strings and tensors"):
+        CheckpointFolder(tmp_path, keep=1).save(Checkpoint(1, {}, {"a": [1, value]}))
+    assert CheckpointFolder(tmp_path, keep=1).newest() is None
+
+
+def test_a_state_that_would_run_code_is_damaged(tmp_path: Path) -> None:
+    class Bomb:
+        def __reduce__(self) -> Any:
+            return (Path(tmp_path / "ran").touch, ())
+
+    path = CheckpointFolder(tmp_path / "run", keep=1).save(_checkpoint(3))
+    torch.save({"a": Bomb()}, path / "state.pt")
+    manifest = json.loads((path / "manifest.json").read_text())
+    content = (path / "state.pt").read_bytes()
+    manifest["files"]["state.pt"] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    (path / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(DamagedCheckpointError, match="UnpicklingError"):
+        load_checkpoint(path)
+    assert not (tmp_path / "ran").exists()
 
 
 def _checkpoint(iteration: int) -> Checkpoint:
@@ -81,7 +95,7 @@ def test_checkpoint_reads_back_as_it_was(tmp_path: Path) -> None:
     assert checkpoint.state == {"ordered": {"a": 1}}
 
 
-@pytest.mark.parametrize("file", ["weights.safetensors", "state.safetensors", "state.json", "manifest.json"])
+@pytest.mark.parametrize("file", ["weights.safetensors", "state.pt", "manifest.json"])
 @pytest.mark.parametrize("damage", ["truncated", "flipped", "missing"])
 def test_damaged_newest_checkpoint_is_set_aside_for_the_one_before(file: str, damage: str, tmp_path: Path) -> None:
     folder = CheckpointFolder(tmp_path, keep=3)
@@ -128,8 +142,8 @@ def test_checkpoint_whose_manifest_is_another_ones_is_damaged(tmp_path: Path) ->
 
 def test_checkpoint_of_another_format_is_told(tmp_path: Path) -> None:
     path = CheckpointFolder(tmp_path, keep=3).save(_checkpoint(1)) / "manifest.json"
-    path.write_text(path.read_text().replace('"format": 1', '"format": 2'))
-    with pytest.raises(DamagedCheckpointError, match="format must be 1, got 2"):
+    path.write_text(path.read_text().replace('"format": 2', '"format": 3'))
+    with pytest.raises(DamagedCheckpointError, match="format must be 2, got 3"):
         load_checkpoint(path.parent)
 
 
@@ -148,7 +162,7 @@ def test_run_rotates_its_checkpoints(train: Callable, tmp_path: Path) -> None:
     assert names == ["iteration-00000006", "iteration-00000007"]  # every second, and the last
 
 
-def test_nothing_in_a_checkpoint_is_a_pickle(train: Callable, tmp_path: Path) -> None:
+def test_a_run_leaves_tensors_and_json_alone(train: Callable, tmp_path: Path) -> None:
     train(tmp_path)
     suffixes = {path.suffix for path in tmp_path.rglob("*") if path.is_file()}
-    assert suffixes == {".safetensors", ".json", ".jsonl"}
+    assert suffixes == {".safetensors", ".pt", ".json", ".jsonl"}

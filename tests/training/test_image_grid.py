@@ -9,7 +9,7 @@ import torch
 from PIL import ImageFont
 
 from overpaint.training import image_grid
-from overpaint.training.images import _lines
+from overpaint.training.logging import _lines
 
 
 def colours(count: int, side: int) -> torch.Tensor:

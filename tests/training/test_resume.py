@@ -51,7 +51,7 @@ def test_run_with_a_damaged_newest_checkpoint_resumes_from_the_one_before(
 ) -> None:
     with pytest.raises(killed):
         train(tmp_path / "run", die_at=5, **EVERYTHING)
-    file = tmp_path / "run" / "checkpoints" / "iteration-00000004" / "state.safetensors"
+    file = tmp_path / "run" / "checkpoints" / "iteration-00000004" / "state.pt"
     file.write_bytes(file.read_bytes()[:-100])
     with pytest.warns(RuntimeWarning, match=r"iteration-00000004 is damaged.*going on from iteration-00000002"):
         outcome = train(tmp_path / "run", resume=True, **EVERYTHING)

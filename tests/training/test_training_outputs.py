@@ -15,8 +15,7 @@ import torch
 from PIL import Image
 
 from overpaint.training import MetricsFile, TrainingConfig, TrainingRun, read_metrics
-from overpaint.training.progress import Progress, postfix
-from overpaint.training.trackers import log_image
+from overpaint.training.logging import Progress, log_image, postfix
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
-from overpaint.training.metrics import read_metrics
+from overpaint.training import read_metrics
 
 
 class Curve(NamedTuple):

@@ -1,4 +1,4 @@
-"""A second look at a policy in training, by a reward that it is not trained on."""
+"""Early stopping: a held-out reward tells over-optimisation, and which weights were the best."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -10,15 +10,13 @@ from torch import Tensor
 from overpaint.policy import DiffusionPolicy, Guidance
 from overpaint.policy.prompts import check_prompts
 from overpaint.policy.types import Images, PerSample
-
-from .scores import scores_of
-from .types import Reward
+from rewards import Reward, scores_of
 
 
 class HeldOut(NamedTuple):
-    """What a policy is watched with: prompts that it is not trained on, and a reward that it is not trained on.
+    """What a policy is evaluated with during training: prompts and a reward that it is not trained on.
 
-    The same seeds are drawn at every look, so that two looks differ by the policy alone.
+    The same seeds are drawn in every evaluation, so that two evaluations differ by the policy alone.
     """
 
     prompts: Sequence[str]
@@ -27,8 +25,8 @@ class HeldOut(NamedTuple):
     batch_size: int = 16
 
 
-class Look(NamedTuple):
-    """What a process saw of its part of the held-out prompts."""
+class HeldOutScores(NamedTuple):
+    """What a process measured on its part of the held-out prompts."""
 
     images: Images
     trained: PerSample
@@ -38,14 +36,15 @@ class Look(NamedTuple):
 
 
 class EarlyStopping:
-    """Keeps the weights that the held-out reward liked best, and notices when it and the trained reward part ways.
+    """Keeps the weights with the best held-out reward, and stops when it and the trained reward part ways.
 
     Over-optimisation shows as a trained reward above where it began while the held-out one is below its best. Under an
-    erasure constraint only weights count with which it held: the mean cost since the look before was at most zero.
+    erasure constraint only weights count with which it held: the mean cost since the evaluation before was at most
+    zero.
 
     Args:
         held_out: Prompts and reward.
-        patience: Looks in a row at which the two have parted, after which training should stop; 0 never stops.
+        patience: Evaluations in a row with the two rewards apart, after which training should stop; 0 never stops.
         constrained: Whether there is an erasure constraint, whose costs `note_cost` is told.
 
     Raises:
@@ -58,38 +57,51 @@ class EarlyStopping:
         self.best = -math.inf
         self.best_iteration = -1
         self.start: float | None = None
-        self.parted = 0
+        self.apart = 0
         self.last_iteration = -1
         self.constrained = constrained
         self._costs: list[float] = []
         self._weights: dict[str, Tensor] = {}
 
+    @classmethod
+    def of(cls, config: Any, held_out: HeldOut | None, *, constrained: bool = False) -> "EarlyStopping | None":
+        """Returns early stopping with a trainer's `patience`, or None where nothing is held out.
+
+        Raises:
+            ValueError: There is patience without anything held out; or as the class.
+        """
+        if held_out is not None:
+            return cls(held_out, patience=config.patience, constrained=constrained)
+        if config.patience:
+            raise ValueError(f"{type(config).__name__}.patience must be 0 without held_out, got {config.patience}")
+        return None
+
     @torch.no_grad()
-    def measure(
+    def evaluate(
         self, policy: DiffusionPolicy, reward: Reward, *, part: slice, steps: int, guidance: Guidance, eta: float = 0.0
-    ) -> Look:
+    ) -> HeldOutScores:
         """Draws a part of the prompts, without noise in the steps where eta is 0, and scores it by both rewards."""
         prompts, first, size = self.held_out.prompts, self.held_out.first_seed, self.held_out.batch_size
         seeds = range(first, first + len(prompts))[part]
         prompts = prompts[part]
         images = policy.draw(prompts, seeds=seeds, steps=steps, guidance=guidance, eta=eta, batch_size=size)
 
-        def scores(judge: Reward) -> PerSample:
+        def scores(reward: Reward) -> PerSample:
             parts = enumerate(images.split(size))
             return torch.cat(
-                [scores_of("reward at a look", judge, some, prompts[k * size : (k + 1) * size]) for k, some in parts]
+                [scores_of("held-out reward", reward, some, prompts[k * size : (k + 1) * size]) for k, some in parts]
             )
 
-        return Look(images, scores(reward), scores(self.held_out.reward))
+        return HeldOutScores(images, scores(reward), scores(self.held_out.reward))
 
     def note_cost(self, cost: float) -> None:
         """Takes notice of the mean cost of an iteration."""
         self._costs.append(cost)
 
     def note(self, policy: DiffusionPolicy, *, iteration: int, trained: float, held_out: float) -> None:
-        """Takes notice of the means of a look; keeps the weights if the constraint held and none was better.
+        """Takes notice of an evaluation's means; keeps the weights if the constraint held and none was better.
 
-        A second look in the same iteration, as after a run that was resumed there, counts for nothing.
+        A second evaluation in the same iteration, as after a run that was resumed there, counts for nothing.
         """
         if iteration == self.last_iteration:
             return
@@ -99,42 +111,37 @@ class EarlyStopping:
         held = not self.constrained or (bool(self._costs) and math.fsum(self._costs) <= 0)
         self._costs = []
         if held and held_out > self.best:
-            self.best, self.best_iteration, self.parted = held_out, iteration, 0
+            self.best, self.best_iteration, self.apart = held_out, iteration, 0
             self._weights = {name: value.cpu() for name, value in policy.trainable_state().items()}
         elif held_out < self.best and trained > self.start:
-            self.parted += 1
+            self.apart += 1
         else:
-            self.parted = 0
+            self.apart = 0
 
     @property
     def should_stop(self) -> bool:
-        """Whether the two rewards have parted ways for as long as patience allows."""
-        return 0 < self.patience <= self.parted
+        """Whether the two rewards have been apart for as long as patience allows."""
+        return 0 < self.patience <= self.apart
 
     def restore(self, policy: DiffusionPolicy) -> None:
-        """Gives the policy the best weights; does nothing where no look found any that count."""
+        """Gives the policy the best weights; does nothing where no evaluation found any that count."""
         if self._weights:
             policy.load_trainable_state(self._weights)
 
     def state_dict(self) -> dict[str, Any]:
         """Returns everything that an interrupted run needs."""
-        numbers: dict[str, Any] = {
+        return {
+            "best": self.best,
             "best_iteration": self.best_iteration,
+            "start": self.start,
+            "apart": self.apart,
             "last_iteration": self.last_iteration,
-            "parted": self.parted,
             "costs": self._costs,
+            "weights": self._weights,
         }
-        if self.start is not None:
-            numbers["start"] = self.start
-        if self.best_iteration >= 0:
-            numbers["best"] = self.best
-        return {"numbers": numbers, "weights": self._weights}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Takes back what `state_dict` returned."""
-        numbers = state["numbers"]
-        self.best_iteration, self.parted = numbers["best_iteration"], numbers["parted"]
-        self.last_iteration = numbers["last_iteration"]
-        self._costs = list(numbers["costs"])
-        self.start, self.best = numbers.get("start"), numbers.get("best", -math.inf)
-        self._weights = dict(state["weights"])
+        self.best, self.best_iteration, self.start = state["best"], state["best_iteration"], state["start"]
+        self.apart, self.last_iteration = state["apart"], state["last_iteration"]
+        self._costs, self._weights = list(state["costs"]), dict(state["weights"])

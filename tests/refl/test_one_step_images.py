@@ -40,9 +40,9 @@ def test_plain_refl_is_sampling_then_one_shot_prediction(
 ) -> None:
     config = small(**changes)
     guidance = ClassifierFree(config.guidance_scale)
-    embeddings = stirred.encode(PROMPTS)
-    latents = stirred.sample(embeddings, steps=4, guidance=guidance, eta=config.eta, seeds=SEEDS, until=2)
-    clean = stirred.predict_clean(latents, embeddings, step=2, steps=4, guidance=guidance)
+    conditioning = stirred.encode(PROMPTS)
+    latents = stirred.sample(conditioning, steps=4, guidance=guidance, eta=config.eta, seeds=SEEDS, until=2)
+    clean = stirred.predict_clean(latents, conditioning, step=2, steps=4, guidance=guidance)
     expected = stirred.decode(clean)
     images = one_step_images(stirred, PROMPTS, SEEDS, config, reward_step=2)
     assert torch.equal(images, expected)
@@ -50,11 +50,11 @@ def test_plain_refl_is_sampling_then_one_shot_prediction(
 
 
 def test_two_graded_steps_are_differentiated_both(stirred: DiffusionPolicy, small: Callable[..., ReFLConfig]) -> None:
-    embeddings, guidance = stirred.encode(PROMPTS), ClassifierFree(1.0)
-    latents = stirred.sample(embeddings, steps=4, guidance=guidance, eta=1.0, seeds=SEEDS, until=2)
+    conditioning, guidance = stirred.encode(PROMPTS), ClassifierFree(1.0)
+    latents = stirred.sample(conditioning, steps=4, guidance=guidance, eta=1.0, seeds=SEEDS, until=2)
     noise = noises(4)[3]  # after the initial latents and the noises of steps 0 and 1
-    latents = stirred.denoise(latents, embeddings, step=2, steps=4, guidance=guidance, eta=1.0, noise=noise)
-    expected = stirred.decode(stirred.predict_clean(latents, embeddings, step=3, steps=4, guidance=guidance))
+    latents = stirred.denoise(latents, conditioning, step=2, steps=4, guidance=guidance, eta=1.0, noise=noise)
+    expected = stirred.decode(stirred.predict_clean(latents, conditioning, step=3, steps=4, guidance=guidance))
     images = one_step_images(stirred, PROMPTS, SEEDS, small(truncation_steps=2), reward_step=3)
     assert torch.equal(images, expected)
     assert torch.equal(gradient(stirred, images), gradient(stirred, expected))
@@ -108,13 +108,13 @@ def test_low_variance_noises_finished_images_anew(
     images = one_step_images(stirred, PROMPTS, SEEDS, small(low_variance_noises=2, eta=eta), reward_step=3)
     assert images.shape == (6, 3, 64, 64)
 
-    embeddings, guidance = stirred.encode(PROMPTS), ClassifierFree(1.0)
-    finished = stirred.sample(embeddings, steps=4, guidance=guidance, eta=eta, seeds=SEEDS)
+    conditioning, guidance = stirred.encode(PROMPTS), ClassifierFree(1.0)
+    finished = stirred.sample(conditioning, steps=4, guidance=guidance, eta=eta, seeds=SEEDS)
     timesteps = stirred.timesteps(4)[3].expand(3)
     used = 5 if eta else 1  # the rollout's draws: initial latents, and the noises of the four steps
     for k, noise in enumerate(noises(used + 2)[used:]):
         noised = stirred.add_noise(finished, noise, timesteps)
-        expected = stirred.decode(stirred.predict_clean(noised, embeddings, step=3, steps=4, guidance=guidance))
+        expected = stirred.decode(stirred.predict_clean(noised, conditioning, step=3, steps=4, guidance=guidance))
         # Six samples at once round differently from three.
         torch.testing.assert_close(images[k::2], expected, rtol=0, atol=1e-5)
     assert (images[0::2] != images[1::2]).any()

@@ -1,4 +1,4 @@
-"""What a round asks for: prompts and seeds of all processes, and which of them are a process's own."""
+"""What a round requests: prompts and seeds of all processes, and which of them are a process's own."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -10,7 +10,7 @@ from torch import Tensor
 from overpaint.training import TrainingRun
 
 
-class Asked(NamedTuple):
+class SampleRequest(NamedTuple):
     """Samples that all processes draw together, the same in each of them."""
 
     prompts: list[str]
@@ -40,9 +40,9 @@ class Asked(NamedTuple):
         return everyone
 
 
-def ask(
+def draw_requests(
     run: TrainingRun, population: Sequence[str], count: int, *, updates: int = 1, images_per_prompt: int = 1
-) -> Asked:
+) -> SampleRequest:
     """Draws prompts and seeds for a round of all processes.
 
     Since they are drawn at random, the samples of an update are simply the next ones; nothing is shuffled.
@@ -58,7 +58,7 @@ def ask(
     seeds = torch.randint(2**31 - 1, (count,), generator=run.generator)
     prompts = [population[pick] for pick in picks.tolist() for _ in range(images_per_prompt)]
     mine = torch.cat([run.shard(part) for part in torch.arange(count).chunk(updates)])
-    return Asked(prompts, seeds.tolist(), mine)
+    return SampleRequest(prompts, seeds.tolist(), mine)
 
 
 class Pairs(NamedTuple):
@@ -77,7 +77,7 @@ class Pairs(NamedTuple):
 
 def pairs_of_update(
     run: TrainingRun,
-    kinds: Sequence[Asked],
+    kinds: Sequence[SampleRequest],
     update: int,
     *,
     updates: int,
@@ -89,7 +89,7 @@ def pairs_of_update(
 
     Args:
         run: Its generator draws, and it tells the processes apart.
-        kinds: What was asked for; this process has the samples of the first, then those of the next.
+        kinds: What was requested; this process has the samples of the first, then those of the next.
         update: Index of the update in the round.
         updates: How many there are.
         steps: Denoising steps of a sample.
@@ -97,17 +97,17 @@ def pairs_of_update(
         chosen_steps: Which ones; None draws them for each sample anew.
     """
     samples, chosen, first = [], [], 0
-    for asked in kinds:
-        count = len(asked.mine) // updates
+    for request in kinds:
+        count = len(request.mine) // updates
         samples.append(torch.arange(count) + first + update * count)
         if chosen_steps is not None:
             chosen.append(chosen_steps.expand(count, trained_steps))
         elif trained_steps == steps:
             chosen.append(torch.arange(steps).expand(count, steps))
         else:
-            order = torch.rand(len(asked.prompts) // updates, steps, generator=run.generator).argsort(dim=1)
+            order = torch.rand(len(request.prompts) // updates, steps, generator=run.generator).argsort(dim=1)
             chosen.append(run.shard(order[:, :trained_steps]))
-        first += len(asked.mine)
+        first += len(request.mine)
     # One draw of the run's generator, however many processes there are.
     seed = int(torch.randint(2**31 - 1, (), generator=run.generator))
     order = torch.randperm(sum(map(len, samples)) * trained_steps, generator=torch.Generator().manual_seed(seed))

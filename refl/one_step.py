@@ -30,20 +30,22 @@ def one_step_images(
         Images in [0, 1]; `low_variance_noises` for each prompt, prompt by prompt, where that is on.
 
     Source: Algorithm 1 of Xu et al. (2023), https://arxiv.org/abs/2304.05977. With `truncation_steps` above 1 the steps
-    before the graded one carry gradient too.
+    before the reward step carry gradient too.
     """
     guidance = ClassifierFree(config.guidance_scale)
-    embeddings = policy.encode(prompts)
+    conditioning = policy.encode(prompts)
     repeats = config.low_variance_noises
     first = reward_step - config.truncation_steps + 1
     until = config.steps if repeats else first
-    latents = policy.sample(embeddings, steps=config.steps, guidance=guidance, eta=config.eta, seeds=seeds, until=until)
+    latents = policy.sample(
+        conditioning, steps=config.steps, guidance=guidance, eta=config.eta, seeds=seeds, until=until
+    )
     if repeats:
         noise = _noise_after(1 + until if config.eta > 0 else 1, seeds, latents)
         timesteps = policy.timesteps(config.steps)[reward_step].expand(len(latents))
         noised = [policy.add_noise(latents, noise.draw(), timesteps) for _ in range(repeats)]
         latents = torch.stack(noised, dim=1).flatten(0, 1)
-        embeddings = embeddings.repeat_interleave(repeats, dim=0)
+        conditioning = conditioning.repeat_interleave(repeats)
     elif first < reward_step:
         noise = _noise_after(1 + until, seeds, latents) if config.eta > 0 else None
         for step in range(first, reward_step):
@@ -51,15 +53,15 @@ def one_step_images(
 
             def denoise(state: Latents, step: int = step, drawn: Latents | None = drawn) -> Latents:
                 return policy.denoise(
-                    state, embeddings, step=step, steps=config.steps, guidance=guidance, eta=config.eta, noise=drawn
+                    state, conditioning, step=step, steps=config.steps, guidance=guidance, eta=config.eta, noise=drawn
                 )
 
-            latents = _kept_or_recomputed(denoise, latents, recompute=config.checkpoint_steps)
+            latents = _stored_or_recomputed(denoise, latents, recompute=config.checkpoint_steps)
 
     def predict(state: Latents) -> Latents:
-        return policy.predict_clean(state, embeddings, step=reward_step, steps=config.steps, guidance=guidance)
+        return policy.predict_clean(state, conditioning, step=reward_step, steps=config.steps, guidance=guidance)
 
-    return policy.decode(_kept_or_recomputed(predict, latents, recompute=config.checkpoint_steps))
+    return policy.decode(_stored_or_recomputed(predict, latents, recompute=config.checkpoint_steps))
 
 
 def _noise_after(draws: int, seeds: Sequence[int], latents: Latents) -> SampleNoise:
@@ -70,7 +72,7 @@ def _noise_after(draws: int, seeds: Sequence[int], latents: Latents) -> SampleNo
     return noise
 
 
-def _kept_or_recomputed(step: Callable[[Latents], Latents], latents: Latents, *, recompute: bool) -> Latents:
+def _stored_or_recomputed(step: Callable[[Latents], Latents], latents: Latents, *, recompute: bool) -> Latents:
     """Runs a step and keeps its activations, or throws them away and computes them again in the backward pass."""
     if not recompute:
         return step(latents)

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from ddpo.asked import Asked, Pairs, ask, pairs_of_update
+from ddpo.requests import Pairs, SampleRequest, draw_requests, pairs_of_update
 from overpaint.training import TrainingRun
 
 Result = TypeVar("Result")
@@ -59,9 +59,9 @@ def global_pairs(
     """Returns the (kind, sample, step) of all processes in each update, process by process."""
 
     def work(run: StandInRun) -> list[list[tuple[str, int, int]]]:
-        kinds = {"prompts": ask(run, POPULATION, COUNT, updates=updates)}
+        kinds = {"prompts": draw_requests(run, POPULATION, COUNT, updates=updates)}
         if of_concept:
-            kinds["concept"] = ask(run, ["naked"], of_concept, updates=updates)
+            kinds["concept"] = draw_requests(run, ["naked"], of_concept, updates=updates)
         held = [(name, sample) for name, asked in kinds.items() for sample in asked.mine.tolist()]
         found = []
         for update in range(updates):
@@ -94,7 +94,7 @@ def global_pairs(
 @pytest.mark.parametrize("updates", [1, 2, 4])
 @pytest.mark.parametrize("processes", [1, 2, 4])
 def test_processes_share_out_all_samples_and_evenly_those_of_each_update(processes: int, updates: int) -> None:
-    shares = together(processes, lambda run: ask(run, POPULATION, COUNT, updates=updates))
+    shares = together(processes, lambda run: draw_requests(run, POPULATION, COUNT, updates=updates))
     assert sorted(sample for asked in shares for sample in asked.mine.tolist()) == list(range(COUNT))
     size = COUNT // updates
     for asked in shares:
@@ -105,8 +105,8 @@ def test_processes_share_out_all_samples_and_evenly_those_of_each_update(process
 
 @pytest.mark.parametrize("processes", [2, 4])
 def test_any_number_of_processes_asks_for_the_same(processes: int) -> None:
-    def work(run: StandInRun) -> Asked:
-        return ask(run, POPULATION, COUNT, updates=2, images_per_prompt=3)
+    def work(run: StandInRun) -> SampleRequest:
+        return draw_requests(run, POPULATION, COUNT, updates=2, images_per_prompt=3)
 
     (alone,) = together(1, work)
     for asked in together(processes, work):
@@ -119,7 +119,7 @@ def test_any_number_of_processes_asks_for_the_same(processes: int) -> None:
 
 
 def test_own_prompts_and_seeds_are_those_of_own_samples() -> None:
-    for asked in together(2, lambda run: ask(run, POPULATION, COUNT, updates=2)):
+    for asked in together(2, lambda run: draw_requests(run, POPULATION, COUNT, updates=2)):
         mine = asked.mine.tolist()
         assert asked.my_prompts == [asked.prompts[sample] for sample in mine]
         assert asked.my_seeds == [asked.seeds[sample] for sample in mine]
@@ -127,7 +127,7 @@ def test_own_prompts_and_seeds_are_those_of_own_samples() -> None:
 
 
 def test_images_of_a_prompt_lie_side_by_side_and_have_different_seeds() -> None:
-    (asked,) = together(1, lambda run: ask(run, [str(n) for n in range(1000)], COUNT, images_per_prompt=3))
+    (asked,) = together(1, lambda run: draw_requests(run, [str(n) for n in range(1000)], COUNT, images_per_prompt=3))
     triples = [asked.prompts[first : first + 3] for first in range(0, COUNT, 3)]
     assert all(len(set(triple)) == 1 for triple in triples)
     assert len(set(asked.prompts)) > 10
@@ -139,7 +139,7 @@ def test_images_of_a_prompt_lie_side_by_side_and_have_different_seeds() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.int64])
 def test_gathered_values_are_in_the_order_of_the_samples(processes: int, updates: int, dtype: torch.dtype) -> None:
     def work(run: StandInRun) -> Tensor:
-        asked = ask(run, POPULATION, COUNT, updates=updates)
+        asked = draw_requests(run, POPULATION, COUNT, updates=updates)
         return asked.gathered(run, asked.mine.to(dtype) * 10)
 
     for everyone in together(processes, work):
@@ -214,7 +214,7 @@ def test_minibatches_are_the_pairs_in_their_order() -> None:
 @pytest.mark.parametrize("trained_steps", [5, 2])
 def test_generator_ends_in_the_same_state_in_all_processes_however_many(trained_steps: int) -> None:
     def work(run: StandInRun) -> Tensor:
-        kinds = [ask(run, POPULATION, COUNT, updates=2), ask(run, POPULATION, 16, updates=2)]
+        kinds = [draw_requests(run, POPULATION, COUNT, updates=2), draw_requests(run, POPULATION, 16, updates=2)]
         for update in range(2):
             pairs_of_update(run, kinds, update, updates=2, steps=5, trained_steps=trained_steps)
         return run.generator.get_state()

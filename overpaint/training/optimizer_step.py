@@ -1,6 +1,7 @@
-"""From losses to updates: gradients, clipping, the optimizer's step, and what to do when a number is not finite."""
+"""The optimizer step: gradients, clipping, the optimizer, averaged weights, and what numbers that are not finite do."""
 
-from contextlib import nullcontext
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -8,8 +9,6 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from .config import TrainingConfig
-from .ema import ExponentialMovingAverage
-from .optimizer import make_optimizer
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -19,7 +18,7 @@ class NonFiniteError(RuntimeError):
     """Too many updates in a row had a loss or a gradient that was not finite."""
 
 
-class Descent:
+class OptimizerStep:
     """The weights, their gradients and the optimizer; `TrainingRun` hands `backward` and `update` to it.
 
     Args:
@@ -34,7 +33,7 @@ class Descent:
     ) -> None:
         self.config = config
         self.skipped = 0
-        self.ema = ExponentialMovingAverage(parameters, config.ema_decay) if config.ema_decay is not None else None
+        self.ema = AveragedWeights(parameters, config.ema_decay, config.ema_warmup) if config.ema_decay else None
         self._accelerator = accelerator
         self._network = network
         self._parameters = parameters
@@ -123,3 +122,106 @@ class Descent:
                 f"max_skipped is {self.config.max_skipped}: look at the reward, or lower learning_rate, which is "
                 f"{self.config.learning_rate:g}"
             )
+
+
+class AveragedWeights:
+    """An exponential moving average of the weights, kept by diffusers' `EMAModel`.
+
+    In each update, average = decay * average + (1 - decay) * weights. It starts at the weights of the start, so that
+    there is no bias to correct.
+
+    Args:
+        parameters: What is averaged. They are read, and only changed inside `swapped`.
+        decay: Part of the old average that stays, between 0 and 1.
+        warmup: Whether the decay grows to its value as 1 - (1 + updates)^(-2/3), so that early weights are forgotten.
+    """
+
+    def __init__(self, parameters: Sequence[nn.Parameter], decay: float, warmup: bool = False) -> None:
+        from diffusers.training_utils import EMAModel
+
+        self._parameters = list(parameters)
+        # Without warm-up, EMAModel has a ramp of its own, which its lower bound and this start switch off.
+        floor, start = (0.0, 0) if warmup else (decay, -1)
+        self._model: Any = EMAModel(
+            self._parameters, decay=decay, min_decay=floor, update_after_step=start, use_ema_warmup=warmup
+        )
+
+    @property
+    def averages(self) -> list[Tensor]:
+        """The averages, in the order of the parameters."""
+        return self._model.shadow_params
+
+    def update(self) -> None:
+        """Moves the averages towards the weights."""
+        self._model.step(self._parameters)
+
+    @contextmanager
+    def swapped(self) -> Generator[None, None, None]:
+        """Puts the averages in place of the weights for as long as the block lasts."""
+        self._model.store(self._parameters)
+        self._model.copy_to(self._parameters)
+        torch.clear_autocast_cache()
+        try:
+            yield
+        finally:
+            self._model.restore(self._parameters)
+            torch.clear_autocast_cache()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns the averages and how many updates they have seen."""
+        return {"averages": self.averages, "updates": self._model.optimization_step}
+
+    def load_state_dict(self, state: dict[str, Any], /) -> None:
+        """Takes back what `state_dict` returned."""
+        self._model.optimization_step = state["updates"]
+        for average, saved in zip(self.averages, state["averages"], strict=True):
+            average.copy_(saved)
+
+
+def make_optimizer(parameters: Sequence[nn.Parameter], config: TrainingConfig) -> torch.optim.Optimizer:
+    """Returns the optimizer that the settings name, over the given parameters.
+
+    Raises:
+        ValueError: There is nothing to train, or bitsandbytes does not work here.
+    """
+    if not parameters:
+        raise ValueError("parameters must not be empty: load the policy with lora= or train=, got nothing trainable")
+    if config.optimizer == "adamw":
+        return torch.optim.AdamW(
+            parameters,
+            lr=config.learning_rate,
+            betas=config.adam_betas,
+            eps=config.adam_epsilon,
+            weight_decay=config.weight_decay,
+        )
+    optimizer = _adamw8bit(parameters, config)
+    _try_one_step(parameters[0].device, config)
+    return optimizer
+
+
+def _adamw8bit(parameters: Sequence[nn.Parameter], config: TrainingConfig) -> torch.optim.Optimizer:
+    """Returns bitsandbytes' AdamW8bit; tensors below 4096 elements keep 32-bit moments, as is its default."""
+    try:
+        from bitsandbytes.optim import AdamW8bit
+    except (ImportError, OSError, RuntimeError) as error:
+        raise ValueError(f"{UNUSABLE}: bitsandbytes does not load ({error})") from error
+    return AdamW8bit(
+        parameters,
+        lr=config.learning_rate,
+        betas=config.adam_betas,
+        eps=config.adam_epsilon,
+        weight_decay=config.weight_decay,
+    )
+
+
+def _try_one_step(device: torch.device, config: TrainingConfig) -> None:
+    """Takes one step on a parameter of no importance, so that a missing kernel is found before any work."""
+    parameter = nn.Parameter(torch.ones(4096, device=device))
+    parameter.grad = torch.ones_like(parameter)
+    try:
+        _adamw8bit([parameter], config).step()
+    except (RuntimeError, AttributeError, NotImplementedError) as error:
+        raise ValueError(f"{UNUSABLE}: bitsandbytes has no 8-bit step on {device} ({error})") from error
+
+
+UNUSABLE = "optimizer must be one that works here, got 'adamw8bit'"

@@ -4,16 +4,15 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from overpaint.policy import DiffusionPolicy
+from overpaint.policy import DiffusionPolicy, Trajectory
 from overpaint.policy.atomic import atomic_file
-from overpaint.policy.types import Trajectory
 
 FOLDER = "ungraded"
 """Where they wait, below the folder of the run."""
 
 
-class KeptSamples:
-    """The samples that one process drew in one round, kept until they are graded.
+class SampleCache:
+    """The samples that one process drew in one round, cached until they are scored.
 
     Args:
         output_dir: Folder of the run.
@@ -33,7 +32,7 @@ class KeptSamples:
             tensors[f"{index}/latents"] = batch.latents.contiguous()
             tensors[f"{index}/log_probs"] = batch.log_probs.contiguous()
             tensors[f"{index}/timesteps"] = batch.timesteps.clone()
-        about = {"asked": _asked(prompts, seeds), "batches": str(len(batches))}
+        about = {"request": _request(prompts, seeds), "batches": str(len(batches))}
         with atomic_file(self.path) as partial:
             save_file(tensors, partial, metadata=about)
 
@@ -46,15 +45,15 @@ class KeptSamples:
         batches: list[Trajectory] = []
         with safe_open(self.path, framework="pt", device=str(policy.device)) as file:
             about = file.metadata()
-            if about["asked"] != _asked(prompts, seeds):
+            if about["request"] != _request(prompts, seeds):
                 return []
             first = 0
             for index in range(int(about["batches"])):
                 latents, log_probs, timesteps = (
                     file.get_tensor(f"{index}/{name}") for name in ("latents", "log_probs", "timesteps")
                 )
-                embeddings = policy.encode(prompts[first : first + len(latents)])
-                batches.append(Trajectory(latents, log_probs, timesteps, embeddings))
+                conditioning = policy.encode(prompts[first : first + len(latents)])
+                batches.append(Trajectory(latents, log_probs, timesteps, conditioning))
                 first += len(latents)
         return batches
 
@@ -63,6 +62,6 @@ class KeptSamples:
         self.path.unlink(missing_ok=True)
 
 
-def _asked(prompts: Sequence[str], seeds: Sequence[int]) -> str:
+def _request(prompts: Sequence[str], seeds: Sequence[int]) -> str:
     """Returns what was to be drawn, as text."""
     return json.dumps([list(prompts), list(seeds)])
