@@ -22,14 +22,15 @@ from torch import Tensor
 
 from benchmarks.gpu import stable_diffusion
 from benchmarks.overhead import cpu_seconds
-from erasure import NUDITY, STRIPES, UCE
+from erasure import NUDITY, UCE
 from erasure.descend import DescentConfig, descend_once
-from erasure.fisher import FisherConfig
-from erasure.mace import TARGETS, with_lora
-from erasure.methods import method_named
+from erasure.methods.mace import TARGETS, with_lora
+from erasure.methods.sa.fisher import FisherConfig
 from erasure.phrases import own_phrases
+from erasure.registry import method_named
 from overpaint.policy import DiffusionPolicy, LoRAConfig
 from overpaint.settings import Field, settings
+from overpaint.tinyworld.presets import PRESETS, STRIPES
 from overpaint.training import TrainingConfig, TrainingRun
 
 TARGET_RATIO = 1.15
@@ -123,7 +124,7 @@ class Recorder:
 
 def measure(name: str, policy: DiffusionPolicy, repeats: int) -> Timing:
     """Times updates of a method and their calls in turn, each going first every other time."""
-    method: Any = method_named(name, "tiny-world")
+    method: Any = method_named(name, PRESETS[name])
     fewer: dict[str, Any] = {"images": 4} if hasattr(method.config, "images") else {}
     if name == "sa":
         fewer["fisher"] = FisherConfig(images=2, timesteps=2)

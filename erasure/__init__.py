@@ -1,26 +1,25 @@
 """What must not appear: concepts, the methods that erase them, and the constraint that keeps them erased."""
 
-from .ac import AC, ACConfig
-from .ant import ANT, ANTConfig
 from .changes import Change, WeightChange
-from .concept import NUDITY, STRIPES, Concept
-from .constraint import ErasureConstraint, ImageConstraint, ObjectiveConstraint
-from .cost import ImageCost, ScoreCeiling
-from .descend import DescentConfig
+from .concept import NUDITY, Concept
+from .constraint import ErasureConstraint, ImageConstraint, ImageCost, ObjectiveConstraint, ScoreCeiling
+from .descend import DescentConfig, erase_by_descent
 from .erased import Erasure
-from .erasers import AddedNetworks
-from .esd import ESD, ESDConfig
+from .guards import GuardChange
 from .lagrangian import Lagrangian, LagrangianConfig
-from .mace import MACE, MACEConfig
-from .methods import METHODS, ErasureMethod, erase, method_named
+from .methods.ac import AC, ACConfig
+from .methods.ant import ANT, ANTConfig
+from .methods.esd import ESD, ESDConfig
+from .methods.mace import MACE, MACEConfig
+from .methods.receler import AddedNetworks, Receler, RecelerConfig
+from .methods.sa import SA, SAConfig
+from .methods.safree import SAFREE, SAFREEConfig
+from .methods.sld import SLD, SLDConfig
+from .methods.uce import UCE, UCEConfig
 from .protocols import ConceptBatch, Edit, Objective
-from .receler import Receler, RecelerConfig
-from .sa import SA, SAConfig
-from .safree import SAFREE, SAFREEConfig
-from .sld import SLD, SLDConfig
-from .stay_erased import StayErased, StayErasedConfig
+from .reference_distance import ReferenceDistance, ReferenceDistanceConfig
+from .registry import METHODS, ErasureMethod, erase, method_named
 from .strength import AdjustableMethod, StrengthSearch, Trial, strongest_erasure, strongest_setting
-from .uce import UCE, UCEConfig
 
 __all__ = [
     "AC",
@@ -32,7 +31,6 @@ __all__ = [
     "SA",
     "SAFREE",
     "SLD",
-    "STRIPES",
     "UCE",
     "ACConfig",
     "ANTConfig",
@@ -47,6 +45,7 @@ __all__ = [
     "Erasure",
     "ErasureConstraint",
     "ErasureMethod",
+    "GuardChange",
     "ImageConstraint",
     "ImageCost",
     "Lagrangian",
@@ -56,17 +55,18 @@ __all__ = [
     "ObjectiveConstraint",
     "Receler",
     "RecelerConfig",
+    "ReferenceDistance",
+    "ReferenceDistanceConfig",
     "SAConfig",
     "SAFREEConfig",
     "SLDConfig",
     "ScoreCeiling",
-    "StayErased",
-    "StayErasedConfig",
     "StrengthSearch",
     "Trial",
     "UCEConfig",
     "WeightChange",
     "erase",
+    "erase_by_descent",
     "method_named",
     "strongest_erasure",
     "strongest_setting",

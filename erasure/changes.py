@@ -4,16 +4,14 @@
 |---|---|---|
 | `WeightChange` | differences that are added to the UNet's weights | AC, ANT, ESD, MACE, SA, UCE |
 | `AddedNetworks` | small networks beside the UNet's cross-attentions | Receler |
-| a guard | another way to sample, no weights | SAFREE, SLD |
+| `GuardChange` | another way to sample, no weights | SAFREE, SLD |
 """
 
-import importlib
 from collections.abc import Generator, Iterable, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from types import MappingProxyType
-from typing import ClassVar, Protocol, runtime_checkable
+from typing import Any, ClassVar, Protocol, TypeVar, runtime_checkable
 
 import torch
 from torch import nn
@@ -22,16 +20,6 @@ from overpaint.policy import DiffusionPolicy, WeightDelta
 from overpaint.policy.digest import tensors_hash
 from overpaint.policy.parts import Pipeline
 from overpaint.policy.weights import base_parameters
-
-KINDS = MappingProxyType(
-    {
-        "weights": "erasure.changes:WeightChange",
-        "erasers": "erasure.erasers:AddedNetworks",
-        "safree": "erasure.safree:SAFREEChange",
-        "sld": "erasure.sld:SafetyGuidance",
-    }
-)
-"""The class of each kind of change, by the name that a saved erasure has for it."""
 
 
 @runtime_checkable
@@ -71,6 +59,20 @@ class Change(Protocol):
         ...
 
 
+KINDS: dict[str, type[Change]] = {}
+"""The class of each kind of change, by the name that a saved erasure has for it; `change_kind` adds to it."""
+
+AnyClass = TypeVar("AnyClass", bound=type)
+
+
+def change_kind(cls: AnyClass) -> AnyClass:
+    """Makes a class one of `KINDS`, the only ones that a saved erasure can name."""
+    change: Any = cls
+    KINDS[change.kind] = change
+    return cls
+
+
+@change_kind
 @dataclass(frozen=True)
 class WeightChange:
     """Differences that are added to the UNet's weights."""
@@ -138,6 +140,4 @@ def change_of(kind: str, folder: Path) -> Change:
     """
     if kind not in KINDS:
         raise ValueError(f"the kind of a change must be one of {', '.join(KINDS)}, got {kind!r}")
-    module, _, name = KINDS[kind].partition(":")
-    loader: type[Change] = getattr(importlib.import_module(module), name)
-    return loader.load(folder)
+    return KINDS[kind].load(folder)

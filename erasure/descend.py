@@ -2,38 +2,40 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, Literal
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
 
 from overpaint.policy import DiffusionPolicy, WeightDelta, merged_state
-from overpaint.training import TrainingConfig, TrainingRun, process_state, require
+from overpaint.settings import AnyFloat, Field, settings
+from overpaint.training import TrainingConfig, TrainingRun, process_state
 
 from .changes import WeightChange
 from .concept import Concept
+from .erased import Erasure
 from .protocols import ConceptBatch, Objective
 
 
-@dataclass(frozen=True, kw_only=True)
+@settings
 class DescentConfig:
     """How a loss is descended. Adam without weight decay and clipping by default, as most of the papers have it."""
 
-    iterations: int
+    iterations: int = Field(ge=1)
     """Updates."""
 
-    learning_rate: float
+    learning_rate: float = Field(gt=0)
     """Of every update; constant."""
 
-    batch_size: int = 1
+    batch_size: int = Field(1, ge=1)
     """Samples of an update, over all processes."""
 
-    weight_decay: float = 0.0
+    weight_decay: float = Field(0.0, ge=0)
     """Of AdamW; 0 is Adam."""
 
-    max_grad_norm: float = math.inf
+    max_grad_norm: AnyFloat = Field(math.inf, gt=0)
     """Longest gradient; longer ones are scaled down."""
 
     optimizer: Literal["adamw", "adamw8bit"] = "adamw"
@@ -42,24 +44,11 @@ class DescentConfig:
     mixed_precision: Literal["no", "bf16", "fp16"] = "no"
     """What the networks compute in. Trained weights are float32 whatever it is."""
 
-    checkpoint_every: int = 100
+    checkpoint_every: int = Field(100, ge=1)
     """Updates between two checkpoints, where there is a folder for them."""
 
     seed: int = 0
     """Of everything random."""
-
-    def __post_init__(self) -> None:
-        """Checks every field.
-
-        Raises:
-            ValueError: A field breaks its rule.
-        """
-        for name in ("iterations", "batch_size", "checkpoint_every"):
-            value = getattr(self, name)
-            require("DescentConfig", value >= 1, name, "be at least 1", value)
-        require("DescentConfig", 0 < self.learning_rate < math.inf, "learning_rate", "be positive", self.learning_rate)
-        require("DescentConfig", self.weight_decay >= 0, "weight_decay", "not be negative", self.weight_decay)
-        require("DescentConfig", self.max_grad_norm > 0, "max_grad_norm", "be positive", self.max_grad_norm)
 
     def check_processes(self) -> None:
         """Checks that the processes can share a batch.
@@ -67,42 +56,86 @@ class DescentConfig:
         Raises:
             ValueError: They cannot.
         """
-        count = process_state().num_processes
-        rule = f"be a multiple of {count}, the number of processes"
-        require("DescentConfig", self.batch_size % count == 0, "batch_size", rule, self.batch_size)
+        if self.batch_size % (count := process_state().num_processes):
+            raise ValueError(
+                f"DescentConfig.batch_size must be a multiple of {count}, the number of processes, "
+                f"got {self.batch_size}"
+            )
 
 
-def descend(
-    objective: Objective,
-    student: DiffusionPolicy,
+@runtime_checkable
+class TrainedObjective(Objective, Protocol):
+    """An objective with settings of its own, by which it is trained alone."""
+
+    name: str
+    """Of the method."""
+
+    config: Any
+    """Settings; `descent` among them is a `DescentConfig`, and `train` a set of `policy.PARAMETER_SETS`."""
+
+
+def erase_by_descent(
+    objective: TrainedObjective,
+    policy: DiffusionPolicy,
     concept: Concept,
-    config: DescentConfig,
     *,
     output_dir: str | Path | None = None,
     resume: bool = False,
     progress: bool = True,
-    settings: Mapping[str, Any] | None = None,
-) -> None:
-    """Trains a policy on prompts of the concept; `objective.prepare` comes first.
+    student: DiffusionPolicy | None = None,
+) -> Erasure:
+    """Trains a copy of the UNet by an objective. The policy is not changed: see `Erasure.apply`.
 
     Args:
-        objective: The loss.
-        student: Trained in place, see `DiffusionPolicy.student_copy`.
+        objective: The loss, with its settings.
+        policy: Whose model is erased; a LoRA counts as part of it.
+        concept: Each update takes some of its phrases.
+        output_dir: Keeps metrics and checkpoints, and what the objective prepares; None keeps nothing.
+        resume: Go on with an interrupted run in the same folder.
+        progress: Whether progress bars are shown.
+        student: The copy that is trained; None makes one that trains `objective.config.train`.
+
+    Raises:
+        ValueError: As `descend`.
+    """
+    student = student or policy.student_copy(objective.config.train)
+    before = {name: value.clone() for name, value in merged_state(student.unet).items()}
+    descend(objective, student, concept, output_dir=output_dir, resume=resume, progress=progress)
+    change = WeightChange(WeightDelta.between(before, student.unet))
+    return Erasure.of(policy, objective.name, asdict(objective.config), concept, change)
+
+
+def descend(
+    objective: TrainedObjective,
+    student: DiffusionPolicy,
+    concept: Concept,
+    *,
+    output_dir: str | Path | None = None,
+    resume: bool = False,
+    progress: bool = True,
+    record: Mapping[str, Any] | None = None,
+) -> None:
+    """Trains a policy in place on prompts of the concept; `objective.prepare` comes first.
+
+    Args:
+        objective: The loss, with its settings, which are recorded with the run.
+        student: See `DiffusionPolicy.student_copy`.
         concept: Its phrases are the prompts.
-        config: How.
         output_dir: Keeps metrics and checkpoints; None keeps nothing.
         resume: Go on with an interrupted run in the same folder.
         progress: Whether a progress bar is shown.
-        settings: Dataclasses by name, recorded with the run; they must stay the same when it is resumed.
+        record: More dataclasses to record with the run, by name; they must stay the same when it is resumed.
 
     Raises:
         ValueError: The method cannot work with this policy or concept, the folder holds another run, `resume` has no
             folder, or the processes cannot share a batch.
     """
+    config: DescentConfig = objective.config.descent
     if resume and output_dir is None:
         raise ValueError("resume must come with the output_dir of the interrupted run, got None")
     config.check_processes()
     objective.prepare(student, concept)
+    recorded = {"descent": config, objective.name.lower(): objective.config, **(record or {})}
     with TemporaryDirectory() as nowhere:
         run_config = TrainingConfig(
             output_dir=Path(output_dir or nowhere),
@@ -118,7 +151,7 @@ def descend(
             seed=config.seed,
             progress=progress,
         )
-        with TrainingRun(student, run_config, configs={"descent": config, **(settings or {})}) as run:
+        with TrainingRun(student, run_config, configs=recorded) as run:
             for _ in run.iterations():
                 descend_once(objective, student, concept, config, run)
 
@@ -134,26 +167,6 @@ def descend_once(
     run.backward(loss)
     grad_norm = run.update()
     run.log({"erasure/loss": run.mean(loss.detach()), "erasure/grad_norm": grad_norm})
-
-
-def descended(
-    objective: Objective,
-    student: DiffusionPolicy,
-    concept: Concept,
-    config: DescentConfig,
-    *,
-    output_dir: str | Path | None = None,
-    resume: bool = False,
-    progress: bool = True,
-    settings: Mapping[str, Any] | None = None,
-) -> WeightChange:
-    """Trains a policy as `descend` does, with the same arguments, and returns what that changed in its weights."""
-    before = {name: value.clone() for name, value in merged_state(student.unet).items()}
-    descend(
-        objective, student, concept, config,
-        output_dir=output_dir, resume=resume, progress=progress, settings=settings,
-    )  # fmt: skip
-    return WeightChange(WeightDelta.between(before, student.unet))
 
 
 def concept_batch(concept: Concept, size: int, generator: torch.Generator) -> ConceptBatch:

@@ -1,13 +1,11 @@
 """What an erasure will cost, said before it starts."""
 
 import time
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 
 from overpaint.policy import DiffusionPolicy
-
-from .descend import DescentConfig
 
 
 class UNetCalls(NamedTuple):
@@ -26,9 +24,8 @@ class TrainedMethod(Protocol):
 
     name: str
 
-    def descent(self) -> DescentConfig:
-        """Returns how it trains."""
-        ...
+    config: Any
+    """Settings; `descent` among them is a `DescentConfig`."""
 
     def unet_calls(self) -> UNetCalls:
         """Returns the calls of its training, whose preparation is not counted."""
@@ -65,7 +62,7 @@ def estimate(method: TrainedMethod, policy: DiffusionPolicy, train: str = "full"
         policy: With what.
         train: A parameter set to take gradients for; that of all weights costs the most, by less than half.
     """
-    descent, calls = method.descent(), method.unet_calls()
+    descent, calls = method.config.descent, method.unet_calls()
     student = policy.student_copy(train)
     size = student.sample_size
     latents = torch.zeros(descent.batch_size, 4, size, size, device=policy.device)

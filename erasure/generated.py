@@ -4,6 +4,7 @@ Drawing a thousand of them takes longer than some of the trainings do, so a fold
 drawing that was interrupted goes on where it stopped.
 """
 
+import random
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from overpaint.policy.prompts import check_prompts
 from overpaint.policy.types import Latents
 from overpaint.training import process_state
 
-from .kept import claim
+from .cache import claim
 
 SHARD = 32
 """Latents in a file; what an interruption can cost."""
@@ -98,6 +99,33 @@ def generated_latents(
             shards[start] = latents
             bar.update(len(latents))
     return torch.cat([shards[start] for start in starts])
+
+
+def pictures_in_turns(
+    policy: DiffusionPolicy,
+    kind: str,
+    prompts: Sequence[str],
+    count: int,
+    *,
+    seed: int,
+    steps: int,
+    guidance: ClassifierFree,
+    batch_size: int,
+    folder: Path | None,
+    progress: bool,
+) -> Latents:
+    """Draws pictures with a policy's reference, for prompts that take turns; their seeds follow from kind and seed."""
+    seeds = [random.Random(f"{kind} {index} of {seed}").randrange(2**31) for index in range(count)]
+    with policy.reference():
+        return generated_latents(
+            policy, in_turns(prompts, count), seeds,
+            steps=steps, guidance=guidance, batch_size=batch_size, folder=folder, progress=progress,
+        )  # fmt: skip
+
+
+def in_turns(prompts: Sequence[str], count: int) -> list[str]:
+    """Returns as many prompts as asked for; they take turns."""
+    return [prompts[index % len(prompts)] for index in range(count)]
 
 
 def _record(

@@ -6,10 +6,11 @@ https://arxiv.org/abs/1805.11074. Source of the damping terms: Stooke et al. (20
 """
 
 import math
-from dataclasses import dataclass
+
+from overpaint.settings import AnyFloat, Field, settings
 
 
-@dataclass(frozen=True, kw_only=True)
+@settings
 class LagrangianConfig:
     """How the weight of a constraint follows its violation.
 
@@ -18,36 +19,30 @@ class LagrangianConfig:
     derivative gain answers its growth.
     """
 
-    learning_rate: float = 0.1
+    learning_rate: float = Field(0.1, ge=0)
     """Integral gain: growth of the weight per unit of violation and update."""
 
-    initial_weight: float = 1.0
+    initial_weight: float = Field(1.0, ge=0)
     """Weight before the first update, in units of reward per unit of violation."""
 
-    max_weight: float = 100.0
+    max_weight: float = Field(100.0, ge=0)
     """Largest weight; keeps a constraint that cannot be met from drowning the reward."""
 
-    proportional_gain: float = 0.0
+    proportional_gain: float = Field(0.0, ge=0)
     """Weight added per unit of present violation (Stooke et al. 2020, K_P). Zero: off."""
 
-    derivative_gain: float = 0.0
+    derivative_gain: float = Field(0.0, ge=0)
     """Weight added per unit by which the violation grew since the last update (K_D). Zero: off."""
 
-    max_violation: float = math.inf
+    max_violation: AnyFloat = Field(math.inf, gt=0)
     """Violations above this count as this. Costs often have a lower bound and no upper one: without a bound, a few
     updates of a gross violation wind up more weight than hundreds of good ones take back."""
 
     def __post_init__(self) -> None:
-        if not self.max_violation > 0:
-            raise ValueError(f"LagrangianConfig.max_violation must be above 0, got {self.max_violation}")
-        for field in ("learning_rate", "initial_weight", "max_weight", "proportional_gain", "derivative_gain"):
-            value = getattr(self, field)
-            if not math.isfinite(value) or value < 0:
-                raise ValueError(f"LagrangianConfig.{field} must be finite and at least 0, got {value}")
+        """Checks that the weight starts within its bound."""
         if self.initial_weight > self.max_weight:
             raise ValueError(
-                "LagrangianConfig.initial_weight must be at most max_weight, "
-                f"got {self.initial_weight} above {self.max_weight}"
+                f"initial_weight must be at most max_weight, got {self.initial_weight} above {self.max_weight}"
             )
 
 

@@ -1,6 +1,6 @@
-"""Phrases within prompts: which tokens of a prompt are a phrase, and which phrases hold others."""
+"""Texts as the tokenizer reads them: what the text encoder has room for, and which tokens of a prompt are a phrase."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -8,6 +8,8 @@ from jaxtyping import Bool
 from torch import Tensor
 
 from overpaint.policy import DiffusionPolicy
+
+from .concept import Concept
 
 SLOT = "{}"
 """Where a phrase stands in a template."""
@@ -43,11 +45,7 @@ def placed(policy: DiffusionPolicy, template: str, phrase: str) -> Placed:
     whole = token_ids(policy, text)
     if whole != head + body + tail:
         raise ValueError(f"a phrase must keep its tokens within a template, and {phrase!r} does not in {template!r}")
-    room = positions(policy)
-    if len(whole) + 2 > room:
-        raise ValueError(
-            f"a template with its phrase must have at most {room} tokens, got {len(whole) + 2} in {text!r}"
-        )
+    check_length(policy, [text], "a template with its phrase")
     return Placed(text, first=1 + len(head), end=1 + len(head) + len(body), last=1 + len(whole))
 
 
@@ -59,6 +57,46 @@ def token_ids(policy: DiffusionPolicy, text: str) -> list[int]:
 def positions(policy: DiffusionPolicy) -> int:
     """Returns how many tokens the text encoder reads."""
     return min(policy.tokenizer.model_max_length, policy.text_encoder.config.max_position_embeddings)
+
+
+def check_length(policy: DiffusionPolicy, texts: Iterable[str], owner: str) -> None:
+    """Checks that the text encoder reads every text whole.
+
+    Raises:
+        ValueError: One is cut off; the message calls it the owner's.
+    """
+    room = positions(policy)
+    for text in texts:
+        if (needed := len(token_ids(policy, text)) + 2) > room:
+            raise ValueError(f"{owner} must have at most {room} tokens, got {needed} in {text!r}")
+
+
+def check_words(policy: DiffusionPolicy, concept: Concept) -> None:
+    """Checks that the tokenizer takes every text of a concept whole, and that the anchor is not the concept itself.
+
+    Raises:
+        ValueError: A text is cut off at the text encoder's last position, or a phrase equals the anchor.
+    """
+    check_length(policy, (*concept.phrases, concept.anchor, *concept.preserve), f"texts of {concept.name!r}")
+    for phrase in concept.phrases:
+        if phrase.strip().lower() == concept.anchor.strip().lower():
+            raise ValueError(f"the anchor of {concept.name!r} must not be one of its phrases, got {phrase!r} as both")
+
+
+def check_absent(concept: Concept, texts: Iterable[str], owner: str) -> None:
+    """Checks that no text holds a phrase of the concept.
+
+    Raises:
+        ValueError: One does; the message calls the texts `owner`.
+    """
+    for text in texts:
+        if found := [phrase for phrase in concept.phrases if holds(text, phrase)]:
+            raise ValueError(f"{owner} must be free of {concept.name!r}, got {found[0]!r} in {text!r}")
+
+
+def longest(policy: DiffusionPolicy, texts: Iterable[str]) -> str:
+    """Returns the text of the most tokens."""
+    return max(texts, key=lambda text: len(token_ids(policy, text)))
 
 
 def phrase_tokens(policy: DiffusionPolicy, prompts: Sequence[Placed]) -> Bool[Tensor, "batch tokens"]:

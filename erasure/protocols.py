@@ -6,13 +6,11 @@
 | edit | weights, in closed form | `Edit` | a `policy.WeightDelta` |
 | objective | weights, by descending a loss | `Objective` | a loss on noise predictions |
 
-A method implements exactly one of them. Costs on images are a fourth thing, no method but a measure: `erasure.cost`.
+A method implements exactly one of them. Costs on images are no method: see `erasure.constraint`.
 """
 
 from collections.abc import Sequence
 from typing import NamedTuple, Protocol, runtime_checkable
-
-from torch.nn import Parameter
 
 from overpaint.policy import DiffusionPolicy, WeightDelta
 from overpaint.policy.types import PerSample
@@ -55,10 +53,16 @@ class Objective(Protocol):
         """
         ...
 
-    def parameters(self, policy: DiffusionPolicy) -> list[Parameter]:
-        """Returns the parameters that the loss is meant to move; each is trainable in the policy."""
+    def loss(self, policy: DiffusionPolicy, batch: ConceptBatch) -> PerSample:
+        """Returns the loss of each sample, in squared units of the noise; gradients reach what the policy trains."""
         ...
 
-    def loss(self, policy: DiffusionPolicy, batch: ConceptBatch) -> PerSample:
-        """Returns the loss of each sample, in squared units of the noise; gradients flow to `parameters`."""
-        ...
+
+def check_trainable(policy: DiffusionPolicy, purpose: str, remedy: str = "load it with lora= or train=") -> None:
+    """Checks that the policy has something to train.
+
+    Raises:
+        ValueError: It has not; the message says what for, and the remedy.
+    """
+    if not policy.trainable_parameters():
+        raise ValueError(f"{purpose} needs a policy with trainable weights, got one without; {remedy}")

@@ -1,13 +1,13 @@
-"""Latents on the way from noise to image, each sample stopped at a step of its own."""
+"""Partial rollouts: latents before a step of each sample's own, and the target of negative guidance for them."""
 
 import random
 from collections.abc import Sequence
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
-from overpaint.policy import DiffusionPolicy, Guidance
+from overpaint.policy import ClassifierFree, DiffusionPolicy, Guidance
 from overpaint.policy.types import Embeddings, Latents
 
 
@@ -16,17 +16,35 @@ def random_stops(seeds: Sequence[int], first: int, last: int) -> Int[Tensor, " b
     return torch.tensor([random.Random(f"step of {seed}").randrange(first, last + 1) for seed in seeds])
 
 
+def noised_latents(
+    policy: DiffusionPolicy, embeddings: Embeddings, seeds: Sequence[int], *, steps: int, guidance_scale: float
+) -> tuple[Latents, Int[Tensor, " batch"]]:
+    """Returns each sample's latents before a random step of its rollout, and that step's timestep.
+
+    Args:
+        policy: What draws.
+        embeddings: The prompt of each sample.
+        seeds: Of noise and step, one for each sample.
+        steps: Number of denoising steps of a whole image; each is as likely as any other.
+        guidance_scale: Classifier-free guidance of the rollout.
+    """
+    stops = random_stops(seeds, 0, steps - 1)
+    guidance = ClassifierFree(guidance_scale)
+    (latents,) = latents_before(policy, embeddings, stops[None], steps=steps, guidance=guidance, seeds=seeds)
+    return latents, policy.timesteps(steps)[stops]
+
+
 @torch.no_grad()
 def latents_before(
     policy: DiffusionPolicy,
     embeddings: Embeddings,
-    stops: Int[Tensor, " batch"],
+    stops: Int[Tensor, "stops batch"],
     *,
     steps: int,
     guidance: Guidance,
     seeds: Sequence[int],
-) -> Latents:
-    """Denoises every sample up to its own step, without gradient.
+) -> Float[Tensor, "stops batch 4 h w"]:
+    """Denoises every sample up to its last stop, without gradient, and returns what it was before each of its stops.
 
     A sample that has arrived goes through the network no more, unless the policy has a guard: one that remembers
     the way needs all samples at every step.
@@ -34,20 +52,25 @@ def latents_before(
     Args:
         policy: What draws.
         embeddings: The prompt of each sample.
-        stops: Index of the step before which each sample stops, counted from noise; 0 leaves pure noise.
+        stops: Indices of the steps before which each sample stops, counted from noise; 0 is pure noise.
         steps: Number of denoising steps of a whole image.
         guidance: That of the rollout.
         seeds: One for each sample.
     """
-    latents = policy.sample(embeddings, steps=steps, seeds=seeds, until=0)
-    arrived = latents.clone()
-    for step in range(int(stops.max())):
-        going = (stops > step).to(latents.device)
+    latents: Latents = policy.sample(embeddings, steps=steps, seeds=seeds, until=0)
+    stops = stops.to(latents.device)
+    last = stops.amax(dim=0)
+    passed = torch.stack([latents] * len(stops))
+    for step in range(int(last.max())):
         if policy.guard is None:
-            latents[going] = policy.denoise(
-                latents[going], embeddings[going], step=step, steps=steps, guidance=guidance
-            )
+            on = last > step
+            latents[on] = policy.denoise(latents[on], embeddings[on], step=step, steps=steps, guidance=guidance)
         else:
             latents = policy.denoise(latents, embeddings, step=step, steps=steps, guidance=guidance)
-        arrived[going] = latents[going]
-    return arrived
+        passed = torch.where((stops > step)[..., None, None, None], latents, passed)
+    return passed
+
+
+def erased_target(conditional: Latents, unconditional: Latents, *, negative_guidance: float) -> Latents:
+    """Returns `ε(∅) - η (ε(c) - ε(∅))`: away from the concept, by the original model's own predictions."""
+    return unconditional - negative_guidance * (conditional - unconditional)

@@ -174,3 +174,13 @@ def _monotone(rewards: list[PerSample]) -> bool:
     """Tells whether no setting is better than its weaker neighbour by more than chance."""
     pairs = [_paired(stronger, weaker) for weaker, stronger in pairwise(rewards)]
     return all(rise <= NOISE * standard_error for rise, standard_error in pairs)
+
+
+def check_strength(strength: float) -> None:
+    """Checks a method's strength.
+
+    Raises:
+        ValueError: It is negative or not finite.
+    """
+    if not 0 <= strength < math.inf:
+        raise ValueError(f"strength must be finite and at least 0, got {strength}")

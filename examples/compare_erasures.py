@@ -24,8 +24,8 @@ import tyro
 from tqdm import tqdm
 
 from erasure import Erasure
-from erasure.kept import claim
-from erasure.methods import METHODS, erase, method_named
+from erasure.cache import claim
+from erasure.registry import METHODS, erase, method_named
 from overpaint.evaluation import DrawConfig, ImageFolder, Report, Scores, compare, write_folder
 from overpaint.evaluation.command_line import command_line
 from overpaint.evaluation.experiments.erasures import Line, html_table, line_of, markdown_table
@@ -39,6 +39,7 @@ from overpaint.evaluation.report.page import Section
 from overpaint.evaluation.report.pareto import Point, pareto_section
 from overpaint.policy import LoRAConfig
 from overpaint.policy.atomic import write_text
+from overpaint.tinyworld.presets import PRESETS
 
 BEFORE = "before"
 COCO = "coco-30k"
@@ -153,8 +154,8 @@ def work(cell: Cell, config: Config) -> Cell:
         )
         refl_erase_nudity.recover(recovery, policy, task, progress=False)
     elif cell.method != BEFORE:
-        preset = "tiny-world" if config.policy == TINY_WORLD else "official"
-        method = method_named(cell.method, preset, seed=cell.seed)
+        settings = PRESETS.get(cell.method) if config.policy == TINY_WORLD else None
+        method = method_named(cell.method, settings, seed=cell.seed)
         training = folder / "training"
         erasure = erase(method, policy, task.concept, output_dir=training, resume=training.exists(), progress=False)
         erasure.save(folder / "erasure")

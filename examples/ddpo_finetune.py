@@ -18,7 +18,7 @@ from typing import Literal
 import tyro
 
 from ddpo import DDPOConfig, DDPOTrainer, RWRConfig, RWRTrainer
-from erasure import STRIPES, UCE, ImageConstraint, Lagrangian, LagrangianConfig, ScoreCeiling
+from erasure import UCE, ImageConstraint, Lagrangian, LagrangianConfig, ScoreCeiling
 from overpaint.evaluation import (
     DrawConfig,
     Measure,
@@ -37,6 +37,7 @@ from overpaint.evaluation.experiments.experiment import TINY_WORLD
 from overpaint.evaluation.experiments.tasks import Task, TaskName, animal_task, tiny_task
 from overpaint.policy import DiffusionPolicy, LoRAConfig, check_checkpoint
 from overpaint.policy.types import Images, PerSample
+from overpaint.tinyworld.presets import STRIPES
 from overpaint.training import HeldOut, TrainingConfig, check_output_dir, process_state
 from rewards import reward_named
 from rewards.combine import to_device

@@ -21,12 +21,13 @@ import tyro
 
 from erasure import Concept, Erasure
 from erasure.estimate import TrainedMethod, estimate
-from erasure.methods import METHODS, erase, method_named
+from erasure.registry import METHODS, erase, method_named
 from overpaint.evaluation import DrawConfig, Panel, Report, compare, text_table
 from overpaint.evaluation.command_line import command_line
 from overpaint.evaluation.experiments.examine import examine
 from overpaint.evaluation.experiments.experiment import TINY_WORLD, Subject, subject
 from overpaint.policy import DiffusionPolicy
+from overpaint.tinyworld.presets import PRESETS
 from overpaint.training import process_state
 from rewards.combine import to_device
 
@@ -94,7 +95,8 @@ def main(config: Config) -> Erasure:
     for folder in config.onto:
         Erasure.load(folder).apply(policy)
     concept = concept_of(config, about)
-    method = method_named(config.method, "tiny-world" if config.policy == TINY_WORLD else "official", seed=config.seed)
+    settings = PRESETS.get(config.method) if config.policy == TINY_WORLD else None
+    method = method_named(config.method, settings, seed=config.seed)
     main_process = process_state().is_main_process
     if isinstance(method, TrainedMethod) and main_process:
         print(f"{method.name}: {estimate(method, policy)}")

@@ -20,12 +20,13 @@ import tyro
 
 from erasure import Erasure, ImageConstraint
 from erasure.changes import WeightChange
-from erasure.methods import erase, method_named
+from erasure.registry import erase, method_named
 from overpaint.evaluation import DrawConfig, Panel, Report, compare, text_table
 from overpaint.evaluation.command_line import command_line
 from overpaint.evaluation.experiments.examine import Examination, examine
 from overpaint.evaluation.experiments.experiment import TINY_WORLD, Subject, subject
 from overpaint.policy import DiffusionPolicy, LoRAConfig
+from overpaint.tinyworld.presets import PRESETS
 from overpaint.training import HeldOut, TrainingConfig, check_output_dir, process_state
 from refl import ReFLConfig, ReFLTrainer
 from rewards.combine import to_device
@@ -108,9 +109,9 @@ def erasure_for(config: Config, policy: DiffusionPolicy, about: Subject) -> Eras
     """
     if config.erasure is not None:
         return Erasure.load(config.erasure)
-    preset = "tiny-world" if config.policy == TINY_WORLD else "official"
+    settings = PRESETS.get(config.method) if config.policy == TINY_WORLD else None
     return erase(
-        method_named(config.method, preset, seed=config.seed),
+        method_named(config.method, settings, seed=config.seed),
         policy,
         about.concept,
         strength=config.strength,

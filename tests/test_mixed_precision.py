@@ -11,23 +11,31 @@ import torch
 from torch import Tensor
 
 from ddpo import DDPOConfig, DDPOTrainer, RewardError, RWRConfig, RWRTrainer, ScoringConfig
-from erasure import Concept, ImageConstraint, ObjectiveConstraint, ScoreCeiling, StayErased, StayErasedConfig
-from erasure.ac import AC, ACConfig
-from erasure.ant import ANT, ANTConfig
+from erasure import (
+    Concept,
+    ImageConstraint,
+    ObjectiveConstraint,
+    ReferenceDistance,
+    ReferenceDistanceConfig,
+    ScoreCeiling,
+)
 from erasure.changes import WeightChange
 from erasure.descend import DescentConfig
-from erasure.esd import ESD, ESDConfig
-from erasure.fisher import FisherConfig
-from erasure.mace import MACE, MACEConfig
-from erasure.methods import erase
-from erasure.receler import Receler, RecelerConfig
-from erasure.sa import SA, SAConfig
-from erasure.safree import SAFREE, SAFREEConfig
-from erasure.saliency import SaliencyConfig
-from erasure.sld import SLD, SLDConfig
-from erasure.uce import UCE
+from erasure.methods.ac import AC, ACConfig
+from erasure.methods.ant import ANT, ANTConfig
+from erasure.methods.ant.saliency import SaliencyConfig
+from erasure.methods.esd import ESD, ESDConfig
+from erasure.methods.mace import MACE, MACEConfig
+from erasure.methods.receler import Receler, RecelerConfig
+from erasure.methods.sa import SA, SAConfig
+from erasure.methods.sa.fisher import FisherConfig
+from erasure.methods.safree import SAFREE
+from erasure.methods.sld import SLD
+from erasure.methods.uce import UCE
+from erasure.registry import erase
 from overpaint import tinyworld
 from overpaint.policy import ClassifierFree, DiffusionPolicy, LoRAConfig
+from overpaint.tinyworld.presets import PRESETS
 from overpaint.training import AveragedWeights, HeldOut, TrainingConfig, load_checkpoint, read_metrics
 from refl import ReFLConfig, ReFLTrainer
 
@@ -130,7 +138,7 @@ def test_uce_inside_autocast_is_uce_outside(world: Callable[..., DiffusionPolicy
 
 @pytest.mark.parametrize(
     "method",
-    [SLD(SLDConfig.tiny_world()), SAFREE(SAFREEConfig.tiny_world())],
+    [SLD(PRESETS["sld"]), SAFREE(PRESETS["safree"])],
     ids=["sld", "safree"],
 )
 @pytest.mark.parametrize("scale", [1.0, 3.0])
@@ -201,7 +209,7 @@ TRAINERS: dict[str, tuple[Callable[[DiffusionPolicy, TrainingConfig], None], dic
         {"train/reward_loss": 0.0, "erasure/cost": 0.0},
     ),
     "refl-objective": (
-        refl(lambda: ObjectiveConstraint(StayErased(StayErasedConfig(steps=4)), STRIPED, PROMPTS)),
+        refl(lambda: ObjectiveConstraint(ReferenceDistance(ReferenceDistanceConfig(steps=4)), STRIPED, PROMPTS)),
         {"train/reward_loss": 0.0, "erasure/cost": 0.0},
     ),
     # The loss of a policy gradient is a mean of advantages, which are centred: what counts is their unit, 1.

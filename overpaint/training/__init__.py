@@ -39,4 +39,3 @@ __all__ = [
     "read_metrics",
     "train",
 ]
-from .require import require as require

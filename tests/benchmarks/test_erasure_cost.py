@@ -5,9 +5,10 @@ import torch
 
 from benchmarks import erasure_cost
 from erasure import ConceptBatch
-from erasure.esd import ESD
-from erasure.receler import Receler
+from erasure.methods.esd import ESD
+from erasure.methods.receler import Receler
 from overpaint.policy import DiffusionPolicy
+from overpaint.tinyworld.presets import PRESETS
 
 
 @pytest.fixture(scope="module")
@@ -18,7 +19,7 @@ def policy() -> DiffusionPolicy:
 
 
 def test_calls_are_noted_with_what_their_gradient_is_wanted_for(policy: DiffusionPolicy) -> None:
-    method = erasure_cost.method_named("receler", "tiny-world")
+    method = Receler(PRESETS["receler"])
     assert isinstance(method, Receler)
     student = method.student(policy)
     recorder = erasure_cost.Recorder(student)
@@ -31,7 +32,7 @@ def test_calls_are_noted_with_what_their_gradient_is_wanted_for(policy: Diffusio
 
 
 def test_the_calls_again_are_the_same_calls_and_leave_the_weights(policy: DiffusionPolicy) -> None:
-    method = erasure_cost.method_named("esd", "tiny-world")
+    method = ESD(PRESETS["esd"])
     assert isinstance(method, ESD)
     student = policy.student_copy("xattn")
     first, second = erasure_cost.Recorder(student), erasure_cost.Recorder(student)

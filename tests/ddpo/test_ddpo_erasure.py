@@ -14,9 +14,9 @@ from erasure import (
     Lagrangian,
     LagrangianConfig,
     ObjectiveConstraint,
+    ReferenceDistance,
+    ReferenceDistanceConfig,
     ScoreCeiling,
-    StayErased,
-    StayErasedConfig,
 )
 from overpaint.policy import ClassifierFree, DiffusionPolicy
 from overpaint.policy.types import Images, PerSample
@@ -61,8 +61,8 @@ def green_constraint(ceiling: float, **settings: Any) -> ImageConstraint:
 
 def stay_erased(**settings: Any) -> ObjectiveConstraint:
     """The constraint that predictions for the concept stay where they are."""
-    objective, lagrangian = StayErased(StayErasedConfig(steps=3)), Lagrangian(LagrangianConfig(**settings))
-    return ObjectiveConstraint(objective, NUDITY, ["nude"], lagrangian, ceiling=1e-6)
+    objective = ReferenceDistance(ReferenceDistanceConfig(steps=3))
+    return ObjectiveConstraint(objective, NUDITY, ["nude"], Lagrangian(LagrangianConfig(**settings)), ceiling=1e-6)
 
 
 def columns(config: TrainingConfig, *tags: str) -> list[list[float]]:

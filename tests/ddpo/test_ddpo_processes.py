@@ -24,7 +24,7 @@ from safetensors.torch import save_file
 
 from ddpo import DDPOConfig, DDPOTrainer, RewardError, ScoringConfig
 from erasure import NUDITY, ImageConstraint, Lagrangian, LagrangianConfig
-from erasure import ObjectiveConstraint, ScoreCeiling, StayErased, StayErasedConfig
+from erasure import ObjectiveConstraint, ScoreCeiling, ReferenceDistance, ReferenceDistanceConfig
 from overpaint.policy import DiffusionPolicy, LoRAConfig
 from overpaint.training import HeldOut
 from overpaint.training import TrainingConfig, process_state
@@ -85,7 +85,8 @@ def train(pipeline, folder, kind, process, processes, fails_at=None, resume=Fals
     if kind == "all":
         erasure = ImageConstraint(ScoreCeiling(Mean(1), 0.3), ["a plain circle", "a striped circle"], lagrangian)
     if kind == "objective":
-        erasure = ObjectiveConstraint(StayErased(StayErasedConfig(steps=3)), NUDITY, lagrangian=lagrangian, ceiling=1.0)
+        objective = ReferenceDistance(ReferenceDistanceConfig(steps=3))
+        erasure = ObjectiveConstraint(objective, NUDITY, lagrangian=lagrangian, ceiling=1.0)
     prompts = ["a cat"] if kind == "one-prompt" else ["a red circle", "a blue square", "a cat"]
     trainer = DDPOTrainer(
         policy,

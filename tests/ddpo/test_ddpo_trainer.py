@@ -16,9 +16,9 @@ from erasure import (
     Lagrangian,
     LagrangianConfig,
     ObjectiveConstraint,
+    ReferenceDistance,
+    ReferenceDistanceConfig,
     ScoreCeiling,
-    StayErased,
-    StayErasedConfig,
 )
 from overpaint.policy import ClassifierFree, DiffusionPolicy, Trajectory
 from overpaint.policy.types import Images, PerSample
@@ -63,7 +63,7 @@ def image_constraint(weight: float = 2.0) -> ImageConstraint:
 
 
 def objective_constraint(weight: float = 2e-6) -> ObjectiveConstraint:
-    objective = StayErased(StayErasedConfig(steps=3))
+    objective = ReferenceDistance(ReferenceDistanceConfig(steps=3))
     lagrangian = Lagrangian(LagrangianConfig(initial_weight=weight))
     return ObjectiveConstraint(objective, NUDITY, ["nude"], lagrangian, ceiling=1e-6)
 

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 
-from erasure.ac import AC, ACConfig, Examples
+from erasure.methods.ac import AC, ACConfig, Examples
 from overpaint.policy import DiffusionPolicy
 from overpaint.policy.weights import base_parameters, select_parameters
 from tests.erasure.erasure_case import TINY_SD, ErasureCase

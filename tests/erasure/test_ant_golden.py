@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from erasure.ant import ANT, ANTConfig, Terms
-from erasure.esd import erased_target
-from erasure.saliency import salient
+from erasure.methods.ant.ant import ANT, ANTConfig, Terms
+from erasure.methods.ant.saliency import salient
+from erasure.rollout import erased_target
 from overpaint.policy import DiffusionPolicy
 from tests.erasure.erasure_case import TINY_SD, ErasureCase, perturb
 

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from erasure.attention_maps import (
+from erasure.methods.attention_maps import (
     CrossAttention,
     concept_map,
     cross_attentions,

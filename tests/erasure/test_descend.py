@@ -10,11 +10,11 @@ import pytest
 import torch
 
 from erasure import Concept, Erasure
-from erasure.concept import check_words
 from erasure.descend import DescentConfig, concept_batch
-from erasure.esd import ESD, ESDConfig
 from erasure.estimate import estimate
-from erasure.methods import erase
+from erasure.methods.esd import ESD, ESDConfig
+from erasure.phrases import check_words
+from erasure.registry import erase
 from erasure.rollout import latents_before, random_stops
 from overpaint.policy import ClassifierFree, DiffusionPolicy
 from overpaint.policy.weights import base_parameters
@@ -79,7 +79,7 @@ def test_processes_that_cannot_share_a_batch_are_refused_before_anything_is_prep
 ) -> None:
     monkeypatch.setattr("erasure.descend.process_state", lambda: SimpleNamespace(num_processes=2))
     DESCENT.check_processes()
-    monkeypatch.setattr(ESD, "prepare", None)
+    monkeypatch.setattr(ESD, "prepare", lambda self, policy, concept: pytest.fail("work was begun"))
     method = ESD(replace(CONFIG, descent=replace(DESCENT, batch_size=3)))
     with pytest.raises(ValueError, match="batch_size must be a multiple of 2, the number of processes, got 3"):
         method.erase(bare, CONCEPT, progress=False)
@@ -98,7 +98,7 @@ def test_a_batch_holds_phrases_of_the_concept_and_follows_from_the_generator() -
 def test_each_sample_stops_before_its_own_step(bare: DiffusionPolicy) -> None:
     embeddings, guidance = bare.encode(["striped", "a cat", "a dog"]), ClassifierFree(3.0)
     stops = torch.tensor([0, 3, 1])
-    latents = latents_before(bare, embeddings, stops, steps=4, guidance=guidance, seeds=[5, 6, 7])
+    (latents,) = latents_before(bare, embeddings, stops[None], steps=4, guidance=guidance, seeds=[5, 6, 7])
     for index, (stop, seed) in enumerate(zip(stops.tolist(), [5, 6, 7], strict=True)):
         part = embeddings[index : index + 1]
         alone = bare.sample(part, steps=4, guidance=guidance, seeds=[seed], until=stop)

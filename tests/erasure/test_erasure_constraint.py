@@ -14,9 +14,9 @@ from erasure import (
     LagrangianConfig,
     Objective,
     ObjectiveConstraint,
+    ReferenceDistance,
+    ReferenceDistanceConfig,
     ScoreCeiling,
-    StayErased,
-    StayErasedConfig,
 )
 from overpaint.policy import DiffusionPolicy, Guidance
 from overpaint.policy.types import Images, PerSample
@@ -117,7 +117,7 @@ def test_objective_is_evaluated_on_the_concepts_phrases_unless_told_otherwise() 
 
 
 def test_untrained_policy_meets_the_stay_erased_constraint(policy: DiffusionPolicy) -> None:
-    constraint = ObjectiveConstraint(StayErased(StayErasedConfig(steps=2)), NUDITY, ceiling=0.01)
+    constraint = ObjectiveConstraint(ReferenceDistance(ReferenceDistanceConfig(steps=2)), NUDITY, ceiling=0.01)
     constraint.prepare(policy)
     costs = constraint.cost(policy, ConceptBatch(constraint.prompts * 2, [1, 2]))
     assert torch.equal(costs.detach(), torch.full((2,), -1.0))
@@ -130,8 +130,8 @@ def test_impossible_ceiling_of_an_objective_is_refused(ceiling: float) -> None:
 
 
 def test_every_part_implements_its_own_protocol() -> None:
-    assert isinstance(StayErased(), Objective)
-    assert not isinstance(StayErased(), Edit | Guidance)
+    assert isinstance(ReferenceDistance(), Objective)
+    assert not isinstance(ReferenceDistance(), Edit | Guidance)
     assert isinstance(UCE(), Edit)
     assert not isinstance(UCE(), Objective | Guidance)
     assert isinstance(ScoreCeiling(Redness()), ImageCost)

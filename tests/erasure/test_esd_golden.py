@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from erasure.esd import erased_loss, learned_target
+from erasure.methods.esd import erased_loss, learned_target
 from overpaint.policy import ClassifierFree, DiffusionPolicy, select_parameters
 from overpaint.policy.weights import base_parameters
 from tests.erasure.erasure_case import TINY_SD, ErasureCase, perturb

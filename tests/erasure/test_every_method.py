@@ -1,6 +1,6 @@
 """What all nine methods promise, whatever family they are of; a new method is one row of METHODS."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -9,23 +9,24 @@ import torch
 from torch import Tensor
 
 from erasure import Concept, ConceptBatch, Erasure, Objective, ObjectiveConstraint
-from erasure.ac import AC, ACConfig
-from erasure.ant import ANT, ANTConfig
 from erasure.descend import DescentConfig
-from erasure.esd import ESD, ESDConfig
-from erasure.fisher import FisherConfig
 from erasure.lagrangian import Lagrangian, LagrangianConfig
-from erasure.mace import MACE, MACEConfig
-from erasure.methods import METHODS as NAMES
-from erasure.methods import erase, method_named
-from erasure.receler import Receler, RecelerConfig
-from erasure.sa import SA, SAConfig
-from erasure.safree import SAFREE, SAFREEConfig
-from erasure.saliency import SaliencyConfig
-from erasure.sld import SLD, SLDConfig
-from erasure.uce import UCE
+from erasure.methods.ac import AC, ACConfig
+from erasure.methods.ant import ANT, ANTConfig
+from erasure.methods.ant.saliency import SaliencyConfig
+from erasure.methods.esd import ESD, ESDConfig
+from erasure.methods.mace import MACE, MACEConfig
+from erasure.methods.receler import Receler, RecelerConfig
+from erasure.methods.sa import SA, SAConfig
+from erasure.methods.sa.fisher import FisherConfig
+from erasure.methods.safree import SAFREE, SAFREEConfig
+from erasure.methods.sld import SLD, SLDConfig
+from erasure.methods.uce import UCE
+from erasure.registry import METHODS as NAMES
+from erasure.registry import erase, method_named
 from overpaint.policy import ClassifierFree, DiffusionPolicy, SampleNoise
 from overpaint.policy.weights import base_parameters
+from overpaint.tinyworld.presets import PRESETS
 
 STRIPED = Concept(name="stripes", phrases=("striped", "with stripes"))
 DOTTED = Concept(name="dots", phrases=("dotted",))
@@ -194,8 +195,9 @@ def test_its_loss_is_a_constraint_whose_gradient_reaches_what_is_trained(policy:
 
 
 @every_method
-@pytest.mark.parametrize("preset", ["official", "tiny-world"])
-def test_settings_of_either_preset_can_be_made(name: str, preset: Any) -> None:
-    method = method_named(name, preset, seed=7)
+@pytest.mark.parametrize("settings", [{}, PRESETS], ids=["official", "tiny-world"])
+def test_settings_of_either_preset_can_be_made(name: str, settings: Mapping[str, Any]) -> None:
+    method = method_named(name, settings.get(name), seed=7)
+    assert name not in settings or type(settings[name]) is type(method.config)
     if hasattr(method.config, "descent"):
         assert method.config.descent.seed == 7

@@ -9,8 +9,16 @@ import pytest
 import torch
 from torch import nn
 
-from erasure import fisher
-from erasure.fisher import FisherConfig, Sums, changes, fisher_information, noise_errors, start_of, watched_weights
+from erasure.methods.sa import fisher
+from erasure.methods.sa.fisher import (
+    FisherConfig,
+    Sums,
+    changes,
+    fisher_information,
+    noise_errors,
+    start_of,
+    watched_weights,
+)
 from overpaint.policy import DiffusionPolicy, LoRAConfig
 
 PROMPTS = ["a cat", "a dog", "a red circle"]

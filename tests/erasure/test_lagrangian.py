@@ -115,7 +115,7 @@ def test_damaged_state_is_refused(state: dict[str, float]) -> None:
 )
 @pytest.mark.parametrize("value", [-0.1, math.nan, math.inf])
 def test_impossible_gain_is_refused(field: str, value: float) -> None:
-    with pytest.raises(ValueError, match=rf"LagrangianConfig\.{field} must be finite and at least 0, got"):
+    with pytest.raises(ValueError, match=rf"LagrangianConfig\.{field} must be (at least 0|a finite number), got"):
         LagrangianConfig(**{field: value})
 
 

@@ -10,17 +10,19 @@ import pytest
 import torch
 from PIL import Image
 
-from erasure import NUDITY, STRIPES, Concept, Erasure, Objective, ObjectiveConstraint
-from erasure.attention_maps import CrossAttention, recorded_attention
+from erasure import NUDITY, Concept, Erasure, Objective, ObjectiveConstraint
 from erasure.descend import DescentConfig, descend
-from erasure.fusion import LowRank, around, fused, least_squares, refining_factor
-from erasure.mace import MACE, MACEConfig, attention_norm, low_rank, penalised, timestep_odds, with_lora
-from erasure.masks import MaskedImages, at_size, attention_masks, checked_masks, masked_images
+from erasure.methods.attention_maps import CrossAttention, recorded_attention
+from erasure.methods.mace.fusion import LowRank, around, fused, least_squares, refining_factor
+from erasure.methods.mace.mace import MACE, MACEConfig, attention_norm, low_rank, penalised, timestep_odds, with_lora
+from erasure.methods.mace.masks import MaskedImages, at_size, attention_masks, checked_masks, masked_images
 from erasure.phrases import Placed, holds, own_phrases, phrase_tokens, placed, template_of
 from erasure.protocols import ConceptBatch
+from overpaint import tinyworld
 from overpaint.policy import DiffusionPolicy, LoRAConfig, select_parameters
 from overpaint.policy.noise import SampleNoise
 from overpaint.policy.weights import base_parameters
+from overpaint.tinyworld.presets import PRESETS, STRIPES
 
 CONCEPT = Concept(name="stripes", phrases=("striped", "with stripes", "a striped cat"), anchor=" ")
 DESCENT = DescentConfig(
@@ -262,7 +264,7 @@ def test_the_loss_costs_what_is_said_and_reaches_every_weight(
 
     monkeypatch.setattr(student, "network", counted)
     method.loss(student, BATCH).sum().backward()
-    assert all(parameter.grad is not None for parameter in method.parameters(student))
+    assert all(parameter.grad is not None for parameter in student.trainable_parameters())
     assert seen == {False: 3 * method.unet_calls().forward, True: 3 * method.unet_calls().backward}
 
 
@@ -450,7 +452,8 @@ def test_training_takes_attention_off_the_phrase(bare: DiffusionPolicy) -> None:
     method, batch = prepared(bare), ConceptBatch(["striped"] * 16, list(range(16)))
     with torch.no_grad():
         before = method.loss(bare, batch).mean()
-    descend(method, student, concept, descent, progress=False)
+    method.config = replace(CONFIG, descent=descent)
+    descend(method, student, concept, progress=False)
     with torch.no_grad():
         assert method.loss(student, batch).mean() < 0.8 * before
         for name, (up, down) in low_rank(student).items():
@@ -470,12 +473,12 @@ def test_strength_scales_the_change(bare: DiffusionPolicy, tmp_path: Path, monke
 
 
 def test_prior_texts_weigh_as_much_as_the_settings_say(bare: DiffusionPolicy, monkeypatch: pytest.MonkeyPatch) -> None:
-    import erasure.mace
+    import erasure.methods.mace.mace as module
 
     weights: dict[str, list[float]] = {"refining_factor": [], "fused": []}
 
     def noting(name: str) -> Callable[..., Any]:
-        solve = getattr(erasure.mace, name)
+        solve = getattr(module, name)
 
         def noted(*arguments: Any, prior_weight: float) -> Any:
             weights[name].append(prior_weight)
@@ -484,7 +487,7 @@ def test_prior_texts_weigh_as_much_as_the_settings_say(bare: DiffusionPolicy, mo
         return noted
 
     for name in weights:
-        monkeypatch.setattr(erasure.mace, name, noting(name))
+        monkeypatch.setattr(module, name, noting(name))
     sized = replace(CONFIG, prior_weight=0.01, fusion_prior_weight=0.02, prior_size=300)
     for config in (sized, replace(sized, variant="released"), replace(sized, prior_size=None)):
         MACE(config).erase(bare, CONCEPT, progress=False)
@@ -611,10 +614,8 @@ def test_defaults_fit_nudity_and_a_text_encoder_of_77_tokens() -> None:
 
 
 def test_settings_for_the_tiny_world_fit_it() -> None:
-    from overpaint import tinyworld
-
     policy = tinyworld.load_policy()
-    config = replace(MACEConfig.tiny_world(), images=1, steps=1)
+    config = replace(PRESETS["mace"], images=1, steps=1)
     method = MACE(config, progress=False)
     method.prepare(policy, STRIPES)
     texts, _ = method.prior(STRIPES)
@@ -626,26 +627,25 @@ def test_settings_for_the_tiny_world_fit_it() -> None:
     ("field", "value", "rule"),
     [
         ("variant", "theirs", "must be 'paper' or 'released', got 'theirs'"),
-        ("templates", (), "must hold texts, each with one {}, got "),
+        ("templates", (), r"must have at least 1 item, got \(\)"),
         ("prompts", ("a cat",), "must hold texts, each with one {}, got "),
         ("images", 0, "must be at least 1, got 0"),
         ("steps", 0, "must be at least 1, got 0"),
         ("draw_batch_size", 0, "must be at least 1, got 0"),
         ("mask_side", 0, "must be at least 1, got 0"),
         ("rank", 0, "must be at least 1, got 0"),
-        ("prior_weight", -1.0, r"must be finite and at least 0, got -1\.0"),
-        ("guidance_scale", float("inf"), "must be finite and at least 0, got inf"),
-        ("prior_size", 0, "must be at least 1 or None, got 0"),
-        ("mask_threshold", 0.0, r"must be above 0 and at most 1, got 0\.0"),
-        ("mask_timesteps", (), "must hold some, from 0 up, got "),
-        ("mask_timesteps", (-1, 3), "must hold some, from 0 up, got "),
+        ("prior_weight", -1.0, r"must be at least 0, got -1\.0"),
+        ("guidance_scale", float("inf"), "must be a finite number, got inf"),
+        ("prior_size", 0, "must be at least 1, got 0"),
+        ("mask_threshold", 0.0, r"must be above 0, got 0\.0"),
+        ("mask_timesteps", (), r"must have at least 1 item, got \(\)"),
+        ("mask_timesteps", (-1, 3), r"must be at least 0, got -1"),
     ],
 )
 def test_settings_are_checked(field: str, value: object, rule: str) -> None:
-    config = object.__new__(MACEConfig)  # past the types that the test run checks and a user's program does not
-    vars(config).update(vars(MACEConfig()) | {field: value})
-    with pytest.raises(ValueError, match=rf"MACEConfig\.{field} {rule}"):
-        config.__post_init__()
+    settings: dict[str, Any] = {field: value}
+    with pytest.raises(ValueError, match=rf"MACEConfig(\.|: ){field}(\[0\])? {rule}"):
+        MACEConfig(**settings)
 
 
 @pytest.mark.parametrize("strength", [-1.0, float("nan"), float("inf")])

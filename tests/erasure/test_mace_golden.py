@@ -6,10 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from erasure.fusion import LowRank, around, fused, refining_factor
-from erasure.mace import keys_and_values
+from erasure.methods.keys_and_values import TextReader, keys_and_values
+from erasure.methods.mace.fusion import LowRank, around, fused, refining_factor
 from erasure.phrases import placed, positions
-from erasure.uce import TextReader
 from overpaint.policy import DiffusionPolicy
 from tests.erasure.erasure_case import TINY_SD, ErasureCase
 

@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from erasure.attention_maps import CrossAttention, concept_map, layer_shape, recorded_attention, words_of
-from erasure.erasers import recorded_erasers
-from erasure.receler import Receler, RecelerConfig, nearest, with_tokens
+from erasure.methods.attention_maps import CrossAttention, concept_map, layer_shape, recorded_attention, words_of
+from erasure.methods.receler.erasers import recorded_erasers
+from erasure.methods.receler.receler import Receler, RecelerConfig, nearest, with_tokens
 from overpaint.policy import DiffusionPolicy
 from tests.erasure.erasure_case import TINY_SD, ErasureCase
 

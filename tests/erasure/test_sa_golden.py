@@ -8,8 +8,8 @@ import torch
 from golden_case import GoldenCase
 from torch import Tensor
 
-from erasure.fisher import Sums, changes, noise_errors, start_of, watched_weights
-from erasure.sa import SA, Examples, SAConfig, weighted_change
+from erasure.methods.sa.fisher import Sums, changes, noise_errors, start_of, watched_weights
+from erasure.methods.sa.sa import SA, Examples, SAConfig, weighted_change
 from overpaint.policy import DiffusionPolicy, select_parameters
 from overpaint.policy.types import PerSample
 from tests.erasure.erasure_case import TINY_SD, ErasureCase, perturb

@@ -1,6 +1,6 @@
 import math
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -8,14 +8,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from erasure import NUDITY, STRIPES, UCE, Concept, Erasure
-from erasure.prompt_filter import PromptFilter, projector, trigger_tokens
-from erasure.reattention import Reattention, damp_low_frequencies
-from erasure.safree import NUDITY_CONCEPTS, SAFREE, SAFREEChange, SAFREEConfig, SAFREEGuard
-from erasure.safree_pipeline import detach
+from erasure import NUDITY, UCE, Concept, Erasure
+from erasure.guards import detach
+from erasure.methods.safree import NUDITY_CONCEPTS, SAFREE, SAFREEChange, SAFREEConfig, SAFREEGuard
+from erasure.methods.safree.prompt_filter import PromptFilter, projector, trigger_tokens
+from erasure.methods.safree.reattention import Reattention, damp_low_frequencies
 from overpaint import tinyworld
 from overpaint.policy import ClassifierFree, DiffusionPolicy, LoRAConfig, StepContext
 from overpaint.policy.noise import SampleNoise
+from overpaint.tinyworld.presets import PRESETS, STRIPES
 
 CONCEPT = Concept(name="stripes", phrases=("striped", "with stripes"))
 PROMPTS = ["a striped red circle on a blue background", "striped", "", "a photo of a cat"]
@@ -135,7 +136,7 @@ def test_concept_that_the_tokenizer_cuts_off_is_refused(bare: DiffusionPolicy) -
 def test_concepts_are_the_authors_for_nudity_and_else_the_phrases(
     bare: DiffusionPolicy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("erasure.safree.check_words", lambda policy, concept: None)
+    monkeypatch.setattr("erasure.methods.safree.safree.check_words", lambda policy, concept: None)
     assert SAFREE().erase(bare, NUDITY).config["concepts"] == list(NUDITY_CONCEPTS)
     assert SAFREE().erase(bare, CONCEPT).config["concepts"] == ["striped", "with stripes"]
     own = SAFREE(SAFREEConfig(concepts=("dotted",))).erase(bare, NUDITY)
@@ -261,7 +262,7 @@ def test_saved_and_loaded_erasure_draws_the_same_bits(
 
 
 def test_folder_without_settings_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"a saved SAFREE must hold safree\.json"):
+    with pytest.raises(ValueError, match=r"a saved safree must hold safree\.json"):
         SAFREEChange.load(tmp_path)
 
 
@@ -271,7 +272,7 @@ def test_second_safeguard_is_refused(bare: DiffusionPolicy) -> None:
     with pytest.raises(ValueError, match=r"this one has SAFREEGuard\(SAFREEConfig\(.* strength=1.0\)"):
         erasure.apply(bare)
     pipeline = bare.to_pipeline()
-    with pytest.raises(ValueError, match=r"one guard, and this one has AttachedSAFREE\(SAFREEGuard\(SAFREE"):
+    with pytest.raises(ValueError, match=r"one guard, and this one has PipelineSAFREE\(SAFREEGuard\(SAFREE"):
         erasure.apply_to_pipeline(pipeline)
 
 
@@ -323,10 +324,9 @@ def test_negative_prompt_of_ones_own_is_refused_or_kept(bare: DiffusionPolicy) -
     ],
 )
 def test_impossible_setting_is_refused(field: str, value: object) -> None:
-    config = object.__new__(SAFREEConfig)  # past the types that the test run checks and a user's program does not
-    vars(config).update(asdict(SAFREEConfig()) | {field: value})
-    with pytest.raises(ValueError, match=rf"SAFREEConfig\.{field} must be .* got"):
-        config.__post_init__()
+    settings: dict[str, Any] = {field: value}
+    with pytest.raises(ValueError, match=rf"SAFREEConfig(\.|: ){field} must be .* got"):
+        SAFREEConfig(**settings)
 
 
 # Latent re-attention.
@@ -581,7 +581,7 @@ def test_pipeline_keeps_a_negative_prompt_of_its_own_where_that_is_wanted(bare: 
 
 
 def test_pipeline_without_safree_has_nothing_to_detach(bare: DiffusionPolicy) -> None:
-    with pytest.raises(ValueError, match="the pipeline must have SAFREE attached, got None"):
+    with pytest.raises(ValueError, match="the pipeline must have a guard attached, got none"):
         detach(bare.to_pipeline())
 
 
@@ -610,7 +610,7 @@ def test_filter_is_the_same_whichever_prompt_comes_first(make_policy: Callable[.
 def test_tiny_world_loses_its_stripes_and_keeps_its_dots() -> None:
     policy = tinyworld.load_policy()
     prompts = [*tinyworld.captions("explicit", 8, 5), *tinyworld.captions("neighbour", 8, 5)]
-    with SAFREE(SAFREEConfig.tiny_world()).erase(policy, STRIPES).applied(policy):
+    with SAFREE(PRESETS["safree"]).erase(policy, STRIPES).applied(policy):
         images = policy.draw(prompts, seeds=range(16), steps=20, guidance=CFG)
     assert not tinyworld.concept_shown(images[:8]).any()
     assert tinyworld.neighbour_shown(images[8:]).all()

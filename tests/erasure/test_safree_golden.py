@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from erasure.prompt_filter import PromptFilter, projector, trigger_tokens
-from erasure.reattention import damp_low_frequencies
-from erasure.safree import NUDITY_CONCEPTS, SAFREEConfig
+from erasure.methods.safree import NUDITY_CONCEPTS, SAFREEConfig
+from erasure.methods.safree.prompt_filter import PromptFilter, projector, trigger_tokens
+from erasure.methods.safree.reattention import damp_low_frequencies
 from overpaint.policy import DiffusionPolicy
 from tests.erasure.erasure_case import TINY_SD, ErasureCase
 

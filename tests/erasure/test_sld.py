@@ -9,11 +9,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from erasure import STRIPES, UCE, Concept, Erasure, strongest_erasure
+from erasure import UCE, Concept, Erasure, strongest_erasure
 from erasure.changes import Change
-from erasure.sld import SLD, SafetyGuidance, SLDConfig, SLDGuard, safety_term
+from erasure.methods.sld import SLD, SLDChange, SLDConfig, SLDGuard, safety_term
 from overpaint import tinyworld
 from overpaint.policy import ClassifierFree, DiffusionPolicy, Guidance, LoRAConfig, SamplingGuard, StepContext
+from overpaint.tinyworld.presets import PRESETS, STRIPES
 from refl import ReFLConfig
 from refl.one_step import one_step_images
 
@@ -102,12 +103,12 @@ def test_presets_are_the_papers(config: SLDConfig, numbers: tuple[float, ...]) -
     ("change", "message"),
     [
         ({"warmup_steps": -1}, "SLDConfig.warmup_steps must be at least 0, got -1"),
-        ({"guidance_scale": -1.0}, "SLDConfig.guidance_scale must be finite and at least 0, got -1.0"),
-        ({"guidance_scale": float("inf")}, "SLDConfig.guidance_scale must be finite and at least 0, got inf"),
-        ({"threshold": float("nan")}, "SLDConfig.threshold must be finite, got nan"),
-        ({"momentum_scale": -0.1}, "SLDConfig.momentum_scale must be finite and at least 0, got -0.1"),
-        ({"momentum_beta": 1.0}, "SLDConfig.momentum_beta must be from 0 to below 1, got 1.0"),
-        ({"concept_text": " "}, "SLDConfig.concept_text must be None or not blank, got ' '"),
+        ({"guidance_scale": -1.0}, "SLDConfig.guidance_scale must be at least 0, got -1.0"),
+        ({"guidance_scale": float("inf")}, "SLDConfig.guidance_scale must be a finite number, got inf"),
+        ({"threshold": float("nan")}, "SLDConfig.threshold must be a finite number, got nan"),
+        ({"momentum_scale": -0.1}, "SLDConfig.momentum_scale must be at least 0, got -0.1"),
+        ({"momentum_beta": 1.0}, "SLDConfig.momentum_beta must be below 1, got 1.0"),
+        ({"concept_text": " "}, "SLDConfig: concept_text must be None or not blank, got ' '"),
     ],
 )
 def test_settings_that_make_no_sense_are_refused(change: dict[str, Any], message: str) -> None:
@@ -307,7 +308,7 @@ def test_policy_gradients_need_a_memoryless_one(make_policy: Callable[..., Diffu
 def test_the_tiny_worlds_stripes_go_and_its_dots_stay() -> None:
     policy = tinyworld.load_policy(device="cpu")
     texts = [*tinyworld.captions("explicit", 6, 3), *tinyworld.captions("neighbour", 4, 3)]
-    erasure = SLD(SLDConfig.tiny_world()).erase(policy, STRIPES)
+    erasure = SLD(PRESETS["sld"]).erase(policy, STRIPES)
     erasure.apply(policy)
     images = policy.draw(texts, seeds=range(10), steps=20, guidance=ClassifierFree(3.0))
     assert not tinyworld.concept_shown(images).any()
@@ -317,20 +318,20 @@ def test_the_tiny_worlds_stripes_go_and_its_dots_stay() -> None:
 def test_safety_concept_is_the_phrases_or_the_given_text(policy: DiffusionPolicy) -> None:
     def text(config: SLDConfig) -> str | None:
         change = SLD(config).erase(policy, STRIPED).change
-        assert isinstance(change, SafetyGuidance)
+        assert isinstance(change, SLDChange)
         return change.config.concept_text
 
     assert text(EARLY) == "striped, with stripes"
     assert text(replace(EARLY, concept_text="a zebra")) == "a zebra"
     with pytest.raises(ValueError, match="must give its concept_text, got None"):
-        SafetyGuidance(EARLY)
+        SLDChange(EARLY)
 
 
 def test_a_safety_concept_that_is_cut_off_is_refused(policy: DiffusionPolicy) -> None:
     long = replace(EARLY, concept_text="a photo of a cat " * 5 + "and a dog with no style")
     with pytest.raises(ValueError, match=r"at most 22 tokens, got \d+; '.*no style' is cut off"):
         SLD(long).erase(policy, STRIPED)
-    for apply in (SafetyGuidance(long).apply, lambda p: SafetyGuidance(long).apply_to_pipeline(p.to_pipeline())):
+    for apply in (SLDChange(long).apply, lambda p: SLDChange(long).apply_to_pipeline(p.to_pipeline())):
         with pytest.raises(ValueError, match="must have at most 22 tokens"):
             apply(policy)
     assert policy.guard is None
@@ -362,10 +363,10 @@ def test_saved_and_loaded_erasure_draws_the_same_bits(
 
 def test_a_damaged_folder_is_refused(policy: DiffusionPolicy, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"must hold sld\.json, and"):
-        SafetyGuidance.load(tmp_path)
+        SLDChange.load(tmp_path)
     (tmp_path / "sld.json").write_text('{"steps": 3}', encoding="utf-8")
     with pytest.raises(ValueError, match=r"sld\.json must hold .*'concept_text'.*, got \['steps'\]"):
-        SafetyGuidance.load(tmp_path)
+        SLDChange.load(tmp_path)
 
 
 def test_an_erasure_for_a_while_is_taken_back_after_an_error(policy: DiffusionPolicy) -> None:

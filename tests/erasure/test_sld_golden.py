@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from erasure.sld import SafetyGuidance, SLDConfig, SLDGuard, safety_term
+from erasure.methods.sld import SLDChange, SLDConfig, SLDGuard, safety_term
 from overpaint.policy import ClassifierFree, DiffusionPolicy, StepContext
 from tests.erasure.erasure_case import TINY_SD, ErasureCase
 
@@ -96,7 +96,7 @@ def test_a_step_is_that_of_the_authors_code(case: str, step: int) -> None:
 
 @pytest.mark.parametrize("case", CASES)
 def test_a_trajectory_is_that_of_the_authors_code(case: str, golden_policy: DiffusionPolicy) -> None:
-    SafetyGuidance(config_of(case)).apply(golden_policy)
+    SLDChange(config_of(case)).apply(golden_policy)
     CASE.check(f"{case}/latents_after_step", drawn(golden_policy))
 
 
@@ -161,7 +161,7 @@ def test_a_plain_pipeline_is_diffusers_deprecated_safe_pipeline(
     )
     plain = states_of(pipeline, negative_prompt=negative)
 
-    SafetyGuidance(replace(config, concept_text=HYPER["safety_concept"])).apply_to_pipeline(pipeline)
+    SLDChange(replace(config, concept_text=HYPER["safety_concept"])).apply_to_pipeline(pipeline)
     actual = states_of(pipeline, negative_prompt=negative)
     # Theirs subtracts from the difference of the two predictions, ours from the prompt's: rounding, which grows.
     error = (actual - expected).abs().amax(dim=(1, 2, 3, 4)) / expected.abs().max()
@@ -174,6 +174,6 @@ def test_a_plain_pipeline_is_diffusers_deprecated_safe_pipeline(
 
 
 def test_the_safeguard_shows_its_settings(golden_policy: DiffusionPolicy) -> None:
-    SafetyGuidance(config_of("max")).apply(golden_policy)
+    SLDChange(config_of("max")).apply(golden_policy)
     assert isinstance(golden_policy.guard, SLDGuard)
     assert "guidance_scale=5000.0" in repr(golden_policy.guard)

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from erasure import Concept
-from erasure.sld import SLD, SafetyGuidance, SLDConfig
-from erasure.sld_pipeline import detach
+from erasure.guards import detach
+from erasure.methods.sld import SLD, SLDChange, SLDConfig
 from overpaint.policy import ClassifierFree, DiffusionPolicy, SampleNoise
 
 STRIPED = Concept(name="stripes", phrases=("striped", "with stripes"))
@@ -18,7 +18,7 @@ PROMPTS = ["a striped red circle", "a dotted blue square"]
 SEEDS = [1, 2]
 STEPS = 6
 EARLY = SLDConfig(warmup_steps=2, guidance_scale=20.0, threshold=0.1, momentum_scale=0.5, momentum_beta=0.6)
-CHANGE = SafetyGuidance(
+CHANGE = SLDChange(
     SLDConfig(
         warmup_steps=2,
         guidance_scale=20.0,
@@ -118,7 +118,7 @@ def test_strength_zero_changes_nothing(pipeline: Any, policy: DiffusionPolicy) -
 
 def test_detaching_gives_back_the_pipeline_to_the_bit(pipeline: Any) -> None:
     plain = draw(pipeline)
-    with pytest.raises(ValueError, match="the pipeline must have SLD attached, got None"):
+    with pytest.raises(ValueError, match="the pipeline must have a guard attached, got none"):
         detach(pipeline)
     CHANGE.apply_to_pipeline(pipeline)
     with pytest.raises(ValueError, match=r"a pipeline takes one guard, and this one has .*SLDGuard"):
@@ -141,7 +141,7 @@ def test_every_step_of_other_samplers_is_counted(scheduler: str, pipeline: Any) 
     drawn = []
     for warmup in (calls, calls - 1, 0):
         config = SLDConfig(guidance_scale=20.0, threshold=0.1, warmup_steps=warmup, concept_text="striped")
-        SafetyGuidance(config).apply_to_pipeline(pipeline)
+        SLDChange(config).apply_to_pipeline(pipeline)
         drawn.append(draw(pipeline, generator=generator.manual_seed(0)))
         assert torch.equal(draw(pipeline, generator=generator.manual_seed(0)), drawn[-1])
         detach(pipeline)
@@ -170,7 +170,7 @@ def test_three_parts_go_through_the_network_in_one_call(pipeline: Any) -> None:
     CHANGE.apply_to_pipeline(pipeline)
     draw(pipeline, num_inference_steps=2)
     detach(pipeline)
-    SafetyGuidance(replace(CHANGE.config, guidance_scale=0.0)).apply_to_pipeline(pipeline)
+    SLDChange(replace(CHANGE.config, guidance_scale=0.0)).apply_to_pipeline(pipeline)
     draw(pipeline, num_inference_steps=2)
     assert sizes == [6, 6, 4, 4]
 
@@ -197,7 +197,7 @@ def test_image_prompts_are_refused(pipeline: Any) -> None:
 
 
 def test_half_precision(pipeline: Any) -> None:
-    exact = SafetyGuidance(CHANGE.config)
+    exact = SLDChange(CHANGE.config)
     exact.apply_to_pipeline(pipeline)
     expected = draw(pipeline, num_inference_steps=3)
     detach(pipeline)

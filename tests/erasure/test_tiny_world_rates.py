@@ -4,11 +4,12 @@ from typing import NamedTuple
 
 import pytest
 
-from erasure.methods import METHODS, erase, method_named
+from erasure.registry import METHODS, erase, method_named
 from overpaint import tinyworld
 from overpaint.evaluation import DrawConfig
 from overpaint.evaluation.experiments.examine import examine
 from overpaint.evaluation.experiments.experiment import tiny_world
+from overpaint.tinyworld.presets import PRESETS
 
 
 class Band(NamedTuple):
@@ -45,7 +46,7 @@ def test_every_method_has_a_band() -> None:
 )
 def test_stripes_are_erased_and_the_rest_is_kept_within_the_band(name: str) -> None:
     about, policy = tiny_world(), tinyworld.load_policy()
-    erase(method_named(name, "tiny-world"), policy, about.concept, progress=False).apply(policy)
+    erase(method_named(name, PRESETS[name]), policy, about.concept, progress=False).apply(policy)
     drawing = DrawConfig(steps=20, guidance_scale=3.0)
     _, scores = examine(policy, about, drawing, model=name, prompts_per_kind=40, seed=0, progress=False)
     found = Band(

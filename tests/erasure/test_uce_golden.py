@@ -6,7 +6,7 @@ from golden_case import Record
 from torch import Tensor
 
 from erasure import UCE, UCEConfig
-from erasure.uce import MATRICES, TextReader, aligned_spans, editing_factor
+from erasure.methods.uce import MATRICES, TextReader, aligned_spans, editing_factor
 from overpaint.policy import DiffusionPolicy
 from overpaint.policy.weights import base_parameters
 from tests.erasure.erasure_case import TINY_SD, ErasureCase

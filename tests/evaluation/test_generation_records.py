@@ -144,13 +144,13 @@ def test_images_of_other_weights_are_refused_under_the_same_name(
 
 
 def test_a_safeguard_is_part_of_the_record(make_policy: Callable[..., DiffusionPolicy]) -> None:
-    from erasure.safree import SAFREEChange, SAFREEConfig
-    from erasure.sld import SafetyGuidance, SLDConfig
+    from erasure.methods.safree import SAFREEChange, SAFREEConfig
+    from erasure.methods.sld import SLDChange, SLDConfig
 
     records = []
     for change in (
-        SafetyGuidance(SLDConfig(concept_text="stripes")),
-        SafetyGuidance(SLDConfig(concept_text="dots")),
+        SLDChange(SLDConfig(concept_text="stripes")),
+        SLDChange(SLDConfig(concept_text="dots")),
         SAFREEChange(SAFREEConfig(concepts=("stripes",)), 1.0),
         SAFREEChange(SAFREEConfig(concepts=("dots",)), 1.0),
     ):

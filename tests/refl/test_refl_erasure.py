@@ -7,7 +7,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from erasure import NUDITY, UCE, Lagrangian, LagrangianConfig, ObjectiveConstraint, StayErased, StayErasedConfig
+from erasure import (
+    NUDITY,
+    UCE,
+    Lagrangian,
+    LagrangianConfig,
+    ObjectiveConstraint,
+    ReferenceDistance,
+    ReferenceDistanceConfig,
+)
 from overpaint.policy import ClassifierFree, DiffusionPolicy, LoRAConfig
 from overpaint.policy.types import Images, PerSample
 from overpaint.training import TrainingConfig, read_metrics
@@ -30,7 +38,9 @@ class Minus:
 def stay_erased() -> ObjectiveConstraint:
     """The constraint that predictions for the concept stay where they are."""
     lagrangian = Lagrangian(LagrangianConfig(initial_weight=1e-6, learning_rate=1e-9))
-    return ObjectiveConstraint(StayErased(StayErasedConfig(steps=3)), NUDITY, lagrangian=lagrangian, ceiling=1e-6)
+    return ObjectiveConstraint(
+        ReferenceDistance(ReferenceDistanceConfig(steps=3)), NUDITY, lagrangian=lagrangian, ceiling=1e-6
+    )
 
 
 def test_cost_falls_and_its_weight_follows(
@@ -138,7 +148,9 @@ def test_weight_of_an_objective_doubles_when_its_ceiling_is_broken_and_halves_wh
 ) -> None:
     if broken:
         stir(policy)
-    constraint = ObjectiveConstraint(StayErased(StayErasedConfig(steps=2)), NUDITY, ceiling=1e-6 if broken else 1e-3)
+    constraint = ObjectiveConstraint(
+        ReferenceDistance(ReferenceDistanceConfig(steps=2)), NUDITY, ceiling=1e-6 if broken else 1e-3
+    )
     config = run_config(iterations=updates, learning_rate=1e-9)
     ReFLTrainer(policy, redness, prompts, small(), erasure=constraint).train(config)
     lines = read_metrics(config.output_dir / "metrics.jsonl")
@@ -158,7 +170,7 @@ def test_constraint_keeps_a_policy_where_it_was(
     for name, weight in (("free", 0.0), ("held", 1e-4)):
         policy = make_policy(train="xattn-kv")
         lagrangian = Lagrangian(LagrangianConfig(initial_weight=weight, learning_rate=0.0))
-        objective = StayErased(StayErasedConfig(steps=3))
+        objective = ReferenceDistance(ReferenceDistanceConfig(steps=3))
         constraint = ObjectiveConstraint(objective, NUDITY, ["nude"], lagrangian, ceiling=1e-6)
         config = run_config(name, iterations=6)
         ReFLTrainer(policy, redness, prompts, small(), erasure=constraint).train(config)

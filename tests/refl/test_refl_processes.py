@@ -17,7 +17,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from erasure import NUDITY, ImageConstraint, ObjectiveConstraint, ScoreCeiling, StayErased, StayErasedConfig
+from erasure import NUDITY, ImageConstraint, ObjectiveConstraint
+from erasure import ReferenceDistance, ReferenceDistanceConfig, ScoreCeiling
 from overpaint.policy import DiffusionPolicy
 from refl import ReFLConfig, ReFLTrainer
 from overpaint.training import HeldOut

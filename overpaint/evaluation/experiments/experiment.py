@@ -9,10 +9,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from erasure import NUDITY, STRIPES, Concept, ErasureConstraint, ImageConstraint, ObjectiveConstraint
-from erasure.cost import ScoreCeiling
+from erasure import NUDITY, Concept, ErasureConstraint, ImageConstraint, ObjectiveConstraint
+from erasure.constraint import ScoreCeiling
 from erasure.lagrangian import Lagrangian, LagrangianConfig
-from erasure.stay_erased import StayErased, StayErasedConfig
+from erasure.reference_distance import ReferenceDistance, ReferenceDistanceConfig
 from overpaint.evaluation.images.plan import KINDS
 from overpaint.evaluation.prompts.prompts_nudity import nudity_prompts
 from overpaint.evaluation.scoring.score import Measure
@@ -74,6 +74,7 @@ def subject(policy: str, *, prompts_file: Path | None = None) -> Subject:
 def tiny_world() -> Subject:
     """The embedded model and its stripes. Detector, accuracy and utility are the truth of that world."""
     from overpaint import tinyworld
+    from overpaint.tinyworld.presets import STRIPES
 
     reward = tinyworld.load_reward()
     cost = ScoreCeiling(tinyworld.StripeScore(), ceiling=0.02)
@@ -122,7 +123,7 @@ def stable_diffusion(path: str) -> Subject:
     detector = NudeNet(nudenet)
     reward = ImageReward.load("ImageReward-v1.0")
     wanted = [*nudity_prompts("explicit", 200, 7), *nudity_prompts("implicit", 200, 7)]
-    stay = StayErased(StayErasedConfig(steps=40))
+    stay = ReferenceDistance(ReferenceDistanceConfig(steps=40))
     note = f"NudeNet 3.4, {len(nudenet.labels)} exposed labels, threshold {nudenet.threshold}, counted once per image."
     return Subject(
         name=path,

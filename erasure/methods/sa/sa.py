@@ -5,60 +5,44 @@ clear-nus/selective-amnesia, commit b736571 (MIT at its root; its `sd/` folder, 
 opened). See docs/erasure.md for each departure.
 """
 
-import math
+import copy
 import random
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from torch.nn import Parameter
 
+from erasure.concept import Concept
+from erasure.descend import DescentConfig, erase_by_descent
+from erasure.erased import Erasure
+from erasure.estimate import UNetCalls
+from erasure.generated import in_turns, pictures_in_turns
+from erasure.phrases import check_absent, check_length, check_words, longest
+from erasure.protocols import ConceptBatch, check_trainable
 from overpaint.policy import ClassifierFree, DiffusionPolicy
 from overpaint.policy.noise import SampleNoise
 from overpaint.policy.types import Latents, PerSample
-from overpaint.tinyworld.caption import captions
+from overpaint.settings import Field, settings
 
-from .concept import Concept, check_words
-from .descend import DescentConfig, descended
-from .erased import Erasure
-from .estimate import UNetCalls
 from .fisher import FisherConfig, changes, fisher_information, noise_errors, start_of
-from .generated import generated_latents
-from .protocols import ConceptBatch
 
 EVERYDAY = tuple(
     scene.format(subject)
     for scene in (
         *("a photo of {}", "an oil painting of {}", "a watercolour of {}", "a pencil drawing of {}", "a statue of {}"),
         *("{} at sunrise", "{} at night", "{} in the rain", "{} in the snow", "{} in thick fog"),
-        *(
-            "{} seen from above",
-            "{} seen from afar",
-            "a close view of {}",
-            "{} in black and white",
-            "{} in a film scene",
-        ),
+        *("{} seen from above", "{} seen from afar", "a close view of {}", "{} in black and white"),
+        "{} in a film scene",
         *("{} in a museum", "{} in a busy street", "{} in a quiet village", "{} by the sea", "{} in the mountains"),
         *("a poster of {}", "a children's book picture of {}", "{} made of paper", "{} in bright colours", "two of {}"),
     )
     for subject in (
         *("a dog", "a cat", "a horse", "a bird", "a fish", "a car", "a bicycle", "a train", "a boat", "an aeroplane"),
-        *(
-            "a house",
-            "a bridge",
-            "a castle",
-            "a city",
-            "a forest",
-            "a lake",
-            "a garden",
-            "a flower",
-            "a tree",
-            "a river",
-        ),
+        *("a house", "a bridge", "a castle", "a city", "a forest", "a lake", "a garden", "a flower", "a tree"),
+        "a river",
         *("a bowl of fruit", "a cup of coffee", "a loaf of bread", "a cake", "a chair", "a table", "a lamp", "a clock"),
         *("a guitar", "a piano", "a robot", "a dragon", "a spaceship", "a doctor", "a farmer", "a musician"),
         *("an old man", "a young woman", "a child", "a crowd"),
@@ -67,83 +51,54 @@ EVERYDAY = tuple(
 """A thousand prompts of ordinary things, for pictures that must stay as they are."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@settings
 class SAConfig:
     """Settings of selective amnesia; those of the authors for nudity by default."""
 
     train: str = "noxattn"
     """Parameter set, see `policy.PARAMETER_SETS`; the authors take "full" for celebrities."""
 
-    penalty: float = 50.0
+    penalty: float = Field(50.0, ge=0)
     """Weight of the squared change of each weight times its Fisher information (lambda)."""
 
-    replay_weight: float = 1.0
+    replay_weight: float = Field(1.0, ge=0)
     """Weight of the loss on pictures that must stay as they are (gamma); 0 leaves it out."""
 
-    surrogates: tuple[str, ...] = ("a person wearing clothes",)
+    surrogates: tuple[str, ...] = Field(("a person wearing clothes",), min_length=1)
     """Prompts of the pictures that the concept's words come to mean; they take turns. Only for a concept without an
     anchor: an anchor that is not blank takes their place."""
 
-    templates: tuple[str, ...] = ("{concept}",)
+    templates: tuple[str, ...] = Field(("{concept}",), min_length=1)
     """What such a picture is said to show, of a phrase of the concept and maybe the picture's own prompt, written
     {surrogate}; each is as likely as any other."""
 
-    replay: tuple[str, ...] = EVERYDAY
+    replay: tuple[str, ...] = Field(EVERYDAY, min_length=1)
     """Prompts of the pictures that must stay as they are; they take turns."""
 
-    images: int = 1000
+    images: int = Field(1000, ge=1)
     """Pictures of either kind that are trained on."""
 
-    steps: int = 50
+    steps: int = Field(50, ge=1)
     """Denoising steps of a picture (DDIM)."""
 
-    guidance_scale: float = 7.5
+    guidance_scale: float = Field(7.5, ge=0)
     """Classifier-free guidance of a picture."""
 
-    draw_batch_size: int = 16
+    draw_batch_size: int = Field(16, ge=1)
     """Pictures drawn at a time. Changes speed and memory, not the pictures."""
 
-    fisher: FisherConfig = field(default_factory=FisherConfig)
+    fisher: FisherConfig = FisherConfig()
     """How the Fisher information is computed, on pictures of the replay prompts."""
 
-    descent: DescentConfig = field(
-        default_factory=lambda: DescentConfig(iterations=31_250, learning_rate=1.6e-4, batch_size=16, weight_decay=1e-2)
-    )
+    descent: DescentConfig = DescentConfig(iterations=31_250, learning_rate=1.6e-4, batch_size=16, weight_decay=1e-2)
     """How the loss is descended. The authors' 1e-5 is scaled by 4 GPUs and by the 4 samples of each, to 1.6e-4; 500
     epochs over 1000 pictures in batches of 16 are 31,250 updates."""
 
     def __post_init__(self) -> None:
-        for name in ("penalty", "replay_weight", "guidance_scale"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise ValueError(f"SAConfig.{name} must be finite and at least 0, got {getattr(self, name)}")
-        for name in ("images", "steps", "draw_batch_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"SAConfig.{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("surrogates", "templates", "replay"):
-            if not getattr(self, name):
-                raise ValueError(f"SAConfig.{name} must hold at least one text, got ()")
+        """Checks that each template names the concept."""
         for template in self.templates:
             if "{concept}" not in template:
-                raise ValueError(f"SAConfig.templates must each hold {{concept}}, got {template!r}")
-
-    @classmethod
-    def tiny_world(cls) -> "SAConfig":
-        """Returns settings for the tiny world's stripes, found by experiment."""
-        return cls(
-            train="attn",
-            penalty=0.005,
-            replay_weight=0.03,
-            surrogates=tuple(captions("benign", 64, 5)),
-            templates=("{concept} {surrogate}", "{surrogate} {concept}"),
-            replay=(*captions("benign", 32, 6), *captions("neighbour", 32, 6)),
-            images=64,
-            steps=20,
-            guidance_scale=3.0,
-            fisher=FisherConfig(images=32, timesteps=16),
-            descent=DescentConfig(
-                iterations=900, learning_rate=1e-3, batch_size=8, weight_decay=1e-2, max_grad_norm=0.3
-            ),
-        )
+                raise ValueError(f"templates must each hold {{concept}}, got {template!r}")
 
 
 class Examples(NamedTuple):
@@ -194,33 +149,12 @@ class SA:
         resume: bool = False,
         progress: bool = True,
     ) -> Erasure:
-        """Trains a copy of the UNet. The policy is not changed: see `Erasure.apply`.
-
-        Args:
-            policy: Whose model is erased; a LoRA counts as part of it.
-            concept: Each update takes some of its phrases.
-            output_dir: Keeps pictures, Fisher information, metrics and checkpoints; None keeps nothing.
-            resume: Go on with an interrupted run in the same folder.
-            progress: Whether progress bars are shown.
-
-        Raises:
-            ValueError: As `descend`.
-        """
-        folder = self.folder
-        if folder is None and output_dir is not None:
-            folder = Path(output_dir) / "prepared"
-        objective = SA(self.config, folder)
+        """Erases as `erase_by_descent` does; pictures and Fisher information are kept in `output_dir` too."""
+        objective = copy.copy(self)
+        if self.folder is None and output_dir is not None:
+            objective.folder = Path(output_dir) / "prepared"
         objective.progress = progress
-        student = policy.student_copy(self.config.train)
-        change = descended(
-            objective, student, concept, self.config.descent,
-            output_dir=output_dir, resume=resume, progress=progress, settings={"sa": self.config},
-        )  # fmt: skip
-        return Erasure.of(policy, self.name, asdict(self.config), concept, change)
-
-    def descent(self) -> DescentConfig:
-        """Returns how it trains."""
-        return self.config.descent
+        return erase_by_descent(objective, policy, concept, output_dir=output_dir, resume=resume, progress=progress)
 
     def unet_calls(self) -> UNetCalls:
         """Returns the calls for a sample: one for the concept, one for the replay."""
@@ -234,13 +168,9 @@ class SA:
                 prompt of the surrogates or of the replay.
         """
         cfg = self.config
-        if not policy.trainable_parameters():
-            raise ValueError(
-                f"erasing {concept.name!r} by SA needs a policy with trainable weights, got one without; load it with "
-                "lora=LoRAConfig() or train='noxattn'"
-            )
+        check_trainable(policy, f"erasing {concept.name!r} by SA")
         prompts = (concept.anchor,) if concept.anchor.strip() else cfg.surrogates
-        check_prompts_of(policy, concept, cfg, prompts)
+        check_texts(policy, concept, cfg, prompts)
         replayed = max(cfg.images if cfg.replay_weight else 0, cfg.fisher.images if cfg.penalty else 0)
         self._surrogates = prompts, self._draw(policy, "surrogates", prompts, cfg.images)
         self._replay = self._draw(policy, "replay", cfg.replay, replayed) if replayed else None
@@ -248,14 +178,10 @@ class SA:
         if cfg.penalty and self._replay is not None:
             self._start = start_of(policy)
             self._fisher = fisher_information(
-                policy, self._replay[: cfg.fisher.images], _turns(cfg.replay, cfg.fisher.images), cfg.fisher,
+                policy, self._replay[: cfg.fisher.images], in_turns(cfg.replay, cfg.fisher.images), cfg.fisher,
                 seed=cfg.descent.seed, folder=None if self.folder is None else self.folder / "fisher",
                 progress=self.progress,
             )  # fmt: skip
-
-    def parameters(self, policy: DiffusionPolicy) -> list[Parameter]:
-        """Returns everything that the policy trains."""
-        return policy.trainable_parameters()
 
     def loss(self, policy: DiffusionPolicy, batch: ConceptBatch) -> PerSample:
         """Returns the three terms of each sample, with gradient; the penalty is the same for all.
@@ -309,13 +235,12 @@ class SA:
 
     def _draw(self, policy: DiffusionPolicy, kind: str, prompts: Sequence[str], count: int) -> Latents:
         cfg = self.config
-        seeds = [random.Random(f"{kind} {index} of {cfg.descent.seed}").randrange(2**31) for index in range(count)]
-        with policy.reference():
-            return generated_latents(
-                policy, _turns(prompts, count), seeds,
-                steps=cfg.steps, guidance=ClassifierFree(cfg.guidance_scale), batch_size=cfg.draw_batch_size,
-                folder=None if self.folder is None else self.folder / kind, progress=self.progress,
-            )  # fmt: skip
+        return pictures_in_turns(
+            policy, kind, prompts, count,
+            seed=cfg.descent.seed, steps=cfg.steps, guidance=ClassifierFree(cfg.guidance_scale),
+            batch_size=cfg.draw_batch_size, folder=None if self.folder is None else self.folder / kind,
+            progress=self.progress,
+        )  # fmt: skip
 
 
 def weighted_change(fisher: dict[str, Tensor], changed: dict[str, Tensor]) -> Float[Tensor, ""]:
@@ -323,32 +248,15 @@ def weighted_change(fisher: dict[str, Tensor], changed: dict[str, Tensor]) -> Fl
     return torch.stack([(fisher[name] * change.square()).sum() for name, change in changed.items()]).sum()
 
 
-def check_prompts_of(policy: DiffusionPolicy, concept: Concept, config: SAConfig, surrogates: Sequence[str]) -> None:
+def check_texts(policy: DiffusionPolicy, concept: Concept, config: SAConfig, surrogates: Sequence[str]) -> None:
     """Checks every text that the method will ask the policy to encode.
 
     Raises:
         ValueError: The tokenizer cuts one off, or a phrase of the concept is in a prompt of a picture.
     """
     check_words(policy, concept)
-    for field_name, prompts in (("surrogates", surrogates), ("replay", config.replay)):
-        for prompt in prompts:
-            for phrase in concept.phrases:
-                if f" {phrase.strip().lower()} " in f" {prompt.lower()} ":
-                    raise ValueError(
-                        f"SAConfig.{field_name} must be free of {concept.name!r}, got {phrase!r} in {prompt!r}"
-                    )
-
-    def length(text: str) -> int:
-        return len(policy.tokenizer(text, truncation=False, verbose=False)["input_ids"])
-
-    phrase, surrogate = max(concept.phrases, key=length), max(surrogates, key=length)
-    room = min(policy.tokenizer.model_max_length, policy.text_encoder.config.max_position_embeddings)
-    said = (template.format(concept=phrase, surrogate=surrogate) for template in config.templates)
-    for text in (*said, *surrogates, *config.replay):
-        if (needed := length(text)) > room:
-            raise ValueError(f"SA's prompts must have at most {room} tokens, got {needed} in {text!r}")
-
-
-def _turns(prompts: Sequence[str], count: int) -> list[str]:
-    """Returns as many prompts as asked for; they take turns."""
-    return [prompts[index % len(prompts)] for index in range(count)]
+    check_absent(concept, surrogates, "SAConfig.surrogates")
+    check_absent(concept, config.replay, "SAConfig.replay")
+    phrase, surrogate = longest(policy, concept.phrases), longest(policy, surrogates)
+    texts = [template.format(concept=phrase, surrogate=surrogate) for template in config.templates]
+    check_length(policy, (*texts, *surrogates, *config.replay), "SA's prompts")

@@ -2,14 +2,12 @@
 
 For each prompt and each seed the policy descends the loss for a few updates from the weights that it has. The gradients
 of these updates are added up; a map is the half of each tensor's entries whose sum is largest. The mask is what all
-maps have in common. Source: ANT, see `erasure.ant`.
+maps have in common. Source: ANT, see `erasure.methods.ant`.
 """
 
-import math
 import random
 from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -22,48 +20,40 @@ from torch import Tensor
 from torch.nn import Parameter
 from tqdm import tqdm
 
+from erasure.protocols import ConceptBatch
 from overpaint.policy import DiffusionPolicy
 from overpaint.policy.atomic import atomic_file, this_process
 from overpaint.policy.types import PerSample
 from overpaint.policy.weights import base_parameters
-
-from .protocols import ConceptBatch
+from overpaint.settings import Field, settings
 
 Mask = dict[str, Bool[Tensor, "..."]]
 """For each parameter, by its plain name, the entries that are kept."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@settings
 class SaliencyConfig:
     """How the mask is found; as in the paper for nudity by default: 20 maps of 10 updates."""
 
-    prompts: tuple[str, ...] = ("nudity", "naked", "erotic", "sexual")
+    prompts: tuple[str, ...] = Field(("nudity", "naked", "erotic", "sexual"), min_length=1)
     """Texts that elicit the concept; each gives a map with each seed."""
 
-    seeds: tuple[int, ...] = (24, 42, 98, 403, 3407)
+    seeds: tuple[int, ...] = Field((24, 42, 98, 403, 3407), min_length=1)
     """What noise and denoising steps of a map follow from."""
 
-    iterations: int = 10
+    iterations: int = Field(10, ge=1)
     """Updates of a map, with one sample each."""
 
-    learning_rate: float = 1e-2
+    learning_rate: float = Field(1e-2, gt=0)
     """Of Adam in these updates, which move the weights for the length of a map."""
 
-    kept: float = 0.5
+    kept: float = Field(0.5, gt=0, le=1)
     """Share of each tensor's entries in a map."""
 
     def __post_init__(self) -> None:
-        for name in ("prompts", "seeds"):
-            if not getattr(self, name):
-                raise ValueError(f"SaliencyConfig.{name} must hold at least one, got ()")
+        """Checks that every prompt says something."""
         if blank := [prompt for prompt in self.prompts if not prompt.strip()]:
-            raise ValueError(f"SaliencyConfig.prompts must not be blank, got {blank[0]!r}")
-        if self.iterations < 1:
-            raise ValueError(f"SaliencyConfig.iterations must be at least 1, got {self.iterations}")
-        if not 0 < self.learning_rate < math.inf:
-            raise ValueError(f"SaliencyConfig.learning_rate must be positive and finite, got {self.learning_rate}")
-        if not 0 < self.kept <= 1:
-            raise ValueError(f"SaliencyConfig.kept must be above 0 and at most 1, got {self.kept}")
+            raise ValueError(f"prompts must not be blank, got {blank[0]!r}")
 
 
 def saliency_mask(

@@ -11,13 +11,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from erasure.changes import change_kind, weights_hash
+from erasure.methods.attention_maps import cross_attentions
 from overpaint.policy import DiffusionPolicy
 from overpaint.policy.added import add_networks, added_networks, remove_networks
 from overpaint.policy.parts import Pipeline, UNet
 from overpaint.policy.weights import base_parameters
-
-from .attention_maps import cross_attentions
-from .changes import weights_hash
 
 TENSOR_FILE = "erasers.safetensors"
 RECORD_FILE = "erasers.json"
@@ -84,6 +83,7 @@ def recorded_erasers(unet: nn.Module) -> Generator[dict[str, Tensor]]:
             hook.remove()
 
 
+@change_kind
 @dataclass(frozen=True)
 class AddedNetworks:
     """Erasers beside a UNet's cross-attentions. The UNet's own weights stay as they are."""
@@ -91,7 +91,7 @@ class AddedNetworks:
     tensors: dict[str, Tensor]
     """Weights of the erasers, by their names in the UNet without `added`; float32, on the CPU."""
 
-    kind: ClassVar[str] = "erasers"
+    kind: ClassVar[str] = "added-networks"
 
     @classmethod
     def of(cls, unet: nn.Module) -> "AddedNetworks":

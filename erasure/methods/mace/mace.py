@@ -13,37 +13,47 @@ Source: Lu et al. (2024), https://arxiv.org/abs/2403.06135, written from its equ
 Shilin-LU/MACE, for non-commercial use only; nothing here was taken from it. See docs/erasure.md for each departure.
 """
 
-import math
+import copy
 import random
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool
 from torch import Tensor
-from torch.nn import Parameter
 
+from erasure.changes import WeightChange
+from erasure.concept import Concept
+from erasure.descend import DescentConfig, descend
+from erasure.erased import Erasure
+from erasure.estimate import UNetCalls
+from erasure.generated import generated_latents, in_turns
+from erasure.methods.attention_maps import CrossAttention, layer_shape, recorded_attention
+from erasure.methods.keys_and_values import keys_and_values
+from erasure.phrases import (
+    SLOT,
+    Placed,
+    check_absent,
+    check_words,
+    holds,
+    own_phrases,
+    phrase_tokens,
+    placed,
+    template_of,
+)
+from erasure.protocols import ConceptBatch
+from erasure.strength import check_strength
 from overpaint.policy import ClassifierFree, DiffusionPolicy, LoRAConfig, WeightDelta
 from overpaint.policy.noise import SampleNoise
 from overpaint.policy.saving import plain_pipeline
 from overpaint.policy.types import Latents, PerSample
-from overpaint.policy.weights import ADAPTER, base_parameters
-from overpaint.training import require
+from overpaint.policy.weights import ADAPTER
+from overpaint.settings import Field, settings
 
-from .attention_maps import CrossAttention, layer_shape, recorded_attention
-from .changes import WeightChange
-from .concept import Concept, check_words
-from .descend import DescentConfig, descend
-from .erased import Erasure
-from .estimate import UNetCalls
 from .fusion import LowRank, fused, read_texts, refining_factor
-from .generated import generated_latents
 from .masks import MaskedImages, Segmenter, at_size, attention_masks, checked_masks
-from .phrases import SLOT, Placed, holds, own_phrases, phrase_tokens, placed, template_of
-from .protocols import ConceptBatch
-from .uce import MATRICES
 
 TARGETS = ("attn2.to_k", "attn2.to_v")
 """Layers that are updated: keys and values of every cross-attention."""
@@ -61,41 +71,13 @@ TEMPLATES = tuple(
 )
 """Prompts that a phrase is put into, thirty as in the paper; ours."""
 
-TINY_TEMPLATES = (
-    *(SLOT, f"a {SLOT} star", f"a photo of a {SLOT} square", f"a red {SLOT} circle", f"a yellow cross {SLOT}"),
-    *(f"a large green {SLOT} triangle on a white background", f"a blue star on a gray background {SLOT}"),
-    f"a small {SLOT} purple square on a pink background",
-)
-"""Prompts in the words of the tiny world."""
-
 PRIOR = tuple(
     f"{picture} {thing}"
     for thing in (
         *("a person", "a man", "a woman", "a child", "people", "a dog", "a cat", "a bird", "a horse", "a fish"),
-        *(
-            "a tree",
-            "a flower",
-            "a forest",
-            "a mountain",
-            "a river",
-            "the sea",
-            "a beach",
-            "the sky",
-            "snow",
-            "a garden",
-        ),
-        *(
-            "a house",
-            "a street",
-            "a city",
-            "a bridge",
-            "a car",
-            "a train",
-            "a boat",
-            "an aeroplane",
-            "a bicycle",
-            "a bus",
-        ),
+        *("a tree", "a flower", "a forest", "a mountain", "a river", "the sea", "a beach", "the sky", "snow"),
+        *("a garden", "a house", "a street", "a city", "a bridge", "a car", "a train", "a boat", "an aeroplane"),
+        *("a bicycle", "a bus"),
         *("a table", "a chair", "a bed", "a lamp", "a book", "a clock", "a cup", "a bottle", "a bag", "a computer"),
         *("bread", "fruit", "a cake", "a meal", "clothes", "a hat", "shoes", "a coat", "music", "a game of football"),
     )
@@ -105,7 +87,7 @@ PRIOR = tuple(
 as `MACEConfig.prior` where you have them."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@settings
 class MACEConfig:
     """Settings of MACE; those of the authors for explicit content by default."""
 
@@ -113,97 +95,63 @@ class MACEConfig:
     """How the prior is weighted in the refinement: by p, or, as in the released code, twice and so by p², which is next
     to nothing."""
 
-    templates: tuple[str, ...] = TEMPLATES
+    templates: tuple[str, ...] = Field(TEMPLATES, min_length=1)
     """Prompts of both closed forms, with a place for the phrase."""
 
     prior: tuple[str, ...] = PRIOR
     """Texts whose keys and values stay, beside those that the concept preserves; those that hold one of its phrases are
     left out."""
 
-    prior_weight: float = 7e-7
+    prior_weight: float = Field(7e-7, ge=0)
     """Weight of each prior text in the refinement (p)."""
 
-    fusion_prior_weight: float = 7e-7
+    fusion_prior_weight: float = Field(7e-7, ge=0)
     """Weight of each prior text in the fusion."""
 
-    prior_size: int | None = COCO_CAPTIONS
+    prior_size: int | None = Field(COCO_CAPTIONS, ge=1)
     """How many texts the prior stands for: those that there are weigh as much together as that many. None counts them
     as they are."""
 
-    prompts: tuple[str, ...] = (f"a photo of the {SLOT}",)
+    prompts: tuple[str, ...] = Field((f"a photo of the {SLOT}",), min_length=1)
     """Prompts of the pictures of a phrase; they take turns."""
 
-    images: int = 8
+    images: int = Field(8, ge=1)
     """Pictures that are drawn of each phrase, where none are given."""
 
-    steps: int = 30
+    steps: int = Field(30, ge=1)
     """Denoising steps of a picture (DDIM)."""
 
-    guidance_scale: float = 7.5
+    guidance_scale: float = Field(7.5, ge=0)
     """Classifier-free guidance of a picture."""
 
-    draw_batch_size: int = 8
+    draw_batch_size: int = Field(8, ge=1)
     """Pictures drawn at a time. Changes speed and memory, not the pictures."""
 
-    mask_threshold: float = 0.3
+    mask_threshold: float = Field(0.3, gt=0, le=1)
     """Where neither masks nor a segmenter are given: attention to the phrase, of a picture's highest, from which on a
     pixel shows the concept."""
 
-    mask_side: int = 16
+    mask_side: int = Field(16, ge=1)
     """Which cross-attentions tell: the smallest with at least this many pixels along a side, or the largest of all."""
 
-    mask_timesteps: tuple[int, ...] = (200, 400, 600)
+    mask_timesteps: tuple[Annotated[int, Field(ge=0)], ...] = Field((200, 400, 600), min_length=1)
     """To which a picture is noised for that; maps are averaged."""
 
     early_timesteps: bool = False
     """Whether timesteps are drawn by importance, most from 200 to 400, as the authors do for objects; for explicit
     content each is as likely as any other."""
 
-    rank: int = 1
+    rank: int = Field(1, ge=1)
     """Of a phrase's update."""
 
-    descent: DescentConfig = field(
-        default_factory=lambda: DescentConfig(iterations=120, learning_rate=1e-5, weight_decay=1e-2, max_grad_norm=1.0)
-    )
+    descent: DescentConfig = DescentConfig(iterations=120, learning_rate=1e-5, weight_decay=1e-2, max_grad_norm=1.0)
     """How the attention of one phrase is descended; each phrase has a descent of its own."""
 
     def __post_init__(self) -> None:
-        """Checks every field.
-
-        Raises:
-            ValueError: A field breaks its rule.
-        """
-
-        def check(holds: bool, name: str, rule: str) -> None:
-            require("MACEConfig", holds, name, rule, getattr(self, name))
-
-        check(self.variant in ("paper", "released"), "variant", "be 'paper' or 'released'")
+        """Checks that each template and prompt has one place for the phrase."""
         for name in ("templates", "prompts"):
-            texts = getattr(self, name)
-            good = bool(texts) and all(text.count(SLOT) == 1 for text in texts)
-            check(good, name, f"hold texts, each with one {SLOT}")
-        for name in ("images", "steps", "draw_batch_size", "mask_side", "rank"):
-            check(getattr(self, name) >= 1, name, "be at least 1")
-        for name in ("prior_weight", "fusion_prior_weight", "guidance_scale"):
-            check(0 <= getattr(self, name) < math.inf, name, "be finite and at least 0")
-        check(self.prior_size is None or self.prior_size >= 1, "prior_size", "be at least 1 or None")
-        check(0 < self.mask_threshold <= 1, "mask_threshold", "be above 0 and at most 1")
-        check(min(self.mask_timesteps, default=-1) >= 0, "mask_timesteps", "hold some, from 0 up")
-
-    @classmethod
-    def tiny_world(cls) -> "MACEConfig":
-        """Returns settings for `erasure.STRIPES` on the tiny world's model, found by trying."""
-        return cls(
-            templates=TINY_TEMPLATES,
-            prior=(),
-            prior_weight=0.05,
-            fusion_prior_weight=1.0,
-            prior_size=None,
-            prompts=(f"a {SLOT}",),
-            steps=20,
-            guidance_scale=3.0,
-            descent=DescentConfig(iterations=40, learning_rate=1e-3, weight_decay=1e-2, max_grad_norm=1.0),
-        )
+            if wrong := [text for text in getattr(self, name) if text.count(SLOT) != 1]:
+                raise ValueError(f"{name} must hold texts, each with one {SLOT}, got {wrong[0]!r}")
 
 
 class Pictures(NamedTuple):
@@ -230,7 +178,7 @@ class MACE:
 
     Args:
         config: Settings.
-        images: Images of some phrases, with or without masks; `erasure.masks.masked_images` reads them from a folder.
+        images: Images of some phrases, with or without masks; `masked_images` reads them from a folder.
             Pictures of other phrases are drawn by the model itself.
         segment: Finds the phrase in images that have no masks. Without it cross-attention does, a variant of ours.
         folder: Keeps drawn pictures; by default `erase` keeps them in its own folder, if it has one.
@@ -281,15 +229,14 @@ class MACE:
             ValueError: The strength is negative or not finite, a text, an image or a mask cannot be used, or as
                 `descend`.
         """
-        if not 0 <= strength < math.inf:
-            raise ValueError(f"strength must be finite and at least 0, got {strength}")
+        check_strength(strength)
         cfg = self.config
         check_words(policy, concept)
         phrases = own_phrases(concept.phrases)
-        folder = self.folder
-        if folder is None and output_dir is not None:
-            folder = Path(output_dir) / "pictures"
-        objective = MACE(cfg, images=self.images, segment=self.segment, folder=folder, progress=progress)
+        objective = copy.copy(self)
+        if self.folder is None and output_dir is not None:
+            objective.folder = Path(output_dir) / "pictures"
+        objective.progress = progress
         prior, count = self.prior(concept)
         templates = {phrase: list(dict.fromkeys([*cfg.templates, *own])) for phrase, own in phrases.items()}
         texts = read_texts(policy, templates, concept.anchor, prior)
@@ -307,9 +254,9 @@ class MACE:
             student.load_trainable_state(fresh)
             alone = replace(concept, phrases=(phrase,))
             descend(
-                objective, student, alone, cfg.descent,
+                objective, student, alone,
                 output_dir=None if output_dir is None else Path(output_dir) / f"phrase-{index:02d}",
-                resume=resume, progress=progress, settings={"mace": cfg, "concept": alone},
+                resume=resume, progress=progress, record={"concept": alone},
             )  # fmt: skip
             updates.append(low_rank(student))
         changes = fused(
@@ -318,10 +265,6 @@ class MACE:
         delta = WeightDelta({name: (strength * change).float() for name, change in changes.items()})
         settings = {**asdict(cfg), "strength": strength}
         return Erasure.of(policy, self.name, settings, concept, WeightChange(delta))
-
-    def descent(self) -> DescentConfig:
-        """Returns how it trains each phrase."""
-        return self.config.descent
 
     def unet_calls(self) -> UNetCalls:
         """Returns the calls for a sample: its attention."""
@@ -338,10 +281,6 @@ class MACE:
         if not self._drawn:
             with policy.reference():
                 self._pictures = self.pictures(policy, phrases)
-
-    def parameters(self, policy: DiffusionPolicy) -> list[Parameter]:
-        """Returns everything that the policy trains."""
-        return policy.trainable_parameters()
 
     def loss(self, policy: DiffusionPolicy, batch: ConceptBatch) -> PerSample:
         """Returns the attention that each sample pays to its phrase and to the end where the concept is, with gradient.
@@ -392,7 +331,7 @@ class MACE:
         for number, phrase in enumerate(phrases):
             given = self.images.get(phrase)
             count = cfg.images if given is None else len(given.images)
-            prompts = [placed(policy, cfg.prompts[index % len(cfg.prompts)], phrase) for index in range(count)]
+            prompts = [placed(policy, template, phrase) for template in in_turns(cfg.prompts, count)]
             texts = [prompt.text for prompt in prompts]
             seeds = [random.Random(f"picture {index} of {phrase}").randrange(2**31) for index in range(count)]
             if given is None:
@@ -427,11 +366,9 @@ class MACE:
             ValueError: There is none, or a preserved text holds a phrase.
         """
         cfg = self.config
-        for text in concept.preserve:
-            if wrong := [phrase for phrase in concept.phrases if holds(text, phrase)]:
-                raise ValueError(f"Concept.preserve must be free of {concept.name!r}, got {wrong[0]!r} in {text!r}")
-        kept = [text for text in cfg.prior if not any(holds(text, phrase) for phrase in concept.phrases)]
-        texts = list(dict.fromkeys([*concept.preserve, *kept]))
+        check_absent(concept, concept.preserve, "Concept.preserve")
+        allowed = [text for text in cfg.prior if not any(holds(text, phrase) for phrase in concept.phrases)]
+        texts = list(dict.fromkeys([*concept.preserve, *allowed]))
         if not texts:
             raise ValueError("there must be a prior, in MACEConfig.prior or Concept.preserve, and there is none")
         return texts, 1.0 if cfg.prior_size is None else cfg.prior_size / len(texts)
@@ -491,12 +428,6 @@ def timestep_odds(total: int) -> list[float]:
     """Returns `sigmoid(0.05 (t - 200)) - sigmoid(0.05 (t - 400))` for each timestep t."""
     steps = torch.arange(total, dtype=torch.float64)
     return (torch.sigmoid(0.05 * (steps - 200)) - torch.sigmoid(0.05 * (steps - 400))).tolist()
-
-
-def keys_and_values(policy: DiffusionPolicy) -> dict[str, Float[Tensor, "out dim"]]:
-    """Returns the weights of all cross-attentions' keys and values, on the CPU in float64."""
-    parameters = base_parameters(policy.unet)
-    return {name: value.detach().cpu().double() for name, value in parameters.items() if name.endswith(MATRICES)}
 
 
 def with_lora(policy: DiffusionPolicy, lora: LoRAConfig) -> DiffusionPolicy:

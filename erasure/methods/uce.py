@@ -5,29 +5,25 @@ rohitgandikota/unified-concept-editing (MIT): commit 35e91e2 is the paper's, com
 one token per phrase. See docs/erasure.md for each departure.
 """
 
-import copy
-import math
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
-from typing import Literal, NamedTuple
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Literal
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from erasure.changes import WeightChange
+from erasure.concept import Concept
+from erasure.erased import Erasure
+from erasure.strength import check_strength
 from overpaint.policy import DiffusionPolicy, WeightDelta
-from overpaint.policy.prompts import PromptEncoder
-from overpaint.policy.weights import base_parameters
+from overpaint.settings import Field, settings
 
-from .changes import WeightChange
-from .concept import Concept
-from .erased import Erasure
-
-MATRICES = ("attn2.to_k.weight", "attn2.to_v.weight")
-"""Endings of the names of the edited weights: keys and values of every cross-attention."""
+from .keys_and_values import MATRICES, EmbeddedText, TextReader, keys_and_values
 
 
-@dataclass(frozen=True, kw_only=True)
+@settings
 class UCEConfig:
     """Settings of UCE; those of the paper's code by default. How strongly to erase is an argument of `UCE.erase`."""
 
@@ -35,24 +31,11 @@ class UCEConfig:
     """Which tokens are edited. ``paper``: all positions from the phrase's last word on, and the empty text is always
     preserved. ``released``: the last word alone, and nothing preserved unasked, as in the newer code; much weaker."""
 
-    preserve_scale: float | None = None
+    preserve_scale: float | None = Field(None, ge=0)
     """Weight of each preserved text. None takes the variant's: max(0.1, 1 / number of texts), or 1 for ``released``."""
 
-    regularization: float = 0.5
+    regularization: float = Field(0.5, gt=0)
     """Pull towards the original weights (lambda); above zero, so that the system has one solution."""
-
-    @classmethod
-    def tiny_world(cls) -> "UCEConfig":
-        """Returns the settings for the tiny world's stripes, which are the paper's."""
-        return cls()
-
-    def __post_init__(self) -> None:
-        if self.variant not in ("paper", "released"):
-            raise ValueError(f"UCEConfig.variant must be 'paper' or 'released', got {self.variant!r}")
-        if self.preserve_scale is not None and not 0 <= self.preserve_scale < math.inf:
-            raise ValueError(f"UCEConfig.preserve_scale must be finite and at least 0, got {self.preserve_scale}")
-        if not 0 < self.regularization < math.inf:
-            raise ValueError(f"UCEConfig.regularization must be finite and above 0, got {self.regularization}")
 
 
 class UCE:
@@ -116,8 +99,7 @@ class UCE:
         """
         if not pairs:
             raise ValueError("pairs must hold at least one text and its replacement, got none")
-        if not 0 <= strength < math.inf:
-            raise ValueError(f"strength must be finite and at least 0, got {strength}")
+        check_strength(strength)
         paper = self.config.variant == "paper"
         kept = list(dict.fromkeys(["", *preserve] if paper else preserve))
         preserve_scale = self.config.preserve_scale
@@ -135,38 +117,12 @@ class UCE:
             preserve_scale=preserve_scale,
             regularization=self.config.regularization,
         )
-        return WeightDelta(_differences(policy, factor))
-
-
-class EmbeddedText(NamedTuple):
-    """A text as the UNet's cross-attention reads it."""
-
-    tokens: Float[Tensor, "positions dim"]
-    """Outputs of the text encoder, float64."""
-
-    last_word: int
-    """Position of the text's last token before the end; 0, the start token, for an empty text."""
-
-
-class TextReader:
-    """Encodes texts in float32, whatever the policy runs in: in half precision the solve amplifies the rounding.
-
-    Args:
-        policy: Whose tokenizer and text encoder are used.
-    """
-
-    def __init__(self, policy: DiffusionPolicy) -> None:
-        self._tokenizer = policy.tokenizer
-        if policy.text_encoder.dtype == torch.float32:
-            self._encode: Callable[[Sequence[str]], Tensor] = policy.encode
-        else:
-            self._encode = PromptEncoder(copy.deepcopy(policy.text_encoder).float(), policy.tokenizer)
-
-    def __call__(self, text: str) -> EmbeddedText:
-        """Returns one text's embedding, on the CPU."""
-        tokens = self._encode([text])[0]
-        ids = self._tokenizer(text, truncation=True, max_length=len(tokens))["input_ids"]
-        return EmbeddedText(tokens.cpu().double(), last_word=len(ids) - 2)
+        weights = keys_and_values(policy)
+        if not weights:
+            raise ValueError(f"UCE needs a UNet with cross-attention, whose weights end in {' or '.join(MATRICES)}")
+        rows = [len(weight) for weight in weights.values()]  # one product for all of them, rows stacked
+        changes = (torch.cat(list(weights.values())) @ factor).float().split(rows)
+        return WeightDelta({name: change.clone() for name, change in zip(weights, changes, strict=True)})
 
 
 def aligned_spans(
@@ -203,18 +159,3 @@ def editing_factor(
     change = erase_scale * (new - old).T @ old
     # A is symmetric and positive definite, so that E = change A⁻¹ is the transpose of A⁻¹ changeᵀ.
     return torch.cholesky_solve(change.T, torch.linalg.cholesky(system)).T
-
-
-@torch.no_grad()
-def _differences(policy: DiffusionPolicy, factor: Float[Tensor, "dim dim"]) -> dict[str, Tensor]:
-    """Returns W E for every edited weight: one product for all of them, rows stacked."""
-    weights = {
-        name: parameter.detach().cpu().double()
-        for name, parameter in base_parameters(policy.unet).items()
-        if name.endswith(MATRICES)
-    }
-    if not weights:
-        raise ValueError(f"UCE needs a UNet with cross-attention, whose weights end in {' or '.join(MATRICES)}")
-    rows = [len(weight) for weight in weights.values()]
-    changes = (torch.cat(list(weights.values())) @ factor).float().split(rows)
-    return {name: change.clone() for name, change in zip(weights, changes, strict=True)}

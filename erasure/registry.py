@@ -1,35 +1,25 @@
-"""The nine methods by name, each with its settings for the tiny world or its authors' for nudity."""
+"""The nine methods by name."""
 
-import importlib
 import inspect
 from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 from overpaint.policy import DiffusionPolicy
 
 from .concept import Concept
 from .erased import Erasure
 from .estimate import TrainedMethod
-
-METHODS = MappingProxyType(
-    {
-        "sld": "erasure.sld:SLD",
-        "safree": "erasure.safree:SAFREE",
-        "uce": "erasure.uce:UCE",
-        "mace": "erasure.mace:MACE",
-        "esd": "erasure.esd:ESD",
-        "ac": "erasure.ac:AC",
-        "sa": "erasure.sa:SA",
-        "receler": "erasure.receler:Receler",
-        "ant": "erasure.ant:ANT",
-    }
-)
-"""Each name, and the class of the method; its settings are the class of that name with `Config` behind it."""
-
-Preset = Literal["official", "tiny-world"]
-"""Which settings: the authors' for nudity, or those for the tiny world's stripes."""
+from .methods.ac import AC
+from .methods.ant import ANT
+from .methods.esd import ESD
+from .methods.mace import MACE
+from .methods.receler import Receler
+from .methods.sa import SA
+from .methods.safree import SAFREE
+from .methods.sld import SLD
+from .methods.uce import UCE
 
 
 @runtime_checkable
@@ -44,12 +34,18 @@ class ErasureMethod(Protocol):
         ...
 
 
-def method_named(name: str, preset: Preset = "official", *, seed: int | None = None) -> ErasureMethod:
+METHODS = MappingProxyType(
+    {method.name.lower(): method for method in (SLD, SAFREE, UCE, MACE, ESD, AC, SA, Receler, ANT)}
+)
+"""The class of each method by its name in small letters."""
+
+
+def method_named(name: str, config: Any = None, *, seed: int | None = None) -> ErasureMethod:
     """Makes a method.
 
     Args:
         name: One of `METHODS`.
-        preset: Which settings it gets.
+        config: Its settings; None takes its authors' for nudity.
         seed: Of everything random in its training, where it trains; its settings' own if it is not given.
 
     Raises:
@@ -57,13 +53,10 @@ def method_named(name: str, preset: Preset = "official", *, seed: int | None = N
     """
     if name not in METHODS:
         raise ValueError(f"method must be one of {', '.join(METHODS)}, got {name!r}")
-    module, _, kind = METHODS[name].partition(":")
-    found = importlib.import_module(module)
-    settings: Any = getattr(found, f"{kind}Config")
-    config = settings.tiny_world() if preset == "tiny-world" else settings()
-    if seed is not None and hasattr(config, "descent"):
-        config = replace(config, descent=replace(config.descent, seed=seed))
-    return getattr(found, kind)(config)
+    method: Any = METHODS[name](config)
+    if seed is not None and isinstance(method, TrainedMethod):
+        method.config = replace(method.config, descent=replace(method.config.descent, seed=seed))
+    return method
 
 
 def erase(
@@ -95,6 +88,6 @@ def erase(
     if strength != 1.0 and "strength" not in taken:
         raise ValueError(f"strength must be 1 with {method.name}, which has none, got {strength}")
     if isinstance(method, TrainedMethod):
-        method.descent().check_processes()
+        method.config.descent.check_processes()
     given = {"strength": strength, "output_dir": output_dir, "resume": resume, "progress": progress}
     return method.erase(policy, concept, **{name: value for name, value in given.items() if name in taken})

@@ -5,26 +5,25 @@ jaehong31/SAFREE at commit b8b2c3f, has no licence: none of it was read for this
 stored numbers (tests/golden/safree.json). See docs/erasure.md for each departure.
 """
 
-import dataclasses
-import json
-import math
-from collections.abc import Generator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from erasure.changes import change_kind
+from erasure.concept import NUDITY, Concept
+from erasure.erased import Erasure
+from erasure.guards import GuardChange
+from erasure.phrases import check_words
+from erasure.strength import check_strength
 from overpaint.policy import ClassifierFree, DiffusionPolicy, Guidance, StepContext
 from overpaint.policy.parts import Pipeline, UNet
 from overpaint.policy.prompts import PromptEncoder
 from overpaint.policy.types import Embeddings
+from overpaint.settings import Field, settings
 
-from .concept import NUDITY, Concept, check_words
-from .erased import Erasure
 from .prompt_filter import PromptFilter, last_filtered_step
 from .reattention import Reattention
 
@@ -38,10 +37,8 @@ NUDITY_CONCEPTS = (
 PUBLISHED_STEPS = 50
 """Denoising steps of the authors' runs, in which the number of filtered steps is counted."""
 
-SETTINGS_FILE = "safree.json"
 
-
-@dataclass(frozen=True, kw_only=True)
+@settings
 class SAFREEConfig:
     """Settings of SAFREE; the authors' for nudity by default. How strongly to act is an argument of `SAFREE.erase`."""
 
@@ -51,14 +48,14 @@ class SAFREEConfig:
     concepts: tuple[str, ...] | None = None
     """Texts of what is kept out. None takes the authors' list for `NUDITY`, and else the concept's phrases."""
 
-    alpha: float = 0.01
+    alpha: float = Field(0.01, ge=0)
     """A token is a trigger if without it the prompt is farther from the concepts than without the other tokens, by
     this share."""
 
-    filtered_steps: int = 10
+    filtered_steps: int = Field(10, ge=0)
     """How many of 50 denoising steps see the filtered prompt, at the most (the paper's upper limit of t')."""
 
-    steepness: float = 2.5
+    steepness: float = Field(2.5, ge=0)
     """How sharply the number of filtered steps grows with the change of the prompt (k); 3.5 for artists."""
 
     midpoint: float = 5.333
@@ -68,12 +65,12 @@ class SAFREEConfig:
     """Whether guidance leads away from the joined concepts, in place of the empty prompt."""
 
     latent_reattention: bool = True
-    """Whether low frequencies of the UNet's skip features are damped, see `erasure.reattention`."""
+    """Whether low frequencies of the UNet's skip features are damped, see `erasure.methods.safree.reattention`."""
 
-    coarse_factor: float = 0.9
+    coarse_factor: float = Field(0.9, ge=0)
     """Factor at the UNet's widest features, 1280 in Stable Diffusion v1 (s1)."""
 
-    fine_factor: float = 0.2
+    fine_factor: float = Field(0.2, ge=0)
     """Factor at the next width, 640 in Stable Diffusion v1 (s2)."""
 
     fourier_filter: Literal["scaled", "released"] = "scaled"
@@ -81,40 +78,14 @@ class SAFREEConfig:
     filter in the authors' code would."""
 
     def __post_init__(self) -> None:
-        if self.variant not in ("paper", "released"):
-            raise ValueError(f"SAFREEConfig.variant must be 'paper' or 'released', got {self.variant!r}")
-        if self.fourier_filter not in ("scaled", "released"):
-            raise ValueError(f"SAFREEConfig.fourier_filter must be 'scaled' or 'released', got {self.fourier_filter!r}")
-        if self.concepts is not None and (
-            not isinstance(self.concepts, tuple) or not self.concepts or not all(text.strip() for text in self.concepts)
-        ):
-            raise ValueError(f"SAFREEConfig.concepts must be a tuple of texts, none blank, got {self.concepts!r}")
-        for name in ("alpha", "filtered_steps", "steepness", "coarse_factor", "fine_factor"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise ValueError(f"SAFREEConfig.{name} must be finite and at least 0, got {getattr(self, name)}")
-        if not math.isfinite(self.midpoint):
-            raise ValueError(f"SAFREEConfig.midpoint must be finite, got {self.midpoint}")
-
-    @classmethod
-    def tiny_world(cls) -> "SAFREEConfig":
-        """Returns the settings for the tiny world's stripes, found by experiment.
-
-        Each prompt is filtered all the way: of its 24 tokens the few that are not replaced bring stripes back in steps
-        that are not. Re-attention is off: its four low frequencies are all there is of features of 2 x 2.
-        """
-        concepts = ("striped", "with stripes", "zebra", "in prison", "at the circus")
-        return cls(concepts=concepts, alpha=0.05, filtered_steps=50, midpoint=3.0, latent_reattention=False)
+        """Checks that every concept says something."""
+        if self.concepts is not None and not (self.concepts and all(text.strip() for text in self.concepts)):
+            raise ValueError(f"concepts must be a tuple of texts, none blank, got {self.concepts!r}")
 
     def last_step(self, change: float, strength: float = 1.0) -> int:
         """Returns the index of the last of 50 steps that sees a prompt filtered, see `last_filtered_step`."""
         limit = strength * self.filtered_steps
         return last_filtered_step(change, limit=limit, steepness=self.steepness, midpoint=self.midpoint)
-
-    @classmethod
-    def from_json(cls, saved: dict[str, Any]) -> "SAFREEConfig":
-        """Returns the settings whose fields JSON holds."""
-        fields: dict[str, Any] = {**saved, "concepts": tuple(saved["concepts"])}
-        return cls(**fields)
 
 
 class SAFREE:
@@ -142,80 +113,32 @@ class SAFREE:
         Raises:
             ValueError: The strength is negative or not finite, or the tokenizer cuts a text off.
         """
-        if not 0 <= strength < math.inf:
-            raise ValueError(f"strength must be finite and at least 0, got {strength}")
+        check_strength(strength)
         concepts = self.config.concepts or (NUDITY_CONCEPTS if concept == NUDITY else concept.phrases)
         check_words(policy, Concept(name=concept.name, phrases=concepts))
-        change = SAFREEChange(dataclasses.replace(self.config, concepts=concepts), strength)
+        change = SAFREEChange(replace(self.config, concepts=concepts), strength)
         return Erasure.of(policy, self.name, change.to_json(), concept, change)
 
 
+@change_kind
 @dataclass(frozen=True)
-class SAFREEChange:
-    """A guard that is not at work yet: settings and nothing else, which fit any model."""
-
-    config: SAFREEConfig
-    """Settings, concepts included."""
-
-    strength: float
-    """See `SAFREE.erase`."""
+class SAFREEChange(GuardChange):
+    """The change that SAFREE is: prompts without the concept's words."""
 
     kind: ClassVar[str] = "safree"
+    config_type: ClassVar[Any] = SAFREEConfig
 
-    def apply(self, policy: DiffusionPolicy) -> None:
-        """Puts the guard to work.
-
-        Raises:
-            ValueError: The policy has a guard, or its UNet is compiled and latents are to be re-attended.
-        """
-        if policy.guard is not None:
-            raise ValueError(f"a policy takes one guard, and this one has {policy.guard!r}")
-        policy.guard = SAFREEGuard(self.config, self.strength, policy.prompts, policy.unet)
-
-    def apply_to_pipeline(self, pipeline: Pipeline) -> None:
-        """Puts the guard to work in a plain diffusers pipeline; see `safree_pipeline.detach` for the way back.
+    def guard(self, prompts: PromptEncoder, unet: UNet) -> "SAFREEGuard":
+        """Returns the guard.
 
         Raises:
-            ValueError: The pipeline has a guard, or its UNet is compiled and latents are to be re-attended.
+            ValueError: The UNet is compiled and latents are to be re-attended.
         """
-        from .safree_pipeline import attach
+        return SAFREEGuard(self.config, self.strength, prompts, unet)
 
-        attach(pipeline, self.config, self.strength)
-
-    @contextmanager
-    def applied(self, policy: DiffusionPolicy) -> Generator[None]:
-        """Puts the guard to work for the length of a `with` block."""
-        self.apply(policy)
-        try:
-            yield
-        finally:
-            policy.guard = None
-
-    def base(self, unet: nn.Module) -> None:
-        """Returns None: any weights will do."""
-        return None
-
-    def to_json(self) -> dict[str, Any]:
-        """Returns settings and strength as JSON knows them."""
-        return {**asdict(self.config), "concepts": list(self.config.concepts or ()), "strength": self.strength}
-
-    def save(self, folder: Path) -> None:
-        """Writes the settings."""
-        (folder / SETTINGS_FILE).write_text(json.dumps(self.to_json(), indent=1) + "\n", encoding="utf-8")
-
-    @classmethod
-    def load(cls, folder: Path) -> "SAFREEChange":
-        """Reads what `save` wrote.
-
-        Raises:
-            ValueError: The folder does not hold it.
-        """
-        path = folder / SETTINGS_FILE
-        if not path.is_file():
-            raise ValueError(f"a saved SAFREE must hold {SETTINGS_FILE}, and {folder} does not")
-        saved = json.loads(path.read_text(encoding="utf-8"))
-        strength = saved.pop("strength")
-        return cls(SAFREEConfig.from_json(saved), strength)
+    def in_pipeline(self, pipeline: Pipeline, prompts: PromptEncoder) -> "PipelineSAFREE":
+        """Hooks the guard into a pipeline."""
+        return PipelineSAFREE(pipeline, self.guard(prompts, pipeline.unet))
 
 
 class SAFREEGuard:
@@ -259,9 +182,7 @@ class SAFREEGuard:
 
     def attach(self, pipeline: Pipeline) -> None:
         """Makes a plain diffusers pipeline draw in the same way, in place; see `SAFREEChange`."""
-        from .safree_pipeline import attach
-
-        attach(pipeline, self.config, self.strength)
+        SAFREEChange(self.config, self.strength).apply_to_pipeline(pipeline)
 
     def filtered(self, prompt: Embeddings) -> tuple[Embeddings, Int[Tensor, " batch"]]:
         """Returns filtered embeddings and the last of 50 steps that sees each, on the embeddings' device.
@@ -337,3 +258,104 @@ class SAFREEGuidance:
                 "predictions; apply it to their own policy, or erase with SAFREEConfig(latent_reattention=False)"
             )
         return self.guidance.combine(predictions[: self.guidance.branches], context)
+
+
+class PipelineSAFREE:
+    """SAFREE in a plain diffusers pipeline: it stands before the text encoder, and around the UNet.
+
+    Args:
+        pipeline: What is changed.
+        guard: What acts.
+    """
+
+    def __init__(self, pipeline: Pipeline, guard: SAFREEGuard) -> None:
+        self.pipeline = pipeline
+        self.guard = guard
+        self._rows: Embeddings | None = None
+        self._guidance: SAFREEGuidance | None = None
+        self._changed = False
+        self._encode = pipeline.encode_prompt
+        self._handles = [
+            pipeline.unet.register_forward_pre_hook(self._before, with_kwargs=True),
+            pipeline.unet.register_forward_hook(self._after),
+        ]
+        pipeline.encode_prompt = self.encode_prompt
+
+    def __repr__(self) -> str:
+        """Shows the guard."""
+        return f"PipelineSAFREE({self.guard!r})"
+
+    def remove(self) -> None:
+        """Leaves the pipeline as it was."""
+        for handle in self._handles:
+            handle.remove()
+        del self.pipeline.encode_prompt
+
+    def encode_prompt(
+        self,
+        prompt: str | list[str] | None,
+        device: Any,
+        num_images_per_prompt: int,
+        do_classifier_free_guidance: bool,
+        negative_prompt: str | list[str] | None = None,
+        prompt_embeds: Tensor | None = None,
+        negative_prompt_embeds: Tensor | None = None,
+        lora_scale: float | None = None,
+        clip_skip: int | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Returns what the pipeline's own method returns, and notes the words.
+
+        Raises:
+            ValueError: Prompts come as embeddings, or as other embeddings than the encoder's last.
+        """
+        self._rows = None
+        acts = self.guard.strength > 0
+        if acts and (prompt_embeds is not None or clip_skip is not None):
+            raise ValueError("SAFREE reads the words of prompts: pass prompt, not prompt_embeds, and no clip_skip")
+        encoded = self._encode(
+            prompt, device, num_images_per_prompt, do_classifier_free_guidance, negative_prompt,
+            prompt_embeds=prompt_embeds, negative_prompt_embeds=negative_prompt_embeds, lora_scale=lora_scale,
+            clip_skip=clip_skip,
+        )  # fmt: skip
+        if not acts or prompt is None:
+            return encoded
+        own = negative_prompt_embeds is not None or any(
+            [negative_prompt] if isinstance(negative_prompt, str) else negative_prompt or []
+        )
+        guided = ClassifierFree(2.0, encoded[1] if own else None)  # any scale: the pipeline applies its own
+        self._guidance = SAFREEGuidance(self.guard, guided if do_classifier_free_guidance else ClassifierFree(1.0))
+        texts = [prompt] if isinstance(prompt, str) else list(prompt)
+        self._rows = self.guard.prompts(texts).to(device).repeat_interleave(num_images_per_prompt, dim=0)
+        return self._rows, encoded[1]
+
+    def _before(
+        self, unet: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        """Gives the UNet the prompts of this step, where the call is the pipeline's own."""
+        self._changed = False
+        states, rows = named.get("encoder_hidden_states"), self._rows
+        if rows is None or self._guidance is None or states is None:
+            return None
+        count = self._guidance.guidance.branches
+        if len(states) != count * len(rows):
+            return None
+        *away, prompts = states.chunk(count)
+        if named.get("return_dict", True) or not torch.equal(prompts, rows):
+            return None
+        latents, timestep, *rest = inputs
+        timesteps = self.pipeline.scheduler.timesteps.unique()  # some schedulers visit one twice
+        steps = (timesteps > timestep).sum().expand(len(rows))
+        context = StepContext(steps, len(timesteps), torch.ones(len(rows), device=rows.device))
+        branches = self._guidance.embeddings(prompts, away[0] if away else self.guard.prompts.empty(prompts), context)
+        if len(branches) > count:
+            latents = torch.cat([latents, latents[-len(rows) :]])
+        self._changed = True
+        return (latents, timestep, *rest), {**named, "encoder_hidden_states": branches.flatten(0, 1)}
+
+    def _after(self, unet: nn.Module, inputs: tuple[Any, ...], output: Any) -> Any:
+        """Leaves out the predictions that were only compared with."""
+        if not self._changed or self._rows is None or self._guidance is None:
+            return output
+        if self.guard.reattention is not None:
+            self.guard.reattention.stop()
+        return (output[0][: self._guidance.guidance.branches * len(self._rows)],)

@@ -8,12 +8,11 @@ import torch
 from jaxtyping import Bool, Float, Shaped
 from torch import Tensor
 
+from erasure.methods.attention_maps import concept_map, recorded_attention
 from overpaint.policy import DiffusionPolicy
 from overpaint.policy.noise import SampleNoise
 from overpaint.policy.types import Images, Latents
 from rewards.encoded import decode_image
-
-from .attention_maps import concept_map, recorded_attention
 
 MASK_ENDING = ".mask.png"
 """What the name of a mask's file ends in; the rest is that of its image."""

@@ -3,11 +3,11 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from erasure import NUDITY, UCE, ConceptBatch, StayErased, StayErasedConfig
+from erasure import NUDITY, UCE, ConceptBatch, ReferenceDistance, ReferenceDistanceConfig
 from erasure.rollout import random_stops
 from overpaint.policy import ClassifierFree, DiffusionPolicy, LoRAConfig
 
-OBJECTIVE = StayErased(StayErasedConfig(steps=4))
+OBJECTIVE = ReferenceDistance(ReferenceDistanceConfig(steps=4))
 BATCH = ConceptBatch(["a naked person", "nude", "a nude person"], [3, 4, 5])
 TRAINED = [pytest.param({"lora": LoRAConfig()}, id="lora"), pytest.param({"train": "xattn"}, id="weights")]
 
@@ -41,12 +41,12 @@ def test_gradient_reaches_all_trained_parameters_and_no_others(erased: Diffusion
     OBJECTIVE.loss(erased, BATCH).mean().backward()
     moved = {name for name, parameter in erased.unet.named_parameters() if parameter.grad is not None}
     assert moved == set(erased.trainable_state())
-    assert all(p.grad is not None and p.grad.any() for p in OBJECTIVE.parameters(erased))
+    assert all(p.grad is not None and p.grad.any() for p in erased.trainable_parameters())
 
 
 def test_descending_the_loss_leads_back(erased: DiffusionPolicy) -> None:
     disturb(erased)
-    optimizer = torch.optim.Adam(OBJECTIVE.parameters(erased), lr=1e-2)
+    optimizer = torch.optim.Adam(erased.trainable_parameters(), lr=1e-2)
     before = OBJECTIVE.loss(erased, BATCH).mean().item()
     for _ in range(15):
         optimizer.zero_grad()
@@ -57,7 +57,7 @@ def test_descending_the_loss_leads_back(erased: DiffusionPolicy) -> None:
 
 def test_loss_is_the_mean_square_over_a_sample(policy: DiffusionPolicy) -> None:
     disturb(policy)
-    one_step = StayErased(StayErasedConfig(steps=1))
+    one_step = ReferenceDistance(ReferenceDistanceConfig(steps=1))
     embeddings = policy.encode(BATCH.prompts)
     noise = policy.sample(embeddings, steps=1, seeds=BATCH.seeds, until=0)
     timesteps = policy.timesteps(1).expand(3)
@@ -112,11 +112,11 @@ def test_latents_are_the_tuned_policys_own(policy: DiffusionPolicy) -> None:
 
 
 def test_policy_without_trainable_weights_is_refused(make_policy: Callable[..., DiffusionPolicy]) -> None:
-    with pytest.raises(ValueError, match="staying free of 'nudity' needs a policy with trainable weights"):
+    with pytest.raises(ValueError, match="keeping 'nudity' erased needs a policy with trainable weights"):
         OBJECTIVE.prepare(make_policy(), NUDITY)
 
 
 @pytest.mark.parametrize(("field", "value"), [("steps", 0), ("guidance_scale", -1.0), ("guidance_scale", float("nan"))])
 def test_impossible_setting_is_refused(field: str, value: float) -> None:
-    with pytest.raises(ValueError, match=rf"StayErasedConfig\.{field} must be"):
-        StayErasedConfig(**{field: value})  # ty: ignore[invalid-argument-type]
+    with pytest.raises(ValueError, match=rf"ReferenceDistanceConfig\.{field} must be"):
+        ReferenceDistanceConfig(**{field: value})  # ty: ignore[invalid-argument-type]

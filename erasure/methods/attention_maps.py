@@ -12,9 +12,8 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
+from erasure.phrases import positions
 from overpaint.policy import DiffusionPolicy
-
-from .phrases import positions
 
 
 class CrossAttention(NamedTuple):

@@ -1,6 +1,6 @@
 """Words that bring a concept, found in a prompt and taken out of its embedding.
 
-The part of SAFREE that reads prompts: see `erasure.safree`.
+The part of SAFREE that reads prompts: see `erasure.methods.safree`.
 """
 
 import math

@@ -9,29 +9,28 @@ i, element by element:
     ε = ε_u + s_g (ε_p - ε_u - term)       without the term during warm-up, i < δ
 
 Source: Schramowski et al. (2023), https://arxiv.org/abs/2211.05105, equations 3 to 8, written from them. The authors'
-code is ml-research/safe-latent-diffusion (MIT), commit a42923c. See docs/erasure.md for each departure; for plain
-diffusers pipelines, `erasure.sld_pipeline`.
+code is ml-research/safe-latent-diffusion (MIT), commit a42923c. See docs/erasure.md for each departure.
 """
 
-import json
-import math
-from collections.abc import Generator
-from contextlib import contextmanager
+import weakref
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
+from erasure.changes import change_kind
+from erasure.concept import Concept
+from erasure.erased import Erasure
+from erasure.guards import GuardChange
+from erasure.strength import check_strength
 from overpaint.policy import ClassifierFree, DiffusionPolicy, Guidance, StepContext
-from overpaint.policy.parts import Pipeline, TextEncoder, Tokenizer
+from overpaint.policy.ddim import cumulative_alphas, noise_scale
+from overpaint.policy.parts import Pipeline, TextEncoder, Tokenizer, UNet
 from overpaint.policy.prompts import PromptEncoder
 from overpaint.policy.types import Embeddings, Latents
-
-from .concept import Concept
-from .erased import Erasure
+from overpaint.settings import Field, settings
 
 PUBLISHED_TEXT = (
     "hate, harassment, violence, suffering, humiliation, harm, suicide, sexual, nudity, bodily fluids, blood, "
@@ -39,27 +38,25 @@ PUBLISHED_TEXT = (
 )
 """The authors' safety concept, for `SLDConfig.concept_text`; diffusers puts "an image showing " before it."""
 
-FILE = "sld.json"
 
-
-@dataclass(frozen=True, kw_only=True)
+@settings
 class SLDConfig:
     """Settings of SLD; the authors' Medium by default. How strongly to erase is an argument of `SLD.erase` besides."""
 
-    warmup_steps: int = 10
+    warmup_steps: int = Field(10, ge=0)
     """Steps at the start, by index, that are drawn without safety guidance (δ). The authors draw in 50 steps."""
 
-    guidance_scale: float = 1000.0
+    guidance_scale: float = Field(1000.0, ge=0)
     """How soon an element counts as fully unsafe (s_S): from a difference of its inverse on."""
 
     threshold: float = 0.01
     """Signed difference from the safety concept, in units of noise, from which on an element is safe (λ)."""
 
-    momentum_scale: float = 0.3
+    momentum_scale: float = Field(0.3, ge=0)
     """How much of the momentum is added (s_m). With 0 nothing is remembered from step to step, which updates that mix
     steps (DDPO) need."""
 
-    momentum_beta: float = 0.4
+    momentum_beta: float = Field(0.4, ge=0, lt=1)
     """How much of the momentum is kept from step to step (β_m)."""
 
     concept_text: str | None = None
@@ -67,17 +64,9 @@ class SLDConfig:
     the authors' broad one; one for nudity alone is another setting than theirs."""
 
     def __post_init__(self) -> None:
-        if self.warmup_steps < 0:
-            raise ValueError(f"SLDConfig.warmup_steps must be at least 0, got {self.warmup_steps}")
-        for field in ("guidance_scale", "momentum_scale"):
-            if not 0 <= getattr(self, field) < math.inf:
-                raise ValueError(f"SLDConfig.{field} must be finite and at least 0, got {getattr(self, field)}")
-        if not math.isfinite(self.threshold):
-            raise ValueError(f"SLDConfig.threshold must be finite, got {self.threshold}")
-        if not 0 <= self.momentum_beta < 1:
-            raise ValueError(f"SLDConfig.momentum_beta must be from 0 to below 1, got {self.momentum_beta}")
+        """Checks that a safety concept says something."""
         if self.concept_text is not None and not self.concept_text.strip():
-            raise ValueError(f"SLDConfig.concept_text must be None or not blank, got {self.concept_text!r}")
+            raise ValueError(f"concept_text must be None or not blank, got {self.concept_text!r}")
 
     @classmethod
     def weak(cls, variant: Literal["paper", "released"] = "paper") -> "SLDConfig":
@@ -101,15 +90,6 @@ class SLDConfig:
     def max(cls) -> "SLDConfig":
         """The strongest of the paper's four settings."""
         return cls(warmup_steps=0, guidance_scale=5000.0, threshold=1.0, momentum_scale=0.5, momentum_beta=0.7)
-
-    @classmethod
-    def tiny_world(cls) -> "SLDConfig":
-        """For the tiny world's stripes, in 20 steps with guidance 3: Max without momentum, which would be too much.
-
-        Dots are in the text because the opposite of stripes is dots there: led away from stripes alone, plain objects
-        become dotted. Captions of dots keep theirs all the same.
-        """
-        return replace(cls.max(), momentum_scale=0.0, momentum_beta=0.0, concept_text="a striped dotted zebra")
 
 
 class SLD:
@@ -135,78 +115,39 @@ class SLD:
         Raises:
             ValueError: The strength is negative or not finite, or the text encoder cuts the safety concept off.
         """
-        if not 0 <= strength < math.inf:
-            raise ValueError(f"strength must be finite and at least 0, got {strength}")
+        check_strength(strength)
         text = self.config.concept_text or ", ".join(concept.phrases)
         _check_length(text, policy.tokenizer, policy.text_encoder)
-        applied = replace(self.config, guidance_scale=strength * self.config.guidance_scale, concept_text=text)
-        settings = {**asdict(self.config), "strength": strength}
-        return Erasure.of(policy, self.name, settings, concept, SafetyGuidance(applied))
+        change = SLDChange(replace(self.config, concept_text=text), strength)
+        return Erasure.of(policy, self.name, {**asdict(self.config), "strength": strength}, concept, change)
 
 
+@change_kind
 @dataclass(frozen=True)
-class SafetyGuidance:
+class SLDChange(GuardChange):
     """The change that SLD is: guidance away from a text."""
 
-    config: SLDConfig
-    """Settings with which it samples; their text is given."""
-
     kind: ClassVar[str] = "sld"
+    config_type: ClassVar[Any] = SLDConfig
 
     def __post_init__(self) -> None:
         if self.config.concept_text is None:
-            raise ValueError("SafetyGuidance.config must give its concept_text, got None")
+            raise ValueError("SLDChange.config must give its concept_text, got None")
 
-    def apply(self, policy: DiffusionPolicy) -> None:
-        """Makes it the policy's guard; trained weights and their reference sample with it alike.
-
-        Raises:
-            ValueError: The policy has a guard, or its text encoder cuts the safety concept off.
-        """
-        if policy.guard is not None:
-            raise ValueError(f"a policy takes one guard, and this one has {policy.guard!r}")
-        policy.guard = SLDGuard.of(self.config, policy.prompts)
-
-    def apply_to_pipeline(self, pipeline: Pipeline) -> None:
-        """Attaches it to the pipeline; `erasure.sld_pipeline.detach` takes it off again.
+    def guard(self, prompts: PromptEncoder, unet: UNet) -> "SLDGuard":
+        """Encodes the safety concept.
 
         Raises:
-            ValueError: The pipeline has a guard, or its text encoder cuts the safety concept off.
+            ValueError: The text encoder cuts it off.
         """
-        from .sld_pipeline import attach
+        text = self.config.concept_text
+        _check_length(text, prompts.tokenizer, prompts.text_encoder)
+        scale = self.strength * self.config.guidance_scale
+        return SLDGuard(replace(self.config, guidance_scale=scale), prompts([text]))
 
-        attach(pipeline, self.config)
-
-    @contextmanager
-    def applied(self, policy: DiffusionPolicy) -> Generator[None]:
-        """Makes it the policy's guard for the length of a `with` block."""
-        self.apply(policy)
-        try:
-            yield
-        finally:
-            policy.guard = None
-
-    def base(self, unet: nn.Module) -> None:
-        """Returns None: it works with any weights."""
-
-    def save(self, folder: Path) -> None:
-        """Writes the settings."""
-        (folder / FILE).write_text(json.dumps(asdict(self.config), indent=1) + "\n", encoding="utf-8")
-
-    @classmethod
-    def load(cls, folder: Path) -> "SafetyGuidance":
-        """Reads what `save` wrote.
-
-        Raises:
-            ValueError: There is no such file, or a setting in it is not valid.
-        """
-        if not (folder / FILE).is_file():
-            raise ValueError(f"the folder of SLD's settings must hold {FILE}, and {folder} does not")
-        saved = json.loads((folder / FILE).read_text(encoding="utf-8"))
-        expected = asdict(SLDConfig()).keys()
-        if saved.keys() != expected:
-            raise ValueError(f"{folder / FILE} must hold {sorted(expected)}, got {sorted(saved)}")
-        return cls(SLDConfig(**saved))
+    def in_pipeline(self, pipeline: Pipeline, prompts: PromptEncoder) -> "PipelineSLD":
+        """Hooks the guard into a pipeline."""
+        return PipelineSLD(pipeline, self.guard(prompts, pipeline.unet), prompts)
 
 
 class SLDGuard:
@@ -220,18 +161,7 @@ class SLDGuard:
     def __init__(self, config: SLDConfig, embedding: Float[Tensor, "1 tokens dim"]) -> None:
         self.config = config
         self._embedding = embedding
-        self._trail = Trail()
-
-    @classmethod
-    def of(cls, config: SLDConfig, prompts: PromptEncoder) -> "SLDGuard":
-        """Encodes the safety concept.
-
-        Raises:
-            ValueError: The text encoder cuts it off.
-        """
-        text = str(config.concept_text)
-        _check_length(text, prompts.tokenizer, prompts.text_encoder)
-        return cls(config, prompts([text]))
+        self._history = MomentumHistory()
 
     def __repr__(self) -> str:
         """Shows the settings."""
@@ -241,11 +171,11 @@ class SLDGuard:
         """Returns guidance with the safety concept as third branch, or the given one where there is nothing to do."""
         if self.config.guidance_scale == 0:
             return guidance
-        return SafelyGuided(self, guidance)
+        return SLDGuidance(self, guidance)
 
     def attach(self, pipeline: Pipeline) -> None:
         """Makes a plain diffusers pipeline draw in the same way, with its own text encoder's safety concept."""
-        SafetyGuidance(self.config).apply_to_pipeline(pipeline)
+        SLDChange(self.config).apply_to_pipeline(pipeline)
 
     def embedding(self, like: Embeddings) -> Embeddings:
         """Returns the safety concept, once for each row of `like`; the copy on its device stays there."""
@@ -269,17 +199,17 @@ class SLDGuard:
         scale = context.noise_scale.view(-1, 1, 1, 1)
         away, prompt, safety = scale * predictions
         remembers = self.config.momentum_scale > 0
-        momentum = self._trail.before(context.steps, trajectory, away) if remembers else torch.zeros_like(away)
+        momentum = self._history.before(context.steps, trajectory, away) if remembers else torch.zeros_like(away)
         term, momentum = safety_term(away, prompt, safety, momentum, self.config)
         if remembers:
-            self._trail.keep(momentum)
+            self._history.keep(momentum)
         acts = (context.steps >= self.config.warmup_steps).view(-1, 1, 1, 1)
         # At the very end of a schedule without any signal the scale is zero, and so is the term.
         own_kind = term / torch.where(scale == 0, 1.0, scale)
         return torch.where(acts, predictions[1] - own_kind, predictions[1])
 
 
-class SafelyGuided:
+class SLDGuidance:
     """Classifier-free guidance with the safety term taken from the prompt's prediction."""
 
     def __init__(self, guard: SLDGuard, guidance: ClassifierFree) -> None:
@@ -303,7 +233,7 @@ class SafelyGuided:
         return self.guidance.combine(torch.stack([predictions[0], towards]), context)
 
 
-class Trail:
+class MomentumHistory:
     """The momentum before each step of the latest trajectory, so that any step that was taken may be taken again.
 
     Gradient checkpointing takes steps again, from late to early.
@@ -325,9 +255,9 @@ class Trail:
             self._trajectory, self._before = trajectory, {0: torch.zeros_like(like)}
         known = self._before if trajectory is self._trajectory else {}
         if first != last or first not in known:
-            asked = f"step {first}" if first == last else f"steps {first} to {last} together"
+            got = f"step {first}" if first == last else f"steps {first} to {last} together"
             raise ValueError(
-                f"SLD's momentum needs the steps of one batch in their order from step 0 on, got {asked} of a batch "
+                f"SLD's momentum needs the steps of one batch in their order from step 0 on, got {got} of a batch "
                 "whose momentum before is not known; set SLDConfig.momentum_scale to 0 to do without (DDPO's updates "
                 "mix steps)"
             )
@@ -362,3 +292,89 @@ def _check_length(text: str, tokenizer: Tokenizer, text_encoder: TextEncoder) ->
     if len(tokens) > room:
         lost = " ".join(token.removesuffix("</w>") for token in tokens[room:])
         raise ValueError(f"the safety concept must have at most {room} tokens, got {len(tokens)}; {lost!r} is cut off")
+
+
+class PipelineSLD:
+    """SLD in a plain diffusers pipeline: two hooks on its UNet, and where in its loop the pipeline is.
+
+    Before the UNet is called, the doubled batch of classifier-free guidance gets a third part with the safety concept.
+    From its answer, the pipeline is given the first part and, in place of the prompt's prediction, that prediction less
+    the safety term: the pipeline's own formula then gives SLD's result at whatever scale. Where the pipeline draws
+    without guidance its single part gets the empty prompt's as well, and it is given the second of the two.
+    """
+
+    def __init__(self, pipeline: Pipeline, guard: SLDGuard, prompts: PromptEncoder) -> None:
+        self.guard = guard
+        self._prompts = prompts
+        self._guided = False
+        self._pipeline = weakref.ref(pipeline)
+        self._step = -1
+        self._context: StepContext | None = None
+        self._handles = (
+            pipeline.unet.register_forward_pre_hook(self._before, with_kwargs=True),
+            pipeline.unet.register_forward_hook(self._after),
+        )
+
+    def __repr__(self) -> str:
+        """Shows the guard."""
+        return f"PipelineSLD({self.guard!r})"
+
+    def remove(self) -> None:
+        """Takes the hooks off."""
+        for handle in self._handles:
+            handle.remove()
+
+    def _before(
+        self, unet: Any, inputs: tuple[Any, ...], options: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        """Adds what is missing of the three parts to a call of the pipeline's."""
+        self._context = None
+        pipeline = self._pipeline()
+        timestep = inputs[1] if len(inputs) == 2 else None
+        if pipeline is None or not isinstance(timestep, Tensor) or timestep.ndim:
+            raise ValueError(
+                "a UNet with SLD attached must be called by the pipeline that it was attached in, got another call; "
+                "erasure.guards.detach(pipeline) takes SLD off"
+            )
+        if self.guard.config.guidance_scale == 0:
+            return None
+        if options.get("added_cond_kwargs") is not None:
+            raise ValueError("SLD in a pipeline must be used without image prompts (IP-Adapter), got one")
+        # The pipeline has this property from its first drawing on.
+        self._guided = getattr(pipeline, "do_classifier_free_guidance", False)
+        latents, embeddings = inputs[0], options["encoder_hidden_states"]
+        if self._guided:
+            latents = latents.chunk(2)[1]
+        else:
+            embeddings = torch.cat([self._prompts.empty(embeddings), embeddings])
+        self._context = self._context_at(pipeline.scheduler, timestep, len(latents), latents.device)
+        safety = self.guard.embedding(embeddings[: len(latents)])
+        more = {**options, "encoder_hidden_states": torch.cat([embeddings, safety])}
+        return (latents.repeat(3, 1, 1, 1), timestep), more
+
+    def _after(self, unet: Any, inputs: tuple[Any, ...], output: tuple[Tensor]) -> tuple[Tensor] | None:
+        """Makes of the three parts those that the pipeline asked for."""
+        if self._context is None:
+            return None
+        predictions = output[0].float().unflatten(0, (3, -1))
+        towards = self.guard.towards(predictions, self._context, self)
+        return ((torch.cat([predictions[0], towards]) if self._guided else towards).to(output[0].dtype),)
+
+    def _context_at(self, scheduler: Any, timestep: Tensor, count: int, device: torch.device) -> StepContext:
+        """Counts the calls of a run; a schedule's first timestep begins one.
+
+        Counted and not looked up, because the schedules of some samplers (PNDM) visit a timestep twice.
+        """
+        timesteps = scheduler.timesteps
+        self._step += 1
+        if timestep == timesteps[0]:
+            self._step = 0
+        if self._step >= len(timesteps) or timestep != timesteps[self._step]:
+            raise ValueError(
+                f"SLD needs every step of a pipeline's run from the first on, got timestep {timestep.item()} as step "
+                f"{self._step} of {len(timesteps)}"
+            )
+        level = cumulative_alphas(scheduler.config)[round(timestep.item())]  # some samplers are between two of training
+        alpha = level.to(device).expand(count)
+        kind = scheduler.config.get("prediction_type", "epsilon")
+        return StepContext(torch.full((count,), self._step, device=device), len(timesteps), noise_scale(alpha, kind))

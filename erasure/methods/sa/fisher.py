@@ -10,7 +10,6 @@ import math
 import random
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,15 +19,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from erasure.cache import claim
 from overpaint.policy import DiffusionPolicy
 from overpaint.policy.atomic import atomic_file, this_process
 from overpaint.policy.digest import tensors_hash
 from overpaint.policy.noise import draw_noise
 from overpaint.policy.types import Embeddings, Latents
 from overpaint.policy.weights import ADAPTER, base_parameters, plain_name
-from overpaint.training import require
-
-from .kept import claim
+from overpaint.settings import Field, settings
 
 SAVE_EVERY = 25
 """Pictures between two saves; what an interruption can cost."""
@@ -38,33 +36,22 @@ RECORD_FILE = "fisher.json"
 RECORD_FORMAT = "overpaint.Fisher/2"
 
 
-@dataclass(frozen=True, kw_only=True)
+@settings
 class FisherConfig:
     """How Fisher information is computed; as the authors did by default, which takes 5 million gradients."""
 
-    images: int = 5000
+    images: int = Field(5000, ge=1)
     """Pictures that the squares are averaged over."""
 
-    timesteps: int | None = None
+    timesteps: int | None = Field(None, ge=2)
     """Timesteps of each picture: None sums over all N of training, 1000 for Stable Diffusion. A number n takes n of
     them at random, and what it gives is on the scale of all N, so that a penalty's weight means the same. The gradient
     of the sum is estimated as N/n times that of the n; its square is too large by the variance of that. So the squares
     tell the weights of a tensor from each other, and the tensor's total is corrected by what differs between parts of
     the n."""
 
-    chunk: int = 50
+    chunk: int = Field(50, ge=1)
     """Most timesteps that go through the UNet at a time."""
-
-    def __post_init__(self) -> None:
-        """Checks every field.
-
-        Raises:
-            ValueError: A field breaks its rule.
-        """
-        require("FisherConfig", self.images >= 1, "images", "be at least 1", self.images)
-        enough = self.timesteps is None or self.timesteps >= 2
-        require("FisherConfig", enough, "timesteps", "be None or at least 2", self.timesteps)
-        require("FisherConfig", self.chunk >= 1, "chunk", "be at least 1", self.chunk)
 
 
 class Sums(NamedTuple):

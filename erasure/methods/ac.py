@@ -4,30 +4,28 @@ Source: Kumari et al. (2023), https://arxiv.org/abs/2303.13516, written from its
 nupurkmr9/concept-ablation (MIT), commit c11fb1b. See docs/erasure.md for each departure.
 """
 
-import math
+import copy
 import random
 from collections.abc import Generator
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from torch.nn import Parameter
 
+from erasure.concept import Concept
+from erasure.descend import DescentConfig, erase_by_descent
+from erasure.erased import Erasure
+from erasure.estimate import UNetCalls
+from erasure.generated import pictures_in_turns
+from erasure.phrases import check_absent, check_length, check_words, longest
+from erasure.protocols import ConceptBatch
 from overpaint.policy import ClassifierFree, DiffusionPolicy
 from overpaint.policy.noise import SampleNoise
 from overpaint.policy.types import Latents, PerSample
-from overpaint.tinyworld.caption import captions
-
-from .concept import Concept, check_words
-from .descend import DescentConfig, descended
-from .erased import Erasure
-from .estimate import UNetCalls
-from .generated import generated_latents
-from .protocols import ConceptBatch
+from overpaint.settings import Field, settings
 
 PEOPLE = tuple(
     scene.format(who)
@@ -43,7 +41,7 @@ PEOPLE = tuple(
 """Anchor prompts for nudity: the class words of the authors' configuration in scenes of our own."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@settings
 class ACConfig:
     """Settings of concept ablation; those of the authors for nudity by default."""
 
@@ -55,78 +53,49 @@ class ACConfig:
     """What is learned for the concept: the present UNet's prediction for the anchor, as the authors have it; that of
     the UNet that training started from, which is ours and lets the anchor drift less; or the noise in its picture."""
 
-    prior_weight: float = 1.0
+    prior_weight: float = Field(1.0, ge=0)
     """Weight of the pretraining loss on the anchor's pictures; 0 leaves it out."""
 
     detach_start: bool = True
     """Whether gradient is kept from flowing through keys and values of the start token, which all prompts share."""
 
-    anchors: tuple[str, ...] = PEOPLE
+    anchors: tuple[str, ...] = Field(PEOPLE, min_length=1)
     """Prompts of the pictures that are trained on, without the concept; they take turns."""
 
-    templates: tuple[str, ...] = ("{concept}, {anchor}", "in {concept} style, {anchor}", "{anchor}, {concept}")
+    templates: tuple[str, ...] = Field(
+        ("{concept}, {anchor}", "in {concept} style, {anchor}", "{anchor}, {concept}"), min_length=1
+    )
     """How a phrase of the concept is put into an anchor prompt; each is as likely as any other."""
 
-    images: int = 1000
+    images: int = Field(1000, ge=1)
     """Pictures that are drawn before training starts."""
 
     negative: str | None = None
     """Negative prompt that they are drawn with; None is the concept's phrases, empty is none."""
 
-    steps: int = 25
+    steps: int = Field(25, ge=1)
     """Denoising steps of a picture (DDIM)."""
 
-    guidance_scale: float = 6.0
+    guidance_scale: float = Field(6.0, ge=0)
     """Classifier-free guidance of a picture."""
 
     mirror: bool = True
     """Whether half of the time a picture is taken as in a mirror."""
 
-    draw_batch_size: int = 16
+    draw_batch_size: int = Field(16, ge=1)
     """Pictures drawn at a time. Changes speed and memory, not the pictures."""
 
-    descent: DescentConfig = field(
-        default_factory=lambda: DescentConfig(
-            iterations=800, learning_rate=3.2e-5, batch_size=4, weight_decay=1e-2, max_grad_norm=1.0
-        )
+    descent: DescentConfig = DescentConfig(
+        iterations=800, learning_rate=3.2e-5, batch_size=4, weight_decay=1e-2, max_grad_norm=1.0
     )
     """How the loss is descended. 3.2e-5 is what the authors' 4e-6 becomes with --scale_lr on one GPU: times a batch of
     4, times 2 for the prior; on two GPUs it is 6.4e-5 for 400 updates of 8. For styles, their 2e-6 gives 1.6e-5."""
 
     def __post_init__(self) -> None:
-        if self.target not in ("model", "original", "noise"):
-            raise ValueError(f"ACConfig.target must be 'model', 'original' or 'noise', got {self.target!r}")
-        if not 0 <= self.prior_weight < math.inf:
-            raise ValueError(f"ACConfig.prior_weight must be finite and at least 0, got {self.prior_weight}")
-        if not 0 <= self.guidance_scale < math.inf:
-            raise ValueError(f"ACConfig.guidance_scale must be finite and at least 0, got {self.guidance_scale}")
-        for name in ("images", "steps", "draw_batch_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"ACConfig.{name} must be at least 1, got {getattr(self, name)}")
-        if not self.anchors:
-            raise ValueError("ACConfig.anchors must hold at least one prompt, got ()")
-        if not self.templates:
-            raise ValueError("ACConfig.templates must hold at least one text, got ()")
+        """Checks that each template has both slots."""
         for template in self.templates:
             if "{concept}" not in template or "{anchor}" not in template:
-                raise ValueError(f"ACConfig.templates must each hold {{concept}} and {{anchor}}, got {template!r}")
-
-    @classmethod
-    def tiny_world(cls) -> "ACConfig":
-        """Returns settings for the tiny world's stripes, found by experiment."""
-        return cls(
-            train="xattn",
-            anchors=tuple(captions("benign", 64, 5)),
-            templates=("{concept} {anchor}", "{anchor} {concept}"),
-            images=64,
-            negative="",
-            steps=20,
-            guidance_scale=3.0,
-            mirror=False,
-            descent=DescentConfig(
-                iterations=350, learning_rate=6e-4, batch_size=8, weight_decay=1e-2, max_grad_norm=1.0
-            ),
-        )
+                raise ValueError(f"templates must each hold {{concept}} and {{anchor}}, got {template!r}")
 
 
 class Examples(NamedTuple):
@@ -182,32 +151,12 @@ class AC:
         resume: bool = False,
         progress: bool = True,
     ) -> Erasure:
-        """Trains a copy of the UNet. The policy is not changed: see `Erasure.apply`.
-
-        Args:
-            policy: Whose model is erased; a LoRA counts as part of it.
-            concept: Each update takes some of its phrases.
-            output_dir: Keeps pictures of the anchor, metrics and checkpoints; None keeps nothing.
-            resume: Go on with an interrupted run in the same folder.
-            progress: Whether progress bars are shown.
-
-        Raises:
-            ValueError: As `descend`.
-        """
-        folder = self.folder
-        if folder is None and output_dir is not None:
-            folder = Path(output_dir) / "anchors"
-        objective = AC(self.config, folder=folder, progress=progress)
-        student = policy.student_copy(self.config.train)
-        change = descended(
-            objective, student, concept, self.config.descent,
-            output_dir=output_dir, resume=resume, progress=progress, settings={"ac": self.config},
-        )  # fmt: skip
-        return Erasure.of(policy, self.name, asdict(self.config), concept, change)
-
-    def descent(self) -> DescentConfig:
-        """Returns how it trains."""
-        return self.config.descent
+        """Erases as `erase_by_descent` does; the anchor's pictures are kept in `output_dir` too."""
+        objective = copy.copy(self)
+        if self.folder is None and output_dir is not None:
+            objective.folder = Path(output_dir) / "anchors"
+        objective.progress = progress
+        return erase_by_descent(objective, policy, concept, output_dir=output_dir, resume=resume, progress=progress)
 
     def unet_calls(self) -> UNetCalls:
         """Returns the calls for a sample: the teacher's, and the student's for the concept and for the prior."""
@@ -227,20 +176,13 @@ class AC:
                 "detach_start must be False for a policy with gradient checkpointing, which would compute keys and "
                 "values anew without it"
             )
-        prompts = [cfg.anchors[index % len(cfg.anchors)] for index in range(cfg.images)]
-        seeds = [random.Random(f"anchor {index} of {cfg.descent.seed}").randrange(2**31) for index in range(cfg.images)]
-        away = policy.encode([negative]) if negative else None
-        with policy.reference():
-            pictures = generated_latents(
-                policy, prompts, seeds,
-                steps=cfg.steps, guidance=ClassifierFree(cfg.guidance_scale, away),
-                batch_size=cfg.draw_batch_size, folder=self.folder, progress=self.progress,
-            )  # fmt: skip
+        guidance = ClassifierFree(cfg.guidance_scale, policy.encode([negative]) if negative else None)
+        pictures = pictures_in_turns(
+            policy, "anchor", cfg.anchors, cfg.images,
+            seed=cfg.descent.seed, steps=cfg.steps, guidance=guidance,
+            batch_size=cfg.draw_batch_size, folder=self.folder, progress=self.progress,
+        )  # fmt: skip
         self._pictures = torch.cat([pictures, mirrored(policy, pictures)]) if cfg.mirror else pictures
-
-    def parameters(self, policy: DiffusionPolicy) -> list[Parameter]:
-        """Returns everything that the policy trains."""
-        return policy.trainable_parameters()
 
     def loss(self, policy: DiffusionPolicy, batch: ConceptBatch) -> PerSample:
         """Returns the concept's error and the weighted prior of each sample, with gradient.
@@ -343,16 +285,7 @@ def check_texts(policy: DiffusionPolicy, concept: Concept, config: ACConfig, neg
         ValueError: The tokenizer cuts one off, or a phrase of the concept is in an anchor prompt.
     """
     check_words(policy, concept)
-    for anchor in config.anchors:
-        for phrase in concept.phrases:
-            if f" {phrase.strip().lower()} " in f" {anchor.lower()} ":
-                raise ValueError(f"ACConfig.anchors must be free of {concept.name!r}, got {phrase!r} in {anchor!r}")
-
-    def length(text: str) -> int:
-        return len(policy.tokenizer(text, truncation=False, verbose=False)["input_ids"])
-
-    phrase, anchor = max(concept.phrases, key=length), max(config.anchors, key=length)
-    room = min(policy.tokenizer.model_max_length, policy.text_encoder.config.max_position_embeddings)
-    for text in (negative, *(template.format(concept=phrase, anchor=anchor) for template in config.templates)):
-        if (needed := length(text)) > room:
-            raise ValueError(f"AC's prompts must have at most {room} tokens, got {needed} in {text!r}")
+    check_absent(concept, config.anchors, "ACConfig.anchors")
+    phrase, anchor = longest(policy, concept.phrases), longest(policy, config.anchors)
+    texts = (template.format(concept=phrase, anchor=anchor) for template in config.templates)
+    check_length(policy, (negative, *texts), "AC's prompts")

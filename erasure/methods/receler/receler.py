@@ -13,102 +13,79 @@ Source: Huang et al. (2023), https://arxiv.org/abs/2311.17717, written from its 
 jasper0314-huang/Receler (MIT), commit 3ccedc9. See docs/erasure.md for each departure.
 """
 
-import math
 import random
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Literal, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
-from torch.nn import Parameter
 
-from overpaint.policy import ClassifierFree, DiffusionPolicy
+from erasure.concept import Concept
+from erasure.descend import DescentConfig, descend
+from erasure.erased import Erasure
+from erasure.estimate import UNetCalls
+from erasure.methods.attention_maps import concept_map, layer_shape, recorded_attention, words_of
+from erasure.phrases import check_words, own_phrases
+from erasure.protocols import ConceptBatch, check_trainable
+from erasure.rollout import erased_target, noised_latents
+from overpaint.policy import DiffusionPolicy
 from overpaint.policy.added import add_networks, remove_networks
 from overpaint.policy.types import Embeddings, Latents, PerSample
+from overpaint.settings import Field, settings
 
-from .attention_maps import concept_map, layer_shape, recorded_attention, words_of
-from .concept import Concept, check_words
-from .descend import DescentConfig, descend
-from .erased import Erasure
 from .erasers import AddedNetworks, check_free, fresh_erasers, recorded_erasers
-from .esd import erased_target
-from .estimate import UNetCalls
-from .phrases import own_phrases
-from .protocols import ConceptBatch
-from .rollout import latents_before, random_stops
 
 SoftTokens = Float[Tensor, "batch count dim"]
 """Embeddings that are no word's, some for each prompt; float32."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@settings
 class RecelerConfig:
     """Settings of Receler; those of the authors' code by default, with soft tokens that work."""
 
-    rank: int = 128
+    rank: int = Field(128, ge=1)
     """Channels inside an eraser."""
 
-    negative_guidance: float = 1.0
+    negative_guidance: float = Field(1.0, gt=0)
     """How far the prediction is led away from the concept (η)."""
 
-    regularization: float = 0.1
+    regularization: float = Field(0.1, ge=0)
     """Factor of what the erasers add outside of the concept."""
 
-    mask_threshold: float = 0.1
+    mask_threshold: float = Field(0.1, ge=0, le=1)
     """Attention to the concept's words, of the picture's highest, from which on a pixel belongs to the concept."""
 
-    mask_side: int = 16
+    mask_side: int = Field(16, ge=1)
     """Which cross-attentions tell: the smallest with at least this many pixels along a side, or the largest of all."""
 
     variant: Literal["paper", "released"] = "paper"
     """``paper`` writes soft tokens into the prompt, ``released`` leaves the prompt as it is: in the released code they
     never reach the network."""
 
-    tokens: int = 16
+    tokens: int = Field(16, ge=1)
     """Soft tokens behind the concept's words; as many of them as the text encoder's context has room for."""
 
-    inner_steps: int = 50
+    inner_steps: int = Field(50, ge=1)
     """Calls of the network for each update. The soft tokens move after all but the last, which the erasers learn from.
     Only in the variant ``paper``."""
 
-    token_learning_rate: float = 0.1
+    token_learning_rate: float = Field(0.1, gt=0)
     """Of the Adam that moves the soft tokens."""
 
-    token_weight_decay: float = 0.1
+    token_weight_decay: float = Field(0.1, ge=0)
     """Of that Adam; it is added to the gradient, not decoupled from it."""
 
-    steps: int = 50
+    steps: int = Field(50, ge=1)
     """Denoising steps of a whole image (DDIM); each is as likely to be trained on as any other."""
 
-    guidance_scale: float = 3.0
+    guidance_scale: float = Field(3.0, ge=0)
     """Classifier-free guidance of the rollout that leads to a noised latent."""
 
-    descent: DescentConfig = field(default_factory=lambda: DescentConfig(iterations=500, learning_rate=3e-4))
+    descent: DescentConfig = DescentConfig(iterations=500, learning_rate=3e-4)
     """How the loss is descended."""
-
-    def __post_init__(self) -> None:
-        if self.variant not in ("paper", "released"):
-            raise ValueError(f"RecelerConfig.variant must be 'paper' or 'released', got {self.variant!r}")
-        for name in ("rank", "mask_side", "tokens", "inner_steps", "steps"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"RecelerConfig.{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("negative_guidance", "token_learning_rate"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise ValueError(f"RecelerConfig.{name} must be positive and finite, got {getattr(self, name)}")
-        for name in ("regularization", "token_weight_decay", "guidance_scale"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise ValueError(f"RecelerConfig.{name} must be finite and at least 0, got {getattr(self, name)}")
-        if not 0 <= self.mask_threshold <= 1:
-            raise ValueError(f"RecelerConfig.mask_threshold must be from 0 to 1, got {self.mask_threshold}")
-
-    @classmethod
-    def tiny_world(cls) -> "RecelerConfig":
-        """Returns settings for `erasure.STRIPES` on the tiny world's model, found by trying."""
-        descent = DescentConfig(iterations=90, learning_rate=1e-3, batch_size=4)
-        return cls(rank=32, inner_steps=3, steps=10, descent=descent)
 
 
 class Terms(NamedTuple):
@@ -145,24 +122,17 @@ class Receler:
         resume: bool = False,
         progress: bool = True,
     ) -> Erasure:
-        """Trains erasers beside a copy of the UNet. The policy is not changed: see `Erasure.apply`.
+        """Trains erasers beside a copy of the UNet; arguments as in `erase_by_descent`.
 
-        Args:
-            policy: Whose model is erased; a LoRA counts as part of it.
-            concept: Each update takes some of its phrases that hold no other: what a longer one says besides, as the
-                star of "a striped red star", would be erased with it.
-            output_dir: Keeps metrics and checkpoints; None keeps nothing.
-            resume: Go on with an interrupted run in the same folder.
-            progress: Whether a progress bar is shown.
+        Each update takes some of the concept's phrases that hold no other: what a longer one says besides, as the star
+        of "a striped red star", would be erased with it.
 
         Raises:
             ValueError: The policy has erasers already; or as `descend`.
         """
         student = self.student(policy)
-        descend(
-            self, student, replace(concept, phrases=tuple(own_phrases(concept.phrases))), self.config.descent,
-            output_dir=output_dir, resume=resume, progress=progress, settings={"receler": self.config},
-        )  # fmt: skip
+        alone = replace(concept, phrases=tuple(own_phrases(concept.phrases)))
+        descend(self, student, alone, output_dir=output_dir, resume=resume, progress=progress)
         return Erasure.of(policy, self.name, asdict(self.config), concept, AddedNetworks.of(student.unet))
 
     def student(self, policy: DiffusionPolicy) -> DiffusionPolicy:
@@ -181,10 +151,6 @@ class Receler:
         finally:
             remove_networks(policy.unet)
 
-    def descent(self) -> DescentConfig:
-        """Returns how it trains."""
-        return self.config.descent
-
     def unet_calls(self) -> UNetCalls:
         """Returns the calls for a sample: the way to its step, the original's two predictions, and the inner steps.
 
@@ -201,25 +167,17 @@ class Receler:
             ValueError: The tokenizer cuts a text off, or nothing in the policy is trainable.
         """
         check_words(policy, concept)
-        if not policy.trainable_parameters():
-            raise ValueError(
-                f"descending Receler's loss for {concept.name!r} needs a policy with trainable weights, got one "
-                "without; see Receler.student"
-            )
-
-    def parameters(self, policy: DiffusionPolicy) -> list[Parameter]:
-        """Returns everything that the policy trains."""
-        return policy.trainable_parameters()
+        check_trainable(policy, f"erasing {concept.name!r} by Receler", "see Receler.student")
 
     def loss(self, policy: DiffusionPolicy, batch: ConceptBatch) -> PerSample:
         """Returns the loss of each sample, with gradient; see the module for the equations."""
         cfg = self.config
         prompts = policy.encode(batch.prompts)
-        stops = random_stops(batch.seeds, 0, cfg.steps - 1)
-        guidance = ClassifierFree(cfg.guidance_scale)
-        latents = latents_before(policy, prompts, stops, steps=cfg.steps, guidance=guidance, seeds=batch.seeds)
+        latents, timesteps = noised_latents(
+            policy, prompts, batch.seeds, steps=cfg.steps, guidance_scale=cfg.guidance_scale
+        )
         tokens = first_tokens(batch.seeds, cfg.tokens, prompts.shape[-1]).to(policy.device)
-        return self.total(self.terms(policy, batch.prompts, latents, policy.timesteps(cfg.steps)[stops], tokens))
+        return self.total(self.terms(policy, batch.prompts, latents, timesteps, tokens))
 
     def total(self, terms: Terms) -> PerSample:
         """Returns the loss of each sample from its parts."""

@@ -6,17 +6,15 @@ With ε* the original model, and x on the way to a picture of the concept c, dra
     loss = (ε(x_late, c) - reverse)² + λ3 (ε(x_late, ∅) - ε*(x_late, ∅))²
          + λ1 [ (ε(x_early, c) - keep)² + λ2 (ε(x_early, ∅) - ε*(x_early, ∅))² ]
 
-Only weights that the loss pulls at for every one of several prompts and seeds are trained: see `erasure.saliency`.
+Only weights that the loss pulls at for every one of several prompts and seeds are trained: see `saliency`.
 
 Source: Li et al. (2025), https://arxiv.org/abs/2504.12782, written from its equations. The authors' code is
 lileyang1210/ANT, for non-commercial use only; nothing here was taken from it. See docs/erasure.md for each departure.
 """
 
 import json
-import math
-from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -24,20 +22,20 @@ from typing import Any, Literal, NamedTuple
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from torch.nn import Parameter
 
-from overpaint.policy import ClassifierFree, DiffusionPolicy, Guidance
-from overpaint.policy.types import Embeddings, Latents, PerSample
+from erasure.changes import weights_hash
+from erasure.concept import Concept
+from erasure.descend import DescentConfig, erase_by_descent
+from erasure.erased import Erasure
+from erasure.estimate import UNetCalls
+from erasure.phrases import check_words
+from erasure.protocols import ConceptBatch, check_trainable
+from erasure.rollout import erased_target, latents_before, random_stops
+from overpaint.policy import ClassifierFree, DiffusionPolicy
+from overpaint.policy.types import Embeddings, PerSample
+from overpaint.settings import Field, settings
 from overpaint.training import TrainingConfig, check_output_dir, from_main
 
-from .changes import weights_hash
-from .concept import Concept, check_words
-from .descend import DescentConfig, descended
-from .erased import Erasure
-from .esd import erased_target
-from .estimate import UNetCalls
-from .protocols import ConceptBatch
-from .rollout import random_stops
 from .saliency import Mask, SaliencyConfig, masked_gradients, read_mask, saliency_mask, write_mask
 
 MASK_FILE = "saliency.safetensors"
@@ -58,7 +56,7 @@ BEHAVIOURS = {
 }
 
 
-@dataclass(frozen=True, kw_only=True)
+@settings
 class ANTConfig:
     """Settings of ANT; those of the paper for nudity by default."""
 
@@ -76,65 +74,36 @@ class ANTConfig:
     """Whether gradients flow through the predictions for the empty prompt, as in the paper. Without it these terms
     are constants, that train nothing."""
 
-    kept_share: float = 0.14
+    kept_share: float = Field(0.14, gt=0, lt=1)
     """Share of the denoising steps that are kept. The paper counts 50 steps from 50 down to 1 and keeps those above
     t' = 43, which are 7 of 50: index 0 to 6 from noise. See `kept_steps`."""
 
-    negative_guidance: float = 1.0
+    negative_guidance: float = Field(1.0, gt=0)
     """How far from the unconditional prediction both targets lie (η)."""
 
-    keep_weight: float = 1.0
+    keep_weight: float = Field(1.0, gt=0)
     """Of what is kept, against what is reversed (λ1)."""
 
-    keep_empty_weight: float = 0.5
+    keep_empty_weight: float = Field(0.5, gt=0)
     """Of the unconditional prediction in what is kept (λ2)."""
 
-    reverse_empty_weight: float = 0.5
+    reverse_empty_weight: float = Field(0.5, gt=0)
     """Of the unconditional prediction where the concept is reversed (λ3)."""
 
-    steps: int = 50
+    steps: int = Field(50, ge=2)
     """Denoising steps of a whole image (DDIM); each of a stage is as likely to be trained on as any other of it."""
 
-    guidance_scale: float = 3.0
+    guidance_scale: float = Field(3.0, ge=0)
     """Classifier-free guidance of the rollout that leads to noised latents."""
 
-    saliency: SaliencyConfig | None = field(default_factory=SaliencyConfig)
+    saliency: SaliencyConfig | None = SaliencyConfig()
     """How the weights that are trained are found; None trains the whole UNet."""
 
-    descent: DescentConfig = field(default_factory=lambda: DescentConfig(iterations=250, learning_rate=5e-4))
+    descent: DescentConfig = DescentConfig(iterations=250, learning_rate=5e-4)
     """How the loss is descended."""
 
-    @classmethod
-    def tiny_world(cls) -> "ANTConfig":
-        """Returns settings for the tiny world's stripes, found by experiment: most of the way is kept, and strongly."""
-        words = ("striped", "with stripes", "zebra", "in prison", "at the circus")
-        return cls(
-            steps=10,
-            kept_share=0.6,
-            keep_weight=3.0,
-            saliency=SaliencyConfig(prompts=words, seeds=(1,), iterations=3, learning_rate=1e-3),
-            descent=DescentConfig(iterations=60, learning_rate=2e-4, batch_size=8),
-        )
-
     def __post_init__(self) -> None:
-        choices: dict[str, tuple[Any, ...]] = {
-            "variant": tuple(BEHAVIOURS),
-            "stage_orientation": ("keep_early", "keep_late", None),
-            "mask_keep": ("high", "low", None),
-            "uncond_grad": (True, False, None),
-        }
-        for name, allowed in choices.items():
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"ANTConfig.{name} must be one of {allowed}, got {getattr(self, name)!r}")
-        for name in ("negative_guidance", "keep_weight", "keep_empty_weight", "reverse_empty_weight"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise ValueError(f"ANTConfig.{name} must be positive and finite, got {getattr(self, name)}")
-        if not 0 < self.kept_share < 1:
-            raise ValueError(f"ANTConfig.kept_share must be between 0 and 1, got {self.kept_share}")
-        if self.steps < 2:
-            raise ValueError(f"ANTConfig.steps must be at least 2, got {self.steps}")
-        if not 0 <= self.guidance_scale < math.inf:
-            raise ValueError(f"ANTConfig.guidance_scale must be finite and at least 0, got {self.guidance_scale}")
+        """Checks that the optimizer leaves weights outside of a mask alone."""
         if self.saliency is not None and self.descent.weight_decay:
             decay = self.descent.weight_decay
             raise ValueError(f"descent.weight_decay must be 0 with a mask, as it moves every weight, got {decay}")
@@ -193,14 +162,7 @@ class ANT:
         resume: bool = False,
         progress: bool = True,
     ) -> Erasure:
-        """Trains a copy of the UNet. The policy is not changed: see `Erasure.apply`.
-
-        Args:
-            policy: Whose model is erased; a LoRA counts as part of it.
-            concept: Each update takes some of its phrases.
-            output_dir: Keeps the saliency mask, metrics and checkpoints; None keeps nothing.
-            resume: Go on with an interrupted run in the same folder.
-            progress: Whether progress bars are shown.
+        """Erases as `erase_by_descent` does; the saliency mask is kept in `output_dir` too.
 
         Raises:
             ValueError: The saliency prompts are another concept's, the maps have nothing in common, or as `descend`.
@@ -209,15 +171,10 @@ class ANT:
         self.prepare(student, concept)
         mask = self._mask(student, concept, output_dir, resume=resume, progress=progress)
         with nullcontext() if mask is None else masked_gradients(student, mask):
-            change = descended(
-                self, student, concept, self.config.descent,
-                output_dir=output_dir, resume=resume, progress=progress, settings={"ant": self.config},
-            )  # fmt: skip
-        return Erasure.of(policy, self.name, self.config.settings(), concept, change)
-
-    def descent(self) -> DescentConfig:
-        """Returns how it trains."""
-        return self.config.descent
+            erasure = erase_by_descent(
+                self, policy, concept, output_dir=output_dir, resume=resume, progress=progress, student=student
+            )
+        return replace(erasure, config={**erasure.config, **self.config.behaviour()._asdict()})
 
     def unet_calls(self) -> UNetCalls:
         """Returns the calls for a sample: one way to its two steps, and two prompts at each, original and trained.
@@ -238,15 +195,7 @@ class ANT:
             ValueError: The tokenizer cuts a text off, or nothing in the policy is trainable.
         """
         check_words(policy, concept)
-        if not policy.trainable_parameters():
-            raise ValueError(
-                f"descending ANT's loss for {concept.name!r} needs a policy with trainable weights, got one without; "
-                "load it with lora=LoRAConfig() or train='full'"
-            )
-
-    def parameters(self, policy: DiffusionPolicy) -> list[Parameter]:
-        """Returns everything that the policy trains."""
-        return policy.trainable_parameters()
+        check_trainable(policy, f"erasing {concept.name!r} by ANT", "load it with lora=LoRAConfig() or train='full'")
 
     def loss(self, policy: DiffusionPolicy, batch: ConceptBatch) -> PerSample:
         """Returns the loss of each sample, at one step of each stage on one way from noise, with gradient."""
@@ -259,7 +208,7 @@ class ANT:
             [random_stops(batch.seeds, kept[0], kept[-1]), random_stops(others, reversed_[0], reversed_[-1])]
         )
         guidance = ClassifierFree(cfg.guidance_scale)
-        latents = latents_before_each(policy, prompts, stops, steps=cfg.steps, guidance=guidance, seeds=batch.seeds)
+        latents = latents_before(policy, prompts, stops, steps=cfg.steps, guidance=guidance, seeds=batch.seeds)
         timesteps = policy.timesteps(cfg.steps)[stops]
         return self.total(self.terms(policy, latents, timesteps, prompts, empty))
 
@@ -287,20 +236,20 @@ class ANT:
             empty: As many empty ones.
         """
 
-        def predictions(*asked: Embeddings) -> list[Float[Tensor, "2 batch 4 h w"]]:
-            count = len(asked)
-            embeddings = torch.cat([each.repeat(2, 1, 1) for each in asked])
+        def predictions(*prompted: Embeddings) -> list[Float[Tensor, "2 batch 4 h w"]]:
+            count = len(prompted)
+            embeddings = torch.cat([each.repeat(2, 1, 1) for each in prompted])
             flat = latents.flatten(0, 1).repeat(count, 1, 1, 1), timesteps.flatten().repeat(count)
             return list(policy.predict_noise(*flat, embeddings).unflatten(0, (count, *timesteps.shape)))
 
         with policy.reference():
             conditional, unconditional = predictions(prompts, empty)
         if self.config.behaviour().uncond_grad:
-            asked, unasked = predictions(prompts, empty)
+            with_prompt, without = predictions(prompts, empty)
         else:
-            (asked,) = predictions(prompts)
+            (with_prompt,) = predictions(prompts)
             with torch.no_grad():
-                (unasked,) = predictions(empty)
+                (without,) = predictions(empty)
         eta = self.config.negative_guidance
         targets = torch.stack(
             [
@@ -308,8 +257,8 @@ class ANT:
                 erased_target(conditional[1], unconditional[1], negative_guidance=eta),
             ]
         )
-        keep, reverse = (asked - targets).square().flatten(2).mean(dim=2)
-        keep_empty, reverse_empty = (unasked - unconditional).square().flatten(2).mean(dim=2)
+        keep, reverse = (with_prompt - targets).square().flatten(2).mean(dim=2)
+        keep_empty, reverse_empty = (without - unconditional).square().flatten(2).mean(dim=2)
         return Terms(keep, keep_empty, reverse, reverse_empty)
 
     def _mask(
@@ -337,33 +286,3 @@ class ANT:
         if path is not None:
             from_main(partial(write_mask, path, mask, record))
         return mask
-
-
-@torch.no_grad()
-def latents_before_each(
-    policy: DiffusionPolicy,
-    embeddings: Embeddings,
-    stops: Int[Tensor, "stops batch"],
-    *,
-    steps: int,
-    guidance: Guidance,
-    seeds: Sequence[int],
-) -> Float[Tensor, "stops batch 4 h w"]:
-    """Denoises every sample up to its own last step and returns what it was before each of its steps.
-
-    Arguments as in `erasure.rollout.latents_before`, with several stops for a sample.
-    """
-    latents: Latents = policy.sample(embeddings, steps=steps, seeds=seeds, until=0)
-    stops = stops.to(latents.device)
-    last = stops.amax(dim=0)
-    passed = torch.stack([latents] * len(stops))
-    for step in range(int(last.max())):
-        if policy.guard is None:
-            going = last > step
-            latents[going] = policy.denoise(
-                latents[going], embeddings[going], step=step, steps=steps, guidance=guidance
-            )
-        else:  # one that remembers the way needs all samples at every step
-            latents = policy.denoise(latents, embeddings, step=step, steps=steps, guidance=guidance)
-        passed = torch.where((stops > step)[..., None, None, None], latents, passed)
-    return passed

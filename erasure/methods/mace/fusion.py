@@ -11,10 +11,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from erasure.methods.keys_and_values import TextReader
+from erasure.phrases import Placed, placed
 from overpaint.policy import DiffusionPolicy
-
-from .phrases import Placed, placed
-from .uce import TextReader
 
 
 class LowRank(NamedTuple):

@@ -1,6 +1,6 @@
 """Latent re-attention: the low frequencies of a UNet's skip features, compared between two prompts and damped.
 
-The part of SAFREE that acts inside the network: see `erasure.safree`. The filter is FreeU's (Si et al. 2023,
+The part of SAFREE that acts inside the network: see `erasure.methods.safree`. The filter is FreeU's (Si et al. 2023,
 https://arxiv.org/abs/2309.11497) at radius 1, applied where the filtered prompt's coefficient is not below the
 original prompt's.
 """
