@@ -67,7 +67,7 @@ def estimate(method: TrainedMethod, policy: DiffusionPolicy, train: str = "full"
     size = student.sample_size
     latents = torch.zeros(descent.batch_size, 4, size, size, device=policy.device)
     timesteps = torch.full((descent.batch_size,), 500, device=policy.device)
-    embeddings = policy.encode([""] * descent.batch_size)
+    conditioning = policy.encode([""] * descent.batch_size)
     cuda = policy.device.type == "cuda"
 
     def timed(*, gradient: bool) -> float:
@@ -75,7 +75,7 @@ def estimate(method: TrainedMethod, policy: DiffusionPolicy, train: str = "full"
             torch.cuda.synchronize()
         begin = time.perf_counter()
         with torch.set_grad_enabled(gradient):
-            loss = student.predict_noise(latents, timesteps, embeddings).square().mean()
+            loss = student.predict_noise(latents, timesteps, conditioning).square().mean()
             if gradient:
                 loss.backward()
         if cuda:

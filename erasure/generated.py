@@ -138,7 +138,7 @@ def _record(
     eta: float,
 ) -> dict[str, Any]:
     """Returns what was asked for, the weights that draw included."""
-    negative = None if guidance.negative is None else policy.prompts.texts(guidance.negative)[0]
+    negative = None if guidance.negative is None else guidance.negative.texts[0]
     return {
         "format": RECORD_FORMAT,
         "unet": tensors_hash(policy.unet.state_dict()),

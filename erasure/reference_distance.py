@@ -55,11 +55,11 @@ class ReferenceDistance:
 
         The denoising step of each sample follows from its own seed, whatever else is in the batch.
         """
-        cfg, embeddings = self.config, policy.encode(batch.prompts)
+        cfg, conditioning = self.config, policy.encode(batch.prompts)
         latents, timesteps = noised_latents(
-            policy, embeddings, batch.seeds, steps=cfg.steps, guidance_scale=cfg.guidance_scale
+            policy, conditioning, batch.seeds, steps=cfg.steps, guidance_scale=cfg.guidance_scale
         )
         with policy.reference():
-            target = policy.predict_noise(latents, timesteps, embeddings)
-        prediction = policy.predict_noise(latents, timesteps, embeddings)
+            target = policy.predict_noise(latents, timesteps, conditioning)
+        prediction = policy.predict_noise(latents, timesteps, conditioning)
         return (prediction - target).square().flatten(1).mean(dim=1)

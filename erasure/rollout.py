@@ -7,8 +7,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from overpaint.policy import ClassifierFree, DiffusionPolicy, Guidance
-from overpaint.policy.types import Embeddings, Latents
+from overpaint.policy import ClassifierFree, Conditioning, DiffusionPolicy, Guidance
+from overpaint.policy.types import Latents
 
 
 def random_stops(seeds: Sequence[int], first: int, last: int) -> Int[Tensor, " batch"]:
@@ -17,27 +17,27 @@ def random_stops(seeds: Sequence[int], first: int, last: int) -> Int[Tensor, " b
 
 
 def noised_latents(
-    policy: DiffusionPolicy, embeddings: Embeddings, seeds: Sequence[int], *, steps: int, guidance_scale: float
+    policy: DiffusionPolicy, conditioning: Conditioning, seeds: Sequence[int], *, steps: int, guidance_scale: float
 ) -> tuple[Latents, Int[Tensor, " batch"]]:
     """Returns each sample's latents before a random step of its rollout, and that step's timestep.
 
     Args:
         policy: What draws.
-        embeddings: The prompt of each sample.
+        conditioning: The prompt of each sample.
         seeds: Of noise and step, one for each sample.
         steps: Number of denoising steps of a whole image; each is as likely as any other.
         guidance_scale: Classifier-free guidance of the rollout.
     """
     stops = random_stops(seeds, 0, steps - 1)
     guidance = ClassifierFree(guidance_scale)
-    (latents,) = latents_before(policy, embeddings, stops[None], steps=steps, guidance=guidance, seeds=seeds)
+    (latents,) = latents_before(policy, conditioning, stops[None], steps=steps, guidance=guidance, seeds=seeds)
     return latents, policy.timesteps(steps)[stops]
 
 
 @torch.no_grad()
 def latents_before(
     policy: DiffusionPolicy,
-    embeddings: Embeddings,
+    conditioning: Conditioning,
     stops: Int[Tensor, "stops batch"],
     *,
     steps: int,
@@ -51,22 +51,22 @@ def latents_before(
 
     Args:
         policy: What draws.
-        embeddings: The prompt of each sample.
+        conditioning: The prompt of each sample.
         stops: Indices of the steps before which each sample stops, counted from noise; 0 is pure noise.
         steps: Number of denoising steps of a whole image.
         guidance: That of the rollout.
         seeds: One for each sample.
     """
-    latents: Latents = policy.sample(embeddings, steps=steps, seeds=seeds, until=0)
+    latents: Latents = policy.sample(conditioning, steps=steps, seeds=seeds, until=0)
     stops = stops.to(latents.device)
     last = stops.amax(dim=0)
     passed = torch.stack([latents] * len(stops))
     for step in range(int(last.max())):
         if policy.guard is None:
             on = last > step
-            latents[on] = policy.denoise(latents[on], embeddings[on], step=step, steps=steps, guidance=guidance)
+            latents[on] = policy.denoise(latents[on], conditioning[on], step=step, steps=steps, guidance=guidance)
         else:
-            latents = policy.denoise(latents, embeddings, step=step, steps=steps, guidance=guidance)
+            latents = policy.denoise(latents, conditioning, step=step, steps=steps, guidance=guidance)
         passed = torch.where((stops > step)[..., None, None, None], latents, passed)
     return passed
 

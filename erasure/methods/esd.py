@@ -8,7 +8,6 @@ departure.
 from contextlib import nullcontext
 from typing import Literal
 
-import torch
 from jaxtyping import Int
 from torch import Tensor
 
@@ -18,8 +17,8 @@ from erasure.estimate import UNetCalls
 from erasure.phrases import check_words
 from erasure.protocols import ConceptBatch
 from erasure.rollout import erased_target, noised_latents
-from overpaint.policy import DiffusionPolicy
-from overpaint.policy.types import Embeddings, Latents, PerSample
+from overpaint.policy import Conditioning, DiffusionPolicy
+from overpaint.policy.types import Latents, PerSample
 from overpaint.settings import Field, settings
 
 
@@ -99,11 +98,11 @@ def erased_loss(
     policy: DiffusionPolicy,
     latents: Latents,
     timesteps: Int[Tensor, " batch"],
-    embeddings: Embeddings,
+    conditioning: Conditioning,
     target: Latents,
 ) -> PerSample:
     """Returns the mean squared distance of each sample's prediction from its target."""
-    prediction = policy.predict_noise(latents, timesteps, embeddings)
+    prediction = policy.predict_noise(latents, timesteps, conditioning)
     return (prediction - target).square().flatten(1).mean(dim=1)
 
 
@@ -111,10 +110,10 @@ def learned_target(
     policy: DiffusionPolicy,
     latents: Latents,
     timesteps: Int[Tensor, " batch"],
-    concept: Embeddings,
-    empty: Embeddings,
+    concept: Conditioning,
+    empty: Conditioning,
     *,
-    source: Embeddings | None = None,
+    source: Conditioning | None = None,
     negative_guidance: float = 1.0,
 ) -> Latents:
     """Returns what the prediction for a source s has to become, `ε*(s) - (1 + η) (ε*(c) - ε*(∅))`.
@@ -126,15 +125,16 @@ def learned_target(
         policy: Its reference predicts.
         latents: Noised latents.
         timesteps: The scheduler's integer of each sample.
-        concept: Embeddings of the concept.
-        empty: Embeddings of the empty prompt.
-        source: Embeddings of what is led away from the concept, if not the concept.
+        concept: The concept's prompts.
+        empty: As many empty prompts.
+        source: Prompts of what is led away from the concept, if not the concept.
         negative_guidance: How far (η).
     """
     prompts = [concept, empty] if source is None else [concept, empty, source]
     count = len(prompts)
     with policy.reference():
-        original = policy.predict_noise(latents.repeat(count, 1, 1, 1), timesteps.repeat(count), torch.cat(prompts))
+        repeated = latents.repeat(count, 1, 1, 1), timesteps.repeat(count)
+        original = policy.predict_noise(*repeated, Conditioning.cat(prompts))
     conditional, unconditional, *rest = original.chunk(count)
     target = erased_target(conditional, unconditional, negative_guidance=negative_guidance)
     return rest[0] - conditional + target if rest else target

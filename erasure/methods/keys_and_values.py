@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from overpaint.policy import DiffusionPolicy
+from overpaint.policy import Conditioning, DiffusionPolicy
 from overpaint.policy.prompts import PromptEncoder
 from overpaint.policy.weights import base_parameters
 
@@ -42,12 +42,12 @@ class TextReader:
     def __init__(self, policy: DiffusionPolicy) -> None:
         self._tokenizer = policy.tokenizer
         if policy.text_encoder.dtype == torch.float32:
-            self._encode: Callable[[Sequence[str]], Tensor] = policy.encode
+            self._encode: Callable[[Sequence[str]], Conditioning] = policy.encode
         else:
             self._encode = PromptEncoder(copy.deepcopy(policy.text_encoder).float(), policy.tokenizer)
 
     def __call__(self, text: str) -> EmbeddedText:
         """Returns one text's embedding, on the CPU."""
-        tokens = self._encode([text])[0]
+        tokens = self._encode([text]).tokens[0]
         ids = self._tokenizer(text, truncation=True, max_length=len(tokens))["input_ids"]
         return EmbeddedText(tokens.cpu().double(), last_word=len(ids) - 2)

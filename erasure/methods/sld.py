@@ -25,11 +25,11 @@ from erasure.concept import Concept
 from erasure.erased import Erasure
 from erasure.guards import GuardChange
 from erasure.strength import check_strength
-from overpaint.policy import ClassifierFree, DiffusionPolicy, Guidance, StepContext
+from overpaint.policy import ClassifierFree, Conditioning, DiffusionPolicy, Guidance, StepContext
 from overpaint.policy.ddim import cumulative_alphas, noise_scale
 from overpaint.policy.parts import Pipeline, TextEncoder, Tokenizer, UNet
 from overpaint.policy.prompts import PromptEncoder
-from overpaint.policy.types import Embeddings, Latents
+from overpaint.policy.types import Latents
 from overpaint.settings import Field, settings
 
 PUBLISHED_TEXT = (
@@ -155,12 +155,12 @@ class SLDGuard:
 
     Args:
         config: Settings.
-        embedding: The safety concept.
+        concept: The safety concept, one row.
     """
 
-    def __init__(self, config: SLDConfig, embedding: Float[Tensor, "1 tokens dim"]) -> None:
+    def __init__(self, config: SLDConfig, concept: Conditioning) -> None:
         self.config = config
-        self._embedding = embedding
+        self._concept = concept
         self._history = MomentumHistory()
 
     def __repr__(self) -> str:
@@ -177,21 +177,22 @@ class SLDGuard:
         """Makes a plain diffusers pipeline draw in the same way, with its own text encoder's safety concept."""
         SLDChange(self.config).apply_to_pipeline(pipeline)
 
-    def embedding(self, like: Embeddings) -> Embeddings:
+    def concept(self, like: Conditioning) -> Conditioning:
         """Returns the safety concept, once for each row of `like`; the copy on its device stays there."""
-        if self._embedding.device != like.device or self._embedding.dtype != like.dtype:
-            self._embedding = self._embedding.to(like)
-        return self._embedding.expand_as(like)
+        own, wanted = self._concept.tokens, like.tokens
+        if (own.device, own.dtype) != (wanted.device, wanted.dtype):
+            self._concept = self._concept.to(wanted)
+        return self._concept.expand(len(like))
 
     def towards(
-        self, predictions: Float[Tensor, "3 batch 4 h w"], context: StepContext, trajectory: object
+        self, predictions: Float[Tensor, "3 batch 4 h w"], context: StepContext, trajectory: int
     ) -> Float[Tensor, "batch 4 h w"]:
         """Returns what takes the place of the prompt's prediction in classifier-free guidance.
 
         Args:
             predictions: For the empty or negative prompt, the prompt and the safety concept; of the network's kind.
             context: Where on the way each sample is.
-            trajectory: The same object at every step of one trajectory.
+            trajectory: The same number at every step of one trajectory, see `Conditioning.key`.
 
         Raises:
             ValueError: Momentum is asked for, and this is no step of the latest trajectory.
@@ -215,21 +216,18 @@ class SLDGuidance:
     def __init__(self, guard: SLDGuard, guidance: ClassifierFree) -> None:
         self.guard = guard
         self.guidance = guidance
-        self._prompt: Embeddings | None = None
+        self._trajectory = -1
 
-    def embeddings(
-        self, prompt: Embeddings, empty: Embeddings, context: StepContext
-    ) -> Float[Tensor, "branches batch tokens dim"]:
+    def branches(self, prompt: Conditioning, empty: Conditioning, context: StepContext) -> tuple[Conditioning, ...]:
         """Returns what to lead away from, the prompt and the safety concept: the term needs all three at any scale."""
-        self._prompt = prompt
-        return torch.stack([self.guidance.away(prompt, empty), prompt, self.guard.embedding(prompt)])
+        self._trajectory = prompt.key
+        return self.guidance.away(prompt, empty), prompt, self.guard.concept(prompt)
 
     def combine(
         self, predictions: Float[Tensor, "branches batch 4 h w"], context: StepContext
     ) -> Float[Tensor, "batch 4 h w"]:
         """Returns away + scale * (towards - term - away)."""
-        # The embeddings are one object all along a trajectory, and of no other.
-        towards = self.guard.towards(predictions, context, self._prompt)
+        towards = self.guard.towards(predictions, context, self._trajectory)
         return self.guidance.combine(torch.stack([predictions[0], towards]), context)
 
 
@@ -240,11 +238,11 @@ class MomentumHistory:
     """
 
     def __init__(self) -> None:
-        self._trajectory: object = None
+        self._trajectory: int | None = None
         self._before: dict[int, Latents] = {}
         self._step = 0
 
-    def before(self, steps: Tensor, trajectory: object, like: Latents) -> Latents:
+    def before(self, steps: Tensor, trajectory: int, like: Latents) -> Latents:
         """Returns the momentum before a step; step 0 begins a trajectory.
 
         Raises:
@@ -253,7 +251,7 @@ class MomentumHistory:
         first, last = int(steps.min()), int(steps.max())
         if first == last == 0:
             self._trajectory, self._before = trajectory, {0: torch.zeros_like(like)}
-        known = self._before if trajectory is self._trajectory else {}
+        known = self._before if trajectory == self._trajectory else {}
         if first != last or first not in known:
             got = f"step {first}" if first == last else f"steps {first} to {last} together"
             raise ValueError(
@@ -292,6 +290,10 @@ def _check_length(text: str, tokenizer: Tokenizer, text_encoder: TextEncoder) ->
     if len(tokens) > room:
         lost = " ".join(token.removesuffix("</w>") for token in tokens[room:])
         raise ValueError(f"the safety concept must have at most {room} tokens, got {len(tokens)}; {lost!r} is cut off")
+
+
+PIPELINE = -1
+"""Stands for the one trajectory that a pipeline is drawing."""
 
 
 class PipelineSLD:
@@ -342,14 +344,15 @@ class PipelineSLD:
             raise ValueError("SLD in a pipeline must be used without image prompts (IP-Adapter), got one")
         # The pipeline has this property from its first drawing on.
         self._guided = getattr(pipeline, "do_classifier_free_guidance", False)
-        latents, embeddings = inputs[0], options["encoder_hidden_states"]
+        latents, tokens = inputs[0], options["encoder_hidden_states"]
         if self._guided:
             latents = latents.chunk(2)[1]
-        else:
-            embeddings = torch.cat([self._prompts.empty(embeddings), embeddings])
+        like = Conditioning(("",) * len(latents), tokens[: len(latents)])
+        parts = [tokens, self.guard.concept(like).tokens]
+        if not self._guided:
+            parts.insert(0, self._prompts.empty(like).tokens)
         self._context = self._context_at(pipeline.scheduler, timestep, len(latents), latents.device)
-        safety = self.guard.embedding(embeddings[: len(latents)])
-        more = {**options, "encoder_hidden_states": torch.cat([embeddings, safety])}
+        more = {**options, "encoder_hidden_states": torch.cat(parts)}
         return (latents.repeat(3, 1, 1, 1), timestep), more
 
     def _after(self, unet: Any, inputs: tuple[Any, ...], output: tuple[Tensor]) -> tuple[Tensor] | None:
@@ -357,7 +360,7 @@ class PipelineSLD:
         if self._context is None:
             return None
         predictions = output[0].float().unflatten(0, (3, -1))
-        towards = self.guard.towards(predictions, self._context, self)
+        towards = self.guard.towards(predictions, self._context, PIPELINE)
         return ((torch.cat([predictions[0], towards]) if self._guided else towards).to(output[0].dtype),)
 
     def _context_at(self, scheduler: Any, timestep: Tensor, count: int, device: torch.device) -> StepContext:

@@ -20,7 +20,7 @@ import shutil
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -222,7 +222,7 @@ def seed_global_generators(seed: int) -> None:
 
 def global_random_state(device: torch.device) -> dict[str, Any]:
     """Returns the state of the generators of Python, numpy and torch, and of the device's own one."""
-    kind, keys, *rest = np.random.get_state()  # noqa: NPY002 (see above)
+    kind, keys, *rest = cast(tuple[Any, ...], np.random.get_state())  # noqa: NPY002 (see above)
     return {
         "python": random.getstate(),
         "numpy": (kind, torch.from_numpy(keys.astype(np.int64)), *rest),  # torch reads no uint32 of a state

@@ -8,7 +8,7 @@ import torch
 from golden_case import GOLDEN, GoldenCase
 from torch import Tensor
 
-from overpaint.policy import DiffusionPolicy
+from overpaint.policy import Conditioning, DiffusionPolicy
 from overpaint.policy.weights import base_parameters
 
 TINY_SD = GOLDEN / "tiny-sd"
@@ -36,7 +36,12 @@ class ErasureCase(GoldenCase):
 
     def check_embedding(self, policy: DiffusionPolicy, name: str, text: str) -> None:
         """Compares a text's embedding with one that is fed in, and so has no tolerance of its own."""
-        torch.testing.assert_close(policy.encode([text]), self.tensors[name], rtol=0, atol=1e-5)  # of order 1
+        torch.testing.assert_close(policy.encode([text]).tokens, self.tensors[name], rtol=0, atol=1e-5)  # of order 1
+
+    def encoded(self, name: str) -> Conditioning:
+        """A stored embedding, in a policy's hands."""
+        tokens = self.tensors[name]
+        return Conditioning((name,) * len(tokens), tokens)
 
     def complaints(self) -> list[str]:
         found = super().complaints()

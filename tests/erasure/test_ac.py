@@ -140,13 +140,13 @@ def test_no_gradient_flows_through_the_start_token(
     make_policy: Callable[..., DiffusionPolicy], lora: LoRAConfig | None
 ) -> None:
     policy = make_policy(lora=lora, train=None if lora else "xattn-kv")
-    embeddings = torch.zeros(1, 24, 16)
-    embeddings[:, 0] = policy.encode(["striped"])[:, 0]  # keys and values come from the first token alone
+    prompt = policy.encode(["striped"])
+    prompt.tokens[:, 1:] = 0  # keys and values come from the first token alone
     latents, timesteps = policy.sample(policy.encode(["a cat"]), seeds=[1], until=0), torch.tensor([500])
 
     def gradient() -> list[torch.Tensor]:
         policy.unet.zero_grad()
-        policy.predict_noise(latents, timesteps, embeddings).square().sum().backward()
+        policy.predict_noise(latents, timesteps, prompt).square().sum().backward()
         names = (".attn2.to_k.", ".attn2.to_v.")
         named = policy.unet.named_parameters()
         return [value.grad.clone() for key, value in named if value.grad is not None and any(n in key for n in names)]

@@ -37,7 +37,7 @@ def terms(student: DiffusionPolicy, config: ANTConfig) -> Terms:
     tensors = CASE.tensors
     latents = torch.stack([tensors["early/x_t"], tensors["late/x_t"]])
     timesteps = torch.tensor([[HYPER["t_early"]], [HYPER["t_late"]]])
-    return ANT(config).terms(student, latents, timesteps, tensors["emb_concept"], tensors["emb_empty"])
+    return ANT(config).terms(student, latents, timesteps, CASE.encoded("emb_concept"), CASE.encoded("emb_empty"))
 
 
 def grad_norm(student: DiffusionPolicy, loss: Tensor) -> Tensor:
@@ -75,8 +75,8 @@ def test_targets_are_those_of_the_equations(stage: str, student: DiffusionPolicy
     tensors = CASE.tensors.under(f"{stage}/")
     timesteps = torch.tensor([HYPER[f"t_{stage}"]])
     with student.reference():
-        conditional = student.predict_noise(tensors["x_t"], timesteps, CASE.tensors["emb_concept"])
-        unconditional = student.predict_noise(tensors["x_t"], timesteps, CASE.tensors["emb_empty"])
+        conditional = student.predict_noise(tensors["x_t"], timesteps, CASE.encoded("emb_concept"))
+        unconditional = student.predict_noise(tensors["x_t"], timesteps, CASE.encoded("emb_empty"))
     CASE.check(f"{stage}/eps_cond", conditional)
     CASE.check(f"{stage}/eps_uncond", unconditional)
     sign = 1 if stage == "late" else -1

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from erasure.methods.esd import erased_loss, learned_target
-from overpaint.policy import ClassifierFree, DiffusionPolicy, select_parameters
+from overpaint.policy import ClassifierFree, Conditioning, DiffusionPolicy, select_parameters
 from overpaint.policy.weights import base_parameters
 from tests.erasure.erasure_case import TINY_SD, ErasureCase, perturb
 
@@ -38,9 +38,9 @@ def guidance_of(form: str) -> float:
     return HYPER[f"eta_{version}"] - {"old": 0, "new": 1}[version]
 
 
-def asked_in(form: str) -> Tensor:
+def asked_in(form: str) -> Conditioning:
     """The prompt that the student is given."""
-    return CASE.tensors["emb_from" if form.endswith("_from") else "emb_concept"]
+    return CASE.encoded("emb_from" if form.endswith("_from") else "emb_concept")
 
 
 def test_embeddings_are_those_of_the_golden_model(student: DiffusionPolicy) -> None:
@@ -74,7 +74,7 @@ def test_loss_and_gradients_are_theirs(
     else:
         perturb(student, changed)
     prefix, (latents, timesteps), asked = f"c{case}/{weights}/{form}", noised(case), asked_in(form)
-    concept, empty = CASE.tensors["emb_concept"], CASE.tensors["emb_empty"]
+    concept, empty = CASE.encoded("emb_concept"), CASE.encoded("emb_empty")
     source = asked if form.endswith("_from") else None
     eta = guidance_of(form)
     target = learned_target(student, latents, timesteps, concept, empty, source=source, negative_guidance=eta)
@@ -109,9 +109,9 @@ def test_predictions_and_targets_of_the_original_model_are_theirs(case: int, stu
     guidance = ClassifierFree(HYPER["guidance_in_both_predictions"])
     with student.reference():
         for name, text in (("eps_cond", "emb_concept"), ("eps_uncond", "emb_empty"), ("eps_from", "emb_from")):
-            prediction = student.predict_noise(latents, timesteps, CASE.tensors[text], guidance)
+            prediction = student.predict_noise(latents, timesteps, CASE.encoded(text), guidance)
             CASE.check(f"c{case}/{name}", prediction)
-    concept, empty = CASE.tensors["emb_concept"], CASE.tensors["emb_empty"]
+    concept, empty = CASE.encoded("emb_concept"), CASE.encoded("emb_empty")
     for form in FORMS:
         source = asked_in(form) if form.endswith("_from") else None
         eta = guidance_of(form)

@@ -19,7 +19,7 @@ from erasure.methods.sa.fisher import (
     start_of,
     watched_weights,
 )
-from overpaint.policy import DiffusionPolicy, LoRAConfig
+from overpaint.policy import Conditioning, DiffusionPolicy, LoRAConfig
 
 PROMPTS = ["a cat", "a dog", "a red circle"]
 EVERY = FisherConfig(chunk=4)
@@ -33,7 +33,7 @@ def few_timesteps(make_policy: Callable[..., DiffusionPolicy]) -> Callable[..., 
 
     def make(**options: Any) -> DiffusionPolicy:
         policy = make_policy(**options)
-        policy._alphas = policy._alphas[:: 1000 // TIMESTEPS][:TIMESTEPS]
+        policy.schedules._alphas = policy.schedules._alphas[:: 1000 // TIMESTEPS][:TIMESTEPS]
         return policy
 
     return make
@@ -65,19 +65,20 @@ def equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
 def test_losses_are_summed_over_timesteps_before_they_are_squared(
     trained: DiffusionPolicy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    asked: list[tuple[torch.Tensor, ...]] = []
+    calls: list[tuple[Any, ...]] = []
 
-    def listen(policy: DiffusionPolicy, *arguments: torch.Tensor) -> torch.Tensor:
-        asked.append(arguments)
+    def listen(policy: DiffusionPolicy, *arguments: Any) -> torch.Tensor:
+        calls.append(arguments)
         return noise_errors(policy, *arguments)
 
     monkeypatch.setattr(fisher, "noise_errors", listen)
     values = information(trained)
-    assert len(asked) == 9  # three pictures in three chunks
+    assert len(calls) == 9  # three pictures in three chunks
     weights = watched_weights(trained)
     expected = {name: torch.zeros_like(weight) for name, weight in weights.items()}
     for image in range(3):
-        arguments = [torch.cat(parts) for parts in zip(*asked[3 * image : 3 * image + 3], strict=True)]
+        *tensors, prompts = zip(*calls[3 * image : 3 * image + 3], strict=True)
+        arguments: list[Any] = [*(torch.cat(parts) for parts in tensors), Conditioning.cat(prompts)]
         assert sorted(arguments[2].tolist()) == list(range(TIMESTEPS))
         assert len(arguments[1].flatten(1).unique(dim=0)) == TIMESTEPS  # each timestep has its own noise
         gradients = torch.autograd.grad(noise_errors(trained, *arguments).sum(), list(weights.values()))

@@ -11,7 +11,7 @@ from safetensors.torch import load, save
 
 from erasure import generated
 from erasure.generated import generated_latents
-from overpaint.policy import ClassifierFree, DiffusionPolicy
+from overpaint.policy import ClassifierFree, Conditioning, DiffusionPolicy
 
 PROMPTS = ["a red circle", "a blue square", "a cat", "a dog", "a photo of a person"]
 SEEDS = [3, 1, 4, 1, 5]
@@ -27,6 +27,9 @@ def two_to_a_file(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(generated, "SHARD", 2)
 
 
+FIVE_PROMPTS = Conditioning(("",) * 5, torch.zeros(5, 24, 16))
+
+
 def drawn(policy: DiffusionPolicy, folder: Path | None = None, **changes: Any) -> torch.Tensor:
     settings: dict[str, Any] = {"steps": 2, "guidance": ClassifierFree(3.0), "progress": False} | changes
     prompts, seeds = settings.pop("prompts", PROMPTS), settings.pop("seeds", SEEDS)
@@ -37,9 +40,9 @@ def count_samples(policy: DiffusionPolicy, monkeypatch: pytest.MonkeyPatch) -> l
     sizes: list[int] = []
     sample = policy.sample
 
-    def counted(embeddings: torch.Tensor, **options: Any) -> torch.Tensor:
-        sizes.append(len(embeddings))
-        return sample(embeddings, **options)
+    def counted(conditioning: Conditioning, **options: Any) -> torch.Tensor:
+        sizes.append(len(conditioning))
+        return sample(conditioning, **options)
 
     monkeypatch.setattr(policy, "sample", counted)
     return sizes
@@ -164,7 +167,10 @@ def test_a_folder_of_another_model_or_negative_prompt_is_refused(bare: Diffusion
         ({"seeds": [1]}, "seeds must be one for each of 5 prompts, got 1"),
         ({"prompts": []}, "prompts must not be empty"),
         ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
-        ({"guidance": ClassifierFree(3.0, torch.zeros(5, 24, 16))}, "one negative prompt for all, got 5"),
+        (
+            {"guidance": ClassifierFree(3.0, Conditioning(("",) * 5, torch.zeros(5, 24, 16)))},
+            "one negative prompt for all, got 5",
+        ),
     ],
 )
 def test_wrong_arguments_are_refused(bare: DiffusionPolicy, changes: dict[str, Any], message: str) -> None:

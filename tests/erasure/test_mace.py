@@ -19,7 +19,7 @@ from erasure.methods.mace.masks import MaskedImages, at_size, attention_masks, c
 from erasure.phrases import Placed, holds, own_phrases, phrase_tokens, placed, template_of
 from erasure.protocols import ConceptBatch
 from overpaint import tinyworld
-from overpaint.policy import DiffusionPolicy, LoRAConfig, select_parameters
+from overpaint.policy import Conditioning, DiffusionPolicy, LoRAConfig, select_parameters
 from overpaint.policy.noise import SampleNoise
 from overpaint.policy.weights import base_parameters
 from overpaint.tinyworld.presets import PRESETS, STRIPES
@@ -238,9 +238,9 @@ def test_timesteps_are_drawn_as_the_settings_say(bare: DiffusionPolicy, monkeypa
     seen: list[torch.Tensor] = []
     predict = bare.predict_noise
 
-    def noted(latents: torch.Tensor, timesteps: torch.Tensor, embeddings: torch.Tensor) -> torch.Tensor:
+    def noted(latents: torch.Tensor, timesteps: torch.Tensor, conditioning: Conditioning) -> torch.Tensor:
         seen.append(timesteps)
-        return predict(latents, timesteps, embeddings)
+        return predict(latents, timesteps, conditioning)
 
     methods = [prepared(bare, replace(CONFIG, early_timesteps=early)) for early in (False, True)]
     monkeypatch.setattr(bare, "predict_noise", noted)

@@ -16,7 +16,7 @@ from erasure.estimate import TrainedMethod
 from erasure.methods.esd import ESD, ESDConfig
 from erasure.methods.receler.erasers import AddedNetworks, Eraser, fresh_erasers
 from erasure.methods.receler.receler import Receler, RecelerConfig, first_tokens, with_tokens
-from overpaint.policy import DiffusionPolicy
+from overpaint.policy import Conditioning, DiffusionPolicy
 from overpaint.policy.added import added_networks
 from overpaint.tinyworld.presets import PRESETS, STRIPES
 
@@ -254,9 +254,9 @@ def test_soft_tokens_bring_the_prediction_for_the_concept_back(bare: DiffusionPo
 
 
 def test_soft_tokens_take_the_places_behind_the_words_as_far_as_there_are_places() -> None:
-    prompts, tokens = torch.zeros(2, 6, 1), torch.arange(1.0, 4.0).view(1, 3, 1).repeat(2, 1, 1)
+    prompts, tokens = Conditioning(("", ""), torch.zeros(2, 6, 1)), torch.arange(1.0, 4.0).view(1, 3, 1).repeat(2, 1, 1)
     words = torch.tensor([[False, True] + 4 * [False], [False, True, True, True, False, False]])
-    found = with_tokens(prompts, words, tokens)[..., 0]
+    found = with_tokens(prompts, words, tokens).tokens[..., 0]
     assert found.tolist() == [[0, 0, 1, 2, 3, 0], [0, 0, 0, 0, 1, 2]]
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from erasure.methods.attention_maps import CrossAttention, concept_map, layer_shape, recorded_attention, words_of
 from erasure.methods.receler.erasers import recorded_erasers
 from erasure.methods.receler.receler import Receler, RecelerConfig, nearest, with_tokens
-from overpaint.policy import DiffusionPolicy
+from overpaint.policy import Conditioning, DiffusionPolicy
 from tests.erasure.erasure_case import TINY_SD, ErasureCase
 
 CASE = ErasureCase("receler")
@@ -63,9 +63,9 @@ def config(case: str, inner_steps: int = 1) -> RecelerConfig:
     )
 
 
-def prompted(policy: DiffusionPolicy, case: str) -> Tensor:
-    embeddings, words = policy.encode(PROMPTS), words_of(policy, PROMPTS)
-    return with_tokens(embeddings, words, CASE.tensors["adv_tokens"]) if case == "adversarial" else embeddings
+def prompted(policy: DiffusionPolicy, case: str) -> Conditioning:
+    conditioning, words = policy.encode(PROMPTS), words_of(policy, PROMPTS)
+    return with_tokens(conditioning, words, CASE.tensors["adv_tokens"]) if case == "adversarial" else conditioning
 
 
 def test_settings_are_those_of_the_authors() -> None:
@@ -80,7 +80,7 @@ def test_embeddings_and_places_are_those_of_the_authors_code(original: Diffusion
     CASE.check_embedding(original, "emb_empty", "")
     CASE.check_embedding(original, "emb_concept", PROMPTS[0])
     assert words_of(original, PROMPTS)[0].nonzero().flatten().tolist() == HYPER["concept_token_positions"]
-    changed = (prompted(original, "adversarial") != original.encode(PROMPTS)).any(dim=2)
+    changed = (prompted(original, "adversarial").tokens != original.encode(PROMPTS).tokens).any(dim=2)
     assert changed[0].nonzero().flatten().tolist() == HYPER["adv_positions"]
 
 
@@ -151,11 +151,11 @@ def test_erasers_read_and_add_what_they_do_in_the_authors_code(student: Diffusio
 
 
 def test_soft_tokens_move_as_in_the_authors_code(student: DiffusionPolicy) -> None:
-    embeddings, words = student.encode(PROMPTS), words_of(student, PROMPTS)
+    conditioning, words = student.encode(PROMPTS), words_of(student, PROMPTS)
     wanted, tokens = CASE.tensors["eps_concept"], CASE.tensors["adv_tokens"].clone().requires_grad_()
-    prediction = student.predict_noise(LATENTS, TIMESTEPS, with_tokens(embeddings, words, tokens))
+    prediction = student.predict_noise(LATENTS, TIMESTEPS, with_tokens(conditioning, words, tokens))
     distance = (prediction - wanted).square().mean()
     CASE.check("adversarial/grad_tokens", torch.autograd.grad(distance, tokens)[0])
 
     method = Receler(config("adversarial", inner_steps=2))  # all but the last move them
-    CASE.check(AFTER_A_STEP, method.attack(student, embeddings, words, LATENTS, TIMESTEPS, wanted, tokens))
+    CASE.check(AFTER_A_STEP, method.attack(student, conditioning, words, LATENTS, TIMESTEPS, wanted, tokens))

@@ -5,7 +5,7 @@ import torch
 
 from erasure import NUDITY, UCE, ConceptBatch, ReferenceDistance, ReferenceDistanceConfig
 from erasure.rollout import random_stops
-from overpaint.policy import ClassifierFree, DiffusionPolicy, LoRAConfig
+from overpaint.policy import ClassifierFree, Conditioning, DiffusionPolicy, LoRAConfig
 
 OBJECTIVE = ReferenceDistance(ReferenceDistanceConfig(steps=4))
 BATCH = ConceptBatch(["a naked person", "nude", "a nude person"], [3, 4, 5])
@@ -89,9 +89,9 @@ def test_seeds_spread_over_all_steps(policy: DiffusionPolicy) -> None:
     seen: list[int] = []
     predict = policy.predict_noise
 
-    def spy(latents: torch.Tensor, timesteps: torch.Tensor, embeddings: torch.Tensor) -> torch.Tensor:
+    def spy(latents: torch.Tensor, timesteps: torch.Tensor, conditioning: Conditioning) -> torch.Tensor:
         seen.extend(timesteps.tolist())
-        return predict(latents, timesteps, embeddings)
+        return predict(latents, timesteps, conditioning)
 
     policy.predict_noise = spy  # ty: ignore[invalid-assignment]
     OBJECTIVE.loss(policy, ConceptBatch(["nude"] * 24, range(24)))

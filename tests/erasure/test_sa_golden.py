@@ -34,15 +34,15 @@ def test_fisher_information_is_that_of_the_authors_code(
     given = CASE.tensors.under("fim/")
     timesteps, captions = given["timesteps"].long(), HYPER["fim_captions"]
     assert timesteps.tolist() == HYPER["timesteps_fim"]
-    embeddings = policy.encode(captions)
-    torch.testing.assert_close(embeddings, given["embeddings"], rtol=0, atol=1e-5)  # of order 1
+    conditioning = policy.encode(captions)
+    torch.testing.assert_close(conditioning.tokens, given["embeddings"], rtol=0, atol=1e-5)  # of order 1
     (chunks,) = re.findall(r"accumulated in (\d+) chunks", CASE.record["formula"])
     for image, latents in enumerate(given["latents"]):
 
         def losses(image: int = image, latents: Tensor = latents) -> Generator[PerSample]:
             for part in torch.arange(len(timesteps)).chunk(int(chunks)):
                 noise = given["noise"][image, part]
-                prompt = embeddings[image].expand(len(part), -1, -1)
+                prompt = conditioning[image : image + 1].expand(len(part))
                 yield noise_errors(policy, latents.expand_as(noise), noise, timesteps[part], prompt)
 
         sums.add(list(weights.values()), losses(), len(timesteps))

@@ -57,7 +57,7 @@ def test_concepts_span_what_they_do_in_the_authors_code(prompt_filter: PromptFil
     CASE.check("concept_pooled", pooled)
     CASE.check("concept_projector", projector(pooled))
     assert torch.equal(prompt_filter.concepts, projector(pooled))
-    CASE.check("negative_prompt_embedding", prompt_filter.prompts([", ".join(HYPER["concepts"])]))
+    CASE.check("negative_prompt_embedding", prompt_filter.prompts([", ".join(HYPER["concepts"])]).tokens)
 
 
 @pytest.mark.parametrize("index", range(len(PROMPTS)))
@@ -99,7 +99,7 @@ def test_triggers_are_found_as_in_the_authors_code(index: int, prompt_filter: Pr
 @pytest.mark.parametrize("index", range(len(PROMPTS)))
 def test_prompts_are_filtered_as_in_the_authors_code(index: int, prompt_filter: PromptFilter, away: Tensor) -> None:
     each, prefix = PROMPTS[index], f"p{index}"
-    embedding, filtered = prompt_filter.prompts([each["prompt"]]), prompt_filter(each["prompt"])
+    embedding, filtered = prompt_filter.prompts([each["prompt"]]).tokens, prompt_filter(each["prompt"])
     CASE.check(f"{prefix}/embedding", embedding)
     span = projector(prompt_filter.without_each_token(each["prompt"]))
     CASE.check(f"{prefix}/all_projected", embedding.double() @ (away @ span).T)

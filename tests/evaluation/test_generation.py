@@ -143,7 +143,7 @@ def test_a_diffusion_policy_draws_the_same_in_any_batch_size(policy: DiffusionPo
 def test_drawing_leaves_cached_prompts_fit_for_training(policy: DiffusionPolicy) -> None:
     planned = plan({"benign": ["a red circle"]})
     draw(policy, planned, DrawConfig(steps=1), model="m", progress=False)
-    assert not policy.encode(["a red circle"]).is_inference()
+    assert not policy.encode(["a red circle"]).tokens.is_inference()
 
 
 def test_a_folder_of_another_run_is_refused(planned: Planned, noise_policy: Any, tmp_path: Path) -> None:

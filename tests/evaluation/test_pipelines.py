@@ -14,7 +14,7 @@ from torch import nn
 from overpaint.evaluation import DrawConfig, ImageFolder, draw, generate, plan
 from overpaint.evaluation.images.model_record import model_record
 from overpaint.evaluation.images.pipelines import PipelineDrawable
-from overpaint.policy import ClassifierFree, DiffusionPolicy
+from overpaint.policy import ClassifierFree, Conditioning, DiffusionPolicy
 
 PLANNED = plan({"benign": ["a red circle", "a blue dog", "a cat"]})
 
@@ -122,7 +122,7 @@ def test_what_a_pipeline_cannot_do_is_refused(pipeline: Any) -> None:
     with pytest.raises(ValueError, match=r"guidance_scale must be at least 1, which is none, for a pipeline, got 0\.5"):
         drawable.draw(["a"], guidance=ClassifierFree(0.5), **asked)
     with pytest.raises(ValueError, match="guidance must be ClassifierFree without a negative prompt"):
-        drawable.draw(["a"], guidance=ClassifierFree(5.0, torch.zeros(1, 24, 16)), **asked)
+        drawable.draw(["a"], guidance=ClassifierFree(5.0, Conditioning(("",), torch.zeros(1, 24, 16))), **asked)
 
 
 class Other:

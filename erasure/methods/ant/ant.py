@@ -31,8 +31,8 @@ from erasure.estimate import UNetCalls
 from erasure.phrases import check_words
 from erasure.protocols import ConceptBatch, check_trainable
 from erasure.rollout import erased_target, latents_before, random_stops
-from overpaint.policy import ClassifierFree, DiffusionPolicy
-from overpaint.policy.types import Embeddings, PerSample
+from overpaint.policy import ClassifierFree, Conditioning, DiffusionPolicy
+from overpaint.policy.types import PerSample
 from overpaint.settings import Field, settings
 from overpaint.training import TrainingConfig, check_output_dir, from_main
 
@@ -223,8 +223,8 @@ class ANT:
         policy: DiffusionPolicy,
         latents: Float[Tensor, "2 batch 4 h w"],
         timesteps: Int[Tensor, "2 batch"],
-        prompts: Embeddings,
-        empty: Embeddings,
+        prompts: Conditioning,
+        empty: Conditioning,
     ) -> Terms:
         """Returns the parts of the loss, with gradient.
 
@@ -236,11 +236,11 @@ class ANT:
             empty: As many empty ones.
         """
 
-        def predictions(*prompted: Embeddings) -> list[Float[Tensor, "2 batch 4 h w"]]:
+        def predictions(*prompted: Conditioning) -> list[Float[Tensor, "2 batch 4 h w"]]:
             count = len(prompted)
-            embeddings = torch.cat([each.repeat(2, 1, 1) for each in prompted])
+            conditioning = Conditioning.cat([each for each in prompted for _ in range(2)])
             flat = latents.flatten(0, 1).repeat(count, 1, 1, 1), timesteps.flatten().repeat(count)
-            return list(policy.predict_noise(*flat, embeddings).unflatten(0, (count, *timesteps.shape)))
+            return list(policy.predict_noise(*flat, conditioning).unflatten(0, (count, *timesteps.shape)))
 
         with policy.reference():
             conditional, unconditional = predictions(prompts, empty)

@@ -309,9 +309,9 @@ class MACE:
         clean = torch.stack(latents).to(policy.device)
         height, width = clean.shape[-2:]
         noise = SampleNoise(batch.seeds, height=height, width=width, device=policy.device).draw()
-        embeddings = policy.encode([prompt.text for prompt in prompts])
+        conditioning = policy.encode([prompt.text for prompt in prompts])
         with recorded_attention(policy.unet) as record:
-            policy.predict_noise(policy.add_noise(clean, noise, timesteps), timesteps, embeddings)
+            policy.predict_noise(policy.add_noise(clean, noise, timesteps), timesteps, conditioning)
         norm = attention_norm(record, masks, penalised(policy, prompts), height=height, width=width)
         # No attention depends on the last layer's values; training in several processes needs every weight reached.
         *_, last = record

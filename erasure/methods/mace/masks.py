@@ -125,12 +125,12 @@ def attention_masks(
     """
     height, width = latents.shape[-2:]
     stream = SampleNoise(seeds, height=height, width=width, device=policy.device)
-    embeddings = policy.encode(prompts)
+    conditioning = policy.encode(prompts)
     maps = []
     for timestep in timesteps:
         times = torch.full((len(latents),), timestep, device=policy.device)
         with recorded_attention(policy.unet) as record:
-            policy.predict_noise(policy.add_noise(latents.to(policy.device), stream.draw(), times), times, embeddings)
+            policy.predict_noise(policy.add_noise(latents.to(policy.device), stream.draw(), times), times, conditioning)
         maps.append(concept_map(record, words, height=height, width=width, side=side))
     mean = torch.stack(maps).mean(dim=0)
     return mean >= threshold * mean.amax(dim=(1, 2), keepdim=True)

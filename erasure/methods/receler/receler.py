@@ -31,15 +31,15 @@ from erasure.methods.attention_maps import concept_map, layer_shape, recorded_at
 from erasure.phrases import check_words, own_phrases
 from erasure.protocols import ConceptBatch, check_trainable
 from erasure.rollout import erased_target, noised_latents
-from overpaint.policy import DiffusionPolicy
+from overpaint.policy import Conditioning, DiffusionPolicy
 from overpaint.policy.added import add_networks, remove_networks
-from overpaint.policy.types import Embeddings, Latents, PerSample
+from overpaint.policy.types import Latents, PerSample
 from overpaint.settings import Field, settings
 
 from .erasers import AddedNetworks, check_free, fresh_erasers, recorded_erasers
 
 SoftTokens = Float[Tensor, "batch count dim"]
-"""Embeddings that are no word's, some for each prompt; float32."""
+"""Conditioning that are no word's, some for each prompt; float32."""
 
 
 @settings
@@ -176,7 +176,7 @@ class Receler:
         latents, timesteps = noised_latents(
             policy, prompts, batch.seeds, steps=cfg.steps, guidance_scale=cfg.guidance_scale
         )
-        tokens = first_tokens(batch.seeds, cfg.tokens, prompts.shape[-1]).to(policy.device)
+        tokens = first_tokens(batch.seeds, cfg.tokens, prompts.tokens.shape[-1]).to(policy.device)
         return self.total(self.terms(policy, batch.prompts, latents, timesteps, tokens))
 
     def total(self, terms: Terms) -> PerSample:
@@ -193,20 +193,20 @@ class Receler:
     ) -> Terms:
         """Returns the parts of the loss for given latents and soft tokens before their first step, with gradient."""
         cfg = self.config
-        embeddings, words = policy.encode(prompts), words_of(policy, prompts)
+        conditioning, words = policy.encode(prompts), words_of(policy, prompts)
         height, width = latents.shape[-2:]
         with policy.reference():
             unconditional = policy.predict_noise(latents, timesteps, policy.encode([""] * len(prompts)))
             with recorded_attention(policy.unet) as attention:
-                conditional = policy.predict_noise(latents, timesteps, embeddings)
+                conditional = policy.predict_noise(latents, timesteps, conditioning)
             where = concept_map(attention, words, height=height, width=width, side=cfg.mask_side)
         target = erased_target(conditional, unconditional, negative_guidance=cfg.negative_guidance)
 
         if cfg.variant == "paper":
-            tokens = self.attack(policy, embeddings, words, latents, timesteps, conditional, tokens)
-            embeddings = with_tokens(embeddings, words, tokens)
+            tokens = self.attack(policy, conditioning, words, latents, timesteps, conditional, tokens)
+            conditioning = with_tokens(conditioning, words, tokens)
         with recorded_erasers(policy.unet) as added:
-            prediction = policy.predict_noise(latents, timesteps, embeddings)
+            prediction = policy.predict_noise(latents, timesteps, conditioning)
         erased = (prediction - target).square().flatten(1).mean(dim=1)
         if not added:
             return Terms(erased, torch.zeros_like(erased))
@@ -215,7 +215,7 @@ class Receler:
     def attack(
         self,
         policy: DiffusionPolicy,
-        embeddings: Embeddings,
+        conditioning: Conditioning,
         words: Bool[Tensor, "batch tokens"],
         latents: Latents,
         timesteps: Int[Tensor, " batch"],
@@ -226,7 +226,7 @@ class Receler:
 
         Args:
             policy: Under attack.
-            embeddings: The concept's.
+            conditioning: The concept's.
             words: Where the words of each are.
             latents: Noised.
             timesteps: Of each sample.
@@ -238,7 +238,7 @@ class Receler:
         adam = torch.optim.Adam([tokens], lr=cfg.token_learning_rate, weight_decay=cfg.token_weight_decay)
         for _ in range(cfg.inner_steps - 1):
             with torch.enable_grad():
-                prediction = policy.predict_noise(latents, timesteps, with_tokens(embeddings, words, tokens))
+                prediction = policy.predict_noise(latents, timesteps, with_tokens(conditioning, words, tokens))
                 distance = (prediction - wanted).square().sum()
             # Of the sum and then divided: the gradient of a mean is too small for half precision.
             tokens.grad = torch.autograd.grad(distance, tokens)[0] / wanted[0].numel()
@@ -252,15 +252,16 @@ def first_tokens(seeds: Sequence[int], count: int, width: int) -> SoftTokens:
     return torch.stack([torch.rand(count, width, generator=generator) for generator in generators])
 
 
-def with_tokens(prompts: Embeddings, words: Bool[Tensor, "batch tokens"], tokens: SoftTokens) -> Embeddings:
+def with_tokens(prompts: Conditioning, words: Bool[Tensor, "batch tokens"], tokens: SoftTokens) -> Conditioning:
     """Returns prompts in which soft tokens take the places behind the words, as far as there are places.
 
     The end token's place is the first of them. Gradients flow to the tokens.
     """
-    places = torch.arange(prompts.shape[1], device=prompts.device) - 1 - words.sum(dim=1, keepdim=True)
+    hard = prompts.tokens
+    places = torch.arange(hard.shape[1], device=hard.device) - 1 - words.sum(dim=1, keepdim=True)
     taken = (places >= 0) & (places < tokens.shape[1])
-    index = places.clamp(0, tokens.shape[1] - 1).unsqueeze(-1).expand_as(prompts)
-    return torch.where(taken.unsqueeze(-1), tokens.gather(1, index), prompts)
+    index = places.clamp(0, tokens.shape[1] - 1).unsqueeze(-1).expand_as(hard)
+    return prompts.with_tokens(torch.where(taken.unsqueeze(-1), tokens.gather(1, index), hard))
 
 
 def outside(

@@ -20,11 +20,11 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from erasure.cache import claim
-from overpaint.policy import DiffusionPolicy
+from overpaint.policy import Conditioning, DiffusionPolicy
 from overpaint.policy.atomic import atomic_file, this_process
 from overpaint.policy.digest import tensors_hash
 from overpaint.policy.noise import draw_noise
-from overpaint.policy.types import Embeddings, Latents
+from overpaint.policy.types import Latents
 from overpaint.policy.weights import ADAPTER, base_parameters, plain_name
 from overpaint.settings import Field, settings
 
@@ -174,7 +174,7 @@ def fisher_information(
 def _losses(
     policy: DiffusionPolicy,
     clean: Latents,
-    embedding: Embeddings,
+    prompt: Conditioning,
     timesteps: Int[Tensor, " taken"],
     parts: int,
     generator: torch.Generator,
@@ -183,9 +183,7 @@ def _losses(
     height, width = clean.shape[-2:]
     for part in timesteps.tensor_split(parts):
         noise = draw_noise([generator] * len(part), height=height, width=width, device=clean.device)
-        yield noise_errors(
-            policy, clean.expand_as(noise), noise, part.to(clean.device), embedding.expand(len(part), -1, -1)
-        )
+        yield noise_errors(policy, clean.expand_as(noise), noise, part.to(clean.device), prompt.expand(len(part)))
 
 
 def noise_errors(
@@ -193,10 +191,10 @@ def noise_errors(
     clean: Latents,
     noise: Latents,
     timesteps: Int[Tensor, " batch"],
-    embeddings: Embeddings,
+    conditioning: Conditioning,
 ) -> Float[Tensor, " batch"]:
     """Returns the mean of (ε - ε(x_t, t, c))² over the elements of each sample, in squared units of the noise."""
-    prediction = policy.predict_noise(policy.add_noise(clean, noise, timesteps), timesteps, embeddings)
+    prediction = policy.predict_noise(policy.add_noise(clean, noise, timesteps), timesteps, conditioning)
     return (noise - prediction).square().flatten(1).mean(dim=1)
 
 

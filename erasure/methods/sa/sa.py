@@ -226,8 +226,8 @@ class SA:
 
     def errors(self, policy: DiffusionPolicy, examples: Examples) -> tuple[PerSample, PerSample]:
         """Returns the squared errors for the concept and the replay; the latter are zero without weight."""
-        embeddings = policy.encode(examples.captions)
-        errors = noise_errors(policy, examples.clean, examples.noise, examples.timesteps, embeddings)
+        conditioning = policy.encode(examples.captions)
+        errors = noise_errors(policy, examples.clean, examples.noise, examples.timesteps, conditioning)
         if not self.config.replay_weight:
             return errors, torch.zeros_like(errors)
         forgotten, replayed = errors.chunk(2)

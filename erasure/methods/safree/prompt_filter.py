@@ -78,12 +78,10 @@ class PromptFilter:
 
     def ids(self, text: str) -> list[int]:
         """Returns the tokens of a text from start to end, cut off where the context ends."""
-        config, tokenizer = self.prompts.text_encoder.config, self.prompts.tokenizer
-        room = min(tokenizer.model_max_length, config.max_position_embeddings)
-        return tokenizer(text, truncation=True, max_length=room)["input_ids"]
+        return self.prompts.tokenizer(text, truncation=True, max_length=self.prompts.room)["input_ids"]
 
     def _filter(self, prompt: str) -> FilteredPrompt:
-        embedding = self.prompts([prompt])[0].cpu().double()
+        embedding = self.prompts([prompt]).tokens[0].cpu().double()
         left_out = self.without_each_token(prompt)
         words = len(left_out)
         if words == 0:

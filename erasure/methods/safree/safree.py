@@ -18,7 +18,7 @@ from erasure.erased import Erasure
 from erasure.guards import GuardChange
 from erasure.phrases import check_words
 from erasure.strength import check_strength
-from overpaint.policy import ClassifierFree, DiffusionPolicy, Guidance, StepContext
+from overpaint.policy import ClassifierFree, Conditioning, DiffusionPolicy, Guidance, StepContext
 from overpaint.policy.parts import Pipeline, UNet
 from overpaint.policy.prompts import PromptEncoder
 from overpaint.policy.types import Embeddings
@@ -147,7 +147,7 @@ class SAFREEGuard:
     Args:
         config: Settings, concepts included.
         strength: See `SAFREE.erase`.
-        prompts: Tells the words of embeddings.
+        prompts: Encodes the concepts, and prompts with tokens left out.
         unet: What predictions are made with.
     """
 
@@ -170,7 +170,7 @@ class SAFREEGuard:
                 fine=1 - share * (1 - config.fine_factor),
                 replace=config.fourier_filter == "released",
             )
-        self._seen: tuple[Embeddings, Embeddings, Int[Tensor, " batch"]] | None = None
+        self._seen: tuple[object, Embeddings, Int[Tensor, " batch"]] | None = None
 
     def __repr__(self) -> str:
         """Shows the settings: what was drawn under it is known by them."""
@@ -184,26 +184,23 @@ class SAFREEGuard:
         """Makes a plain diffusers pipeline draw in the same way, in place; see `SAFREEChange`."""
         SAFREEChange(self.config, self.strength).apply_to_pipeline(pipeline)
 
-    def filtered(self, prompt: Embeddings) -> tuple[Embeddings, Int[Tensor, " batch"]]:
+    def filtered(self, prompt: Conditioning) -> tuple[Embeddings, Int[Tensor, " batch"]]:
         """Returns filtered embeddings and the last of 50 steps that sees each, on the embeddings' device.
 
-        The last answer is kept: a sampling loop asks for the same prompts at every step.
+        The last answer is cached: a sampling loop wants the same prompts at every step.
         """
-        if self._seen is None or not (
-            self._seen[0].shape == prompt.shape
-            and (self._seen[0].dtype, self._seen[0].device) == (prompt.dtype, prompt.device)
-            and torch.equal(self._seen[0], prompt)
-        ):
-            filtered = [self.filter(text) for text in self.prompts.texts(prompt)]
-            rows = torch.stack([each.embedding for each in filtered]).to(prompt)
-            last = torch.tensor([each.last_step for each in filtered], device=prompt.device)
-            self._seen = prompt.clone(), rows, last
+        wanted = prompt.texts, prompt.tokens.device, prompt.tokens.dtype
+        if self._seen is None or self._seen[0] != wanted:
+            filtered = [self.filter(text) for text in prompt.texts]
+            rows = torch.stack([each.embedding for each in filtered]).to(prompt.tokens)
+            last = torch.tensor([each.last_step for each in filtered], device=prompt.tokens.device)
+            self._seen = wanted, rows, last
         return self._seen[1:]
 
-    def negative(self, empty: Embeddings) -> Embeddings:
+    def negative(self, empty: Conditioning) -> Conditioning:
         """Returns the joined concepts, cut off where the text encoder's context ends, for each row of `empty`."""
-        joined = self.prompts([", ".join(self.config.concepts or ())]).to(empty)
-        return torch.lerp(empty, joined.expand_as(empty), min(self.strength, 1.0))
+        joined = self.prompts([", ".join(self.config.concepts or ())]).to(empty.tokens).expand(len(empty))
+        return joined.with_tokens(torch.lerp(empty.tokens, joined.tokens, min(self.strength, 1.0)))
 
 
 class SAFREEGuidance:
@@ -226,23 +223,19 @@ class SAFREEGuidance:
         self.guard = guard
         self.guidance = guidance
 
-    def embeddings(
-        self, prompt: Embeddings, empty: Embeddings, context: StepContext
-    ) -> Float[Tensor, "branches batch tokens dim"]:
+    def branches(self, prompt: Conditioning, empty: Conditioning, context: StepContext) -> tuple[Conditioning, ...]:
         """Returns what to lead away from (not at scale 1), the prompts of this step, and the originals to compare."""
         filtered, last = self.guard.filtered(prompt)
         active = context.steps.to(last) * PUBLISHED_STEPS < (last + 1) * context.total
         if self.guard.config.negative_prompt:
             empty = self.guard.negative(empty)
-        towards = torch.where(active[:, None, None], filtered, prompt)
-        branches = self.guidance.embeddings(towards, empty, context)
+        towards = prompt.with_tokens(torch.where(active[:, None, None], filtered, prompt.tokens))
+        branches = self.guidance.branches(towards, empty, context)
         if self.guard.reattention is None:
             return branches
         compared = active if active.any() else None
-        self.guard.reattention.start(compared, branches=self.guidance.branches)
-        if compared is None:
-            return branches
-        return torch.cat([branches, prompt.unsqueeze(0)])
+        self.guard.reattention.start(compared, branches=len(branches))
+        return branches if compared is None else (*branches, prompt)
 
     def combine(
         self, predictions: Float[Tensor, "branches batch 4 h w"], context: StepContext
@@ -257,7 +250,7 @@ class SAFREEGuidance:
                 "latent re-attention works in the UNet that SAFREE was applied with, and another one made the "
                 "predictions; apply it to their own policy, or erase with SAFREEConfig(latent_reattention=False)"
             )
-        return self.guidance.combine(predictions[: self.guidance.branches], context)
+        return self.guidance.combine(predictions[: self.guidance.num_branches], context)
 
 
 class PipelineSAFREE:
@@ -271,7 +264,7 @@ class PipelineSAFREE:
     def __init__(self, pipeline: Pipeline, guard: SAFREEGuard) -> None:
         self.pipeline = pipeline
         self.guard = guard
-        self._rows: Embeddings | None = None
+        self._rows: Conditioning | None = None
         self._guidance: SAFREEGuidance | None = None
         self._changed = False
         self._encode = pipeline.encode_prompt
@@ -322,11 +315,12 @@ class PipelineSAFREE:
         own = negative_prompt_embeds is not None or any(
             [negative_prompt] if isinstance(negative_prompt, str) else negative_prompt or []
         )
-        guided = ClassifierFree(2.0, encoded[1] if own else None)  # any scale: the pipeline applies its own
+        negative = Conditioning(("",) * len(encoded[1]), encoded[1]) if own else None
+        guided = ClassifierFree(2.0, negative)  # any scale: the pipeline applies its own
         self._guidance = SAFREEGuidance(self.guard, guided if do_classifier_free_guidance else ClassifierFree(1.0))
         texts = [prompt] if isinstance(prompt, str) else list(prompt)
-        self._rows = self.guard.prompts(texts).to(device).repeat_interleave(num_images_per_prompt, dim=0)
-        return self._rows, encoded[1]
+        self._rows = self.guard.prompts(texts).to(device).repeat_interleave(num_images_per_prompt)
+        return self._rows.tokens, encoded[1]
 
     def _before(
         self, unet: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]
@@ -336,21 +330,23 @@ class PipelineSAFREE:
         states, rows = named.get("encoder_hidden_states"), self._rows
         if rows is None or self._guidance is None or states is None:
             return None
-        count = self._guidance.guidance.branches
+        count = self._guidance.guidance.num_branches
         if len(states) != count * len(rows):
             return None
         *away, prompts = states.chunk(count)
-        if named.get("return_dict", True) or not torch.equal(prompts, rows):
+        if named.get("return_dict", True) or not torch.equal(prompts, rows.tokens):
             return None
         latents, timestep, *rest = inputs
         timesteps = self.pipeline.scheduler.timesteps.unique()  # some schedulers visit one twice
         steps = (timesteps > timestep).sum().expand(len(rows))
-        context = StepContext(steps, len(timesteps), torch.ones(len(rows), device=rows.device))
-        branches = self._guidance.embeddings(prompts, away[0] if away else self.guard.prompts.empty(prompts), context)
+        context = StepContext(steps, len(timesteps), torch.ones(len(rows), device=prompts.device))
+        empty = self.guard.prompts.empty(rows) if not away else Conditioning(("",) * len(rows), away[0])
+        branches = self._guidance.branches(rows, empty, context)
         if len(branches) > count:
             latents = torch.cat([latents, latents[-len(rows) :]])
         self._changed = True
-        return (latents, timestep, *rest), {**named, "encoder_hidden_states": branches.flatten(0, 1)}
+        tokens = torch.cat([branch.tokens for branch in branches])
+        return (latents, timestep, *rest), {**named, "encoder_hidden_states": tokens}
 
     def _after(self, unet: nn.Module, inputs: tuple[Any, ...], output: Any) -> Any:
         """Leaves out the predictions that were only compared with."""
@@ -358,4 +354,4 @@ class PipelineSAFREE:
             return output
         if self.guard.reattention is not None:
             self.guard.reattention.stop()
-        return (output[0][: self._guidance.guidance.branches * len(self._rows)],)
+        return (output[0][: self._guidance.guidance.num_branches * len(self._rows)],)
