@@ -130,14 +130,3 @@ def weights_hash(unet: nn.Module, names: Iterable[str]) -> str:
     if missing := sorted(names - parameters.keys()):
         raise ValueError(f"the UNet must have every parameter that the erasure changes, and lacks {missing[0]!r}")
     return tensors_hash({name: parameters[name] for name in names})
-
-
-def change_of(kind: str, folder: Path) -> Change:
-    """Reads a saved change of some kind.
-
-    Raises:
-        ValueError: There is no such kind, or the folder does not hold it.
-    """
-    if kind not in KINDS:
-        raise ValueError(f"the kind of a change must be one of {', '.join(KINDS)}, got {kind!r}")
-    return KINDS[kind].load(folder)

@@ -16,6 +16,7 @@ from overpaint.training import TrainingConfig, TrainingRun, process_state
 from .changes import WeightChange
 from .concept import Concept
 from .erased import Erasure
+from .generated import for_run
 from .protocols import ConceptBatch, Objective
 
 
@@ -98,6 +99,7 @@ def erase_by_descent(
     Raises:
         ValueError: As `descend`.
     """
+    objective = for_run(objective, output_dir, progress=progress)
     student = student or policy.student_copy(objective.config.train)
     before = {name: value.clone() for name, value in merged_state(student.unet).items()}
     descend(objective, student, concept, output_dir=output_dir, resume=resume, progress=progress)

@@ -10,7 +10,7 @@ from typing import Any
 from overpaint.policy import DiffusionPolicy, WeightDelta
 from overpaint.policy.parts import Pipeline
 
-from .changes import Change, WeightChange, change_of
+from .changes import KINDS, Change, WeightChange
 from .concept import Concept
 
 RECORD_FILE = "erasure.json"
@@ -119,11 +119,13 @@ class Erasure:
         record = json.loads(path.read_text(encoding="utf-8"))
         if record.get("format") != RECORD_FORMAT:
             raise ValueError(f"{path} must be of format {RECORD_FORMAT!r}, got {record.get('format')!r}")
+        if (kind := record["kind"]) not in KINDS:
+            raise ValueError(f"the kind of a change must be one of {', '.join(KINDS)}, got {kind!r}")
         return cls(
             method=record["method"],
             config=record["config"],
             concept=Concept.from_json(record["concept"]),
-            change=change_of(record["kind"], Path(folder)),
+            change=KINDS[kind].load(Path(folder)),
             base=record["base"],
         )
 

@@ -4,10 +4,11 @@ Drawing a thousand of them takes longer than some of the trainings do, so a fold
 drawing that was interrupted goes on where it stopped.
 """
 
+import copy
 import random
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import torch
 from safetensors import SafetensorError
@@ -28,6 +29,37 @@ SHARD = 32
 
 RECORD_FILE = "generated.json"
 RECORD_FORMAT = "overpaint.Generated/2"
+
+
+@runtime_checkable
+class DrawingObjective(Protocol):
+    """An objective that draws pictures when it is prepared, and can keep them."""
+
+    config: Any
+    """Settings, with `steps`, `guidance_scale`, `draw_batch_size` and `descent`."""
+
+    folder: Path | None
+    """Keeps what is prepared."""
+
+    folder_name: str
+    """Of the folder within a run's, where there is no other."""
+
+    progress: bool
+    """Whether progress bars are shown."""
+
+
+AnyObjective = TypeVar("AnyObjective")
+
+
+def for_run(objective: AnyObjective, output_dir: str | Path | None, *, progress: bool) -> AnyObjective:
+    """Returns an objective for one run; one that draws pictures is copied, and keeps them in the run's folder."""
+    if not isinstance(objective, DrawingObjective):
+        return objective
+    own = copy.copy(objective)
+    if own.folder is None and output_dir is not None:
+        own.folder = Path(output_dir) / own.folder_name
+    own.progress = progress
+    return own
 
 
 def generated_latents(
@@ -101,25 +133,25 @@ def generated_latents(
     return torch.cat([shards[start] for start in starts])
 
 
-def pictures_in_turns(
+def drawn_pictures(
+    objective: DrawingObjective,
     policy: DiffusionPolicy,
     kind: str,
     prompts: Sequence[str],
     count: int,
     *,
-    seed: int,
-    steps: int,
-    guidance: ClassifierFree,
-    batch_size: int,
     folder: Path | None,
-    progress: bool,
+    negative: str = "",
 ) -> Latents:
-    """Draws pictures with a policy's reference, for prompts that take turns; their seeds follow from kind and seed."""
-    seeds = [random.Random(f"{kind} {index} of {seed}").randrange(2**31) for index in range(count)]
+    """Draws pictures with a policy's reference for prompts that take turns; the seeds follow from kind and config."""
+    cfg = objective.config
+    seeds = [random.Random(f"{kind} {index} of {cfg.descent.seed}").randrange(2**31) for index in range(count)]
+    guidance = ClassifierFree(cfg.guidance_scale, policy.encode([negative]) if negative else None)
     with policy.reference():
         return generated_latents(
             policy, in_turns(prompts, count), seeds,
-            steps=steps, guidance=guidance, batch_size=batch_size, folder=folder, progress=progress,
+            steps=cfg.steps, guidance=guidance, batch_size=cfg.draw_batch_size,
+            folder=folder, progress=objective.progress,
         )  # fmt: skip
 
 

@@ -4,7 +4,6 @@ Source: Kumari et al. (2023), https://arxiv.org/abs/2303.13516, written from its
 nupurkmr9/concept-ablation (MIT), commit c11fb1b. See docs/erasure.md for each departure.
 """
 
-import copy
 import random
 from collections.abc import Generator
 from contextlib import contextmanager, nullcontext
@@ -17,12 +16,11 @@ from torch import Tensor, nn
 
 from erasure.concept import Concept
 from erasure.descend import DescentConfig, erase_by_descent
-from erasure.erased import Erasure
 from erasure.estimate import UNetCalls
-from erasure.generated import pictures_in_turns
+from erasure.generated import drawn_pictures
 from erasure.phrases import check_absent, check_length, check_words, longest
 from erasure.protocols import ConceptBatch
-from overpaint.policy import ClassifierFree, DiffusionPolicy
+from overpaint.policy import DiffusionPolicy
 from overpaint.policy.noise import SampleNoise
 from overpaint.policy.types import Latents, PerSample
 from overpaint.settings import Field, settings
@@ -133,6 +131,8 @@ class AC:
     """
 
     name = "AC"
+    folder_name = "anchors"
+    erase = erase_by_descent
 
     def __init__(
         self, config: ACConfig | None = None, *, folder: str | Path | None = None, progress: bool = True
@@ -141,22 +141,6 @@ class AC:
         self.folder = None if folder is None else Path(folder)
         self.progress = progress
         self._pictures: Latents | None = None
-
-    def erase(
-        self,
-        policy: DiffusionPolicy,
-        concept: Concept,
-        *,
-        output_dir: str | Path | None = None,
-        resume: bool = False,
-        progress: bool = True,
-    ) -> Erasure:
-        """Erases as `erase_by_descent` does; the anchor's pictures are kept in `output_dir` too."""
-        objective = copy.copy(self)
-        if self.folder is None and output_dir is not None:
-            objective.folder = Path(output_dir) / "anchors"
-        objective.progress = progress
-        return erase_by_descent(objective, policy, concept, output_dir=output_dir, resume=resume, progress=progress)
 
     def unet_calls(self) -> UNetCalls:
         """Returns the calls for a sample: the teacher's, and the student's for the concept and for the prior."""
@@ -176,12 +160,9 @@ class AC:
                 "detach_start must be False for a policy with gradient checkpointing, which would compute keys and "
                 "values anew without it"
             )
-        guidance = ClassifierFree(cfg.guidance_scale, policy.encode([negative]) if negative else None)
-        pictures = pictures_in_turns(
-            policy, "anchor", cfg.anchors, cfg.images,
-            seed=cfg.descent.seed, steps=cfg.steps, guidance=guidance,
-            batch_size=cfg.draw_batch_size, folder=self.folder, progress=self.progress,
-        )  # fmt: skip
+        pictures = drawn_pictures(
+            self, policy, "anchor", cfg.anchors, cfg.images, folder=self.folder, negative=negative
+        )
         self._pictures = torch.cat([pictures, mirrored(policy, pictures)]) if cfg.mirror else pictures
 
     def loss(self, policy: DiffusionPolicy, batch: ConceptBatch) -> PerSample:

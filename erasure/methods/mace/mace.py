@@ -13,7 +13,6 @@ Source: Lu et al. (2024), https://arxiv.org/abs/2403.06135, written from its equ
 Shilin-LU/MACE, for non-commercial use only; nothing here was taken from it. See docs/erasure.md for each departure.
 """
 
-import copy
 import random
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, replace
@@ -29,7 +28,7 @@ from erasure.concept import Concept
 from erasure.descend import DescentConfig, descend
 from erasure.erased import Erasure
 from erasure.estimate import UNetCalls
-from erasure.generated import generated_latents, in_turns
+from erasure.generated import for_run, generated_latents, in_turns
 from erasure.methods.attention_maps import CrossAttention, layer_shape, recorded_attention
 from erasure.methods.keys_and_values import keys_and_values
 from erasure.phrases import (
@@ -186,6 +185,7 @@ class MACE:
     """
 
     name = "MACE"
+    folder_name = "pictures"
 
     def __init__(
         self,
@@ -233,10 +233,7 @@ class MACE:
         cfg = self.config
         check_words(policy, concept)
         phrases = own_phrases(concept.phrases)
-        objective = copy.copy(self)
-        if self.folder is None and output_dir is not None:
-            objective.folder = Path(output_dir) / "pictures"
-        objective.progress = progress
+        objective = for_run(self, output_dir, progress=progress)
         prior, count = self.prior(concept)
         templates = {phrase: list(dict.fromkeys([*cfg.templates, *own])) for phrase, own in phrases.items()}
         texts = read_texts(policy, templates, concept.anchor, prior)

@@ -5,7 +5,6 @@ clear-nus/selective-amnesia, commit b736571 (MIT at its root; its `sd/` folder, 
 opened). See docs/erasure.md for each departure.
 """
 
-import copy
 import random
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,12 +16,11 @@ from torch import Tensor
 
 from erasure.concept import Concept
 from erasure.descend import DescentConfig, erase_by_descent
-from erasure.erased import Erasure
 from erasure.estimate import UNetCalls
-from erasure.generated import in_turns, pictures_in_turns
+from erasure.generated import drawn_pictures, in_turns
 from erasure.phrases import check_absent, check_length, check_words, longest
 from erasure.protocols import ConceptBatch, check_trainable
-from overpaint.policy import ClassifierFree, DiffusionPolicy
+from overpaint.policy import DiffusionPolicy
 from overpaint.policy.noise import SampleNoise
 from overpaint.policy.types import Latents, PerSample
 from overpaint.settings import Field, settings
@@ -130,6 +128,8 @@ class SA:
     """
 
     name = "SA"
+    folder_name = "prepared"
+    erase = erase_by_descent
 
     def __init__(self, config: SAConfig | None = None, folder: str | Path | None = None) -> None:
         self.config = config or SAConfig()
@@ -139,22 +139,6 @@ class SA:
         self._replay: Latents | None = None
         self._fisher: dict[str, Tensor] = {}
         self._start: dict[str, Tensor] = {}
-
-    def erase(
-        self,
-        policy: DiffusionPolicy,
-        concept: Concept,
-        *,
-        output_dir: str | Path | None = None,
-        resume: bool = False,
-        progress: bool = True,
-    ) -> Erasure:
-        """Erases as `erase_by_descent` does; pictures and Fisher information are kept in `output_dir` too."""
-        objective = copy.copy(self)
-        if self.folder is None and output_dir is not None:
-            objective.folder = Path(output_dir) / "prepared"
-        objective.progress = progress
-        return erase_by_descent(objective, policy, concept, output_dir=output_dir, resume=resume, progress=progress)
 
     def unet_calls(self) -> UNetCalls:
         """Returns the calls for a sample: one for the concept, one for the replay."""
@@ -234,13 +218,8 @@ class SA:
         return forgotten, replayed
 
     def _draw(self, policy: DiffusionPolicy, kind: str, prompts: Sequence[str], count: int) -> Latents:
-        cfg = self.config
-        return pictures_in_turns(
-            policy, kind, prompts, count,
-            seed=cfg.descent.seed, steps=cfg.steps, guidance=ClassifierFree(cfg.guidance_scale),
-            batch_size=cfg.draw_batch_size, folder=None if self.folder is None else self.folder / kind,
-            progress=self.progress,
-        )  # fmt: skip
+        folder = None if self.folder is None else self.folder / kind
+        return drawn_pictures(self, policy, kind, prompts, count, folder=folder)
 
 
 def weighted_change(fisher: dict[str, Tensor], changed: dict[str, Tensor]) -> Float[Tensor, ""]:
