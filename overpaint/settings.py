@@ -75,7 +75,8 @@ def _in_words(made: Any, error: Any) -> str:
     """Returns one broken rule as a sentence."""
     name = made.__name__
     if error["type"] == "value_error":  # raised by `__post_init__`, which knows more fields than one
-        return f"{name}: {error['ctx']['error']}"
+        told = str(error["ctx"]["error"])
+        return f"{name}.{told}" if told.split(" ")[0] in made.__dataclass_fields__ else f"{name}: {told}"
     first, *inner = error["loc"]
     field = f"{name}.{first}" + "".join(f"[{part!r}]" for part in inner if not isinstance(part, str))
     if error["type"] == "unexpected_keyword_argument":

@@ -23,7 +23,7 @@ class ReFLConfig:
     first_reward_step: int = Field(30, ge=0)
     """Earliest step, counted from noise, that the reward may be backpropagated through."""
 
-    last_reward_step: int = 39
+    last_reward_step: int = Field(39, ge=0)
     """Latest such step. One step for each iteration is drawn uniformly between the two, both included."""
 
     truncation_steps: int = Field(1, ge=1)
@@ -69,11 +69,10 @@ class ReFLConfig:
     def __post_init__(self) -> None:
         """Checks that the steps fit into each other."""
         first, last, steps = self.first_reward_step, self.last_reward_step, self.truncation_steps
-        if not first <= last < self.steps:
-            raise ValueError(
-                f"first_reward_step must be at most last_reward_step, and that below steps={self.steps}, got {first} "
-                f"and {last}"
-            )
+        if last >= self.steps:
+            raise ValueError(f"last_reward_step must be below steps={self.steps}, got {last}")
+        if first > last:
+            raise ValueError(f"first_reward_step must be at most last_reward_step={last}, got {first}")
         if steps > first + 1:
             raise ValueError(f"truncation_steps must be at most first_reward_step + 1 = {first + 1}, got {steps}")
         if self.low_variance_noises and steps > 1:

@@ -55,7 +55,7 @@ class Outer:
         ({"limit": -1.0}, "Outer.limit must be above 0, got -1.0"),
         ({"limit": math.nan}, "Outer.limit must be above 0, got nan"),
         ({"inner": {"share": 1.0}}, "Outer.inner must be an instance of Inner, got {'share': 1.0}"),
-        ({"count": 11}, "Outer: count must be at most ten for each name, got 11"),
+        ({"count": 11}, "Outer.count must be at most ten for each name, got 11"),
         (
             {"cuont": 1},
             "Outer.cuont must be one of count, names, limit, folder, inner, got cuont=1; did you mean count?",

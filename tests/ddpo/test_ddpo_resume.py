@@ -131,7 +131,7 @@ def train(
             policy.trainable_state(),
             trainer.statistics.state_dict(),
             constraint.lagrangian.state_dict(),
-            trainer.early_stopping.state_dict()["numbers"],
+            {**trainer.early_stopping.state_dict(), "weights": None},
             [{tag: value for tag, value in line.items() if not tag.startswith("seconds/")} for line in lines],
             list(drawn),
         )

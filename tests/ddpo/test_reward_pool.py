@@ -436,10 +436,10 @@ def test_a_prompt_too_few_is_refused_at_once() -> None:
         ("workers", 0, "be at least 1"),
         ("max_waiting", 0, "be at least 1"),
         ("attempts", 0, "be at least 1"),
-        ("timeout", 0.0, "be positive"),
-        ("timeout", math.nan, "be positive"),
-        ("backoff", -1.0, "be finite and not negative"),
-        ("backoff", math.inf, "be finite and not negative"),
+        ("timeout", 0.0, "be above 0"),
+        ("timeout", math.nan, "be above 0"),
+        ("backoff", -1.0, "be at least 0"),
+        ("backoff", math.inf, "be a finite number"),
     ],
 )
 def test_error_names_field_rule_and_value(name: str, value: float, rule: str) -> None:

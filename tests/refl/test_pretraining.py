@@ -195,7 +195,7 @@ def test_loss_is_finite_and_the_velocitys_where_a_schedule_ends_without_signal(v
     generator = seeded(seed)
     torch.randint(last + 1, (), generator=generator)
     noise = torch.randn(1, 4, 8, 8, generator=generator)
-    velocity = policy.unet(noise, torch.tensor([last]), encoder_hidden_states=embedding).sample
+    velocity = policy.unet(noise, torch.tensor([last]), encoder_hidden_states=embedding.tokens).sample
     torch.testing.assert_close(loss, (velocity + latents).square().mean(dim=(1, 2, 3)), rtol=1e-5, atol=1e-6)
     loss.sum().backward()
     gradients = [parameter.grad for parameter in policy.trainable_parameters()]

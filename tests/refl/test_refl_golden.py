@@ -18,7 +18,7 @@ from golden_case import GOLDEN, GoldenCase, Record, Tensors, image_reward_config
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from overpaint.policy import ClassifierFree, Conditioning, DiffusionPolicy
+from overpaint.policy import ClassifierFree, Conditioning, DiffusionPolicy, SampleNoise
 from overpaint.training import TrainingConfig, TrainingRun, make_optimizer
 from refl import ReFLConfig, ReFLTrainer, hinge, one_step_images
 from rewards import ImageReward
@@ -97,7 +97,7 @@ def golden_policy(case: Record, pipeline_dir: Path) -> DiffusionPolicy:
     return DiffusionPolicy(pipeline, train="full", device="cpu")
 
 
-class RecordedNoise:
+class RecordedNoise(SampleNoise):
     """The noises of the golden case in their order, in place of a policy's own."""
 
     def __init__(self, golden: Tensors) -> None:

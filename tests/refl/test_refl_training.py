@@ -224,8 +224,9 @@ def test_logged_tags_are_those_of_what_is_switched_on(
 
 
 def test_every_logged_tag_is_defined_in_the_documentation() -> None:
-    text = (Path(__file__).resolve().parents[2] / "docs" / "refl.md").read_text(encoding="utf-8")
-    source = (Path(__file__).resolve().parents[2] / "refl" / "trainer.py").read_text(encoding="utf-8")
+    root = Path(__file__).resolve().parents[2]
+    text = (root / "docs" / "refl.md").read_text(encoding="utf-8")
+    source = "".join((root / file).read_text() for file in ("refl/trainer.py", "overpaint/training/loop.py"))
     tags = {word for word in source.split('"') if word.startswith(("reward/", "train/", "erasure/"))}
     assert len(tags) == 11
     assert [tag for tag in sorted(tags) if f"| `{tag}` |" not in text] == []
