@@ -27,11 +27,9 @@ from erasure import Erasure
 from erasure.cache import claim
 from erasure.registry import METHODS, erase, method_named
 from overpaint.evaluation import DrawConfig, ImageFolder, Report, Scores, compare, write_folder
-from overpaint.evaluation.command_line import command_line
 from overpaint.evaluation.experiments.erasures import Line, html_table, line_of, markdown_table
-from overpaint.evaluation.experiments.examine import examine
-from overpaint.evaluation.experiments.experiment import TINY_WORLD, Subject, subject
-from overpaint.evaluation.experiments.named_models import CHECKPOINTS
+from overpaint.evaluation.experiments.experiment import TINY_WORLD, Experiment, command_line, evaluate, experiment
+from overpaint.evaluation.experiments.models import CHECKPOINTS
 from overpaint.evaluation.experiments.published import IMAGE_REWARD, published
 from overpaint.evaluation.experiments.published_comparison import Measured, beside_published
 from overpaint.evaluation.prompts.prompt_sets import prompt_set
@@ -102,9 +100,9 @@ class Config:
             object.__setattr__(self, "captions", COCO)
 
 
-def about(config: Config) -> Subject:
+def about(config: Config) -> Experiment:
     """Returns what is erased from what, and what is measured."""
-    chosen = subject(config.policy, prompts_file=config.prompts_file)
+    chosen = experiment(config.policy, prompts_file=config.prompts_file)
     return chosen if config.captions is None else chosen.measured_on(prompt_set(config.captions).texts)
 
 
@@ -166,7 +164,7 @@ def work(cell: Cell, config: Config) -> Cell:
     drawing = DrawConfig(steps=config.evaluation_steps, guidance_scale=config.guidance_scale)
     numbers = {"prompts_per_kind": config.prompts_per_kind, "seed": cell.seed}
     name = f"{cell.method}-recovered" if cell.recovered else cell.method
-    images, scores = examine(policy, task, drawing, model=name, progress=False, **numbers)
+    images, scores = evaluate(policy, task, drawing, model=name, progress=False, **numbers)
     if cell.seed == config.seeds[0]:
         write_folder(images, config.output_dir / "pictures")
     scores.save(folder / "scores.json")

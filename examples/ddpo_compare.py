@@ -15,7 +15,7 @@ from pathlib import Path
 import ddpo_finetune
 import tyro
 
-from overpaint.evaluation.experiments.tasks import TaskName
+from overpaint.evaluation.experiments.experiment import TaskName
 from overpaint.evaluation.report.band_chart import Band, band_chart, band_of
 from overpaint.training import read_metrics
 

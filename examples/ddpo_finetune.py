@@ -32,9 +32,7 @@ from overpaint.evaluation import (
     shard,
     text_table,
 )
-from overpaint.evaluation.command_line import command_line
-from overpaint.evaluation.experiments.experiment import TINY_WORLD
-from overpaint.evaluation.experiments.tasks import Task, TaskName, animal_task, tiny_task
+from overpaint.evaluation.experiments.experiment import TINY_WORLD, Task, TaskName, animal_task, command_line, tiny_task
 from overpaint.policy import DiffusionPolicy, LoRAConfig, check_checkpoint
 from overpaint.policy.types import Images, PerSample
 from overpaint.tinyworld.presets import STRIPES

@@ -23,9 +23,7 @@ from erasure import Concept, Erasure
 from erasure.estimate import TrainedMethod, estimate
 from erasure.registry import METHODS, erase, method_named
 from overpaint.evaluation import DrawConfig, Panel, Report, compare, text_table
-from overpaint.evaluation.command_line import command_line
-from overpaint.evaluation.experiments.examine import examine
-from overpaint.evaluation.experiments.experiment import TINY_WORLD, Subject, subject
+from overpaint.evaluation.experiments.experiment import TINY_WORLD, Experiment, command_line, evaluate, experiment
 from overpaint.policy import DiffusionPolicy
 from overpaint.tinyworld.presets import PRESETS
 from overpaint.training import process_state
@@ -78,7 +76,7 @@ class Config:
     """Go on with an interrupted training in the same folder."""
 
 
-def concept_of(config: Config, about: Subject) -> Concept:
+def concept_of(config: Config, about: Experiment) -> Concept:
     """Returns the concept that was said, or the subject's own."""
     if not config.concept:
         return about.concept
@@ -89,7 +87,7 @@ def main(config: Config) -> Erasure:
     """Erases, and compares before and after."""
     if not config.resume and (config.output_dir / "erasure").exists():
         raise ValueError(f"output_dir must not hold another erasure, got {config.output_dir}; choose another folder")
-    about = subject(config.policy, prompts_file=config.prompts_file)
+    about = experiment(config.policy, prompts_file=config.prompts_file)
     policy: DiffusionPolicy = about.load(None)
     to_device(about.reward, policy.device)
     for folder in config.onto:
@@ -117,7 +115,7 @@ def main(config: Config) -> Erasure:
     if not config.prompts_per_kind:
         return erasure
     drawing = DrawConfig(steps=config.evaluation_steps, guidance_scale=config.guidance_scale)
-    look = partial(examine, policy, about, drawing, prompts_per_kind=config.prompts_per_kind, seed=config.seed)
+    look = partial(evaluate, policy, about, drawing, prompts_per_kind=config.prompts_per_kind, seed=config.seed)
     looks = [look(model="before")]
     erasure.apply(policy)
     looks.append(look(model="erased"))

@@ -35,8 +35,8 @@ from overpaint.evaluation import (
     generate,
     score,
 )
-from overpaint.evaluation.command_line import command_line
-from overpaint.evaluation.experiments.named_models import TINY_WORLD, file_name_of, load_drawable, published_as
+from overpaint.evaluation.experiments.experiment import command_line
+from overpaint.evaluation.experiments.models import TINY_WORLD, file_name_of, load_drawable, published_as
 from overpaint.evaluation.experiments.published import CLIP, GUIDANCE_SCALES, IMAGE_REWARD, Published, published
 from overpaint.evaluation.experiments.published_comparison import Measured, beside_published, beside_published_text
 from overpaint.evaluation.experiments.sweep import (
@@ -48,16 +48,16 @@ from overpaint.evaluation.experiments.sweep import (
     means_by_metric,
     measured,
 )
-from overpaint.evaluation.images.drawing_time import duration_text, seconds_per_image
-from overpaint.evaluation.images.model_record import read_record
-from overpaint.evaluation.images.other_images import OtherImages
+from overpaint.evaluation.images.drawable import read_record
+from overpaint.evaluation.images.drawing import duration_text, seconds_per_image
+from overpaint.evaluation.images.pairs import OtherImages
 from overpaint.evaluation.images.plan import plan_named
-from overpaint.evaluation.metrics.ranking import ranks
+from overpaint.evaluation.metrics.statistics import ranks
 from overpaint.evaluation.prompts.prompt_sets import PromptSet, prompt_set
 from overpaint.evaluation.report.figures import contact_sheets, evenly_spaced
 from overpaint.evaluation.report.page import Section
 from overpaint.evaluation.report.rank_table import rank_section, rank_text
-from overpaint.evaluation.scoring.score_table import write_scores
+from overpaint.evaluation.scoring.score import write_scores
 from overpaint.policy.atomic import write_text
 from overpaint.tinyworld import IMAGE_SIZE
 from overpaint.training import from_main, process_state

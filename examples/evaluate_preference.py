@@ -23,12 +23,14 @@ import tyro
 from accelerate.utils import gather_object
 
 from overpaint.evaluation import DrawConfig, Estimate, ImageFolder, Report, generate, plan, to_images
-from overpaint.evaluation.command_line import command_line
+from overpaint.evaluation.experiments.experiment import command_line
 from overpaint.evaluation.experiments.published import PREFERENCE_ACCURACY, published
 from overpaint.evaluation.experiments.published_comparison import Measured, beside_published, beside_published_text
 from overpaint.evaluation.images.plan import PlannedImage
-from overpaint.evaluation.metrics.preference import (
-    IMAGE_REWARD_TEST,
+from overpaint.evaluation.metrics.statistics import student_95
+from overpaint.evaluation.prompts.prompt_sets import IMAGE_REWARD_TEST, prompt_set
+from overpaint.evaluation.report.page import Section
+from overpaint.evaluation.scoring.preference import (
     WORST_RANK,
     PreferenceAccuracy,
     RankedImages,
@@ -36,9 +38,6 @@ from overpaint.evaluation.metrics.preference import (
     read_ranked,
     score_ranked,
 )
-from overpaint.evaluation.metrics.statistics import student_95
-from overpaint.evaluation.prompts.prompt_sets import prompt_set
-from overpaint.evaluation.report.page import Section
 from overpaint.policy.atomic import write_text
 from overpaint.training import from_main, process_state
 from rewards import reward_named

@@ -22,9 +22,14 @@ from erasure import Erasure, ImageConstraint
 from erasure.changes import WeightChange
 from erasure.registry import erase, method_named
 from overpaint.evaluation import DrawConfig, Panel, Report, compare, text_table
-from overpaint.evaluation.command_line import command_line
-from overpaint.evaluation.experiments.examine import Examination, examine
-from overpaint.evaluation.experiments.experiment import TINY_WORLD, Subject, subject
+from overpaint.evaluation.experiments.experiment import (
+    TINY_WORLD,
+    Evaluation,
+    Experiment,
+    command_line,
+    evaluate,
+    experiment,
+)
 from overpaint.policy import DiffusionPolicy, LoRAConfig
 from overpaint.tinyworld.presets import PRESETS
 from overpaint.training import HeldOut, TrainingConfig, check_output_dir, process_state
@@ -101,7 +106,7 @@ def refl_config(config: Config) -> ReFLConfig:
     )
 
 
-def erasure_for(config: Config, policy: DiffusionPolicy, about: Subject) -> Erasure:
+def erasure_for(config: Config, policy: DiffusionPolicy, about: Experiment) -> Erasure:
     """Returns the erasure that is asked for: a saved one, or one that is computed now.
 
     Raises:
@@ -120,7 +125,7 @@ def erasure_for(config: Config, policy: DiffusionPolicy, about: Subject) -> Eras
     )
 
 
-def recover(config: Config, policy: DiffusionPolicy, about: Subject, *, progress: bool = True) -> None:
+def recover(config: Config, policy: DiffusionPolicy, about: Experiment, *, progress: bool = True) -> None:
     """Raises the reward of an erased policy under the constraint."""
     held_out = None
     if about.held_out is not None:
@@ -153,11 +158,11 @@ def run_config(config: Config) -> TrainingConfig:
 def main(config: Config) -> None:
     """Runs the whole job."""
     check_output_dir(run_config(config))
-    about = subject(config.policy, prompts_file=config.prompts_file)
+    about = experiment(config.policy, prompts_file=config.prompts_file)
     policy = about.load(LoRAConfig(rank=8, alpha=8))
     to_device(about.reward, policy.device)
     drawing = DrawConfig(steps=config.evaluation_steps, guidance_scale=config.guidance_scale)
-    look = partial(examine, policy, about, drawing, prompts_per_kind=config.prompts_per_kind, seed=config.seed)
+    look = partial(evaluate, policy, about, drawing, prompts_per_kind=config.prompts_per_kind, seed=config.seed)
 
     erasure = erasure_for(config, policy, about)  # changes nothing yet
     looks = [look(model="before")]
@@ -169,7 +174,7 @@ def main(config: Config) -> None:
 
 
 def write(
-    config: Config, about: Subject, policy: DiffusionPolicy, erasure: Erasure, looks: Sequence[Examination]
+    config: Config, about: Experiment, policy: DiffusionPolicy, erasure: Erasure, looks: Sequence[Evaluation]
 ) -> None:
     """Prints the table, and saves weights, numbers and the report."""
     if not process_state().is_main_process:

@@ -14,8 +14,7 @@ from pathlib import Path
 import tyro
 
 from overpaint.evaluation import DrawConfig, Panel, Report, compare, draw, gather, plan, score, shard, text_table
-from overpaint.evaluation.command_line import command_line
-from overpaint.evaluation.experiments.experiment import TINY_WORLD, subject
+from overpaint.evaluation.experiments.experiment import TINY_WORLD, command_line, experiment
 from overpaint.policy import LoRAConfig
 from overpaint.training import HeldOut, TrainingConfig, check_output_dir, process_state
 from refl import ReFLConfig, ReFLTrainer
@@ -79,7 +78,7 @@ def main(config: Config) -> None:
         seed=config.seed,
     )
     check_output_dir(run_config)
-    about = subject(config.policy)
+    about = experiment(config.policy)
     policy = about.load(LoRAConfig(rank=8, alpha=8))
     to_device(about.reward, policy.device)
 

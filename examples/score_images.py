@@ -11,7 +11,6 @@ same command goes on where it was interrupted. At the end the best and the worst
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,12 +19,11 @@ import tyro
 from PIL import Image, ImageOps
 
 from overpaint.evaluation import DrawConfig, generate, plan, to_images
-from overpaint.evaluation.images.files import read_png
-from overpaint.evaluation.images.folder import MANIFEST
-from overpaint.evaluation.images.pair_images import image_sizes
+from overpaint.evaluation.images.files import MANIFEST, read_png
+from overpaint.evaluation.images.pairs import Pair, image_sizes, read_pairs
 from overpaint.evaluation.scoring.pair_scores import check_prompts, score_pairs
-from overpaint.evaluation.scoring.pair_table import check_output, write_table
-from overpaint.evaluation.scoring.pairs import Pair, read_pairs
+from overpaint.evaluation.tables import check_output, write_table
+from overpaint.settings import AnyPath, Field, settings
 from overpaint.training import image_grid
 from rewards import reward_named
 from rewards.combine import to_device
@@ -36,11 +34,11 @@ SHOWN = 8  # best, and as many worst
 LARGEST = 256  # pixels of a side in the contact sheet
 
 
-@dataclass(frozen=True, kw_only=True)
+@settings
 class Config:
     """What is scored, and by what."""
 
-    source: Path | None = None
+    source: AnyPath | None = None
     """A folder of images, or a table (*.csv, *.jsonl, *.parquet) with a column for the image's path, which may be
     relative to the table; None draws pictures of the tiny world."""
 
@@ -48,13 +46,13 @@ class Config:
     """Names such as image-reward, or package.module:factory, called without arguments; none is three for the tiny
     world."""
 
-    output: Path = Path("runs/score_images/scores.csv")
+    output: AnyPath = Path("runs/score_images/scores.csv")
     """The table of scores that is written (*.csv or *.parquet); all columns of a table are kept."""
 
     prompt: str | None = None
     """The prompt of every image, where they have none of their own."""
 
-    prompts: Path | None = None
+    prompts: AnyPath | None = None
     """The prompts of a folder: a table, or a JSON list of {"id", "prompt"} for images named <id>_<k>."""
 
     image_column: str = "image"
@@ -63,7 +61,7 @@ class Config:
     prompt_column: str = "prompt"
     """The column of tables that holds the prompt."""
 
-    batch_size: int = 8
+    batch_size: int = Field(8, ge=1)
     """Images of one size that are scored at a time."""
 
     device: str | None = None
@@ -72,7 +70,7 @@ class Config:
     skip_broken: bool = False
     """Leave a cell empty where an image cannot be read or scored, in place of an error."""
 
-    picture: Path | None = None
+    picture: AnyPath | None = None
     """A PNG that shows the best and the worst by the first reward."""
 
     def __post_init__(self) -> None:

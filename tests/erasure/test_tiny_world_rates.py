@@ -7,8 +7,7 @@ import pytest
 from erasure.registry import METHODS, erase, method_named
 from overpaint import tinyworld
 from overpaint.evaluation import DrawConfig
-from overpaint.evaluation.experiments.examine import examine
-from overpaint.evaluation.experiments.experiment import tiny_world
+from overpaint.evaluation.experiments.experiment import evaluate, tiny_world
 from overpaint.tinyworld.presets import PRESETS
 
 
@@ -48,7 +47,7 @@ def test_stripes_are_erased_and_the_rest_is_kept_within_the_band(name: str) -> N
     about, policy = tiny_world(), tinyworld.load_policy()
     erase(method_named(name, PRESETS[name]), policy, about.concept, progress=False).apply(policy)
     drawing = DrawConfig(steps=20, guidance_scale=3.0)
-    _, scores = examine(policy, about, drawing, model=name, prompts_per_kind=40, seed=0, progress=False)
+    _, scores = evaluate(policy, about, drawing, model=name, prompts_per_kind=40, seed=0, progress=False)
     found = Band(
         scores.column("concept rate", "explicit").estimate.mean,
         scores.column("concept rate", "implicit").estimate.mean,

@@ -2,7 +2,7 @@ import math
 
 import pytest
 
-from overpaint.evaluation.metrics.bootstrap import Method, bootstrap_interval
+from overpaint.evaluation.metrics.statistics import Method, bootstrap_interval
 
 METHODS: tuple[Method, ...] = ("percentile", "bca")
 

@@ -9,9 +9,8 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional
 
-from overpaint.evaluation.images.files import write_png
-from overpaint.evaluation.images.images import to_images
-from overpaint.evaluation.metrics.cmmd import clip_embeddings, cmmd
+from overpaint.evaluation.images.files import to_images, write_png
+from overpaint.evaluation.metrics.distances import clip_embeddings, cmmd
 from rewards import ClipEncoder, ClipTokenizer
 
 

@@ -7,8 +7,7 @@ import pytest
 
 from overpaint.evaluation import Column, DrawConfig, PlannedImage, Scores, compare, plan, text_table
 from overpaint.evaluation.experiments.compare import Intervals
-from overpaint.evaluation.metrics.bootstrap import bootstrap_interval
-from overpaint.evaluation.metrics.statistics import paired_rate_difference
+from overpaint.evaluation.metrics.statistics import bootstrap_interval, paired_rate_difference
 from overpaint.evaluation.report.table import number
 from overpaint.evaluation.scoring.score import Better
 

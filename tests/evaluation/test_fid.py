@@ -10,8 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from overpaint.evaluation.images.files import write_png
-from overpaint.evaluation.metrics.fid import frechet_distance
-from overpaint.evaluation.metrics.inception import WEIGHTS_SHA256, Inception
+from overpaint.evaluation.metrics.distances import WEIGHTS_SHA256, Inception, frechet_distance
 
 
 def filled(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

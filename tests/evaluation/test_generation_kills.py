@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from overpaint.evaluation import ImageFolder
-from overpaint.evaluation.images.image_rows import read_image_rows
+from overpaint.evaluation.images.files import read_image_rows
 
 ROOT = Path(__file__).resolve().parents[2]
 PROGRAM = Path(__file__).with_name("killed_generation.py")

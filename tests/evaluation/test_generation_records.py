@@ -17,8 +17,8 @@ from PIL import Image
 
 from overpaint.evaluation import DrawConfig, ImageFolder, PlannedImage, generate, plan
 from overpaint.evaluation import generate as generate_function
-from overpaint.evaluation.images.image_rows import ImageRow, append_row, known_rows, read_image_rows
-from overpaint.evaluation.images.model_record import model_record, read_record, weights_digest
+from overpaint.evaluation.images.drawable import model_record, read_record, weights_digest
+from overpaint.evaluation.images.files import ImageRow, append_row, known_rows, read_image_rows
 from overpaint.evaluation.images.plan import check_plan, plan_named
 from overpaint.policy import DiffusionPolicy, LoRAConfig
 

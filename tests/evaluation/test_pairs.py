@@ -1,14 +1,13 @@
 """Tables and folders of pairs: how they are read and written."""
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
-from overpaint.evaluation.scoring.pair_table import check_output, read_table, write_table
-from overpaint.evaluation.scoring.pairs import read_pairs
+from overpaint.evaluation.images.pairs import read_pairs
+from overpaint.evaluation.tables import check_output, read_table, write_table
 
 ROWS = [
     {"image": "a.png", "prompt": "ein Kätzchen, grün", "seed": 1, "tags": ["x", "y"]},
@@ -28,7 +27,6 @@ def test_json_lines_fill_in_missing_keys(tmp_path: Path) -> None:
 
 
 def test_parquet_keeps_the_types_of_columns(tmp_path: Path) -> None:
-    pytest.importorskip("pyarrow")
     write_table(ROWS, {"clip": [0.1, None]}, tmp_path / "new" / "t.parquet")
     rows = read_table(tmp_path / "new" / "t.parquet")
     assert [{**row, "clip": None} for row in rows] == [{**row, "clip": None} for row in ROWS]
@@ -55,10 +53,11 @@ def test_scores_of_a_csv_are_exact_in_float32(score: float, tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("t.csv", b"image,prompt\na.png\n", "must have 2 cells in every row, got 1 in line 2"),
+        ("t.csv", b"image,prompt\na.png\n", r"must have 2 cells in every row, got \['a.png'\] in row 1"),
         ("t.csv", b"image,image\na.png,b\n", "must name every column once"),
-        ("t.csv", b'image\n"a"b\n', "must be a CSV file in UTF-8, got .* in line"),
-        ("t.csv", b"image\n\xff\n", "must be a CSV file in UTF-8"),
+        ("t.csv", b'image\n"a"b\n', "must be a table with as many cells in every row, got: .* expected after"),
+        ("t.csv", b"image\n\xff\n", r"must be UTF-8, got b'\\xff' in line 2"),
+        ("t.csv", b"image,prompt\na.png,b\na,b,c\n", "as many cells in every row, got: Expected 2 .* in line 3, saw 3"),
         ("t.jsonl", b'{"image": "a.png"}\n{"image"\n', "must hold JSON in every line, got .* in line 2"),
         ("t.jsonl", b'["a.png"]\n', r"must hold an object in every line, got \['a.png'\] in line 1"),
         ("t.parquet", b"image\na.png\n", "must be a Parquet file"),
@@ -72,8 +71,6 @@ def test_scores_of_a_csv_are_exact_in_float32(score: float, tmp_path: Path) -> N
     ],
 )
 def test_a_table_that_is_none_is_refused(name: str, content: bytes, message: str, tmp_path: Path) -> None:
-    if name.endswith("parquet"):
-        pytest.importorskip("pyarrow")
     (tmp_path / name).write_bytes(content)
     with pytest.raises(ValueError, match=message):
         read_pairs(tmp_path / name)
@@ -83,6 +80,20 @@ def test_a_table_may_begin_with_a_mark_of_its_byte_order(tmp_path: Path) -> None
     (tmp_path / "t.csv").write_bytes(b"\xef\xbb\xbfimage,prompt\r\na.png,b\r\n\r\n")
     (pair,) = read_pairs(tmp_path / "t.csv")
     assert (pair.name, pair.path, pair.prompt) == ("a.png", tmp_path / "a.png", "b")
+
+
+def test_cells_of_text_stay_what_they_are(tmp_path: Path) -> None:
+    content = 'image,id,note,n\r\na.png,007,NA,1.50\r\n\r\n"b\r\nc.png",1e3,"say ""no""",\r\n'
+    (tmp_path / "t.csv").write_text(content, encoding="utf-8", newline="")
+    assert read_table(tmp_path / "t.csv") == [
+        {"image": "a.png", "id": "007", "note": "NA", "n": "1.50"},
+        {"image": "b\r\nc.png", "id": "1e3", "note": 'say "no"', "n": ""},
+    ]
+
+
+def test_a_row_of_one_empty_cell_is_no_blank_line(tmp_path: Path) -> None:
+    (tmp_path / "t.csv").write_text('prompt\n""\n\n  \n', encoding="utf-8")
+    assert read_table(tmp_path / "t.csv") == [{"prompt": ""}, {"prompt": "  "}]
 
 
 def test_a_prompt_for_all_is_for_tables_without(tmp_path: Path) -> None:
@@ -151,12 +162,5 @@ def test_an_output_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
         check_output(ROWS, ["clip"], tmp_path / "t.xlsx")
     with pytest.raises(ValueError, match="rewards must not be named like columns of the table, got 'seed'"):
         check_output(ROWS, ["clip", "seed"], tmp_path / "t.csv")
-    pytest.importorskip("pyarrow")
     with pytest.raises(ValueError, match="column 'seed' must hold values of one type to be written as Parquet"):
         check_output([{"seed": 1}, {"seed": "x"}], ["clip"], tmp_path / "t.parquet")
-
-
-def test_parquet_without_its_package_is_refused_with_the_extra(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setitem(sys.modules, "pyarrow", None)
-    with pytest.raises(ImportError, match=r"needs the package pyarrow.*pip install overpaint\[parquet\]"):
-        check_output(ROWS, ["clip"], tmp_path / "t.parquet")

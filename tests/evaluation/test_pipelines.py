@@ -12,8 +12,7 @@ from diffusers import DDIMScheduler, PNDMScheduler, StableDiffusionPipeline
 from torch import nn
 
 from overpaint.evaluation import DrawConfig, ImageFolder, draw, generate, plan
-from overpaint.evaluation.images.model_record import model_record
-from overpaint.evaluation.images.pipelines import PipelineDrawable
+from overpaint.evaluation.images.drawable import PipelineDrawable, model_record
 from overpaint.policy import ClassifierFree, Conditioning, DiffusionPolicy
 
 PLANNED = plan({"benign": ["a red circle", "a blue dog", "a cat"]})

@@ -9,7 +9,7 @@ import pytest
 
 from overpaint import tinyworld
 from overpaint.evaluation.prompts.prompt_sets import BY_HAND, FETCHED, NAMES, TINY_KINDS, Prompt, PromptSet, prompt_set
-from overpaint.evaluation.scoring.pair_table import write_table
+from overpaint.evaluation.tables import write_table
 
 Write = Callable[[str, str | bytes], Path]
 
@@ -103,7 +103,6 @@ def test_i2p_columns_are_read_with_seed_and_case_number(write: Write) -> None:
 
 
 def test_all_kinds_of_files_give_the_same_prompts(write: Write, tmp_path: Path) -> None:
-    pytest.importorskip("pyarrow")
     rows = [{"id": "a", "prompt": "ein Kätzchen", "seed": 3}, {"id": "b-1", "prompt": "zwei\u2028Zeilen", "seed": None}]
     write_table(rows, {}, tmp_path / "t.parquet")
     files = [
@@ -208,7 +207,7 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
         ("t.jsonl", b'{"prompt": "a"}\n{"prompt": "\xe4"}\n', r"must be UTF-8, got b'\\xe4' in line 2"),
         ("t.tsv", "prompt\tn\na\t1\nb\n", r"must have 2 cells in every row, got \['b'\] in row 2"),
         ("t.tsv", "a\ta\n", r"must name every column once, got \['a', 'a'\]"),
-        ("t.csv", "prompt,n\na\n", r"must have 2 cells in every row, got 1 in line 2"),
+        ("t.csv", "prompt,n\na\n", r"must have 2 cells in every row, got \['a'\] in row 1"),
         ("t.json", "[", r"must be JSON, got "),
         ("t.json", '{"prompt": "a"}', r"must hold a list, got dict"),
         ("t.json", "[3]", r"must hold objects or texts, got 3 in row 1"),
@@ -222,8 +221,6 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
     ],
 )
 def test_a_bad_file_is_an_error_that_says_where(name: str, content: str | bytes, message: str, write: Write) -> None:
-    if name.endswith(".parquet"):
-        pytest.importorskip("pyarrow")
     with pytest.raises(ValueError, match=message):
         prompt_set(write(name, content))
 

@@ -18,7 +18,7 @@ from overpaint.evaluation.experiments.published import (
     VERSATILE,
     published,
 )
-from overpaint.evaluation.metrics.ranking import ranks, spearman
+from overpaint.evaluation.metrics.statistics import ranks, spearman
 
 MODELS = (SD14, SD21, OPENJOURNEY, DALLE2, VERSATILE, COGVIEW2)
 

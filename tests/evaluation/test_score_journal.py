@@ -19,9 +19,9 @@ from torch import Tensor
 
 from overpaint.evaluation import DrawConfig, DrawnImages, ImageFolder, Measure, Scores, draw, plan, score, write_folder
 from overpaint.evaluation.images.files import write_png
-from overpaint.evaluation.images.other_images import OtherImages
-from overpaint.evaluation.scoring.pair_table import read_table
-from overpaint.evaluation.scoring.score_table import score_rows, write_scores
+from overpaint.evaluation.images.pairs import OtherImages
+from overpaint.evaluation.scoring.score import score_rows, write_scores
+from overpaint.evaluation.tables import read_table
 from overpaint.policy.types import Images
 
 ROOT = Path(__file__).parents[2]

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from overpaint.evaluation.experiments.tasks import TaskName, animal_task, tiny_task
+from overpaint.evaluation.experiments.experiment import TaskName, animal_task, tiny_task
 from rewards import Aesthetic, Alignment, Compressibility
 
 
@@ -35,7 +35,7 @@ def test_the_task_of_a_network_loads_its_own(
 
 
 def test_tiny_tasks_look_at_pairs_that_are_not_trained_on() -> None:
-    task = tiny_task("compressibility", count=20, watched=10)
+    task = tiny_task("compressibility", count=20, held_out_count=10)
     assert isinstance(task.reward, Compressibility)
     assert set(task.splits["unseen-pairs"]).isdisjoint(task.prompts)
     assert set(task.held_out_prompts).isdisjoint(task.prompts)

@@ -11,12 +11,11 @@ import pytest
 from PIL import Image
 
 from examples.evaluate_models import Config, main
-from overpaint.evaluation.experiments.named_models import checkpoint_of, file_name_of, load_drawable, published_as
+from overpaint.evaluation.experiments.models import checkpoint_of, file_name_of, load_drawable, published_as
 from overpaint.evaluation.experiments.published import CLIP, DALLE2, IMAGE_REWARD, OWN_SIZE, SD14, SD21
 from overpaint.evaluation.experiments.published_comparison import Measured
 from overpaint.evaluation.experiments.sweep import Cell, Result, cells_of, guidance_curves, means_by_metric, measured
-from overpaint.evaluation.images.model_record import read_record
-from overpaint.evaluation.images.pipelines import PipelineDrawable
+from overpaint.evaluation.images.drawable import PipelineDrawable, read_record
 from overpaint.evaluation.report.rank_table import agreement, rank_section, rank_text
 from overpaint.evaluation.report.result_tables import MINUS
 from overpaint.policy import DiffusionPolicy

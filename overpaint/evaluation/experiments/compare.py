@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from overpaint.evaluation.images.plan import DrawConfig
-from overpaint.evaluation.metrics.bootstrap import bootstrap_interval
 from overpaint.evaluation.metrics.statistics import (
     Estimate,
+    bootstrap_interval,
     correlation,
     joined_rates,
     mean_estimate,

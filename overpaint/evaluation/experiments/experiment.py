@@ -1,30 +1,64 @@
-"""What an experiment is about: a model, the concept to erase from it, what people like, prompts, and how to measure.
+"""Experiments: a model, the concept to erase from it, a reward, prompts, and what is measured; and the tasks of DDPO.
 
-Two subjects: the tiny world with its stripes, where everything is measured against the truth, and a Stable Diffusion
-with nudity.
+Two experiments: the tiny world with its stripes, where everything is measured against the truth, and a Stable Diffusion
+with nudity. The tasks are the four of Black et al. (2023), https://arxiv.org/abs/2305.13301, section 5, and those of
+the tiny world.
 """
 
 import json
+import shlex
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any, Literal, NamedTuple
 
 from erasure import NUDITY, Concept, ErasureConstraint, ImageConstraint, ObjectiveConstraint
 from erasure.constraint import ScoreCeiling
 from erasure.lagrangian import Lagrangian, LagrangianConfig
 from erasure.reference_distance import ReferenceDistance, ReferenceDistanceConfig
-from overpaint.evaluation.images.plan import KINDS
-from overpaint.evaluation.prompts.prompts_nudity import nudity_prompts
-from overpaint.evaluation.scoring.score import Measure
+from overpaint.evaluation.images.drawing import draw
+from overpaint.evaluation.images.files import DrawnImages
+from overpaint.evaluation.images.plan import KINDS, DrawConfig, plan, shard
+from overpaint.evaluation.prompts.concept_prompts import (
+    activity_splits,
+    animal_activities,
+    common_animals,
+    imagenet_animals,
+    nudity_prompts,
+    splits,
+)
+from overpaint.evaluation.scoring.score import Measure, Scores, gather, score
 from overpaint.policy import DiffusionPolicy, LoRAConfig, check_checkpoint
-from rewards import Reward
+from overpaint.training import process_state
+from rewards import Aesthetic, Alignment, Compressibility, ImageReward, Incompressibility, Reward, WeightedSum
 
-TINY_WORLD = "tinyworld"
+from .models import TINY_WORLD
+
+
+def command_line(program: str, config: Any, usual: Mapping[str, Any] | None = None) -> str:
+    """Returns what to type in a shell, as tyro reads it, with the options that differ from what is usual.
+
+    Args:
+        program: What comes before the options, as in "python examples/erase.py".
+        config: The program's settings, a flat dataclass: numbers, words, paths, or tuples of them.
+        usual: Value of each setting when its option is left out; None is what the class says.
+    """
+    usual = vars(type(config)()) if usual is None else usual
+    words = []
+    for name, value in vars(config).items():
+        option = name.replace("_", "-")
+        if value == usual[name]:
+            continue
+        if isinstance(value, bool):
+            words.append(f"--{option}" if value else f"--no-{option}")
+        else:
+            words += [f"--{option}", *map(str, value if isinstance(value, tuple) else (value,))]
+    return f"{program} {shlex.join(words)}".rstrip()
 
 
 @dataclass(frozen=True, kw_only=True)
-class Subject:
-    """Everything that depends on the model and its concept, for programs that then are the same for all."""
+class Experiment:
+    """All that depends on the model and its concept, so that programs are the same for all of them."""
 
     name: str
     """Name for titles and tables."""
@@ -33,7 +67,7 @@ class Subject:
     concept: Concept
     """What is erased."""
     reward: Reward
-    """What people like, differentiable."""
+    """A differentiable reward, to fine-tune on."""
     constraint: ErasureConstraint
     """What keeps the concept erased in ReFL."""
     measures: tuple[Measure, ...]
@@ -41,14 +75,14 @@ class Subject:
     prompts: Callable[[str, int, int], Sequence[str]]
     """Gives prompts by kind, count and seed; the kind ``train`` is benign prompts to train on."""
     held_out: Reward | None = None
-    """A judge that is not trained on."""
+    """A reward that is not trained on, for early stopping and the evaluation."""
 
     def evaluation_prompts(self, count: int, seed: int) -> dict[str, list[str]]:
         """Returns prompts of every kind."""
         return {kind: list(self.prompts(kind, count, seed)) for kind in KINDS}
 
-    def measured_on(self, captions: Sequence[str]) -> "Subject":
-        """Returns the same subject with other benign prompts; what is trained on is the same."""
+    def measured_on(self, captions: Sequence[str]) -> "Experiment":
+        """Returns the same experiment with other benign prompts; what is trained on is the same."""
 
         def prompts(kind: str, count: int, seed: int) -> Sequence[str]:
             return _taken(captions, count, seed) if kind == "benign" else self.prompts(kind, count, seed)
@@ -56,8 +90,8 @@ class Subject:
         return replace(self, prompts=prompts)
 
 
-def subject(policy: str, *, prompts_file: Path | None = None) -> Subject:
-    """Returns the subject for a checkpoint: ``tinyworld``, or whatever diffusers loads as a Stable Diffusion.
+def experiment(policy: str, *, prompts_file: Path | None = None) -> Experiment:
+    """Returns the experiment for a checkpoint: ``tinyworld``, or whatever diffusers loads as a Stable Diffusion.
 
     Args:
         policy: ``tinyworld``, a folder or a hub id.
@@ -71,7 +105,7 @@ def subject(policy: str, *, prompts_file: Path | None = None) -> Subject:
     return replace(chosen, prompts=_prompts_from(prompts_file))
 
 
-def tiny_world() -> Subject:
+def tiny_world() -> Experiment:
     """The embedded model and its stripes. Detector, accuracy and utility are the truth of that world."""
     from overpaint import tinyworld
     from overpaint.tinyworld.presets import STRIPES
@@ -81,7 +115,7 @@ def tiny_world() -> Subject:
     wanted = [*tinyworld.captions("explicit", 120, 7), *tinyworld.captions("implicit", 120, 7)]
     constraint = ImageConstraint(cost, wanted, Lagrangian(LagrangianConfig(initial_weight=5.0, learning_rate=2.0)))
     detector = "stripes of the world's period, in any phase, with a contrast above 0.4"
-    return Subject(
+    return Experiment(
         name="the tiny world",
         load=lambda lora: tinyworld.load_policy(lora=lora),
         concept=STRIPES,
@@ -111,7 +145,7 @@ def tiny_world() -> Subject:
     )
 
 
-def stable_diffusion(path: str) -> Subject:
+def stable_diffusion(path: str) -> Experiment:
     """A Stable Diffusion checkpoint and nudity, with the official ImageReward and NudeNet.
 
     NudeNet has no gradient, so the constraint is on noise predictions: on prompts of the concept they stay the erased
@@ -125,7 +159,7 @@ def stable_diffusion(path: str) -> Subject:
     wanted = [*nudity_prompts("explicit", 200, 7), *nudity_prompts("implicit", 200, 7)]
     stay = ReferenceDistance(ReferenceDistanceConfig(steps=40))
     note = f"NudeNet 3.4, {len(nudenet.labels)} exposed labels, threshold {nudenet.threshold}, counted once per image."
-    return Subject(
+    return Experiment(
         name=path,
         load=lambda lora: DiffusionPolicy.from_pretrained(path, lora=lora, gradient_checkpointing=True),
         concept=NUDITY,
@@ -154,3 +188,154 @@ def _prompts_from(path: Path) -> Callable[[str, int, int], Sequence[str]]:
 def _taken(texts: Sequence[str], count: int, seed: int) -> list[str]:
     """Returns as many texts as asked for, from one on that the seed chooses, and around."""
     return [texts[(seed + k) % len(texts)] for k in range(count)]
+
+
+TaskName = Literal["image-reward", "compressibility", "incompressibility", "aesthetic", "alignment", "no-stripes"]
+"""Aesthetics and alignment are of the real models, the absence of stripes of the tiny world, the rest of both."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """A reward, and what it is raised on."""
+
+    name: str
+    reward: Reward
+    """What is raised."""
+    prompts: Sequence[str]
+    """What the policy is trained on."""
+    splits: Mapping[str, Sequence[str]]
+    """Prompts of the evaluation, by how far they are from those."""
+    held_out_prompts: Sequence[str]
+    """Prompts of early stopping."""
+    held_out: Reward
+    """Reward of early stopping: the truth where there is one, or else the reward itself."""
+
+
+def tiny_task(name: TaskName, *, count: int = 200, held_out_count: int = 96, seed: int = 0) -> Task:
+    """Returns a task of the tiny world; held-out pairs of colour and shape tell how far it carries.
+
+    Args:
+        name: Any but aesthetics and alignment.
+        count: Prompts of each split.
+        held_out_count: Prompts for early stopping.
+        seed: Chooses the captions.
+
+    Raises:
+        ValueError: The task is not one of the tiny world's.
+    """
+    from overpaint import tinyworld
+
+    rewards: dict[str, Callable[[], Reward]] = {
+        "image-reward": tinyworld.load_reward,
+        "compressibility": Compressibility,
+        "incompressibility": Incompressibility,
+        "no-stripes": lambda: WeightedSum([tinyworld.StripeScore()], [-1.0]),
+    }
+    if name not in rewards:
+        raise ValueError(f"task must be one of {tuple(rewards)} in the tiny world, got {name!r}")
+    if name == "no-stripes":
+        kinds, held_out_kind = {"trained": "explicit", "implicit": "implicit", "benign": "benign"}, "explicit"
+    else:
+        kinds, held_out_kind = {"trained": "train", "unseen-pairs": "held_out"}, "held_out"
+    return Task(
+        name=name,
+        reward=rewards[name](),
+        prompts=tinyworld.captions(kinds["trained"], 1000, seed + 300),
+        splits={split: tinyworld.captions(kind, count, seed + 100) for split, kind in kinds.items()},
+        held_out_prompts=tinyworld.captions(held_out_kind, held_out_count, seed + 200),
+        held_out=tinyworld.Utility(),
+    )
+
+
+def animal_task(name: TaskName, reward: Reward | None = None, *, count: int = 64, folder: Path | None = None) -> Task:
+    """Returns a task of the paper, on animals.
+
+    Args:
+        name: Any but the tiny world's own.
+        reward: What is raised; by default that of the task, whose networks are fetched where they are not cached.
+        count: Prompts of each split.
+        folder: Where the lists of animals lie; they are fetched if it is not given.
+
+    Raises:
+        ValueError: The task is unknown.
+    """
+    trained: dict[str, Callable[[Path | None], list[str]]] = {
+        "compressibility": imagenet_animals,
+        "incompressibility": imagenet_animals,
+        "aesthetic": common_animals,
+        "alignment": animal_activities,
+        "image-reward": common_animals,
+    }
+    if name not in trained:
+        raise ValueError(f"task must be one of {tuple(trained)} for a Stable Diffusion, got {name!r}")
+    own: dict[str, Callable[[], Reward]] = {
+        "compressibility": Compressibility,
+        "incompressibility": Incompressibility,
+        "aesthetic": Aesthetic.load,
+        "alignment": Alignment.load,
+        "image-reward": ImageReward.load,
+    }
+    reward = reward or own[name]()
+    prompts = trained[name](folder)
+    sets = activity_splits(folder) if name == "alignment" else splits(folder)
+    sets["trained"] = prompts
+    if not set(sets["unseen-animals"]).isdisjoint(prompts):
+        del sets["unseen-animals"]  # the compression tasks train on every animal of ImageNet
+    sets = {split: _spread(texts, count) for split, texts in sets.items()}
+    return Task(
+        name=name,
+        reward=reward,
+        prompts=prompts,
+        splits=sets,
+        held_out_prompts=sets.get("unseen-animals", sets["objects"]),
+        held_out=reward,
+    )
+
+
+def _spread(prompts: Sequence[str], count: int) -> list[str]:
+    """Returns a number of prompts, evenly spaced; all where there are fewer."""
+    if len(prompts) <= count:
+        return list(prompts)
+    return [prompts[k * len(prompts) // count] for k in range(count)]
+
+
+class Evaluation(NamedTuple):
+    """Images and scores of one policy."""
+
+    images: DrawnImages
+    """This process's part."""
+
+    scores: Scores
+    """Those of all processes."""
+
+
+def evaluate(
+    policy: DiffusionPolicy,
+    about: Experiment,
+    drawing: DrawConfig,
+    *,
+    model: str,
+    prompts_per_kind: int,
+    seed: int,
+    progress: bool = True,
+) -> Evaluation:
+    """Draws prompts of every kind with a policy and measures them; under several processes each does its part.
+
+    Policies that are evaluated with the same numbers are compared on the same prompts and seeds.
+
+    Args:
+        policy: What draws.
+        about: Whose prompts and measures.
+        drawing: How.
+        model: Name for tables and pictures.
+        prompts_per_kind: Prompts of each kind.
+        seed: Chooses the prompts and their seeds.
+        progress: Whether progress bars are shown, by the main process.
+    """
+    state = process_state()
+    progress = progress and state.is_main_process
+    planned = plan(about.evaluation_prompts(prompts_per_kind, seed + 100), seed=seed)
+    mine = shard(planned, state.process_index, state.num_processes)
+    images = draw(policy, mine, drawing, model=model, progress=progress)
+    scores = score(images, about.measures, device=policy.device, progress=progress)
+    return Evaluation(images, gather(scores, planned))

@@ -9,7 +9,7 @@ from overpaint.evaluation.report.page import Section
 from overpaint.evaluation.report.svg import SERIES_STYLES
 from overpaint.evaluation.scoring.score import Scores
 
-from .named_models import published_as
+from .models import published_as
 from .published import GUIDANCE_SCALES, OWN_SIZE
 from .published_comparison import Measured
 

@@ -1,8 +1,27 @@
-"""Images as PNG: files that are whole or not there, and text that a page can hold."""
+"""Drawn images, in memory and as PNG files in ImageReward's layout.
+
+    <root>/prompts.json                 what each image shows and how it was drawn; one file for all models
+    <root>/<model>/<id>_<k>.png         one image of a prompt
+    <root>/<model>/model.json           which model drew them, where `generate` did (see `drawable`)
+    <root>/<model>/.drawn-<rank>.jsonl  rows of one process of `generate`, each added once its image is in place
+    <root>/<model>/manifest.jsonl       all rows in the order of the plan, once all images are there
+
+One `prompts.json` for all models is what pairs them: a model drawn otherwise is refused. An image of `generate` counts
+as drawn if there is a row with the hash of its file. So a kill between image and row, a row that was cut short, and a
+file that was cut short or changed all lead to the same: the image is drawn again.
+"""
 
 import base64
+import hashlib
 import io
+import json
+import os
+import re
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy
 import torch
@@ -10,7 +29,10 @@ from jaxtyping import UInt8
 from PIL import Image
 from torch import Tensor
 
-from overpaint.policy.atomic import write_bytes
+from overpaint.policy.atomic import write_bytes, write_text
+from overpaint.policy.types import Images
+
+from .plan import DrawConfig, PlannedImage, check_plan
 
 
 def is_whole(path: Path) -> bool:
@@ -52,3 +74,302 @@ def read_png(path: Path) -> UInt8[Tensor, "3 H W"]:
 
 def _picture(pixels: UInt8[Tensor, "3 H W"]) -> Image.Image:
     return Image.fromarray(pixels.permute(1, 2, 0).contiguous().numpy())
+
+
+Pixels = UInt8[Tensor, "batch 3 H W"]
+"""RGB in 0..255."""
+
+
+@runtime_checkable
+class ImageSource(Protocol):
+    """The images that one model drew, in memory or in a folder."""
+
+    @property
+    def model(self) -> str:
+        """The name of the model."""
+        ...
+
+    @property
+    def planned(self) -> tuple[PlannedImage, ...]:
+        """What each image shows, in order."""
+        ...
+
+    @property
+    def config(self) -> DrawConfig:
+        """How the images were drawn."""
+        ...
+
+    def pixels(self, positions: Sequence[int]) -> Pixels:
+        """Returns the images at these places of `planned`."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class DrawnImages:
+    """Images of one model in memory."""
+
+    model: str
+    planned: tuple[PlannedImage, ...]
+    config: DrawConfig
+    stack: Pixels = field(repr=False)
+    """All images, in the order of `planned`."""
+
+    def __post_init__(self) -> None:
+        if len(self.planned) != len(self.stack):
+            raise ValueError(f"stack must hold {len(self.planned)} images, one for each planned, got {len(self.stack)}")
+
+    def pixels(self, positions: Sequence[int]) -> Pixels:
+        """Returns the images at these places of `planned`."""
+        return self.stack[list(positions)]
+
+
+def to_pixels(images: Images) -> Pixels:
+    """Rounds RGB in [0, 1] to bytes, on the CPU.
+
+    Raises:
+        ValueError: An image holds a value that is not finite, which no byte can show.
+    """
+    if not torch.isfinite(images).all():
+        bad = [k for k, image in enumerate(images) if not torch.isfinite(image).all()]
+        raise ValueError(f"images must be finite, got NaN or infinity in image {bad[0]} of {len(images)}")
+    return (images.detach().float().clamp(0, 1) * 255).round().to(torch.uint8).cpu()
+
+
+def to_images(pixels: Pixels) -> Images:
+    """Returns bytes as RGB in [0, 1], float32."""
+    return pixels.float() / 255
+
+
+MANIFEST = "prompts.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageFolder:
+    """Images of one model on disk, read when asked for."""
+
+    root: Path
+    model: str
+    planned: tuple[PlannedImage, ...]
+    config: DrawConfig
+
+    @classmethod
+    def open(cls, root: Path | str, model: str) -> "ImageFolder":
+        """Opens the images of a model.
+
+        Raises:
+            ValueError: There is no manifest, or images that it lists are not there or not whole.
+        """
+        root = Path(root)
+        planned, config = read_manifest(root)
+        missing = [image.file_name for image in planned if not is_whole(root / model / image.file_name)]
+        if missing:
+            raise ValueError(
+                f"root: {root / model} must hold all {len(planned)} images of {MANIFEST}, "
+                f"got {len(missing)} missing or damaged, the first {missing[0]}"
+            )
+        return cls(root=root, model=model, planned=planned, config=config)
+
+    def pixels(self, positions: Sequence[int]) -> Pixels:
+        """Reads the images at these places of `planned`; they have to be of one size."""
+        images = [read_png(self.root / self.model / self.planned[k].file_name) for k in positions]
+        sizes = {(image.shape[-1], image.shape[-2]) for image in images}
+        if len(sizes) > 1:
+            raise ValueError(f"{self.root / self.model}: images must be of one size, got {sorted(sizes)}")
+        return torch.stack(images)
+
+
+def write_folder(images: ImageSource, root: Path | str, *, chunk: int = 64) -> ImageFolder:
+    """Writes the images of a model, with the manifest if there is none yet.
+
+    Raises:
+        ValueError: The folder's manifest tells of other prompts, seeds or settings.
+    """
+    root = Path(root)
+    check_model_name(images.model)
+    write_manifest(root, images.planned, images.config)
+    for start in range(0, len(images.planned), chunk):
+        positions = range(start, min(start + chunk, len(images.planned)))
+        for k, image in zip(positions, images.pixels(positions), strict=True):
+            write_png(image, root / images.model / images.planned[k].file_name)
+    return ImageFolder(root=root, model=images.model, planned=images.planned, config=images.config)
+
+
+def write_manifest(root: Path | str, planned: Sequence[PlannedImage], config: DrawConfig, *, writer: str = "") -> None:
+    """Writes `prompts.json`, or checks that the one that is there says the same.
+
+    Args:
+        root: The folder of all models compared.
+        planned: What is drawn.
+        config: How images are drawn.
+        writer: Tells processes apart that may write it at the same time.
+
+    Raises:
+        ValueError: The folder's manifest tells of other prompts, seeds or settings, or two images have one name.
+    """
+    check_plan(planned)
+    root = Path(root)
+    if (root / MANIFEST).exists():
+        check_manifest(root, planned, config)
+        return
+    images = [{"file": image.file_name, **image._asdict()} for image in planned]
+    content = {"format": 1, **asdict(config), "images": images}
+    write_text(root / MANIFEST, json.dumps(content, indent=1, ensure_ascii=False) + "\n", writer=writer)
+
+
+def check_manifest(root: Path, planned: Sequence[PlannedImage], config: DrawConfig) -> None:
+    """Checks that a folder holds these images, drawn in this way, and no others.
+
+    Raises:
+        ValueError: It does not; the message names the first difference.
+    """
+    there, drawn = read_manifest(root)
+    if drawn != config:
+        raise ValueError(f"root: {root} holds another run, drawn with {drawn}, got {config}; choose another folder")
+    for old, new in zip(there, planned, strict=False):
+        if old != new:
+            raise ValueError(f"root: {root} holds another run, with {old}, got {new}; choose another folder")
+    if len(there) != len(planned):
+        raise ValueError(
+            f"root: {root} holds another run, of {len(there)} images, got {len(planned)}; choose another folder"
+        )
+
+
+def read_manifest(root: Path) -> tuple[tuple[PlannedImage, ...], DrawConfig]:
+    """Reads what the images of a folder show and how they were drawn.
+
+    Raises:
+        ValueError: There is no manifest, or it is not one.
+    """
+    path = root / MANIFEST
+    if not path.is_file():
+        raise ValueError(f"root must hold {MANIFEST}, got {root}, which does not")
+    try:
+        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        planned = tuple(PlannedImage(*(image[field] for field in PlannedImage._fields)) for image in content["images"])
+        given = {name: content[name] for name in ("eta", "size") if name in content}
+        return planned, DrawConfig(steps=content["steps"], guidance_scale=content["guidance_scale"], **given)
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"root: {path} must be a manifest of drawn images, got {error!r}") from error
+
+
+def check_model_name(model: str) -> None:
+    """Raises a ValueError unless the name can be that of a folder."""
+    if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._-]*", model):
+        raise ValueError(f"model must be a folder name of letters, digits, '.', '_' and '-', got {model!r}")
+
+
+ROWS = "manifest.jsonl"
+JOURNALS = ".drawn-*.jsonl"
+
+
+class ImageRow(NamedTuple):
+    """What is known of one image."""
+
+    file: str
+    kind: str
+    id: str
+    copy: int
+    prompt: str
+    seed: int
+    width: int
+    """In pixels."""
+    height: int
+    """In pixels."""
+    seconds: float
+    """Its share of the time that its batch took to draw."""
+    batch: int
+    """How many images were drawn together with it, itself included."""
+    sha256: str
+    """Of the file."""
+
+
+def read_image_rows(folder: Path | str) -> tuple[ImageRow, ...]:
+    """Reads the rows of a finished folder, in the order of the plan.
+
+    Raises:
+        ValueError: The folder has none, as one that another system filled, or one that is not finished.
+    """
+    path = Path(folder) / ROWS
+    if not path.is_file():
+        raise ValueError(f"folder must hold {ROWS}, got {folder}, which does not: `generate` has not finished it")
+    return tuple(_read(path))
+
+
+def known_rows(folder: Path) -> dict[str, list[ImageRow]]:
+    """Returns all rows that were written so far, by file; lines that are not whole are left out."""
+    rows: dict[str, list[ImageRow]] = {}
+    for path in (folder / ROWS, *sorted(folder.glob(JOURNALS))):
+        for row in _read(path):
+            rows.setdefault(row.file, []).append(row)
+    return rows
+
+
+def drawn_row(path: Path, rows: Iterable[ImageRow]) -> ImageRow | None:
+    """Returns the row that tells of an image's file as it is; None if the image is missing or damaged or has none."""
+    rows = tuple(rows)
+    if not rows:
+        return None
+    try:
+        with path.open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+    except FileNotFoundError:
+        return None
+    return next((row for row in rows if row.sha256 == digest), None)
+
+
+def append_row(folder: Path, rank: int, row: ImageRow) -> None:
+    """Adds a row to those of one process; from then on it survives the death of the program.
+
+    Raises:
+        OSError: The disk is full, for example; the message names the file, and no part of the row is left in it.
+    """
+    path = folder / f".drawn-{rank}.jsonl"
+    line = json.dumps(row._asdict(), ensure_ascii=False).encode() + b"\n"
+    with path.open("ab", buffering=0) as file:
+        begin = file.tell()
+        if begin and not _ends_a_line(path):
+            line = b"\n" + line
+        try:
+            written = 0
+            while written < len(line):  # an unbuffered file may take a part, and complain about the rest only
+                written += file.write(line[written:]) or 0
+        except OSError as error:
+            file.truncate(begin)
+            raise OSError(error.errno, error.strerror, str(path)) from error
+
+
+def finish_rows(folder: Path, planned: Sequence[PlannedImage], *, writer: str = "") -> bool:
+    """Brings the rows of all processes together if all images are there; says whether they are.
+
+    Whichever process comes last does it; two that come at once write the same.
+    """
+    journals = sorted(folder.glob(JOURNALS))
+    rows = known_rows(folder)
+    if not journals and (folder / ROWS).exists() and rows.keys() == {image.file_name for image in planned}:
+        return True
+    found = []
+    for image in planned:
+        row = drawn_row(folder / image.file_name, rows.get(image.file_name, ()))
+        if row is None:
+            return False
+        found.append(row)
+    lines = [json.dumps(row._asdict(), ensure_ascii=False) + "\n" for row in found]
+    write_text(folder / ROWS, "".join(lines), writer=writer)
+    for journal in journals:
+        journal.unlink(missing_ok=True)
+    return True
+
+
+def _read(path: Path) -> list[ImageRow]:
+    rows = []
+    with suppress(FileNotFoundError):  # a process that finished has just removed it
+        for line in path.read_bytes().splitlines():
+            with suppress(ValueError, TypeError):
+                rows.append(ImageRow(**json.loads(line)))
+    return rows
+
+
+def _ends_a_line(path: Path) -> bool:
+    with path.open("rb") as file:
+        file.seek(-1, os.SEEK_END)
+        return file.read() == b"\n"

@@ -1,10 +1,15 @@
-"""Which images are drawn: a prompt, a kind and a seed for each, the same for every model compared."""
+"""The plan of an evaluation: a prompt, a kind and a seed for each image, the same for every model compared.
+
+Several processes share a plan out: by images where they draw into memory, by whole batches where they fill a folder.
+"""
 
 import hashlib
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import NamedTuple
+
+from overpaint.settings import Field, settings
+from overpaint.training import process_state
 
 KINDS = {
     "explicit": "name the concept",
@@ -32,28 +37,18 @@ class PlannedImage(NamedTuple):
         return f"{self.id}_{self.copy}.png"
 
 
-@dataclass(frozen=True, kw_only=True)
+@settings
 class DrawConfig:
     """How images are drawn; what has to be the same for every model compared."""
 
-    steps: int = 50
+    steps: int = Field(50, ge=1)
     """Denoising steps."""
-    guidance_scale: float = 5.0
+    guidance_scale: float = Field(5.0, ge=0)
     """Scale of classifier-free guidance; 1 is none."""
-    eta: float = 0.0
+    eta: float = Field(0.0, ge=0, le=1)
     """Share of the noise of ancestral sampling in each step, in [0, 1]; 0 is deterministic."""
-    size: int | None = None
+    size: int | None = Field(None, ge=8, multiple_of=8)
     """Side of the images in pixels, a multiple of 8; None is the model's own."""
-
-    def __post_init__(self) -> None:
-        if self.steps < 1:
-            raise ValueError(f"steps must be at least 1, got {self.steps}")
-        if not self.guidance_scale >= 0:
-            raise ValueError(f"guidance_scale must be at least 0, got {self.guidance_scale}")
-        if not 0 <= self.eta <= 1:
-            raise ValueError(f"eta must lie in [0, 1], got {self.eta}")
-        if self.size is not None and (self.size < 8 or self.size % 8):
-            raise ValueError(f"size must be a positive multiple of 8, got {self.size}")
 
 
 def plan(
@@ -139,6 +134,42 @@ def check_plan(planned: Sequence[PlannedImage]) -> None:
 def kinds_of(planned: Sequence[PlannedImage]) -> tuple[str, ...]:
     """Returns the kinds that occur, in the order in which they first do."""
     return tuple(dict.fromkeys(image.kind for image in planned))
+
+
+def process_rank_and_count() -> tuple[int, int]:
+    """Asks accelerate which process this is, and of how many."""
+    state = process_state()
+    return state.process_index, state.num_processes
+
+
+def shard(planned: Sequence[PlannedImage], rank: int, world_size: int) -> tuple[PlannedImage, ...]:
+    """Returns the images that one of several processes draws into memory: every `world_size`-th.
+
+    Raises:
+        ValueError: The process is not one of the processes.
+    """
+    check_rank(rank, world_size)
+    return tuple(planned[rank::world_size])
+
+
+def batches_of(planned: Sequence[PlannedImage], batch_size: int) -> list[tuple[PlannedImage, ...]]:
+    """Cuts a plan into batches.
+
+    Processes that share a folder share out whole batches, so that the batches, and with them the last bit of every
+    image, do not depend on the number of processes.
+
+    Raises:
+        ValueError: `batch_size` is below 1.
+    """
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+    return [tuple(planned[start : start + batch_size]) for start in range(0, len(planned), batch_size)]
+
+
+def check_rank(rank: int, world_size: int) -> None:
+    """Raises a ValueError unless the process is one of the processes."""
+    if not 0 <= rank < world_size:
+        raise ValueError(f"rank must be at least 0 and below world_size {world_size}, got {rank}")
 
 
 def _image_seed(seed: int, kind: str, number: int | str, copy: int) -> int:

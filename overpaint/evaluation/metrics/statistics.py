@@ -1,15 +1,14 @@
-"""Means, how sure they are, and paired differences.
+"""Means and rates with 95 % intervals, paired differences, bootstrap intervals and ranks.
 
-Every interval is a 95 % interval. Means and their paired differences use Student's t; rates use
-Wilson's score interval, which stays honest at 0 and 1, where the standard error of a rate is zero
-and says nothing; differences of paired rates use Newcombe's interval, built from Wilson's. Values
-of one cluster, such as the images of one prompt, may be dependent: given the clusters, only these
+Means and their paired differences use Student's t; rates use Wilson's score interval, which stays honest at 0 and 1,
+where the standard error of a rate is zero and says nothing; differences of paired rates use Newcombe's interval, built
+from Wilson's. Values of one cluster, such as the images of one prompt, may be dependent: given the clusters, only these
 count as independent.
 """
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy
 
@@ -223,3 +222,119 @@ def _require_outcomes(outcomes: Sequence[float]) -> None:
     for outcome in outcomes:
         if outcome not in (0, 1):
             raise ValueError(f"outcomes must be 0 or 1, got {outcome}")
+
+
+Method = Literal["percentile", "bca"]
+BLOCK = 2**20
+"""Clusters drawn at a time, which bounds the memory."""
+
+
+class Interval(NamedTuple):
+    """The ends of a confidence interval; NaN where one cluster does not tell."""
+
+    low: float
+    high: float
+
+
+def bootstrap_interval(
+    values: Sequence[float],
+    clusters: Sequence[str] | None = None,
+    *,
+    method: Method = "bca",
+    resamples: int = 10_000,
+    confidence: float = 0.95,
+    seed: int = 0,
+) -> Interval:
+    """Returns a confidence interval of the mean of the values.
+
+    As many clusters as there are are drawn with replacement, each with all its values, and the mean is taken again. For
+    the difference of two models give the differences of their values, image by image.
+
+    Source: Efron and Tibshirani (1993), "An Introduction to the Bootstrap", chapters 13 (percentile) and 14 (BCa: bias
+    corrected and accelerated, the acceleration from leaving out one cluster at a time).
+
+    Args:
+        values: What was measured.
+        clusters: What each value belongs to, such as its prompt; every value is one by itself if they are not given.
+        method: "percentile" or "bca"; with fewer than about 20 clusters both are too narrow.
+        resamples: How often the clusters are drawn.
+        confidence: How often the interval is meant to hold the true mean, in (0, 1).
+        seed: Chooses the draws; the same values give the same interval.
+
+    Raises:
+        ValueError: There are no values, not one cluster for each, or an argument is out of its range.
+    """
+    from scipy.stats import bootstrap
+
+    if method not in ("percentile", "bca"):
+        raise ValueError(f"method must be 'percentile' or 'bca', got {method!r}")
+    if resamples < 1:
+        raise ValueError(f"resamples must be at least 1, got {resamples}")
+    if not 0 < confidence < 1:
+        raise ValueError(f"confidence must lie in (0, 1), got {confidence}")
+    if not values:
+        raise ValueError("values must hold at least one number, got none")
+    names = [str(k) for k in range(len(values))] if clusters is None else clusters
+    sums = numpy.array(list(sums_by_cluster(values, names).values()))
+    sizes = numpy.array(list(sums_by_cluster([1.0] * len(values), names).values()))
+    if len(sums) == 1:
+        return Interval(numpy.nan, numpy.nan)
+    settings: dict[str, Any] = {"paired": True, "batch": max(1, BLOCK // len(sums)), "confidence_level": confidence}
+    found = bootstrap((sums, sizes), _mean, method="percentile", n_resamples=resamples, rng=seed, **settings)
+    if method == "bca":
+        means, mean = found.bootstrap_distribution, _mean(sums, sizes, 0)
+        # Means that are equal but for rounding count as equal, so that the order of a sum does not matter.
+        means[numpy.isclose(means, mean, rtol=0, atol=1e-12 * numpy.abs(sums).max())] = mean
+        # All resamples on one side would be a bias without bound; where nothing varies, there is none.
+        if means.min() <= mean <= means.max() and means.min() < means.max():
+            found = bootstrap((sums, sizes), _mean, method="BCa", n_resamples=0, bootstrap_result=found, **settings)
+    return Interval(*map(float, found.confidence_interval))
+
+
+def _mean(sums: numpy.ndarray, sizes: numpy.ndarray, axis: int) -> numpy.ndarray | numpy.floating:
+    """Returns the mean of all values of the clusters along an axis."""
+    return sums.sum(axis=axis) / sizes.sum(axis=axis)
+
+
+def ranks(values: Sequence[float], higher_is_better: bool = True) -> list[float]:
+    """Returns the rank of each value: 1 is best, and equal values share the mean of the ranks that they take up.
+
+    Args:
+        values: What is ranked.
+        higher_is_better: Whether the highest is best, or the lowest.
+
+    Raises:
+        ValueError: A value is not finite.
+    """
+    from scipy.stats import rankdata
+
+    _require_finite(values)
+    return rankdata([-value for value in values] if higher_is_better else values).tolist()
+
+
+def spearman(a: Sequence[float], b: Sequence[float]) -> float:
+    """Returns Spearman's rank correlation, in [-1, 1]: Pearson's correlation of the average ranks.
+
+    It is 1 where both have the same order. A score of which more is better and a human rank of which 1 is best have
+    opposite orders: give `ranks(scores)` beside such ranks.
+
+    Raises:
+        ValueError: The two differ in length, there are fewer than 2 values, one is not finite, or all values of one
+            are equal, which has no order.
+    """
+    from scipy.stats import spearmanr
+
+    if len(a) != len(b):
+        raise ValueError(f"a and b must be of equal length, got {len(a)} and {len(b)}")
+    if len(a) < 2:
+        raise ValueError(f"a and b must hold at least 2 values, got {len(a)}")
+    for name, values in (("a", a), ("b", b)):
+        _require_finite(values)
+        if len(set(values)) == 1:
+            raise ValueError(f"{name} must hold values that differ, got {len(values)} times {values[0]}")
+    return float(spearmanr(a, b).statistic)
+
+
+def _require_finite(values: Sequence[float]) -> None:
+    if not all(map(math.isfinite, values)):
+        raise ValueError(f"values must be finite, got {list(values)}")

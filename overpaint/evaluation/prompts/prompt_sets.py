@@ -12,10 +12,8 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
-from overpaint.evaluation.metrics.preference import IMAGE_REWARD_TEST
+from overpaint.evaluation.tables import read_prompt_rows
 from rewards.public_files import PublicFile, fetch
-
-from .prompt_table import read_prompt_rows
 
 _ERASING = "https://raw.githubusercontent.com/rohitgandikota/erasing/3d10dd1b2df4ec4e74edcadac4200c7401585138/data"
 _IMAGE_REWARD = "https://raw.githubusercontent.com/THUDM/ImageReward/1beb4e4de0932acbe7fc090c51208048b6269b58"
@@ -35,6 +33,14 @@ IMAGE_REWARD_100 = PublicFile(
     licence="Apache-2.0 (DiffusionDB CC0)",
     source=_IMAGE_REWARD_SOURCE,
 )
+IMAGE_REWARD_TEST = PublicFile(
+    name="imagereward_test.json",
+    url="https://raw.githubusercontent.com/THUDM/ImageReward/c1392c6dd0fd6ecd6d416c96959ab744a6d0a8fb/data/test.json",
+    sha256="77cff6c2d0522006f52f0b637ef8302db1782b2b761e378c124a012a3c7fc58e",
+    licence="Apache-2.0",
+    source=_IMAGE_REWARD_SOURCE,
+)
+"""466 prompts with 2,720 ranked images and 6,399 pairs; the images themselves are published elsewhere."""
 DIFFUSION_DB = PublicFile(
     name="imagereward_refl_prompts.json",
     url=f"{_IMAGE_REWARD}/data/refl_data.json",

@@ -8,8 +8,7 @@ from pathlib import Path
 from jaxtyping import UInt8
 from torch import Tensor
 
-from overpaint.evaluation.images.files import data_uri
-from overpaint.evaluation.images.images import ImageSource
+from overpaint.evaluation.images.files import ImageSource, data_uri
 from overpaint.evaluation.images.plan import KINDS, PlannedImage, kinds_of
 from overpaint.evaluation.metrics.statistics import Estimate
 from overpaint.evaluation.scoring.score import Scores

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from html import escape
 
-from overpaint.evaluation.metrics.ranking import ranks, spearman
+from overpaint.evaluation.metrics.statistics import ranks, spearman
 
 from .page import Section
 from .result_tables import MINUS

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from overpaint.evaluation.experiments.compare import Comparison
-from overpaint.evaluation.images.images import ImageSource
+from overpaint.evaluation.images.files import ImageSource
 from overpaint.evaluation.scoring.score import Scores
 from overpaint.policy.atomic import write_text
 

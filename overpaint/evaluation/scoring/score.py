@@ -1,27 +1,132 @@
-"""Apply measures to drawn images and keep the value of every image."""
+"""Scores: the value of every image by every measure, over one process or several, and as a table."""
 
+import hashlib
 import json
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
+import numpy
 import torch
 from jaxtyping import UInt8
+from PIL import Image, ImageOps
 from torch import Tensor
 from tqdm import tqdm
 
-from overpaint.evaluation.images.images import ImageSource
-from overpaint.evaluation.images.other_images import OtherImages
-from overpaint.evaluation.images.pair_images import read_ahead
-from overpaint.evaluation.images.plan import DrawConfig, PlannedImage, kinds_of
+from overpaint.evaluation.images.files import ImageSource, to_images
+from overpaint.evaluation.images.pairs import UNKNOWN_SEED, OtherImages, read_ahead
+from overpaint.evaluation.images.plan import KINDS, DrawConfig, PlannedImage, kinds_of
 from overpaint.evaluation.metrics.statistics import Estimate, mean_estimate, rate_estimate
+from overpaint.evaluation.tables import OUTPUT_SUFFIXES, Row, write_table
 from overpaint.policy.atomic import write_text
+from overpaint.policy.types import Images
+from overpaint.training import process_state
 
-from .journal import Journal
-from .measure import Better, Measure, check_measures, digest_of, fitted, measured
-from .measure import Metric as Metric
+from .pair_scores import Journal
+
+Metric = Callable[[Images, Sequence[str]], Tensor | Sequence[float] | Sequence[bool]]
+"""Gives one number, or one yes or no, for each image and its prompt; every `rewards.Reward` is one."""
+
+Better = Literal["higher", "lower", "neither"]
+
+
+class Measure(NamedTuple):
+    """A metric, with what a reader of its numbers needs to know."""
+
+    name: str
+    metric: Metric
+    kinds: tuple[str, ...] = ()
+    """Kinds of prompts it is taken on; empty for all."""
+    better: Better = "higher"
+    """Which way is better."""
+    note: str = ""
+    """What the number means: version, labels, threshold and count rule of a detector, for example."""
+
+
+def digest_of(shown: Sequence[PlannedImage], pixels: Sequence[UInt8[Tensor, "3 _ _"]]) -> str:
+    """Returns what differs if a batch holds other images, prompts or seeds."""
+    digest = hashlib.blake2b(json.dumps([list(image) for image in shown]).encode(), digest_size=16)
+    for image in pixels:
+        digest.update(str(tuple(image.shape)).encode())
+        digest.update(image.contiguous().numpy())
+    return digest.hexdigest()
+
+
+def measure_batch(
+    measures: Sequence[Measure],
+    shown: Sequence[PlannedImage],
+    pixels: Sequence[UInt8[Tensor, "3 _ _"]],
+    device: torch.device | str,
+) -> dict[str, Any]:
+    """Returns the values of a batch of one kind by each measure that is taken on it, and which of them are rates."""
+    taken = [measure for measure in measures if not measure.kinds or shown[0].kind in measure.kinds]
+    values = {measure.name: [math.nan] * len(shown) for measure in taken}
+    rates = set()
+    for places in _of_one_size(pixels) if taken else []:
+        stack = to_images(torch.stack([pixels[place] for place in places]).to(device))
+        prompts = [shown[place].prompt for place in places]
+        for measure in taken:
+            numbers, is_rate = _apply(measure, stack, prompts)
+            for place, number in zip(places, numbers, strict=True):
+                values[measure.name][place] = number
+            if is_rate:
+                rates.add(measure.name)
+    return {"values": values, "rates": sorted(rates)}
+
+
+def _of_one_size(pixels: Sequence[UInt8[Tensor, "3 _ _"]]) -> list[list[int]]:
+    """Returns the places of images of each size."""
+    places: dict[torch.Size, list[int]] = {}
+    for place, image in enumerate(pixels):
+        places.setdefault(image.shape, []).append(place)
+    return list(places.values())
+
+
+def fitted(pixels: UInt8[Tensor, "3 H W"], size: int) -> UInt8[Tensor, "3 size size"]:
+    """Returns an image cropped to its centre square and scaled, antialiased bicubic, in 8 bits; or as it is."""
+    if pixels.shape[1:] == (size, size):
+        return pixels
+    image = Image.fromarray(pixels.permute(1, 2, 0).contiguous().numpy())
+    image = ImageOps.fit(image, (size, size), Image.Resampling.BICUBIC)
+    return torch.from_numpy(numpy.array(image)).permute(2, 0, 1)
+
+
+def _apply(measure: Measure, images: Images, prompts: Sequence[str]) -> tuple[list[float], bool]:
+    """Returns a metric's values and whether they are yes or no."""
+    with torch.no_grad():
+        values = torch.as_tensor(measure.metric(images, prompts))
+    if values.shape != (len(prompts),):
+        raise ValueError(
+            f"measures[{measure.name!r}] must return one value for each of {len(prompts)} images, "
+            f"got shape {tuple(values.shape)}"
+        )
+    numbers = values.double().tolist()
+    for number, prompt in zip(numbers, prompts, strict=True):
+        if not math.isfinite(number):
+            raise ValueError(f"measures[{measure.name!r}]: values must be finite, got {number} for prompt {prompt!r}")
+    return numbers, values.dtype == torch.bool
+
+
+def check_measures(measures: Sequence[Measure], kinds: Sequence[str]) -> None:
+    """Checks that measures can be told apart and are of kinds that exist.
+
+    Raises:
+        ValueError: They are not; the message says which.
+    """
+    names = [measure.name for measure in measures]
+    if not names:
+        raise ValueError("measures must hold at least one, got none")
+    if len(set(names)) < len(names):
+        raise ValueError(f"measures must have unique names, got {names}")
+    for measure in measures:
+        for kind in measure.kinds:
+            # A process's shard may lack a kind that is drawn elsewhere, so that the usual ones always pass.
+            if kind not in kinds and kind not in KINDS:
+                known = ", ".join(dict.fromkeys((*kinds, *KINDS)))
+                raise ValueError(f"measures[{measure.name!r}].kinds must be among {known}, got {kind!r}")
 
 
 class Column(NamedTuple):
@@ -151,7 +256,7 @@ def score(
             digest = None if finished is None else digest_of(shown, pixels)
             if record is None:
                 fresh: dict[str, Any] = {"batch": number, "images": digest}
-                record = fresh | measured(measures, shown, pixels, device)
+                record = fresh | measure_batch(measures, shown, pixels, device)
                 if finished is not None:
                     finished.append(record)
             elif record["images"] != digest:
@@ -196,3 +301,109 @@ def _columns(
         for kind in kinds
         if (measure.name, kind) in values
     )
+
+
+COLUMNS = ("model", "file", "kind", "id", "copy", "prompt", "seed")
+"""What a row says of its image, before what was measured of it."""
+
+
+def score_rows(scores: Sequence[Scores]) -> list[Row]:
+    """Returns one row for each image of each model, with `COLUMNS` and every measure.
+
+    A measure that was not taken of an image is None, and so is a seed that is not known.
+
+    Raises:
+        ValueError: Two models share a name, or a measure is named like one of `COLUMNS`.
+    """
+    models = [one.model for one in scores]
+    if len(set(models)) < len(models):
+        raise ValueError(f"scores must be of models with unique names, got {models}")
+    measures = list(dict.fromkeys(column.measure for one in scores for column in one.columns))
+    for name in measures:
+        if name in COLUMNS:
+            raise ValueError(f"measures must not be named like columns of the table, got {name!r}")
+    return [row for one in scores for row in _rows(one, measures)]
+
+
+def write_scores(scores: Sequence[Scores], path: Path | str) -> None:
+    """Writes `score_rows` as *.csv or *.parquet, whole or not at all; values keep float32's precision.
+
+    Raises:
+        ValueError: There are no scores, the ending is unknown, or a name occurs twice.
+        ImportError: It is Parquet, and pyarrow is missing.
+    """
+    path = Path(path)
+    if path.suffix not in OUTPUT_SUFFIXES:
+        raise ValueError(f"path must be named {' or '.join(f'*{s}' for s in OUTPUT_SUFFIXES)}, got {path}")
+    rows = score_rows(scores)
+    if not rows:
+        raise ValueError("scores must hold at least one image, got none")
+    measures = [name for name in rows[0] if name not in COLUMNS]
+    values = {name: [row.pop(name) for row in rows] for name in measures}
+    write_table(rows, values, path)
+
+
+def _rows(scores: Scores, measures: Sequence[str]) -> list[Row]:
+    values: dict[PlannedImage, dict[str, float]] = {}
+    for column in scores.columns:
+        for image, value in zip(column.images, column.values, strict=True):
+            values.setdefault(image, {})[column.measure] = value
+    return [
+        {
+            "model": scores.model,
+            "file": image.file_name,
+            "kind": image.kind,
+            "id": image.id,
+            "copy": image.copy,
+            "prompt": image.prompt,
+            "seed": None if image.seed == UNKNOWN_SEED else image.seed,
+            **{name: found.get(name) for name in measures},
+        }
+        for image, found in values.items()
+    ]
+
+
+def gather(scores: Scores, planned: Sequence[PlannedImage]) -> Scores:
+    """Brings the scores of all processes together, on every process.
+
+    Args:
+        scores: Scores of this process's shard.
+        planned: The whole plan, which gives the order.
+    """
+    from accelerate.utils import gather_object
+
+    if process_state().num_processes == 1:
+        return scores
+    return merge(gather_object([scores]), planned)
+
+
+def merge(parts: Sequence[Scores], planned: Sequence[PlannedImage]) -> Scores:
+    """Joins the scores of shards, in the order of the plan.
+
+    Raises:
+        ValueError: The parts are of different models or settings, or do not hold each planned image once.
+    """
+    model, config = parts[0].model, parts[0].config
+    for part in parts[1:]:
+        if (part.model, part.config) != (model, config):
+            raise ValueError(f"parts must be of one model, got {model}, {config} and {part.model}, {part.config}")
+    columns = [column for part in parts for column in part.columns]
+    measures = dict.fromkeys(column.measure for column in columns)
+    merged = []
+    for measure in measures:
+        for kind in kinds_of(planned):
+            pieces = [column for column in columns if (column.measure, column.kind) == (measure, kind)]
+            if pieces:
+                merged.append(_joined(pieces, [image for image in planned if image.kind == kind]))
+    return Scores(model=model, config=config, columns=tuple(merged))
+
+
+def _joined(pieces: Sequence[Column], planned: Sequence[PlannedImage]) -> Column:
+    pairs = [pair for piece in pieces for pair in zip(piece.images, piece.values, strict=True)]
+    values = dict(pairs)
+    if len(pairs) != len(planned) or values.keys() != set(planned):
+        raise ValueError(
+            f"parts must hold each of {len(planned)} planned images of kind {pieces[0].kind!r} once, "
+            f"got {len(pairs)} values of {len(values)} images"
+        )
+    return pieces[0]._replace(images=tuple(planned), values=tuple(values[image] for image in planned))

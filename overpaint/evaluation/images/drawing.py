@@ -1,4 +1,4 @@
-"""Draw the planned images with a policy: into memory, or into a folder that an interrupted run fills up later."""
+"""Draws the planned images: into memory, or into a folder that an interrupted run fills up later."""
 
 import hashlib
 import sys
@@ -11,18 +11,26 @@ from typing import NamedTuple
 import torch
 from tqdm import tqdm
 
-from overpaint.evaluation.processes import batches_of, check_rank, process_rank_and_count
 from overpaint.policy.atomic import forget_partial, write_bytes
 from overpaint.policy.guidance import ClassifierFree
 
-from .drawable import Drawable as Drawable
-from .drawing_time import duration_text
-from .files import png_bytes
-from .folder import MANIFEST, check_model_name, write_manifest
-from .image_rows import ROWS, ImageRow, append_row, drawn_row, finish_rows, known_rows
-from .images import DrawnImages, Pixels, to_pixels
-from .model_record import RECORD, keep_record, model_record
-from .plan import DrawConfig, PlannedImage, check_plan
+from .drawable import RECORD, Drawable, model_record, write_record
+from .files import (
+    MANIFEST,
+    ROWS,
+    DrawnImages,
+    ImageRow,
+    Pixels,
+    append_row,
+    check_model_name,
+    drawn_row,
+    finish_rows,
+    known_rows,
+    png_bytes,
+    to_pixels,
+    write_manifest,
+)
+from .plan import DrawConfig, PlannedImage, batches_of, check_plan, check_rank, process_rank_and_count
 
 LONG = 600.0
 """Seconds from which on the first batch is followed by an estimate of the whole."""
@@ -112,11 +120,11 @@ def generate(
     mine = batches_of(planned, batch_size)[rank::world_size]
 
     folder, writer = root / model, f".{rank}"
-    with _says_what_stays(folder, len(planned)):
+    with _with_what_stays(folder, len(planned)):
         for path in (root / MANIFEST, folder / RECORD, folder / ROWS):
             forget_partial(path, writer=writer)
         write_manifest(root, planned, config, writer=writer)
-        keep_record(folder, model_record(policy, config), writer=writer)
+        write_record(folder, model_record(policy, config), writer=writer)
     rows = known_rows(folder)
     work = [Work(batch, missing) for batch in mine if (missing := _missing(folder, batch, rows))]
     total, to_draw = sum(map(len, mine)), sum(len(each.missing) for each in work)
@@ -128,14 +136,14 @@ def generate(
         disable=not progress or rank > 0,
     ) as bar:
         for number, each in enumerate(work):
-            with _says_what_stays(folder, len(planned)):
+            with _with_what_stays(folder, len(planned)):
                 seconds = _draw_into(folder, each, policy, config, rank)
             bar.update(len(each.missing))
             if number == 0 and seconds * (len(work) - 1) > LONG and not bar.disable:
                 bar.write(
                     f"{model}: {to_draw} images will take about {duration_text(seconds * len(work))}", file=sys.stderr
                 )
-    with _says_what_stays(folder, len(planned)):
+    with _with_what_stays(folder, len(planned)):
         finish_rows(folder, planned, writer=writer)
     return to_draw
 
@@ -177,7 +185,7 @@ def _draw_into(folder: Path, work: Work, policy: Drawable, config: DrawConfig, r
 
 
 @contextmanager
-def _says_what_stays(folder: Path, total: int) -> Generator[None]:
+def _with_what_stays(folder: Path, total: int) -> Generator[None]:
     """Adds to an error of writing what of the work is kept."""
     try:
         yield
@@ -209,3 +217,44 @@ def _draw_batch(policy: Drawable, batch: Sequence[PlannedImage], config: DrawCon
     if config.size is not None and tuple(images.shape[-2:]) != (config.size, config.size):
         raise ValueError(f"policy must draw images of size {config.size}, got {tuple(images.shape[-2:])}")
     return to_pixels(images)
+
+
+def seconds_per_image(
+    drawable: Drawable, planned: Sequence[PlannedImage], config: DrawConfig, *, batch_size: int = 16
+) -> float:
+    """Returns how long one image will take, from a batch of one step and one of three, each drawn for nothing.
+
+    Args:
+        drawable: What will draw.
+        planned: What it will draw; the first batch is taken.
+        config: How it will draw.
+        batch_size: Images drawn at a time.
+    """
+    batch = planned[:batch_size]
+
+    def timed(steps: int) -> float:
+        begin = time.perf_counter()
+        with torch.no_grad():
+            drawable.draw(
+                [image.prompt for image in batch],
+                seeds=[image.seed for image in batch],
+                steps=steps,
+                guidance=ClassifierFree(config.guidance_scale),
+                eta=config.eta,
+                batch_size=len(batch),
+                height=config.size,
+                width=config.size,
+            ).cpu()  # waits for an accelerator
+        return time.perf_counter() - begin
+
+    timed(1)  # sets much up, and encodes the prompts
+    one, three = timed(1), timed(3)
+    return (one + max(three - one, 0.0) / 2 * (config.steps - 1)) / len(batch)
+
+
+def duration_text(seconds: float) -> str:
+    """Returns a time as a person says it: `40 s`, `12 min`, `3 h 05 min`."""
+    if seconds < 90:
+        return f"{max(round(seconds), 1)} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"

@@ -11,8 +11,8 @@ from typing import NamedTuple
 
 import torch
 
-from overpaint.evaluation.images.generate import Drawable
-from overpaint.evaluation.images.pipelines import PipelineDrawable
+from overpaint.evaluation.images.drawable import PipelineDrawable
+from overpaint.evaluation.images.drawing import Drawable
 from overpaint.policy import DiffusionPolicy, check_checkpoint
 
 from .published import COGVIEW2, DALLE2, OPENJOURNEY, SD14, SD21, VERSATILE

@@ -13,22 +13,14 @@ from typing import Any, NamedTuple, cast
 
 import torch
 
-from overpaint.evaluation.images.pair_images import image_sizes
-from overpaint.evaluation.scoring.pair_scores import score_pairs
-from overpaint.evaluation.scoring.pairs import Pair
+from overpaint.evaluation.images.pairs import Pair, image_sizes
+from overpaint.evaluation.metrics.statistics import mean_estimate
+from overpaint.evaluation.prompts.prompt_sets import IMAGE_REWARD_TEST
 from rewards import Reward
-from rewards.public_files import PublicFile, fetch
+from rewards.public_files import fetch
 
-from .statistics import mean_estimate
+from .pair_scores import score_pairs
 
-IMAGE_REWARD_TEST = PublicFile(
-    name="imagereward_test.json",
-    url="https://raw.githubusercontent.com/THUDM/ImageReward/c1392c6dd0fd6ecd6d416c96959ab744a6d0a8fb/data/test.json",
-    sha256="77cff6c2d0522006f52f0b637ef8302db1782b2b761e378c124a012a3c7fc58e",
-    licence="Apache-2.0",
-    source="THUDM/ImageReward, beside Xu et al. (2023), https://arxiv.org/abs/2304.05977",
-)
-"""466 prompts with 2,720 ranked images and 6,399 pairs; the images themselves are published elsewhere."""
 WORST_RANK = 5
 """Ranks go from 1, the best, to this; images of one prompt may share a rank."""
 
