@@ -35,7 +35,7 @@ from benchmarks.peers_race import Judge, Record, Side, race, reward_after, secon
 from benchmarks.peers_settings import NEVER, Settings, our_job, own_settings, trl_job
 from ddpo import DDPOConfig
 from overpaint import tinyworld
-from overpaint.evaluation.report.band_chart import band_chart, band_of
+from overpaint.evaluation.report.charts import band_chart, band_of, svg
 from overpaint.settings import AnyPath, Field, settings
 
 TRL, SAME, OWN = "TRL", "same", "own"
@@ -231,8 +231,8 @@ def figures(records: Mapping[int, Records]) -> dict[str, str]:
             else:
                 points = [[(time, reward_after(time, some)) for time in times] for some in looks]
             bands.append(band_of(side, points))
-        charts[f"peers-{name}.svg"] = band_chart(
-            bands, title="Held-out reward", x_label=label, y_label="held-out reward"
+        charts[f"peers-{name}.svg"] = svg(
+            band_chart(bands, title="Held-out reward", x_label=label, y_label="held-out reward").spec
         )
     return charts
 

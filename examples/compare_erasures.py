@@ -27,14 +27,18 @@ from erasure import Erasure
 from erasure.cache import claim
 from erasure.registry import METHODS, erase, method_named
 from overpaint.evaluation import DrawConfig, ImageFolder, Report, Scores, compare, write_folder
-from overpaint.evaluation.experiments.erasures import Line, html_table, line_of, markdown_table
 from overpaint.evaluation.experiments.experiment import TINY_WORLD, Experiment, command_line, evaluate, experiment
-from overpaint.evaluation.experiments.models import CHECKPOINTS
-from overpaint.evaluation.experiments.published import IMAGE_REWARD, published
-from overpaint.evaluation.experiments.published_comparison import Measured, beside_published
+from overpaint.evaluation.experiments.published import (
+    IMAGE_REWARD,
+    Measured,
+    published,
+    published_comparison,
+    tables_html,
+)
+from overpaint.evaluation.experiments.study import CHECKPOINTS, MethodLine, line_of, methods_table
 from overpaint.evaluation.prompts.prompt_sets import prompt_set
-from overpaint.evaluation.report.page import Section
-from overpaint.evaluation.report.pareto import Point, pareto_section
+from overpaint.evaluation.report.charts import Point, pareto_chart
+from overpaint.evaluation.report.page import Section, chart_section
 from overpaint.policy import LoRAConfig
 from overpaint.policy.atomic import write_text
 from overpaint.tinyworld.presets import PRESETS
@@ -187,7 +191,7 @@ def run(cells: Sequence[Cell], config: Config) -> None:
                 bar.update()
 
 
-def lines_of(config: Config) -> list[Line]:
+def lines_of(config: Config) -> list[MethodLine]:
     """Returns a line for each method: means over the seeds, and after the recovery."""
     lines = []
     for name in (BEFORE, *config.methods):
@@ -248,11 +252,11 @@ def sections(config: Config, scores: Sequence[Scores]) -> list[Section]:
         if config.policy != TINY_WORLD and not one.model.endswith("-recovered")
         for column in [one.column("ImageReward", "benign")]
     ]
-    others = beside_published(measured, published("erasures"))
+    others = tables_html(published_comparison(measured, published("erasures")))
     caption = f"Means over {len(config.seeds)} seeds ± standard error over them; recovered: the first seed alone."
     return [
-        Section("methods", "All methods", html_table(lines_of(config), caption=caption)),
-        pareto_section(points, x_label="concept rate of implicit prompts (lower is better)"),
+        Section("methods", "All methods", methods_table(lines_of(config), caption=caption).html()),
+        chart_section("pareto", pareto_chart(points, x_label="concept rate of implicit prompts (lower is better)")),
         Section("published", "What others published of Stable Diffusion", others),
     ]
 
@@ -274,7 +278,7 @@ def main(config: Config) -> str:
         prompt_set(config.captions)  # fetched, or refused, before any work and once
     claim(config.output_dir / "settings.json", deciding(config), "comparison")
     run(cells_of(config), config)
-    text = markdown_table(lines_of(config))
+    text = methods_table(lines_of(config)).markdown()
     write_text(config.output_dir / "table.md", text + "\n")
     report(config)
     print(text)

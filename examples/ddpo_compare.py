@@ -16,7 +16,7 @@ import ddpo_finetune
 import tyro
 
 from overpaint.evaluation.experiments.experiment import TaskName
-from overpaint.evaluation.report.band_chart import Band, band_chart, band_of
+from overpaint.evaluation.report.charts import Band, band_chart, band_of, svg
 from overpaint.training import read_metrics
 
 REWARD, JUDGE = "reward/validation", "reward/held_out"
@@ -88,7 +88,7 @@ def main(config: Config) -> dict[str, dict[str, Band]]:
             x_label="reward queries",
             y_label=what,
         )
-        (folder / f"{tag.replace('/', '_')}.svg").write_text(chart, encoding="utf-8")
+        (folder / f"{tag.replace('/', '_')}.svg").write_text(svg(chart.spec), encoding="utf-8")
     content = {tag: {name: band._asdict() for name, band in found.items()} for tag, found in bands.items()}
     (folder / "curves.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     print(f"\nThe curves: {folder}")

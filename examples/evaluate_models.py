@@ -12,16 +12,17 @@ interrupted; under accelerate all processes draw and score. At the end stands a 
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 import tyro
 from accelerate.utils import gather_object
+from markupsafe import Markup
 
 from overpaint.evaluation import (
     Drawable,
@@ -35,18 +36,29 @@ from overpaint.evaluation import (
     generate,
     score,
 )
-from overpaint.evaluation.experiments.experiment import command_line
-from overpaint.evaluation.experiments.models import TINY_WORLD, file_name_of, load_drawable, published_as
-from overpaint.evaluation.experiments.published import CLIP, GUIDANCE_SCALES, IMAGE_REWARD, Published, published
-from overpaint.evaluation.experiments.published_comparison import Measured, beside_published, beside_published_text
-from overpaint.evaluation.experiments.sweep import (
+from overpaint.evaluation.experiments.experiment import TINY_WORLD, command_line
+from overpaint.evaluation.experiments.published import (
+    CLIP,
+    GUIDANCE_SCALES,
+    IMAGE_REWARD,
+    Measured,
+    Published,
+    published,
+    published_comparison,
+    tables_html,
+    tables_markdown,
+)
+from overpaint.evaluation.experiments.study import (
     USUAL_SCALE,
     Cell,
     Result,
     cells_of,
+    file_name_of,
     guidance_curves,
+    load_drawable,
     means_by_metric,
     measured,
+    published_as,
 )
 from overpaint.evaluation.images.drawable import read_record
 from overpaint.evaluation.images.drawing import duration_text, seconds_per_image
@@ -54,9 +66,8 @@ from overpaint.evaluation.images.pairs import OtherImages
 from overpaint.evaluation.images.plan import plan_named
 from overpaint.evaluation.metrics.statistics import ranks
 from overpaint.evaluation.prompts.prompt_sets import PromptSet, prompt_set
-from overpaint.evaluation.report.figures import contact_sheets, evenly_spaced
-from overpaint.evaluation.report.page import Section
-from overpaint.evaluation.report.rank_table import rank_section, rank_text
+from overpaint.evaluation.report.page import Section, contact_sheets, evenly_spaced
+from overpaint.evaluation.report.table import Table, rank_table
 from overpaint.evaluation.scoring.score import write_scores
 from overpaint.policy.atomic import write_text
 from overpaint.tinyworld import IMAGE_SIZE
@@ -257,16 +268,7 @@ def beside(config: Config, results: Sequence[Result]) -> tuple[list[Measured], l
     return ours, [number for number in published(config.experiment) if number.metric in METRICS.values()]
 
 
-class Ranking(NamedTuple):
-    """Means of models, and who ranked them."""
-
-    means: dict[str, dict[str, float]]
-    people: Mapping[str, float]
-    judge: str
-    caption: str
-
-
-def ranking(config: Config, results: Sequence[Result]) -> Ranking | None:
+def ranking(config: Config, results: Sequence[Result]) -> Table | None:
     """Returns the models' means beside the ranks that people gave; None where there is nothing to compare."""
     if config.experiment != "prompts":
         return None
@@ -277,16 +279,16 @@ def ranking(config: Config, results: Sequence[Result]) -> Ranking | None:
             return None
         worth = means.pop(UTILITY)
         people = dict(zip(worth, ranks(list(worth.values())), strict=True))
-        ranked = Ranking(
-            means, people, UTILITY, "Settings of one model stand for models; their true utility ranks them."
-        )
+        ranked_by, caption = UTILITY, "Settings of one model stand for models; their true utility ranks them."
     else:
         people = {number.model: number.value for number in published("prompts", "human rank")}
         means = means_by_metric([one for one in ours if one.model in people and one.setting == ""])
-        ranked = Ranking(means, people, "people", "Human ranks as published with ImageReward.")
+        ranked_by, caption = "people", "Human ranks as published with ImageReward."
     # Neither one model nor a metric that is the same for all has an order.
-    ordered = {metric: values for metric, values in ranked.means.items() if len(set(values.values())) > 1}
-    return ranked._replace(means=ordered) if ordered and len(set(ranked.people.values())) > 1 else None
+    ordered = {metric: values for metric, values in means.items() if len(set(values.values())) > 1}
+    if not ordered or len(set(people.values())) < 2:
+        return None
+    return rank_table(ordered, people, ranked_by=ranked_by, caption=caption)
 
 
 def pictures(config: Config, results: Sequence[Result]) -> list[Section]:
@@ -310,7 +312,7 @@ def pictures(config: Config, results: Sequence[Result]) -> list[Section]:
         scores.append(replace(result.scores, model=label))
     if not shown:
         return []
-    note = '<p class="note">Each model and size at the guidance that the first measure likes best.</p>'
+    note = Markup('<p class="note">Each model and size at the guidance with the best mean of the first measure.</p>')
     return [Section("pictures", "Pictures", note + contact_sheets(shown, per_kind=SHOWN, scores=scores))]
 
 
@@ -334,17 +336,18 @@ def write_report(config: Config, results: Sequence[Result], prompts: PromptSet, 
     ours, theirs = beside(config, results)
     write_text(folder / "means.json", json.dumps([one._asdict() for one in ours], indent=1, default=str) + "\n")
     tiny = TINY_WORLD in config.models  # of other prompts and rewards, so that nothing is to be compared
-    tables = beside_published(ours, [] if tiny else theirs)
+    tables = tables_html(published_comparison(ours, [] if tiny else theirs))
     sections = [
         Section("measured", "Measured" if tiny else "Measured and published", tables),
         *guidance_curves(results),
     ]
     order = ranking(config, results)
     if order is not None:
-        sections.append(rank_section(order.means, order.people, judge=order.judge, caption=order.caption))
+        sections.append(Section("ranking", order.label, order.html()))
     sections += pictures(config, results)
     if tiny:
-        sections.append(Section("published", "Published of other models", beside_published([], theirs)))
+        others = tables_html(published_comparison([], theirs))
+        sections.append(Section("published", "Published of other models", others))
     drawn = [result for result in results if result.cell.scale is not None]
     hashes = {
         result.cell.name: read_record(root_of(config, result.cell) / file_name_of(result.cell.model))["weights"]
@@ -396,10 +399,10 @@ def main(config: Config) -> list[Result]:
     results = score_all(config, cells, device)
     if state.is_main_process:
         ours, theirs = beside(config, results)
-        print(f"\n{beside_published_text(ours, [] if TINY_WORLD in config.models else theirs)}\n")
+        print(f"\n{tables_markdown(published_comparison(ours, [] if TINY_WORLD in config.models else theirs))}\n")
         order = ranking(config, results)
         if order is not None:
-            print(f"{rank_text(order.means, order.people, judge=order.judge)}\n")
+            print(f"{order.markdown()}\n")
         print(f"The report: {write_report(config, results, prompts, started)}")
     return results
 

@@ -24,12 +24,19 @@ from accelerate.utils import gather_object
 
 from overpaint.evaluation import DrawConfig, Estimate, ImageFolder, Report, generate, plan, to_images
 from overpaint.evaluation.experiments.experiment import command_line
-from overpaint.evaluation.experiments.published import PREFERENCE_ACCURACY, published
-from overpaint.evaluation.experiments.published_comparison import Measured, beside_published, beside_published_text
+from overpaint.evaluation.experiments.published import (
+    PREFERENCE_ACCURACY,
+    Measured,
+    published,
+    published_comparison,
+    tables_html,
+    tables_markdown,
+)
 from overpaint.evaluation.images.plan import PlannedImage
 from overpaint.evaluation.metrics.statistics import student_95
 from overpaint.evaluation.prompts.prompt_sets import IMAGE_REWARD_TEST, prompt_set
 from overpaint.evaluation.report.page import Section
+from overpaint.evaluation.report.table import Table
 from overpaint.evaluation.scoring.preference import (
     WORST_RANK,
     PreferenceAccuracy,
@@ -168,6 +175,11 @@ def measured(accuracies: dict[str, PreferenceAccuracy], test: RankedSet) -> list
     return found
 
 
+def comparison_of(accuracies: dict[str, PreferenceAccuracy], test: RankedSet) -> tuple[Table, ...]:
+    """Returns the accuracies beside the published ones."""
+    return published_comparison(measured(accuracies, test), published("preference", PREFERENCE_ACCURACY))
+
+
 def summary_text(accuracies: dict[str, PreferenceAccuracy]) -> str:
     """Returns a line for each metric."""
     width = max(map(len, accuracies))
@@ -186,7 +198,7 @@ def write_report(config: Config, test: RankedSet, accuracies: dict[str, Preferen
     }
     about = {"test": test.name or IMAGE_REWARD_TEST.name, "sha256": sha256_of(test.file), "accuracies": numbers}
     write_text(config.output_dir / "preference.json", json.dumps(about, indent=1) + "\n")
-    tables = beside_published(measured(accuracies, test), published("preference", PREFERENCE_ACCURACY))
+    tables = tables_html(comparison_of(accuracies, test))
     people = "what people of the tiny world like" if config.images is None else "people"
     page = config.output_dir / "report.html"
     Report(
@@ -246,7 +258,7 @@ def main(config: Config) -> dict[str, PreferenceAccuracy]:
     if state.is_main_process:
         page = write_report(config, test, accuracies)
         print(summary_text(accuracies))
-        print(f"\n{beside_published_text(measured(accuracies, test), published('preference', PREFERENCE_ACCURACY))}")
+        print(f"\n{tables_markdown(comparison_of(accuracies, test))}")
         print(f"\nThe report: {page}")
     return accuracies
 

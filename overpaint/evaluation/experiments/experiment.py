@@ -32,7 +32,7 @@ from overpaint.policy import DiffusionPolicy, LoRAConfig, check_checkpoint
 from overpaint.training import process_state
 from rewards import Aesthetic, Alignment, Compressibility, ImageReward, Incompressibility, Reward, WeightedSum
 
-from .models import TINY_WORLD
+TINY_WORLD = "tinyworld"
 
 
 def command_line(program: str, config: Any, usual: Mapping[str, Any] | None = None) -> str:

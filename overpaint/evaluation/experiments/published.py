@@ -1,14 +1,20 @@
-"""Numbers that others published, as data: they stand beside measurements of our own and never in their place.
+"""Numbers that others published, as data, and measurements of our own beside them.
+
+A published number never stands in for a measurement: where nothing ran, a table says *not run*.
 
 Rates are in percent, as they were published. What a number was measured under is its setting; two numbers stand in one
 row of a table only if experiment, metric, model and setting are the same. Settings of trainings are no results and are
 not here: they are the defaults of `refl` and `ddpo`.
 """
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from itertools import chain
 from types import MappingProxyType
-from typing import NamedTuple
+from typing import Any, NamedTuple
+
+from overpaint.evaluation.metrics.statistics import Estimate
+from overpaint.evaluation.report.table import MINUS, NONE, Cell, Column, Line, Table, number
 
 
 class Source(NamedTuple):
@@ -244,3 +250,120 @@ def published(experiment: str, metric: str | None = None, source: str | None = N
         if wanted is not None and wanted not in there:
             raise ValueError(f"{field} must be one of those of {experiment} ({'; '.join(there)}), got {wanted!r}")
     return tuple(number for number in found if metric in (None, number.metric) and source in (None, number.source))
+
+
+class Measured(NamedTuple):
+    """A number of our own, named as a published one is."""
+
+    experiment: str
+    model: str
+    metric: str
+    setting: str
+    """As `Published.setting`; empty where there is only one."""
+    estimate: Estimate
+    """In the unit of the published numbers: an accuracy in percent, for example."""
+
+
+Key = tuple[str, str, str, str]
+"""Experiment, metric, model and setting."""
+
+
+def published_comparison(measured: Sequence[Measured], published: Sequence[Published]) -> tuple[Table, ...]:
+    """Sets numbers side by side, a table for each metric of each experiment: ours, theirs, and the differences.
+
+    Rows are in the order of the published numbers; what was measured and not published comes after them.
+
+    Raises:
+        ValueError: A number of ours, or of one source, occurs twice.
+    """
+    ours: dict[Key, Estimate] = {}
+    for one in measured:
+        key = (one.experiment, one.metric, one.model, one.setting)
+        if key in ours:
+            raise ValueError(f"measured must hold each number once, got {_named(key)} twice")
+        ours[key] = one.estimate
+    theirs: dict[Key, dict[str, float]] = {}
+    for each in published:
+        key = (each.experiment, each.metric, each.model, each.setting)
+        values = theirs.setdefault(key, {})
+        if each.source in values:
+            raise ValueError(f"published must hold each number of {each.source} once, got {_named(key)} twice")
+        values[each.source] = each.value
+    keys = list(dict.fromkeys([*theirs, *ours]))
+    return tuple(
+        _table(metric, [key for key in keys if key[:2] == (experiment, metric)], ours, theirs)
+        for experiment, metric in dict.fromkeys(key[:2] for key in keys)
+    )
+
+
+def tables_html(tables: Sequence[Table]) -> Any:
+    """Returns tables for a page, each below its name."""
+    from markupsafe import Markup
+
+    return Markup("\n").join(Markup("<h3>{}</h3>\n{}").format(table.label, table.html()) for table in tables)
+
+
+def tables_markdown(tables: Sequence[Table]) -> str:
+    """Returns tables as Markdown, each below its name."""
+    return "\n\n".join(f"{table.label}\n\n{table.markdown()}" for table in tables)
+
+
+def _table(
+    metric: str, keys: Sequence[Key], ours: Mapping[Key, Estimate], theirs: Mapping[Key, Mapping[str, float]]
+) -> Table:
+    sources = list(dict.fromkeys(source for key in keys for source in theirs.get(key, {})))
+    known = [value for key in keys for value in theirs.get(key, {}).values()]
+    digits = max(map(_decimals, known)) if known else 3  # as many as the most exact published number has
+    settings = any(setting for *_, setting in keys)
+    columns = [Column("model", True), *([Column("setting", True)] if settings else []), Column("measured")]
+    columns += [Column(source, over="published") for source in sources]
+    columns += [Column(source, over=f"measured {MINUS} published") for source in sources]
+    lines = []
+    for key in keys:
+        found, values = ours.get(key), theirs.get(key, {})
+        cells = [Cell(key[3])] if settings else []
+        cells.append(_own(found, digits))
+        cells += [Cell(number(values.get(source), digits, unknown=NONE)) for source in sources]
+        changes = [None if found is None or s not in values else found.mean - values[s] for s in sources]
+        cells += [Cell(number(change, digits, sign=True, unknown=NONE)) for change in changes]
+        lines.append(Line(key[2], cells, data={"model": key[2]}))
+    ran = sum(key in ours for key in keys)
+    caption = "All measured here, mean \u00b1 standard error."
+    if ran < len(keys):
+        caption = f"{ran} of {len(keys)} measured here, mean \u00b1 standard error; the others were not run."
+    return Table(
+        label=metric, columns=columns, lines=lines, caption=_with_sources(caption, sources), style="plain beside"
+    )
+
+
+def _own(estimate: Estimate | None, digits: int) -> Cell:
+    if estimate is None:
+        return Cell("not run", style="ours not-run")
+    error = "" if math.isnan(estimate.error) else f"\u00b1 {number(estimate.error, digits)}"
+    return Cell(number(estimate.mean, digits), error, style="ours")
+
+
+def _with_sources(caption: str, sources: Sequence[str]) -> Any:
+    """Says what the key of each source stands for, with a link where its address is known."""
+    from markupsafe import Markup
+
+    told = Markup("{}").format(caption)
+    for key in sources:
+        source = SOURCES.get(key)
+        if source is None:
+            told += Markup(" {}.").format(key)
+            continue
+        link = Markup('<a href="{}">{}</a>') if source.url else Markup("{1}")
+        told += Markup(" <b>{}</b>: {} ({}).").format(key, link.format(source.url, source.title), source.year)
+    return told
+
+
+def _decimals(value: float) -> int:
+    """Returns how many decimals a number was published with; zeros at the end are not seen."""
+    whole, _, decimals = f"{value!r}".partition(".")
+    return 0 if "e" in whole or decimals in ("", "0") else len(decimals)
+
+
+def _named(key: Key) -> str:
+    experiment, metric, model, setting = key
+    return f"{metric} of {model}{f' at {setting}' if setting else ''} in {experiment}"

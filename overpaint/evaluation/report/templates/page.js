@@ -10,6 +10,7 @@
   const items = all(marked);
   const groups = all("[data-group]");
   const pictures = all("figure.shot");
+  const views = [];
   // What is last within its group decides whether anything of the group is left.
   const leaves = new Map(groups.map((group) => [group, all(marked, group).filter((one) => !one.querySelector(marked))]));
 
@@ -48,6 +49,7 @@
       group.classList.remove("off");
       group.classList.toggle("off", own || leaves.get(group).every((leaf) => leaf.closest(".off")));
     }
+    for (const view of views) view.signal("hidden", [...all(`[data-of="model"] input:not(:checked)`, tools)].map((box) => box.value)).runAsync();
     const left = pictures.filter((picture) => !picture.closest(".off")).length;
     shown.textContent = pictures.length ? `${left} of ${pictures.length} pictures` : "";
   }
@@ -62,7 +64,22 @@
     filter.reset();
     apply();
   });
+  // Puts a live chart in the place of its drawing; expressions are interpreted, because the page forbids evaluation.
+  async function enliven(plot) {
+    const spec = JSON.parse(plot.parentElement.querySelector(".spec").textContent);
+    const live = document.createElement("div");
+    const options = { renderer: "svg", ast: true, actions: false, tooltip: { theme: "custom" } };
+    const { view } = await vegaEmbed(live, spec, options);
+    const drawn = live.querySelector("svg");
+    drawn.removeAttribute("role");
+    drawn.setAttribute("aria-hidden", "true");
+    drawn.setAttribute("style", "");
+    plot.replaceChildren(live);
+    if (spec.params?.some((one) => one.name === "hidden")) views.push(view);
+  }
+
   scheme.addEventListener("change", () => { document.documentElement.style.colorScheme = scheme.value; });
   tools.hidden = false;
   apply();
+  if (window.vegaEmbed) Promise.all(all(".plot").map(enliven)).then(apply);
 })();
