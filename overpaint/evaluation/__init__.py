@@ -1,26 +1,21 @@
 """What came out: draw paired images, score them, compare models, report."""
 
-from overpaint.evaluation.images.drawable import PipelineDrawable
-from overpaint.evaluation.images.drawing import Drawable, draw, generate
-from overpaint.evaluation.images.files import (
-    DrawnImages,
-    ImageFolder,
-    ImageSource,
-    Pixels,
-    to_images,
-    to_pixels,
-    write_folder,
-)
-from overpaint.evaluation.images.pairs import OtherImages
-from overpaint.evaluation.images.plan import shard
-from overpaint.evaluation.metrics.statistics import spearman
-from overpaint.evaluation.scoring.score import gather, merge, write_scores
-
 from .experiments.compare import Comparison, Row, compare
 from .experiments.published import Published
 from .experiments.published_comparison import Measured, beside_published
-from .images.plan import KINDS, DrawConfig, PlannedImage, plan
-from .metrics.statistics import Estimate, mean_estimate, paired_difference, paired_rate_difference, rate_estimate
+from .images.drawable import Drawable, PipelineDrawable
+from .images.drawing import draw, generate
+from .images.files import DrawnImages, ImageFolder, ImageSource, Pixels, to_images, to_pixels, write_folder
+from .images.pairs import OtherImages
+from .images.plan import KINDS, DrawConfig, PlannedImage, plan, shard
+from .metrics.statistics import (
+    Estimate,
+    mean_estimate,
+    paired_difference,
+    paired_rate_difference,
+    rate_estimate,
+    spearman,
+)
 from .prompts.prompt_sets import Prompt, PromptSet, prompt_set
 from .report.curves import Curve, Panel
 from .report.figures import curve_section
@@ -28,7 +23,7 @@ from .report.page import Section
 from .report.pareto import Point, pareto_section
 from .report.report import Report
 from .report.table import text_table
-from .scoring.score import Column, Measure, Metric, Scores, score
+from .scoring.score import Column, Measure, Metric, Scores, gather, merge, score, write_scores
 
 __all__ = [
     "KINDS",

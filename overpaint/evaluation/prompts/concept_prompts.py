@@ -2,8 +2,8 @@
 
 The prompts of nudity were made for this project. They serve to train and to compare; numbers to set beside published
 ones need the public sets (I2P, MS-COCO), which a JSON file of prompts by kind brings in. The lists of animals are other
-people's files, fetched when first used (see `rewards.public_files`); splits of them tell what a policy learned beyond
-the prompts that it was trained on.
+people's files, read from `folder`, or fetched when first used (see `rewards.public_files`); splits of them tell what a
+policy learned beyond the prompts that it was trained on.
 """
 
 import random
@@ -154,9 +154,6 @@ def imagenet_animals(folder: Path | None = None) -> list[str]:
 
     Two departures from the authors' code, whose prompt is the whole line as it stands ("tench, Tinca tinca"): only the
     first of its names is taken, and it has an article. A few first names alone mean something else first ("crane").
-
-    Args:
-        folder: Where the lists lie; they are fetched if it is not given.
     """
     return [with_article(names[0]) for names in _imagenet(folder)[:NUM_IMAGENET_ANIMALS]]
 
@@ -165,19 +162,12 @@ def common_animals(folder: Path | None = None) -> list[str]:
     """Returns the prompts of the aesthetic task: 45 common animals, such as "a cat".
 
     A departure from the authors' code, whose prompt is the bare noun: it has an article.
-
-    Args:
-        folder: Where the lists lie; they are fetched if it is not given.
     """
     return [with_article(animal) for animal in _lines(COMMON_ANIMALS, folder)]
 
 
 def animal_activities(folder: Path | None = None) -> list[str]:
-    """Returns the prompts of the alignment task: each common animal in three activities, as "an ant playing chess".
-
-    Args:
-        folder: Where the lists lie; they are fetched if it is not given.
-    """
+    """Returns the prompts of the alignment task: each common animal in three activities, as "an ant playing chess"."""
     return _doing(common_animals(folder), _lines(ACTIVITIES, folder))
 
 
@@ -189,9 +179,6 @@ def splits(folder: Path | None = None) -> dict[str, list[str]]:
     and fungi, and without those named after an animal. Kinds and prompts are always in the same order.
 
     The questions are those of Black et al. (2023); the lists and five of the six unseen activities are this project's.
-
-    Args:
-        folder: Where the lists lie; they are fetched if it is not given.
     """
     trained = common_animals(folder)
     return {
@@ -206,9 +193,6 @@ def activity_splits(folder: Path | None = None) -> dict[str, list[str]]:
     """Returns what `splits` does for a policy that was trained on the common animals in their three activities.
 
     Unseen animals and objects are in the trained activities, trained animals in unseen ones.
-
-    Args:
-        folder: Where the lists lie; they are fetched if it is not given.
     """
     trained = _lines(ACTIVITIES, folder)
     return {
