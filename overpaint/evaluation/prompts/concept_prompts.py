@@ -69,33 +69,20 @@ def nudity_prompts(kind: str, count: int, seed: int = 0) -> list[str]:
     return [every[k % len(every)] for k in range(count)]
 
 
-_ASSETS = (
-    "https://raw.githubusercontent.com/kvablack/ddpo-pytorch/1958463f020112c9a7bc85768d296daacc2e1b4b/"
-    "ddpo_pytorch/assets"
-)
-_SOURCE = "kvablack/ddpo-pytorch, beside Black et al. (2023), https://arxiv.org/abs/2305.13301"
+def _asset(name: str, sha256: str) -> PublicFile:
+    commit = "1958463f020112c9a7bc85768d296daacc2e1b4b"
+    return PublicFile(
+        name=name,
+        url=f"https://raw.githubusercontent.com/kvablack/ddpo-pytorch/{commit}/ddpo_pytorch/assets/{name}",
+        sha256=sha256,
+        licence="MIT",
+        source="kvablack/ddpo-pytorch, beside Black et al. (2023), https://arxiv.org/abs/2305.13301",
+    )
 
-IMAGENET_CLASSES = PublicFile(
-    name="imagenet_classes.txt",
-    url=f"{_ASSETS}/imagenet_classes.txt",
-    sha256="a40d9be82eb4738becd1dd69991b89f87f309975e860a6f3f45395d8c06a7e0d",
-    licence="MIT",
-    source=_SOURCE,
-)
-COMMON_ANIMALS = PublicFile(
-    name="simple_animals.txt",
-    url=f"{_ASSETS}/simple_animals.txt",
-    sha256="ee3d9b638ce2a40e896a34319af85709d3c1c3188da0b8feda739dcb7363188d",
-    licence="MIT",
-    source=_SOURCE,
-)
-ACTIVITIES = PublicFile(
-    name="activities.txt",
-    url=f"{_ASSETS}/activities.txt",
-    sha256="00adcf51a3d74cfd180f9b389f57ea83dca4c5191911328b7b9c714952ad7558",
-    licence="MIT",
-    source=_SOURCE,
-)
+
+IMAGENET_CLASSES = _asset("imagenet_classes.txt", "a40d9be82eb4738becd1dd69991b89f87f309975e860a6f3f45395d8c06a7e0d")
+COMMON_ANIMALS = _asset("simple_animals.txt", "ee3d9b638ce2a40e896a34319af85709d3c1c3188da0b8feda739dcb7363188d")
+ACTIVITIES = _asset("activities.txt", "00adcf51a3d74cfd180f9b389f57ea83dca4c5191911328b7b9c714952ad7558")
 
 NUM_IMAGENET_ANIMALS = 398
 """The first lines of ImageNet's classes are the animals."""
