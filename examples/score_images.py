@@ -28,7 +28,11 @@ from overpaint.training import image_grid
 from rewards import reward_named
 from rewards.combine import to_device
 
-TINY_REWARDS = ("tiny-image-reward", "tinyworld:StripeScore", "compressibility")
+TINY_REWARDS = {  # by their names in the table
+    "tiny-image-reward": "overpaint.tinyworld:load_reward",
+    "tinyworld:StripeScore": "overpaint.tinyworld:StripeScore",
+    "compressibility": "compressibility",
+}
 TINY_PICTURES = 8  # of each kind of caption
 SHOWN = 8  # best, and as many worst
 LARGEST = 256  # pixels of a side in the contact sheet
@@ -177,11 +181,11 @@ def main(config: Config) -> Result:
         image_column=config.image_column,
         prompt_column=config.prompt_column,
     )
-    names = config.rewards or TINY_REWARDS
+    names = config.rewards or tuple(TINY_REWARDS)
     rows = [pair.row for pair in pairs]
     check_output(rows, names, config.output)
     sizes = image_sizes(pairs, skip_broken=config.skip_broken)
-    rewards = {name: reward_named(name) for name in names}
+    rewards = {name: reward_named(TINY_REWARDS.get(name, name)) for name in names}
     check_prompts(pairs, rewards)
     for reward in rewards.values():
         to_device(reward, device)

@@ -2,8 +2,8 @@
 
 from .experiments.compare import Comparison, Row, compare
 from .experiments.published import Measured, Published, published_comparison
-from .images.drawable import PipelineDrawable
-from .images.drawing import Drawable, draw, generate
+from .images.drawable import Drawable, PipelineDrawable
+from .images.drawing import draw, generate
 from .images.files import DrawnImages, ImageFolder, ImageSource, Pixels, to_images, to_pixels, write_folder
 from .images.pairs import OtherImages
 from .images.plan import KINDS, DrawConfig, PlannedImage, plan, shard

@@ -117,9 +117,11 @@ def _decoded(path: Path) -> str:
 
 
 def _read_delimited(path: Path, text: str, **options: Any) -> list[Row]:
-    """Reads CSV or TSV as text, cell by cell; lines without anything are left out."""
+    """Reads CSV or TSV as text, cell by cell; lines without anything are left out of a CSV, and an error in a TSV."""
     import pandas
 
+    if not text.strip("\r\n"):
+        return []
     try:
         # pandas would rename a column that occurs twice and fill short rows up: the header is read as a row, and a
         # missing cell is None, which an empty one is not.
@@ -127,14 +129,12 @@ def _read_delimited(path: Path, text: str, **options: Any) -> list[Row]:
             io.StringIO(text, newline=""), header=None, dtype=object, na_filter=False, engine="python",
             skip_blank_lines=False, **options,
         )  # fmt: skip
-    except pandas.errors.EmptyDataError:
-        return []
     except (pandas.errors.ParserError, csv.Error) as error:
         raise ValueError(f"{path} must be a table with as many cells in every row, got: {error}") from error
     header, *lines = table.to_numpy().tolist()
     if len(set(header)) < len(header):
         raise ValueError(f"{path} must name every column once, got {header}")
-    rows = [cells for cells in lines if cells[0] is not None]
+    rows = [cells for cells in lines if cells[0] is not None or path.suffix == ".tsv"]
     for number, cells in enumerate(rows, start=1):
         if None in cells:
             found = [cell for cell in cells if cell is not None]

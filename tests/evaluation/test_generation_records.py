@@ -212,9 +212,9 @@ def test_images_have_the_size_that_is_asked_for(policy: DiffusionPolicy, tmp_pat
         generate(policy, TWO, tmp_path, DrawConfig(steps=1), **ALONE)
 
 
-@pytest.mark.parametrize("size", [0, -8, 12])
-def test_sizes_that_no_latents_have_are_refused(size: int) -> None:
-    with pytest.raises(ValueError, match=f"size must be a positive multiple of 8, got {size}"):
+@pytest.mark.parametrize(("size", "rule"), [(0, "at least 8"), (-8, "at least 8"), (12, "a multiple of 8")])
+def test_sizes_that_no_latents_have_are_refused(size: int, rule: str) -> None:
+    with pytest.raises(ValueError, match=rf"DrawConfig\.size must be {rule}, got {size}"):
         DrawConfig(size=size)
 
 

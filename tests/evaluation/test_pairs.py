@@ -63,6 +63,7 @@ def test_scores_of_a_csv_are_exact_in_float32(score: float, tmp_path: Path) -> N
         ("t.parquet", b"image\na.png\n", "must be a Parquet file"),
         ("t.txt", b"a.png\n", r"a table must be named \*\.csv or \*\.jsonl or \*\.parquet, got"),
         ("t.csv", b"image\n", "must hold at least one row, got none"),
+        ("t.csv", b"\n\r\n", "must hold at least one row, got none"),
         ("t.csv", b"", "must hold at least one row, got none"),
         ("t.csv", b"picture,prompt\na.png,b\n", "must have a column 'image', got picture, prompt"),
         ("t.csv", b"image,prompt\n,b\n", "must name a file in column 'image', got '' in row 1"),

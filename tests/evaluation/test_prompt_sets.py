@@ -206,6 +206,7 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
         ("t.json", b'["\xe4"]', r"must be UTF-8, got b'\\xe4' in line 1"),
         ("t.jsonl", b'{"prompt": "a"}\n{"prompt": "\xe4"}\n', r"must be UTF-8, got b'\\xe4' in line 2"),
         ("t.tsv", "prompt\tn\na\t1\nb\n", r"must have 2 cells in every row, got \['b'\] in row 2"),
+        ("t.tsv", "prompt\na\n\nb\n", r"must have 1 cells in every row, got \[\] in row 2"),
         ("t.tsv", "a\ta\n", r"must name every column once, got \['a', 'a'\]"),
         ("t.csv", "prompt,n\na\n", r"must have 2 cells in every row, got \['a'\] in row 1"),
         ("t.json", "[", r"must be JSON, got "),

@@ -196,11 +196,11 @@ TaskName = Literal["image-reward", "compressibility", "incompressibility", "aest
 
 @dataclass(frozen=True, kw_only=True)
 class Task:
-    """A reward, and what it is raised on."""
+    """A reward to fine-tune on, with its prompts."""
 
     name: str
     reward: Reward
-    """What is raised."""
+    """What the policy is fine-tuned on."""
     prompts: Sequence[str]
     """What the policy is trained on."""
     splits: Mapping[str, Sequence[str]]
@@ -252,7 +252,7 @@ def animal_task(name: TaskName, reward: Reward | None = None, *, count: int = 64
 
     Args:
         name: Any but the tiny world's own.
-        reward: What is raised; by default that of the task, whose networks are fetched where they are not cached.
+        reward: What the policy is fine-tuned on; by default that of the task, whose networks are fetched where needed.
         count: Prompts of each split.
         folder: Where the lists of animals lie; they are fetched if it is not given.
 

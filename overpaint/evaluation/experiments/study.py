@@ -12,8 +12,7 @@ from typing import NamedTuple
 
 import torch
 
-from overpaint.evaluation.images.drawable import PipelineDrawable
-from overpaint.evaluation.images.drawing import Drawable
+from overpaint.evaluation.images.drawable import Drawable, PipelineDrawable
 from overpaint.evaluation.metrics.statistics import Estimate
 from overpaint.evaluation.report import table
 from overpaint.evaluation.report.charts import SERIES, series_chart

@@ -7,6 +7,7 @@ model began is refused, so that no folder ever holds images of two.
 import inspect
 import json
 import platform
+import re
 import warnings
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
@@ -153,7 +154,8 @@ def settings_of(scheduler: Any) -> dict[str, Any]:
 
 def class_name(thing: object) -> str:
     """Returns the name of something's class, with its package."""
-    return f"{type(thing).__module__.split('.')[0]}.{type(thing).__qualname__}"
+    package = re.match(r"(overpaint\.)?\w+", type(thing).__module__)
+    return f"{package[0] if package else ''}.{type(thing).__qualname__}"
 
 
 def guard_of(holder: object) -> str | None:

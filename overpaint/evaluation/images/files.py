@@ -229,9 +229,8 @@ def check_manifest(root: Path, planned: Sequence[PlannedImage], config: DrawConf
         if old != new:
             raise ValueError(f"root: {root} holds another run, with {old}, got {new}; choose another folder")
     if len(there) != len(planned):
-        raise ValueError(
-            f"root: {root} holds another run, of {len(there)} images, got {len(planned)}; choose another folder"
-        )
+        counts = f"of {len(there)} images, got {len(planned)}"
+        raise ValueError(f"root: {root} holds another run, {counts}; choose another folder")
 
 
 def read_manifest(root: Path) -> tuple[tuple[PlannedImage, ...], DrawConfig]:

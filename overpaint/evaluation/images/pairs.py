@@ -5,7 +5,7 @@ Their headers are looked into before any work; they are sorted into batches of o
 
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -187,14 +187,22 @@ def image_sizes(pairs: Sequence[Pair], *, skip_broken: bool = False) -> list[Siz
     return sizes
 
 
+def places_by(keys: Sequence[Hashable]) -> list[list[int]]:
+    """Returns the places of equal keys, in the order in which keys first occur."""
+    places: dict[Hashable, list[int]] = {}
+    for place, key in enumerate(keys):
+        places.setdefault(key, []).append(place)
+    return list(places.values())
+
+
+def in_parts(groups: Sequence[Sequence[int]], batch_size: int) -> list[list[int]]:
+    """Returns groups cut into batches."""
+    return [list(group[k : k + batch_size]) for group in groups for k in range(0, len(group), batch_size)]
+
+
 def batches_by_size(sizes: Sequence[Size | str], batch_size: int) -> list[list[int]]:
     """Returns the indices of images of one size, batch by batch, about in the order of the pairs."""
-    places: dict[Size, list[int]] = {}
-    for index, size in enumerate(sizes):
-        if not isinstance(size, str):
-            places.setdefault(size, []).append(index)
-    batches = [some[k : k + batch_size] for some in places.values() for k in range(0, len(some), batch_size)]
-    return sorted(batches)
+    return sorted(in_parts([group for group in places_by(sizes) if not isinstance(sizes[group[0]], str)], batch_size))
 
 
 def read_ahead(

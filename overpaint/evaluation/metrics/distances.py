@@ -15,8 +15,9 @@ the biased one.
 """
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -37,6 +38,33 @@ SIDE = 299
 """Pixels of a side that the network takes."""
 
 Maps = Float[Tensor, "batch _ _ _"]
+Branches = Mapping[str, Sequence[tuple[Any, ...]]]
+"""Stages of chains: the channels and the kernel of a convolution; with two kernels two of them, side by side."""
+
+ONE, THREE, FIVE, ROW, COLUMN = (1, 1), (3, 3), (5, 5), (1, 7), (7, 1)
+BLOCK_A: Branches = {
+    "branch1x1": [(64, ONE)],
+    "branch5x5": [(48, ONE), (64, FIVE)],
+    "branch3x3dbl": [(64, ONE), (96, THREE), (96, THREE)],
+}
+REDUCTION_TO_17: Branches = {"branch3x3": [(384, THREE)], "branch3x3dbl": [(64, ONE), (96, THREE), (96, THREE)]}
+REDUCTION_TO_8: Branches = {
+    "branch3x3": [(192, ONE), (320, THREE)],
+    "branch7x7x3": [(192, ONE), (192, ROW), (192, COLUMN), (192, THREE)],
+}
+BLOCK_E: Branches = {
+    "branch1x1": [(320, ONE)],
+    "branch3x3": [(384, ONE), (384, (1, 3), (3, 1))],
+    "branch3x3dbl": [(448, ONE), (384, THREE), (384, (1, 3), (3, 1))],
+}
+
+
+def _block_c(middle: int) -> Branches:
+    return {
+        "branch1x1": [(192, ONE)],
+        "branch7x7": [(middle, ONE), (middle, ROW), (192, COLUMN)],
+        "branch7x7dbl": [(middle, ONE), (middle, COLUMN), (middle, ROW), (middle, COLUMN), (192, ROW)],
+    }
 
 
 class Inception(nn.Module):
@@ -51,17 +79,14 @@ class Inception(nn.Module):
         self.Conv2d_2b_3x3 = Convolution(32, 64, (3, 3), same=True)
         self.Conv2d_3b_1x1 = Convolution(64, 80, (1, 1))
         self.Conv2d_4a_3x3 = Convolution(80, 192, (3, 3))
-        self.Mixed_5b = BlockA(192, 32)
-        self.Mixed_5c = BlockA(256, 64)
-        self.Mixed_5d = BlockA(288, 64)
-        self.Mixed_6a = BlockB()
-        self.Mixed_6b = BlockC(128)
-        self.Mixed_6c = BlockC(160)
-        self.Mixed_6d = BlockC(160)
-        self.Mixed_6e = BlockC(192)
-        self.Mixed_7a = BlockD()
-        self.Mixed_7b = BlockE(1280, "average")
-        self.Mixed_7c = BlockE(2048, "maximum")
+        for name, inputs, pooled in (("5b", 192, 32), ("5c", 256, 64), ("5d", 288, 64)):
+            self.add_module(f"Mixed_{name}", Block(inputs, BLOCK_A, pooled))
+        self.Mixed_6a = Block(288, REDUCTION_TO_17, None)
+        for name, middle in (("6b", 128), ("6c", 160), ("6d", 160), ("6e", 192)):
+            self.add_module(f"Mixed_{name}", Block(768, _block_c(middle), 192))
+        self.Mixed_7a = Block(768, REDUCTION_TO_8, None)
+        self.Mixed_7b = Block(1280, BLOCK_E, 192)
+        self.Mixed_7c = Block(2048, BLOCK_E, 192, maximum=True)
         self.fc = nn.Linear(2048, 1008)
 
     @classmethod
@@ -116,122 +141,50 @@ class Convolution(nn.Module):
         return functional.relu(self.bn(self.conv(maps)))
 
 
-class BlockA(nn.Module):
-    """The block at 35 x 35."""
+class Block(nn.Module):
+    """Branches side by side: chains of convolutions, and a pooling.
 
-    def __init__(self, inputs: int, pooled: int) -> None:
+    Args:
+        inputs: Channels of what comes in.
+        branches: The stages of each chain by the beginning of its layers' names.
+        pooled: Channels of the convolution after the pooling; None for a block without, which halves height and width.
+        maximum: Whether the maximum is pooled, or the mean over 3 x 3 places, those outside not counted, as TensorFlow
+            takes it. The published network has one block with each of the two at 8 x 8.
+    """
+
+    def __init__(self, inputs: int, branches: Branches, pooled: int | None, *, maximum: bool = False) -> None:
         super().__init__()
-        self.branch1x1 = Convolution(inputs, 64, (1, 1))
-        self.branch5x5_1 = Convolution(inputs, 48, (1, 1))
-        self.branch5x5_2 = Convolution(48, 64, (5, 5), same=True)
-        self.branch3x3dbl_1 = Convolution(inputs, 64, (1, 1))
-        self.branch3x3dbl_2 = Convolution(64, 96, (3, 3), same=True)
-        self.branch3x3dbl_3 = Convolution(96, 96, (3, 3), same=True)
-        self.branch_pool = Convolution(inputs, pooled, (1, 1))
+        self.halves, self.maximum = pooled is None, maximum
+        self.stages: list[list[list[str]]] = []
+        for branch, stages in branches.items():
+            width, names = inputs, []
+            for number, (channels, *kernels) in enumerate(stages, start=1):
+                stem = branch if len(stages) == 1 else f"{branch}_{number}"
+                names.append([stem] if len(kernels) == 1 else [f"{stem}{letter}" for letter in "ab"])
+                ends = self.halves and number == len(stages)
+                for name, kernel in zip(names[-1], kernels, strict=True):
+                    self.add_module(name, Convolution(width, channels, kernel, stride=1 + ends, same=not ends))
+                width = channels * len(kernels)
+            self.stages.append(names)
+        if pooled is not None:
+            self.branch_pool = Convolution(inputs, pooled, (1, 1))
 
     def forward(self, maps: Maps) -> Maps:
-        """Returns the branches side by side."""
-        double = self.branch3x3dbl_3(self.branch3x3dbl_2(self.branch3x3dbl_1(maps)))
-        five = self.branch5x5_2(self.branch5x5_1(maps))
-        return torch.cat([self.branch1x1(maps), five, double, self.branch_pool(_averaged(maps))], dim=1)
-
-
-class BlockB(nn.Module):
-    """From 35 x 35 to 17 x 17."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.branch3x3 = Convolution(288, 384, (3, 3), stride=2)
-        self.branch3x3dbl_1 = Convolution(288, 64, (1, 1))
-        self.branch3x3dbl_2 = Convolution(64, 96, (3, 3), same=True)
-        self.branch3x3dbl_3 = Convolution(96, 96, (3, 3), stride=2)
-
-    def forward(self, maps: Maps) -> Maps:
-        """Returns the branches side by side."""
-        double = self.branch3x3dbl_3(self.branch3x3dbl_2(self.branch3x3dbl_1(maps)))
-        return torch.cat([self.branch3x3(maps), double, functional.max_pool2d(maps, 3, stride=2)], dim=1)
-
-
-class BlockC(nn.Module):
-    """The block at 17 x 17."""
-
-    def __init__(self, middle: int) -> None:
-        super().__init__()
-        self.branch1x1 = Convolution(768, 192, (1, 1))
-        self.branch7x7_1 = Convolution(768, middle, (1, 1))
-        self.branch7x7_2 = Convolution(middle, middle, (1, 7), same=True)
-        self.branch7x7_3 = Convolution(middle, 192, (7, 1), same=True)
-        self.branch7x7dbl_1 = Convolution(768, middle, (1, 1))
-        self.branch7x7dbl_2 = Convolution(middle, middle, (7, 1), same=True)
-        self.branch7x7dbl_3 = Convolution(middle, middle, (1, 7), same=True)
-        self.branch7x7dbl_4 = Convolution(middle, middle, (7, 1), same=True)
-        self.branch7x7dbl_5 = Convolution(middle, 192, (1, 7), same=True)
-        self.branch_pool = Convolution(768, 192, (1, 1))
-
-    def forward(self, maps: Maps) -> Maps:
-        """Returns the branches side by side."""
-        seven = self.branch7x7_3(self.branch7x7_2(self.branch7x7_1(maps)))
-        double = self.branch7x7dbl_3(self.branch7x7dbl_2(self.branch7x7dbl_1(maps)))
-        double = self.branch7x7dbl_5(self.branch7x7dbl_4(double))
-        return torch.cat([self.branch1x1(maps), seven, double, self.branch_pool(_averaged(maps))], dim=1)
-
-
-class BlockD(nn.Module):
-    """From 17 x 17 to 8 x 8."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.branch3x3_1 = Convolution(768, 192, (1, 1))
-        self.branch3x3_2 = Convolution(192, 320, (3, 3), stride=2)
-        self.branch7x7x3_1 = Convolution(768, 192, (1, 1))
-        self.branch7x7x3_2 = Convolution(192, 192, (1, 7), same=True)
-        self.branch7x7x3_3 = Convolution(192, 192, (7, 1), same=True)
-        self.branch7x7x3_4 = Convolution(192, 192, (3, 3), stride=2)
-
-    def forward(self, maps: Maps) -> Maps:
-        """Returns the branches side by side."""
-        three = self.branch3x3_2(self.branch3x3_1(maps))
-        seven = self.branch7x7x3_4(self.branch7x7x3_3(self.branch7x7x3_2(self.branch7x7x3_1(maps))))
-        return torch.cat([three, seven, functional.max_pool2d(maps, 3, stride=2)], dim=1)
-
-
-class BlockE(nn.Module):
-    """The block at 8 x 8; the published network pools one of its two by the maximum."""
-
-    def __init__(self, inputs: int, pooling: str) -> None:
-        super().__init__()
-        self.pooling = pooling
-        self.branch1x1 = Convolution(inputs, 320, (1, 1))
-        self.branch3x3_1 = Convolution(inputs, 384, (1, 1))
-        self.branch3x3_2a = Convolution(384, 384, (1, 3), same=True)
-        self.branch3x3_2b = Convolution(384, 384, (3, 1), same=True)
-        self.branch3x3dbl_1 = Convolution(inputs, 448, (1, 1))
-        self.branch3x3dbl_2 = Convolution(448, 384, (3, 3), same=True)
-        self.branch3x3dbl_3a = Convolution(384, 384, (1, 3), same=True)
-        self.branch3x3dbl_3b = Convolution(384, 384, (3, 1), same=True)
-        self.branch_pool = Convolution(inputs, 192, (1, 1))
-
-    def forward(self, maps: Maps) -> Maps:
-        """Returns the branches side by side."""
-        three = self.branch3x3_1(maps)
-        double = self.branch3x3dbl_2(self.branch3x3dbl_1(maps))
-        pooled = _averaged(maps) if self.pooling == "average" else functional.max_pool2d(maps, 3, stride=1, padding=1)
-        return torch.cat(
-            [
-                self.branch1x1(maps),
-                self.branch3x3_2a(three),
-                self.branch3x3_2b(three),
-                self.branch3x3dbl_3a(double),
-                self.branch3x3dbl_3b(double),
-                self.branch_pool(pooled),
-            ],
-            dim=1,
-        )
-
-
-def _averaged(maps: Maps) -> Maps:
-    """Returns means over 3 x 3 places, those outside not counted, as TensorFlow takes them."""
-    return functional.avg_pool2d(maps, 3, stride=1, padding=1, count_include_pad=False)
+        """Returns the branches' maps as channels."""
+        outputs = []
+        for names in self.stages:
+            output = maps
+            for stage in names:
+                output = torch.cat([self.get_submodule(name)(output) for name in stage], dim=1)
+            outputs.append(output)
+        if self.halves:
+            outputs.append(functional.max_pool2d(maps, 3, stride=2))
+        elif self.maximum:
+            outputs.append(self.branch_pool(functional.max_pool2d(maps, 3, stride=1, padding=1)))
+        else:
+            means = functional.avg_pool2d(maps, 3, stride=1, padding=1, count_include_pad=False)
+            outputs.append(self.branch_pool(means))
+        return torch.cat(outputs, dim=1)
 
 
 def _scaled(images: Maps) -> Maps:

@@ -2,8 +2,8 @@
 
 The prompts of nudity were made for this project. They serve to train and to compare; numbers to set beside published
 ones need the public sets (I2P, MS-COCO), which a JSON file of prompts by kind brings in. The lists of animals are other
-people's files, fetched when first used (see `rewards.public_files`); splits of them tell what a policy learned beyond
-the prompts that it was trained on.
+people's files, read from `folder`, or fetched when first used (see `rewards.public_files`); splits of them tell what a
+policy learned beyond the prompts that it was trained on.
 """
 
 import random
@@ -69,33 +69,20 @@ def nudity_prompts(kind: str, count: int, seed: int = 0) -> list[str]:
     return [every[k % len(every)] for k in range(count)]
 
 
-_ASSETS = (
-    "https://raw.githubusercontent.com/kvablack/ddpo-pytorch/1958463f020112c9a7bc85768d296daacc2e1b4b/"
-    "ddpo_pytorch/assets"
-)
-_SOURCE = "kvablack/ddpo-pytorch, beside Black et al. (2023), https://arxiv.org/abs/2305.13301"
+def _asset(name: str, sha256: str) -> PublicFile:
+    commit = "1958463f020112c9a7bc85768d296daacc2e1b4b"
+    return PublicFile(
+        name=name,
+        url=f"https://raw.githubusercontent.com/kvablack/ddpo-pytorch/{commit}/ddpo_pytorch/assets/{name}",
+        sha256=sha256,
+        licence="MIT",
+        source="kvablack/ddpo-pytorch, beside Black et al. (2023), https://arxiv.org/abs/2305.13301",
+    )
 
-IMAGENET_CLASSES = PublicFile(
-    name="imagenet_classes.txt",
-    url=f"{_ASSETS}/imagenet_classes.txt",
-    sha256="a40d9be82eb4738becd1dd69991b89f87f309975e860a6f3f45395d8c06a7e0d",
-    licence="MIT",
-    source=_SOURCE,
-)
-COMMON_ANIMALS = PublicFile(
-    name="simple_animals.txt",
-    url=f"{_ASSETS}/simple_animals.txt",
-    sha256="ee3d9b638ce2a40e896a34319af85709d3c1c3188da0b8feda739dcb7363188d",
-    licence="MIT",
-    source=_SOURCE,
-)
-ACTIVITIES = PublicFile(
-    name="activities.txt",
-    url=f"{_ASSETS}/activities.txt",
-    sha256="00adcf51a3d74cfd180f9b389f57ea83dca4c5191911328b7b9c714952ad7558",
-    licence="MIT",
-    source=_SOURCE,
-)
+
+IMAGENET_CLASSES = _asset("imagenet_classes.txt", "a40d9be82eb4738becd1dd69991b89f87f309975e860a6f3f45395d8c06a7e0d")
+COMMON_ANIMALS = _asset("simple_animals.txt", "ee3d9b638ce2a40e896a34319af85709d3c1c3188da0b8feda739dcb7363188d")
+ACTIVITIES = _asset("activities.txt", "00adcf51a3d74cfd180f9b389f57ea83dca4c5191911328b7b9c714952ad7558")
 
 NUM_IMAGENET_ANIMALS = 398
 """The first lines of ImageNet's classes are the animals."""
@@ -154,9 +141,6 @@ def imagenet_animals(folder: Path | None = None) -> list[str]:
 
     Two departures from the authors' code, whose prompt is the whole line as it stands ("tench, Tinca tinca"): only the
     first of its names is taken, and it has an article. A few first names alone mean something else first ("crane").
-
-    Args:
-        folder: Where the lists lie; they are fetched if it is not given.
     """
     return [with_article(names[0]) for names in _imagenet(folder)[:NUM_IMAGENET_ANIMALS]]
 
@@ -165,19 +149,12 @@ def common_animals(folder: Path | None = None) -> list[str]:
     """Returns the prompts of the aesthetic task: 45 common animals, such as "a cat".
 
     A departure from the authors' code, whose prompt is the bare noun: it has an article.
-
-    Args:
-        folder: Where the lists lie; they are fetched if it is not given.
     """
     return [with_article(animal) for animal in _lines(COMMON_ANIMALS, folder)]
 
 
 def animal_activities(folder: Path | None = None) -> list[str]:
-    """Returns the prompts of the alignment task: each common animal in three activities, as "an ant playing chess".
-
-    Args:
-        folder: Where the lists lie; they are fetched if it is not given.
-    """
+    """Returns the prompts of the alignment task: each common animal in three activities, as "an ant playing chess"."""
     return _doing(common_animals(folder), _lines(ACTIVITIES, folder))
 
 
@@ -189,9 +166,6 @@ def splits(folder: Path | None = None) -> dict[str, list[str]]:
     and fungi, and without those named after an animal. Kinds and prompts are always in the same order.
 
     The questions are those of Black et al. (2023); the lists and five of the six unseen activities are this project's.
-
-    Args:
-        folder: Where the lists lie; they are fetched if it is not given.
     """
     trained = common_animals(folder)
     return {
@@ -206,9 +180,6 @@ def activity_splits(folder: Path | None = None) -> dict[str, list[str]]:
     """Returns what `splits` does for a policy that was trained on the common animals in their three activities.
 
     Unseen animals and objects are in the trained activities, trained animals in unseen ones.
-
-    Args:
-        folder: Where the lists lie; they are fetched if it is not given.
     """
     trained = _lines(ACTIVITIES, folder)
     return {

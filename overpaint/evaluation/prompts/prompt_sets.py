@@ -19,20 +19,6 @@ _ERASING = "https://raw.githubusercontent.com/rohitgandikota/erasing/3d10dd1b2df
 _IMAGE_REWARD = "https://raw.githubusercontent.com/THUDM/ImageReward/1beb4e4de0932acbe7fc090c51208048b6269b58"
 _IMAGE_REWARD_SOURCE = "THUDM/ImageReward, beside Xu et al. (2023), https://arxiv.org/abs/2304.05977"
 
-COCO_30K = PublicFile(
-    name="coco_30k.csv",
-    url=f"{_ERASING}/coco_30k.csv",
-    sha256="42c57b188c8f1f8a77cddfa11cde89e83fcbdd4dcd4fc6c840fb4e046d395383",
-    licence="MIT, captions CC BY 4.0",
-    source="rohitgandikota/erasing, captions of MS-COCO's validation set of 2014",
-)
-IMAGE_REWARD_100 = PublicFile(
-    name="imagereward_benchmark_prompts.json",
-    url=f"{_IMAGE_REWARD}/benchmark/benchmark-prompts.json",
-    sha256="34682e824ebb3ad8e2531b3cde1b362dc72e1e29946ff6fab77bb49e9edb4b21",
-    licence="Apache-2.0 (DiffusionDB CC0)",
-    source=_IMAGE_REWARD_SOURCE,
-)
 IMAGE_REWARD_TEST = PublicFile(
     name="imagereward_test.json",
     url="https://raw.githubusercontent.com/THUDM/ImageReward/c1392c6dd0fd6ecd6d416c96959ab744a6d0a8fb/data/test.json",
@@ -41,20 +27,31 @@ IMAGE_REWARD_TEST = PublicFile(
     source=_IMAGE_REWARD_SOURCE,
 )
 """466 prompts with 2,720 ranked images and 6,399 pairs; the images themselves are published elsewhere."""
-DIFFUSION_DB = PublicFile(
-    name="imagereward_refl_prompts.json",
-    url=f"{_IMAGE_REWARD}/data/refl_data.json",
-    sha256="47cc5f5c0faa36167c5bd10cdc3aee0b1072147b44d3ae18f77bd98f377ecbb8",
-    licence="Apache-2.0 (DiffusionDB CC0)",
-    source=_IMAGE_REWARD_SOURCE,
-)
 
 FETCHED: Mapping[str, PublicFile] = MappingProxyType(
     {
-        "coco-30k": COCO_30K,
-        "imagereward-100": IMAGE_REWARD_100,
+        "coco-30k": PublicFile(
+            name="coco_30k.csv",
+            url=f"{_ERASING}/coco_30k.csv",
+            sha256="42c57b188c8f1f8a77cddfa11cde89e83fcbdd4dcd4fc6c840fb4e046d395383",
+            licence="MIT, captions CC BY 4.0",
+            source="rohitgandikota/erasing, captions of MS-COCO's validation set of 2014",
+        ),
+        "imagereward-100": PublicFile(
+            name="imagereward_benchmark_prompts.json",
+            url=f"{_IMAGE_REWARD}/benchmark/benchmark-prompts.json",
+            sha256="34682e824ebb3ad8e2531b3cde1b362dc72e1e29946ff6fab77bb49e9edb4b21",
+            licence="Apache-2.0 (DiffusionDB CC0)",
+            source=_IMAGE_REWARD_SOURCE,
+        ),
         "imagereward-test": IMAGE_REWARD_TEST,
-        "diffusiondb": DIFFUSION_DB,
+        "diffusiondb": PublicFile(
+            name="imagereward_refl_prompts.json",
+            url=f"{_IMAGE_REWARD}/data/refl_data.json",
+            sha256="47cc5f5c0faa36167c5bd10cdc3aee0b1072147b44d3ae18f77bd98f377ecbb8",
+            licence="Apache-2.0 (DiffusionDB CC0)",
+            source=_IMAGE_REWARD_SOURCE,
+        ),
     }
 )
 """Sets that are fetched when first used."""

@@ -90,13 +90,15 @@ def preference_accuracy(scores: Sequence[Sequence[float]], rankings: Sequence[Se
     if not pairs:
         raise ValueError("rankings must hold at least one pair of images of one prompt with different ranks, got none")
 
-    micro = sum(correct) / sum(pairs)
+    outcomes = [float(k < right) for right, untied in zip(correct, pairs, strict=True) for k in range(untied)]
+    prompts = [str(prompt) for prompt, untied in enumerate(pairs) for _ in range(untied)]
+    micro = mean_estimate(outcomes, prompts)
     macro = mean_estimate([right / untied for right, untied in zip(correct, pairs, strict=True)])
     return PreferenceAccuracy(
         correct=sum(correct),
         pairs=sum(pairs),
-        micro=micro,
-        micro_error=_ratio_error(correct, pairs),
+        micro=micro.mean,
+        micro_error=micro.error,
         macro=macro.mean,
         macro_error=macro.error,
         tied_pairs_skipped=tied,
@@ -172,19 +174,6 @@ def score_ranked(
     scores = iter(found.scores[name])
     # None stands for images that were skipped, and none is.
     return [[cast(float, next(scores)) for _ in images.images] for images in ranked]
-
-
-def _ratio_error(correct: Sequence[int], pairs: Sequence[int]) -> float:
-    """Returns the standard error of sum(correct) / sum(pairs), both summed over independent prompts.
-
-    Source: the linearised variance of a ratio, Cochran (1977), "Sampling Techniques", chapter 6.
-    """
-    count = len(pairs)
-    if count == 1:
-        return math.nan
-    rate = sum(correct) / sum(pairs)
-    squares = math.fsum((right - rate * untied) ** 2 for right, untied in zip(correct, pairs, strict=True))
-    return math.sqrt(count / (count - 1) * squares) / sum(pairs)
 
 
 def _checked(entry: Any, where: str) -> RankedImages:

@@ -17,7 +17,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from overpaint.evaluation.images.files import ImageSource, to_images
-from overpaint.evaluation.images.pairs import UNKNOWN_SEED, OtherImages, read_ahead
+from overpaint.evaluation.images.pairs import UNKNOWN_SEED, OtherImages, in_parts, places_by, read_ahead
 from overpaint.evaluation.images.plan import KINDS, DrawConfig, PlannedImage, kinds_of
 from overpaint.evaluation.metrics.statistics import Estimate, mean_estimate, rate_estimate
 from overpaint.evaluation.tables import OUTPUT_SUFFIXES, Row, write_table
@@ -65,7 +65,7 @@ def measure_batch(
     taken = [measure for measure in measures if not measure.kinds or shown[0].kind in measure.kinds]
     values = {measure.name: [math.nan] * len(shown) for measure in taken}
     rates = set()
-    for places in _of_one_size(pixels) if taken else []:
+    for places in places_by([image.shape for image in pixels]) if taken else []:
         stack = to_images(torch.stack([pixels[place] for place in places]).to(device))
         prompts = [shown[place].prompt for place in places]
         for measure in taken:
@@ -75,14 +75,6 @@ def measure_batch(
             if is_rate:
                 rates.add(measure.name)
     return {"values": values, "rates": sorted(rates)}
-
-
-def _of_one_size(pixels: Sequence[UInt8[Tensor, "3 _ _"]]) -> list[list[int]]:
-    """Returns the places of images of each size."""
-    places: dict[torch.Size, list[int]] = {}
-    for place, image in enumerate(pixels):
-        places.setdefault(image.shape, []).append(place)
-    return list(places.values())
 
 
 def fitted(pixels: UInt8[Tensor, "3 H W"], size: int) -> UInt8[Tensor, "3 size size"]:
@@ -229,7 +221,7 @@ def score(
         raise ValueError(f"size must be at least 1, got {size}")
     kinds = kinds_of(images.planned)
     check_measures(measures, kinds)
-    batches = _batches(images.planned, chunk)
+    batches = dict(enumerate(in_parts(places_by([image.kind for image in images.planned]), chunk)))
     job = {
         "format": 1,
         "model": images.model,
@@ -270,14 +262,6 @@ def score(
             bar.update(len(batch))
     columns = _columns(images.planned, measures, kinds, values, rates)
     return Scores(model=images.model, config=images.config, columns=columns)
-
-
-def _batches(planned: Sequence[PlannedImage], chunk: int) -> dict[int, list[int]]:
-    """Returns the places of images of one kind, batch by batch."""
-    places: dict[str, list[int]] = {}
-    for place, image in enumerate(planned):
-        places.setdefault(image.kind, []).append(place)
-    return dict(enumerate(some[k : k + chunk] for some in places.values() for k in range(0, len(some), chunk)))
 
 
 def _columns(
@@ -387,14 +371,17 @@ def merge(parts: Sequence[Scores], planned: Sequence[PlannedImage]) -> Scores:
     for part in parts[1:]:
         if (part.model, part.config) != (model, config):
             raise ValueError(f"parts must be of one model, got {model}, {config} and {part.model}, {part.config}")
-    columns = [column for part in parts for column in part.columns]
-    measures = dict.fromkeys(column.measure for column in columns)
-    merged = []
-    for measure in measures:
-        for kind in kinds_of(planned):
-            pieces = [column for column in columns if (column.measure, column.kind) == (measure, kind)]
-            if pieces:
-                merged.append(_joined(pieces, [image for image in planned if image.kind == kind]))
+    pieces: dict[tuple[str, str], list[Column]] = {}
+    for column in (column for part in parts for column in part.columns):
+        pieces.setdefault((column.measure, column.kind), []).append(column)
+    kinds = {kind: [image for image in planned if image.kind == kind] for kind in kinds_of(planned)}
+    measures = dict.fromkeys(measure for measure, _ in pieces)
+    merged = [
+        _joined(pieces[measure, kind], images)
+        for measure in measures
+        for kind, images in kinds.items()
+        if (measure, kind) in pieces
+    ]
     return Scores(model=model, config=config, columns=tuple(merged))
 
 
