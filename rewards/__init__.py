@@ -18,10 +18,8 @@ from .named import FACTORIES, reward_named
 from .nudity import NudeNet, NudeNetConfig, OpenNSFW
 from .pick import PickScore
 from .remote import RemoteConfig, RemoteReward
-from .scores import scores_of
-from .types import Reward
-from .vlm import VisionLanguageModel
-from .vlm_local import LocalVLM, LocalVLMConfig
+from .types import Reward, scores_of
+from .vlm import LocalVLM, LocalVLMConfig, VisionLanguageModel
 from .vlm_server import ServedVLM, ServedVLMConfig
 
 __all__ = [

@@ -97,7 +97,7 @@ class Alignment(nn.Module):
             bertscore_folder: An encoder for `BertScore.load`; deberta-xlarge-mnli from the hub if it is not given.
             bertscore_layer: The encoder's layer that is read; the 40th, that of deberta-xlarge-mnli, if not given.
         """
-        from .vlm_local import LocalVLM
+        from .vlm import LocalVLM
 
         return cls(LocalVLM.load(vlm_folder), BertScore.load(bertscore_folder, bertscore_layer))
 

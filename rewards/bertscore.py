@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from overpaint.policy.types import PerSample
 
-from .hub import HubFiles, check_folder
+from .checkpoint import HubFiles, check_folder
 from .types import check_strings
 
 OFFICIAL = HubFiles(

@@ -13,7 +13,7 @@ from torch import nn
 
 from .blip_config import BlipConfig
 from .blip_tokenizer import BlipTokenizer
-from .hub import HubFiles, check_folder
+from .checkpoint import HubFiles, check_folder
 
 VOCABULARY = HubFiles(
     repository="google-bert/bert-base-uncased",

@@ -16,9 +16,8 @@ from torch.nn import functional
 
 from overpaint.policy.types import Images, PerSample
 
-from .checkpoint import frozen_with, read_tensors
+from .checkpoint import HubFiles, check_folder, frozen_with, read_tensors
 from .clip_tokenizer import BYTE_PAIRS, ClipTokenizer
-from .hub import HubFiles, check_folder
 from .preprocess import normalise, resize_and_crop
 from .types import check_pairs
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from .blip_tokenizer import Tokens
-from .hub import HubFiles
+from .checkpoint import HubFiles
 
 BYTE_PAIRS = HubFiles(
     repository="openai/clip-vit-large-patch14",

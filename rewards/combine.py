@@ -10,8 +10,7 @@ import torch
 
 from overpaint.policy.types import Images, PerSample
 
-from .scores import scores_of
-from .types import Reward, check_pairs
+from .types import Reward, check_pairs, scores_of
 
 RELATIVE_ROUNDING = 1e-6
 """Differences between scores, relative to the largest, that are float32's rounding and nothing else."""

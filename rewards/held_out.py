@@ -11,8 +11,7 @@ from overpaint.policy import DiffusionPolicy, Guidance
 from overpaint.policy.prompts import check_prompts
 from overpaint.policy.types import Images, PerSample
 
-from .scores import scores_of
-from .types import Reward
+from .types import Reward, scores_of
 
 
 class HeldOut(NamedTuple):

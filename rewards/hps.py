@@ -18,9 +18,9 @@ from torch.nn import functional
 
 from overpaint.policy.types import Images, PerSample
 
+from .checkpoint import HubFiles
 from .clip_encoder import ClipEncoder, at_least_float32
 from .clip_tokenizer import BYTE_PAIRS, ClipTokenizer
-from .hub import HubFiles
 from .open_clip_layout import from_open_clip_names
 from .types import check_pairs
 

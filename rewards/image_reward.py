@@ -20,8 +20,7 @@ from .blip_files import check_our_folder, tokenizer_from, write_folder
 from .blip_layout import from_official_names
 from .blip_tokenizer import BlipTokenizer
 from .blip_towers import check_tokenizer, text_tower, vision_tokens, vision_tower
-from .checkpoint import frozen_with, read_tensors
-from .hub import HubFiles
+from .checkpoint import HubFiles, frozen_with, read_tensors
 from .image_reward_config import ImageRewardConfig
 from .preprocess import ImageFile, normalise, open_image, pil_to_square, resize_and_crop
 from .types import check_pairs, check_strings

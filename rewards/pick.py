@@ -12,9 +12,9 @@ from torch import nn
 
 from overpaint.policy.types import Images, PerSample
 
+from .checkpoint import HubFiles
 from .clip_encoder import ClipEncoder
 from .clip_tokenizer import BYTE_PAIRS, ClipTokenizer
-from .hub import HubFiles
 
 WEIGHTS = HubFiles(
     repository="yuvalkirstain/PickScore_v1",

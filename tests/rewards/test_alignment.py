@@ -214,7 +214,7 @@ def test_empty_question_or_answer_is_refused(question: Question) -> None:
 
 
 def test_strict_variant_works_with_a_model_of_this_process(tmp_path: Path) -> None:
-    from rewards.vlm_local import LocalVLM
+    from rewards.vlm import LocalVLM
 
     vlm = LocalVLM.load(write_llava(tmp_path))
     said = vlm.answer(IMAGES[:2], ["What is it?"] * 2)

@@ -12,7 +12,7 @@ import torch
 from golden_case import GoldenCase
 
 from rewards.bertscore import OFFICIAL, BertScore, BertScoreConfig, BertScores, EmbeddedText, matched
-from rewards.hub import HubFiles
+from rewards.checkpoint import HubFiles
 
 CASE = GoldenCase(
     "bertscore",

@@ -7,7 +7,7 @@ from typing import Any
 import huggingface_hub
 import pytest
 
-from rewards.hub import HubFiles, check_folder
+from rewards.checkpoint import HubFiles, check_folder
 
 REVISION = "0123456789" * 4
 CONTENT = {"config.json": b"{}\n", "model.safetensors": b"weights"}

@@ -28,8 +28,7 @@ from rewards.bertscore import BertScore
 from rewards.encoded import decode_image, encode_images
 from rewards.http_json import HttpConfig, HttpError
 from rewards.preprocess import to_pixels
-from rewards.vlm import VisionLanguageModel
-from rewards.vlm_local import LocalVLM
+from rewards.vlm import LocalVLM, VisionLanguageModel
 from rewards.vlm_server import ServedVLM, ServedVLMConfig
 from tests.rewards.tiny_vlm import write_llava
 
@@ -348,13 +347,13 @@ def test_wrong_token_is_refused_once_and_never_shown(start: Start) -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"model": ""}, "model must be the name"),
+        ({"model": ""}, "model must have at least 1 character"),
         ({"url": "ftp://host/v1"}, "url must begin with http"),
         ({"url": "http://user:word@host/v1"}, "url must hold no user name"),
         ({"max_tokens": 0}, "max_tokens must be at least 1, got 0"),
         ({"concurrency": 0}, "concurrency must be at least 1, got 0"),
-        ({"image_format": "webp"}, "format must be png or jpeg, got 'webp'"),
-        ({"jpeg_quality": 0}, "quality must be a whole number from 1 to 100, got 0"),
+        ({"image_format": "webp"}, "image_format must be 'png' or 'jpeg', got 'webp'"),
+        ({"jpeg_quality": 0}, "jpeg_quality must be at least 1, got 0"),
     ],
 )
 @pytest.mark.usefixtures("unchecked")

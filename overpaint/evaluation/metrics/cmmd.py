@@ -15,8 +15,8 @@ from torch import Tensor
 from overpaint.evaluation.images.images import to_images
 from overpaint.evaluation.images.pair_images import in_batches
 from rewards import ClipEncoder
+from rewards.checkpoint import HubFiles
 from rewards.clip_encoder import Vectors
-from rewards.hub import HubFiles
 
 SIGMA = 10.0
 """Bandwidth of the kernel."""

@@ -14,7 +14,7 @@ from overpaint.evaluation.images.images import to_images
 from overpaint.evaluation.images.pair_images import Read, Size, batches_of, read_ahead, read_image
 from rewards import Reward
 from rewards.combine import reads_prompts
-from rewards.scores import scores_of
+from rewards.types import scores_of
 
 from .journal import Journal
 from .pairs import Pair
