@@ -4,10 +4,9 @@ from .aesthetic import Aesthetic, AestheticHead
 from .alignment import Alignment, AlignmentConfig, Judgement, Question, StrictAlignment
 from .bertscore import BertScore, BertScoreConfig, BertScores
 from .blip import BLIPScore, BLIPScoreConfig
-from .blip_tokenizer import BlipTokenizer
+from .blip_network import BlipTokenizer
 from .clip import CLIPScore, CLIPScoreConfig
-from .clip_encoder import ClipEncoder
-from .clip_tokenizer import ClipTokenizer
+from .clip_encoder import ClipEncoder, ClipTokenizer
 from .combine import Clipped, Standardised, WeightedSum
 from .held_out import EarlyStopping, HeldOut, Look
 from .hps import HPSv2

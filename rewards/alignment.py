@@ -8,14 +8,14 @@ pickled; and a prompt without questions is an error.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, NamedTuple, Protocol, get_args, runtime_checkable
+from typing import Literal, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import nn
 
 from overpaint.policy.types import Images, PerSample
+from overpaint.settings import Field, settings
 
 from .bertscore import BertScore, BertScores
 from .types import check_pairs
@@ -25,25 +25,16 @@ Part = Literal["precision", "recall", "f1"]
 """Which of BERTScore's three numbers."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@settings
 class AlignmentConfig:
     """What is asked, and how the answer is compared; as in kvablack/ddpo-pytorch by default."""
 
-    question: str = "Answer concisely: what is going on in this image?"
+    question: str = Field("Answer concisely: what is going on in this image?", pattern=r"\S")
     """What the model is asked about every image."""
-    template: str = "The image contains {prompt}"
+    template: str = Field("The image contains {prompt}", pattern=r"\{prompt\}")
     """What the answer is compared with; `{prompt}` stands for the prompt."""
     part: Part = "recall"
     """Which of BERTScore's numbers is the reward. Recall asks for all of the prompt, whatever else the answer holds."""
-
-    def __post_init__(self) -> None:
-        """Checks every field."""
-        if not self.question.strip():
-            raise ValueError(f"question must not be empty, got {self.question!r}")
-        if "{prompt}" not in self.template:
-            raise ValueError(f"template must contain {{prompt}}, got {self.template!r}")
-        if self.part not in get_args(Part):
-            raise ValueError(f"part must be one of {', '.join(get_args(Part))}, got {self.part!r}")
 
 
 @runtime_checkable

@@ -8,7 +8,6 @@ refused.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -17,12 +16,21 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from overpaint.policy.types import Images, PerSample
+from overpaint.settings import Field, settings
 
-from .blip_config import BlipConfig, check_count
-from .blip_files import check_our_folder, tokenizer_from, write_folder
-from .blip_layout import from_official_names, without_training_parts
-from .blip_tokenizer import BlipTokenizer
-from .blip_towers import check_tokenizer, text_tower, vision_tokens, vision_tower
+from .blip_network import (
+    BlipConfig,
+    BlipTokenizer,
+    check_our_folder,
+    check_tokenizer,
+    from_official_names,
+    text_tower,
+    tokenizer_from,
+    vision_tokens,
+    vision_tower,
+    without_training_parts,
+    write_folder,
+)
 from .checkpoint import frozen_with, read_tensors
 from .preprocess import normalise, resize_and_crop
 from .types import check_pairs, check_strings
@@ -31,17 +39,12 @@ OFFICIAL_URL = "https://storage.googleapis.com/sfr-vision-language-research/BLIP
 """Where the authors keep the weights. No hash of them is published, so they are not fetched without being asked for."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@settings
 class BLIPScoreConfig(BlipConfig):
     """Sizes of the two towers, and of the space that they meet in; those of BLIP large by default."""
 
-    projection_size: int = 256
+    projection_size: int = Field(256, ge=1)
     """Number of dimensions of the space in which image and prompt are compared."""
-
-    def __post_init__(self) -> None:
-        """Checks the towers' fields and the projections'."""
-        super().__post_init__()
-        check_count("projection_size", self.projection_size)
 
 
 class BLIPScore(nn.Module):

@@ -151,6 +151,7 @@ def json_of(what: str, ask: Callable[[], "httpx2.Response"], config: HttpConfig,
         backoff = min(2 * backoff, config.max_pause)
         return min(max(drawn, error.retry_after), config.max_pause)
 
+    @stamina.retry(on=pause, attempts=config.attempts, timeout=None)
     def once() -> httpx2.Response:
         try:
             response = ask()
@@ -164,7 +165,7 @@ def json_of(what: str, ask: Callable[[], "httpx2.Response"], config: HttpConfig,
         return response
 
     try:
-        response = stamina.RetryingCaller(attempts=config.attempts, timeout=None)(pause, once)
+        response = once()
     except _RetriedError as last:
         raise HttpError(f"{what} failed {config.attempts} times, at last with {last}", status=last.status) from last
     return _parsed(response, what, config, token)

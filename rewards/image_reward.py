@@ -8,6 +8,7 @@ attended to every patch of the image. Departures from the released code are list
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
+from typing import Annotated
 
 import torch
 from jaxtyping import Float
@@ -15,13 +16,21 @@ from PIL import Image
 from torch import Tensor, nn
 
 from overpaint.policy.types import Images, PerSample
+from overpaint.settings import Field, settings
 
-from .blip_files import check_our_folder, tokenizer_from, write_folder
-from .blip_layout import from_official_names
-from .blip_tokenizer import BlipTokenizer
-from .blip_towers import check_tokenizer, text_tower, vision_tokens, vision_tower
+from .blip_network import (
+    BlipConfig,
+    BlipTokenizer,
+    check_our_folder,
+    check_tokenizer,
+    from_official_names,
+    text_tower,
+    tokenizer_from,
+    vision_tokens,
+    vision_tower,
+    write_folder,
+)
 from .checkpoint import HubFiles, frozen_with, read_tensors
-from .image_reward_config import ImageRewardConfig
 from .preprocess import ImageFile, normalise, open_image, pil_to_square, resize_and_crop
 from .types import check_pairs, check_strings
 
@@ -35,6 +44,18 @@ OFFICIAL_NAME = "ImageReward-v1.0"
 """The name that `ImageReward.load` and the package image-reward know the official weights by."""
 IMAGES_PER_CALL = 32
 """Number of images that `score` and `inference_rank` push through the network at once."""
+
+
+@settings
+class ImageRewardConfig(BlipConfig):
+    """Sizes of the two towers, and of the head that reads them; those of the official checkpoint by default."""
+
+    head_widths: tuple[Annotated[int, Field(ge=1)], ...] = (1024, 128, 64, 16)
+    """Widths of the head's hidden layers, which are linear as in the released code."""
+    mean: float = 0.16717362830052426
+    """Mean of the head's output over the authors' validation data; subtracted from it."""
+    std: float = Field(1.0333394966054072, gt=0)
+    """Standard deviation of the head's output over the same data; divides it."""
 
 
 class ImageReward(nn.Module):

@@ -297,11 +297,12 @@ def test_retries_are_not_logged_and_those_of_others_are(server: Scripted, caplog
     request_json("GET", server.url, None, config())
     assert caplog.records == []
 
+    @stamina.retry(on=KeyError, attempts=2, wait_initial=0.0, wait_jitter=0.0)
     def fails() -> None:
         raise KeyError
 
     with pytest.raises(KeyError):
-        stamina.RetryingCaller(attempts=2, wait_initial=0.0, wait_jitter=0.0)(KeyError, fails)
+        fails()
     assert [record.message for record in caplog.records] == ["stamina.retry_scheduled"]
 
 

@@ -13,7 +13,7 @@ from golden_case import Record
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from rewards import ImageReward, ImageRewardConfig, blip_files, image_reward
+from rewards import ImageReward, ImageRewardConfig, blip_network, image_reward
 from rewards.public_files import sha256_of
 
 
@@ -78,8 +78,8 @@ def test_vocabulary_comes_from_the_hub_where_it_is_not_given(
 ) -> None:
     vocabulary = tmp_path / "vocab.txt"
     vocabulary.write_text("\n".join(golden_case["vocab"]) + "\n", encoding="utf-8")
-    files = replace(blip_files.VOCABULARY, files={"vocab.txt": sha256_of(vocabulary)})
-    monkeypatch.setattr(blip_files, "VOCABULARY", files)
+    files = replace(blip_network.VOCABULARY, files={"vocab.txt": sha256_of(vocabulary)})
+    monkeypatch.setattr(blip_network, "VOCABULARY", files)
     hub = {("google-bert/bert-base-uncased", "vocab.txt", files.revision): str(vocabulary)}
     monkeypatch.setattr(
         huggingface_hub, "hf_hub_download", lambda repository, name, revision: hub[repository, name, revision]
