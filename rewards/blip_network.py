@@ -46,36 +46,36 @@ class BlipConfig:
     to the checkpoint as much as its weights do.
     """
 
-    image_size: int = 224
+    image_size: int = Field(224, ge=1)
     """Side of the square that the vision tower takes, in pixels."""
-    patch_size: int = 16
+    patch_size: int = Field(16, ge=1)
     """Side of one patch, in pixels; divides the image size."""
-    vision_hidden_size: int = 1024
+    vision_hidden_size: int = Field(1024, ge=1)
     """Width of the vision tower (ViT-L)."""
-    vision_layers: int = 24
+    vision_layers: int = Field(24, ge=1)
     """Number of blocks of the vision tower."""
-    vision_heads: int = 16
+    vision_heads: int = Field(16, ge=1)
     """Number of attention heads of the vision tower; divides its width."""
-    vision_intermediate_size: int = 4096
+    vision_intermediate_size: int = Field(4096, ge=1)
     """Width of the hidden layer in each block of the vision tower."""
     vision_layer_norm_eps: float = Field(1e-6, gt=0)
     """Added to the variance in the vision tower's layer norms (timm's value, not transformers' 1e-5)."""
 
-    vocab_size: int = 30524
+    vocab_size: int = Field(30524, ge=1)
     """Number of token ids, `[DEC]` and `[ENC]` included."""
-    hidden_size: int = 768
+    hidden_size: int = Field(768, ge=1)
     """Width of the text encoder."""
-    text_layers: int = 12
+    text_layers: int = Field(12, ge=1)
     """Number of layers of the text encoder; each can also attend to the image."""
-    text_heads: int = 12
+    text_heads: int = Field(12, ge=1)
     """Number of attention heads of the text encoder (med_config.json; transformers has 8); divides its width."""
-    text_intermediate_size: int = 3072
+    text_intermediate_size: int = Field(3072, ge=1)
     """Width of the hidden layer in each layer of the text encoder."""
     text_layer_norm_eps: float = Field(1e-12, gt=0)
     """Added to the variance in the text encoder's layer norms (med_config.json)."""
-    max_positions: int = 512
+    max_positions: int = Field(512, ge=1)
     """Number of learned positions of the text encoder."""
-    max_length: int = 35
+    max_length: int = Field(35, ge=2)
     """Number of tokens that a prompt is padded or cut to, `[CLS]` and `[SEP]` included."""
 
     image_mean: tuple[float, float, float] = CLIP_MEAN

@@ -258,7 +258,7 @@ def test_wrong_pairs_are_refused(
 
 
 def test_wrong_sizes_are_refused(blip: BLIPScore) -> None:
-    with pytest.raises(ValueError, match="projection_size must be a positive integer, got 0"):
+    with pytest.raises(ValueError, match="projection_size must be at least 1, got 0"):
         BLIPScoreConfig(projection_size=0)
     with pytest.raises(ValueError, match="text_heads must divide hidden_size, got 7 and 768"):
         BLIPScoreConfig(text_heads=7)
