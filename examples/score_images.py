@@ -26,6 +26,7 @@ from overpaint.evaluation.images.pair_images import image_sizes
 from overpaint.evaluation.scoring.pair_scores import check_prompts, score_pairs
 from overpaint.evaluation.scoring.pair_table import check_output, write_table
 from overpaint.evaluation.scoring.pairs import Pair, read_pairs
+from overpaint.tinyworld import REWARDS as TINY_WORLD_REWARDS
 from overpaint.training import image_grid
 from rewards import reward_named
 from rewards.combine import to_device
@@ -183,7 +184,7 @@ def main(config: Config) -> Result:
     rows = [pair.row for pair in pairs]
     check_output(rows, names, config.output)
     sizes = image_sizes(pairs, skip_broken=config.skip_broken)
-    rewards = {name: reward_named(name) for name in names}
+    rewards = {name: reward_named(name, TINY_WORLD_REWARDS) for name in names}
     check_prompts(pairs, rewards)
     for reward in rewards.values():
         to_device(reward, device)

@@ -40,8 +40,12 @@ TOKEN_VARIABLE = "OVERPAINT_TOKEN"
 """Environment variable with the token of a server that is named by its address, where it asks for one."""
 
 
-def reward_named(name: str) -> Reward:
+def reward_named(name: str, more: Mapping[str, Callable[[], Reward]] = MappingProxyType({})) -> Reward:
     """Makes a reward by its short name, by the address of `rewards.serve`, or by calling "package.module:factory".
+
+    Args:
+        name: Which reward.
+        more: Short names besides those of `FACTORIES`, such as `overpaint.tinyworld.REWARDS`.
 
     Raises:
         ValueError: There is no such thing, or what it makes is no reward.
@@ -49,14 +53,15 @@ def reward_named(name: str) -> Reward:
     if name.startswith(("http://", "https://")):
         variable = TOKEN_VARIABLE if TOKEN_VARIABLE in os.environ else None
         return RemoteReward(RemoteConfig(url=name, token_variable=variable))
-    make: object = FACTORIES.get(name)
+    factories = {**FACTORIES, **more}
+    make: object = factories.get(name)
     if make is None:
         module, _, factory = name.partition(":")
         try:
             make = reduce(getattr, factory.split("."), importlib.import_module(module))
         except (ImportError, AttributeError, ValueError) as error:
             raise ValueError(
-                f"reward must be one of {', '.join(FACTORIES)}, an address, or package.module:factory, got {name!r}: "
+                f"reward must be one of {', '.join(factories)}, an address, or package.module:factory, got {name!r}: "
                 f"{error}"
             ) from error
     reward = make() if callable(make) else make

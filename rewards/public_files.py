@@ -3,6 +3,7 @@
 import hashlib
 import os
 from pathlib import Path
+from typing import Any
 
 from overpaint.settings import Field, settings
 
@@ -71,7 +72,7 @@ def _download(file: PublicFile, path: Path) -> None:
     import pooch
 
     pooch.get_logger().setLevel("WARNING")
-    quiet = pooch.HTTPDownloader(progressbar=False, timeout=TIMEOUT)
+    quiet: Any = pooch.HTTPDownloader(progressbar=False, timeout=TIMEOUT)
     try:
         pooch.retrieve(file.url, f"sha256:{file.sha256}", fname=path.name, path=path.parent, downloader=quiet)
     except OSError as error:

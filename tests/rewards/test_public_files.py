@@ -137,6 +137,7 @@ def test_an_address_without_the_file_is_told_with_all_that_is_needed_to_get_it_b
     assert files_in(cache) == []
     cause = caught.value.__cause__
     assert isinstance(cause, requests.HTTPError)
+    assert cause.response is not None
     assert cause.response.raw.closed  # one that is left open holds its connection
 
 
