@@ -1,7 +1,7 @@
 """What is liked: scores of (image, prompt)."""
 
 from .aesthetic import Aesthetic, AestheticHead
-from .alignment import Alignment, AlignmentConfig, Judgement, Question, StrictAlignment
+from .alignment import Alignment, AlignmentConfig, Question, ScoredAnswer, StrictAlignment
 from .bertscore import BertScore, BertScoreConfig, BertScores
 from .blip import BLIPScore, BLIPScoreConfig
 from .blip_network import BlipTokenizer
@@ -47,7 +47,6 @@ __all__ = [
     "ImageReward",
     "ImageRewardConfig",
     "Incompressibility",
-    "Judgement",
     "LocalVLM",
     "LocalVLMConfig",
     "Look",
@@ -59,6 +58,7 @@ __all__ = [
     "RemoteConfig",
     "RemoteReward",
     "Reward",
+    "ScoredAnswer",
     "ServedVLM",
     "ServedVLMConfig",
     "Standardised",

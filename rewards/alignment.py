@@ -46,7 +46,7 @@ class TextScorer(Protocol):
         ...
 
 
-class Judgement(NamedTuple):
+class ScoredAnswer(NamedTuple):
     """Why an image got its score."""
 
     answer: str
@@ -99,14 +99,14 @@ class Alignment(nn.Module):
             TypeError: A prompt is not a string, or the images are not floating point.
             ValueError: The images are not a batch of RGB images, or there is not one prompt for each.
         """
-        return self._judge(images, prompts)[1]
+        return self._scored(images, prompts)[1]
 
-    def describe(self, images: Images, prompts: Sequence[str]) -> list[Judgement]:
+    def describe(self, images: Images, prompts: Sequence[str]) -> list[ScoredAnswer]:
         """Returns the score of each image together with the answer that it was computed from, for a log."""
-        answers, scores = self._judge(images, prompts)
-        return [Judgement(answer, score) for answer, score in zip(answers, scores.tolist(), strict=True)]
+        answers, scores = self._scored(images, prompts)
+        return [ScoredAnswer(answer, score) for answer, score in zip(answers, scores.tolist(), strict=True)]
 
-    def _judge(self, images: Images, prompts: Sequence[str]) -> tuple[list[str], PerSample]:
+    def _scored(self, images: Images, prompts: Sequence[str]) -> tuple[list[str], PerSample]:
         """Returns what the model says of each image, and how that compares."""
         check_pairs(images, prompts)
         answers = self.vlm.answer(images, [self.config.question] * len(images))

@@ -20,18 +20,13 @@ from overpaint.settings import Field, settings
 
 from .blip_network import (
     BlipConfig,
+    BlipNetwork,
     BlipTokenizer,
-    check_our_folder,
-    check_tokenizer,
     from_official_names,
-    text_tower,
-    tokenizer_from,
     vision_tokens,
-    vision_tower,
     without_training_parts,
-    write_folder,
 )
-from .checkpoint import frozen_with, read_tensors
+from .checkpoint import read_tensors
 from .preprocess import normalise, resize_and_crop
 from .types import check_pairs, check_strings
 
@@ -47,7 +42,7 @@ class BLIPScoreConfig(BlipConfig):
     """Number of dimensions of the space in which image and prompt are compared."""
 
 
-class BLIPScore(nn.Module):
+class BLIPScore(BlipNetwork):
     """Scores images for prompts by a cosine, in [-1, 1]; differentiable in the images.
 
     There is no dropout, so `train()` and `eval()` give the same scores. A network made by the constructor can be
@@ -59,20 +54,11 @@ class BLIPScore(nn.Module):
         tokenizer: Turns prompts into ids below `config.vocab_size`.
     """
 
-    differentiable = True
-    gradient_checkpointing = False
-    """Whether the vision tower's blocks are computed anew in the backward pass, to save memory; set it at any time.
-
-    Scores and gradients stay bit-identical.
-    """
+    config_class = BLIPScoreConfig
 
     def __init__(self, config: BLIPScoreConfig, tokenizer: BlipTokenizer) -> None:
-        super().__init__()
-        check_tokenizer(config, tokenizer)
+        super().__init__(config, tokenizer)
         self.config = config
-        self.tokenizer = tokenizer
-        self.vision = vision_tower(config)
-        self.text = text_tower(config)
         self.vision_proj = nn.Linear(config.vision_hidden_size, config.projection_size)
         self.text_proj = nn.Linear(config.hidden_size, config.projection_size)
 
@@ -115,22 +101,8 @@ class BLIPScore(nn.Module):
             vocab: A file with one word piece per line, or the word pieces; bert-base-uncased's from the Hugging Face
                 hub where it is not given.
         """
-        state = from_official_names(without_training_parts(read_tensors(Path(path))))
-        return frozen_with(cls(config or BLIPScoreConfig(), tokenizer_from(vocab)), state)
-
-    @classmethod
-    def from_pretrained(cls, folder: str | Path) -> "BLIPScore":
-        """Loads what `save_pretrained` wrote; frozen, in float32 whatever the precision of the file."""
-        from safetensors.torch import load_file
-
-        folder = check_our_folder(folder, "BLIPScore.save_pretrained")
-        config = BLIPScoreConfig.from_file(folder / "config.json")
-        network = cls(config, BlipTokenizer.from_file(folder / "vocab.txt"))
-        return frozen_with(network, load_file(folder / "model.safetensors"))
-
-    def save_pretrained(self, folder: str | Path, *, dtype: torch.dtype | None = None) -> None:
-        """Writes `config.json`, `vocab.txt` and `model.safetensors`, in the weights' own precision or in `dtype`."""
-        write_folder(folder, self, self.config, self.tokenizer, dtype)
+        state = without_training_parts(read_tensors(Path(path)))
+        return cls.from_state(from_official_names(state), config, vocab)
 
     def forward(self, images: Images, prompts: Sequence[str]) -> PerSample:
         """Returns the cosine between each image and its prompt, in float32; gradients flow to the images.

@@ -21,7 +21,7 @@ from torch.utils.checkpoint import checkpoint
 from overpaint.policy.types import Embeddings, Images
 from overpaint.settings import Field, settings
 
-from .checkpoint import HubFiles, check_folder
+from .checkpoint import HubFiles, check_folder, frozen_with, read_tensors
 from .preprocess import CLIP_MEAN, CLIP_STD
 
 if TYPE_CHECKING:
@@ -34,8 +34,9 @@ DIVISORS = (
     ("text_heads", "hidden_size"),
 )
 """Fields of which the first must divide the second."""
-Positive = Annotated[float, Field(gt=0)]
 Config = TypeVar("Config", bound="BlipConfig")
+Network = TypeVar("Network", bound="BlipNetwork")
+Positive = Annotated[float, Field(gt=0)]
 
 
 @settings
@@ -165,12 +166,6 @@ class BlipTokenizer:
         """Returns `max_length` token ids for each prompt; what is longer is cut, `[CLS]` and `[SEP]` stay."""
         encoded = self.bert(list(prompts), padding="max_length", truncation=True, max_length=max_length)
         return Tokens(torch.tensor(encoded["input_ids"]), torch.tensor(encoded["attention_mask"]))
-
-
-def check_tokenizer(config: BlipConfig, tokenizer: BlipTokenizer) -> None:
-    """Checks that the text encoder knows every id of the tokenizer."""
-    if len(tokenizer) > config.vocab_size:
-        raise ValueError(f"vocab_size must cover the tokenizer's {len(tokenizer)} ids, got {config.vocab_size}")
 
 
 def vision_tower(config: BlipConfig) -> "BlipVisionModel":
@@ -308,35 +303,77 @@ VOCABULARY = HubFiles(
 FOLDER = MappingProxyType(
     {"config.json": "sizes", "vocab.txt": "one word piece per line", "model.safetensors": "weights"}
 )
-"""The files of a folder that `write_folder` writes, and what is in them."""
+"""The files of a folder that `save_pretrained` writes, and what is in them."""
 
 
-def tokenizer_from(vocab: str | Path | Sequence[str] | None) -> BlipTokenizer:
-    """Makes the tokenizer from a file, from word pieces, or from bert-base-uncased's on the hub where there is None."""
-    if vocab is None:
-        vocab = VOCABULARY.fetch() / "vocab.txt"
-    return BlipTokenizer.from_file(vocab) if isinstance(vocab, str | Path) else BlipTokenizer(vocab)
+class BlipNetwork(nn.Module):
+    """BLIP's two towers and the files of a folder, which `ImageReward` and `BLIPScore` add a head to.
 
+    There is no dropout, so `train()` and `eval()` are the same. A network made by the constructor can be trained; one
+    that was loaded has frozen weights.
 
-def write_folder(
-    folder: str | Path, network: nn.Module, config: BlipConfig, tokenizer: BlipTokenizer, dtype: torch.dtype | None
-) -> None:
-    """Writes the files of `FOLDER`, with the weights in their own precision or in `dtype`."""
-    from safetensors.torch import save_file
-
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    config.save(folder / "config.json")
-    tokenizer.save(folder / "vocab.txt")
-    state = {name: tensor.detach().cpu().to(dtype or tensor.dtype) for name, tensor in network.state_dict().items()}
-    save_file({name: tensor.contiguous() for name, tensor in state.items()}, folder / "model.safetensors")
-
-
-def check_our_folder(folder: str | Path, what: str) -> Path:
-    """Returns the folder as a path once it is seen to hold the files of `FOLDER`.
-
-    Raises:
-        FileNotFoundError: A file is missing.
+    Args:
+        config: Sizes.
+        tokenizer: Turns prompts into ids below `config.vocab_size`.
     """
-    check_folder(Path(folder), FOLDER, what)
-    return Path(folder)
+
+    config_class: type[BlipConfig] = BlipConfig
+    differentiable = True
+    gradient_checkpointing = False
+    """Whether the vision tower's blocks are computed anew in the backward pass, to save memory; set it at any time.
+
+    Scores and gradients stay bit-identical. It costs one more forward of the vision tower.
+    """
+
+    config: Any  # of `config_class`
+
+    def __init__(self, config: BlipConfig, tokenizer: BlipTokenizer) -> None:
+        super().__init__()
+        if len(tokenizer) > config.vocab_size:
+            raise ValueError(f"vocab_size must cover the tokenizer's {len(tokenizer)} ids, got {config.vocab_size}")
+        self.tokenizer = tokenizer
+        self.vision = vision_tower(config)
+        self.text = text_tower(config)
+
+    @classmethod
+    def from_state(
+        cls: type[Network],
+        state: Mapping[str, Tensor],
+        config: BlipConfig | None,
+        vocab: str | Path | Sequence[str] | None,
+    ) -> Network:
+        """Makes a frozen network of weights, every one of which must be there and fit.
+
+        Args:
+            state: Weights by our names, as `from_official_names` gives them.
+            config: Sizes; the default ones where it is not given.
+            vocab: A file with one word piece per line, or the word pieces; bert-base-uncased's from the Hugging Face
+                hub where it is not given.
+        """
+        if vocab is None:
+            vocab = VOCABULARY.fetch() / "vocab.txt"
+        tokenizer = BlipTokenizer.from_file(vocab) if isinstance(vocab, str | Path) else BlipTokenizer(vocab)
+        return frozen_with(cls(config or cls.config_class(), tokenizer), state)
+
+    @classmethod
+    def from_pretrained(cls: type[Network], folder: str | Path) -> Network:
+        """Loads what `save_pretrained` wrote; frozen, in float32 whatever the precision of the file.
+
+        Raises:
+            FileNotFoundError: A file is missing.
+        """
+        folder = Path(folder)
+        check_folder(folder, FOLDER, f"{cls.__name__}.save_pretrained")
+        config = cls.config_class.from_file(folder / "config.json")
+        return cls.from_state(read_tensors(folder / "model.safetensors"), config, folder / "vocab.txt")
+
+    def save_pretrained(self, folder: str | Path, *, dtype: torch.dtype | None = None) -> None:
+        """Writes `config.json`, `vocab.txt` and `model.safetensors`, in the weights' own precision or in `dtype`."""
+        from safetensors.torch import save_file
+
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        self.config.save(folder / "config.json")
+        self.tokenizer.save(folder / "vocab.txt")
+        state = {name: tensor.detach().cpu().to(dtype or tensor.dtype) for name, tensor in self.state_dict().items()}
+        save_file({name: tensor.contiguous() for name, tensor in state.items()}, folder / "model.safetensors")

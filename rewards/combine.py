@@ -5,6 +5,7 @@ A score that is NaN stays NaN in all of them: none hides a reward that went wron
 
 import math
 from collections.abc import Sequence
+from typing import TypeVar
 
 import torch
 
@@ -56,7 +57,24 @@ class WeightedSum:
         return torch.stack([weight * score for weight, score in zip(self.weights, scores, strict=True)]).sum(dim=0)
 
 
-class Clipped:
+Combination = TypeVar("Combination", bound="_OfOneReward")
+
+
+class _OfOneReward:
+    """A function of one reward's scores."""
+
+    def __init__(self, reward: Reward) -> None:
+        self.reward = reward
+        self.differentiable = reward.differentiable
+        self.reads_prompts = reads_prompts(reward)
+
+    def to(self: Combination, device: torch.device | str) -> Combination:
+        """Moves the reward's network to a device."""
+        to_device(self.reward, device)
+        return self
+
+
+class Clipped(_OfOneReward):
     """A reward held between two bounds; outside of them its gradient is zero.
 
     Args:
@@ -68,26 +86,19 @@ class Clipped:
     def __init__(self, *, reward: Reward, low: float = -math.inf, high: float = math.inf) -> None:
         if not low < high:
             raise ValueError(f"low must be below high, got {low!r} and {high!r}")
-        self.reward = reward
+        super().__init__(reward)
         self.low = low
         self.high = high
-        self.differentiable = reward.differentiable
-        self.reads_prompts = reads_prompts(reward)
 
     def __repr__(self) -> str:
         return f"Clipped({_named(self.reward)}, low={self.low!r}, high={self.high!r})"
-
-    def to(self, device: torch.device | str) -> "Clipped":
-        """Moves the reward's network to a device."""
-        to_device(self.reward, device)
-        return self
 
     def __call__(self, images: Images, prompts: Sequence[str]) -> PerSample:
         """Returns the clipped score of each image."""
         return self.reward(images, prompts).clamp(self.low, self.high)
 
 
-class Standardised:
+class Standardised(_OfOneReward):
     """A reward in standard deviations from its mean, (score - mean) / std, so that rewards of any units can be added.
 
     The two numbers are fixed: a pair's score does not depend on the batch that it comes in.
@@ -103,11 +114,9 @@ class Standardised:
             raise ValueError(f"mean must be a finite number, got {mean!r}")
         if not (math.isfinite(std) and std > 0):
             raise ValueError(f"std must be a finite number above 0, got {std!r}")
-        self.reward = reward
+        super().__init__(reward)
         self.mean = mean
         self.std = std
-        self.differentiable = reward.differentiable
-        self.reads_prompts = reads_prompts(reward)
 
     @classmethod
     @torch.no_grad()
@@ -152,11 +161,6 @@ class Standardised:
     def __repr__(self) -> str:
         return f"Standardised({_named(self.reward)}, mean={self.mean!r}, std={self.std!r})"
 
-    def to(self, device: torch.device | str) -> "Standardised":
-        """Moves the reward's network to a device."""
-        to_device(self.reward, device)
-        return self
-
     def __call__(self, images: Images, prompts: Sequence[str]) -> PerSample:
         """Returns the standardised score of each image."""
         return (self.reward(images, prompts) - self.mean) / self.std
@@ -176,6 +180,6 @@ def to_device(reward: Reward, device: torch.device | str) -> None:
 
 def _named(reward: Reward) -> str:
     """Returns what to call a reward: a network's own text would be hundreds of lines."""
-    if isinstance(reward, WeightedSum | Clipped | Standardised):
+    if isinstance(reward, WeightedSum | _OfOneReward):
         return repr(reward)
     return getattr(reward, "__name__", type(reward).__name__)

@@ -11,7 +11,7 @@ from torch import nn
 
 from overpaint.policy.types import Images
 from rewards import Reward
-from rewards.alignment import Alignment, AlignmentConfig, Judgement, Question, StrictAlignment
+from rewards.alignment import Alignment, AlignmentConfig, Question, ScoredAnswer, StrictAlignment
 from rewards.bertscore import BertScore
 from rewards.vlm import VisionLanguageModel
 from tests.rewards.tiny_vlm import write_llava, write_qwen
@@ -87,7 +87,7 @@ def test_description_holds_each_answer_with_its_score(scorer: BertScore) -> None
     told = alignment.describe(IMAGES, PROMPTS)
     assert [judgement.answer for judgement in told] == ANSWERS
     assert [judgement.score for judgement in told] == alignment(IMAGES, PROMPTS).tolist()
-    assert isinstance(told[0], Judgement)
+    assert isinstance(told[0], ScoredAnswer)
 
 
 def test_scores_do_not_depend_on_batch_or_order(scorer: BertScore) -> None:
