@@ -107,6 +107,12 @@ def drip(handler: Handler) -> None:
         threading.Event().wait(0.02)
 
 
+def flood(handler: Handler) -> None:
+    handler.wfile.write(b"HTTP/1.1 200 OK\r\n\r\n")
+    while True:
+        handler.wfile.write(b" " * 65536)
+
+
 def doze(handler: Handler) -> None:
     threading.Event().wait(0.5)
 
@@ -235,6 +241,12 @@ def test_answer_is_not_read_beyond_its_limit(server: Scripted) -> None:
     with pytest.raises(HttpError, match="got more than 99 bytes"):
         request_json("GET", server.url, None, config(max_answer_bytes=99))
     assert len(server.asked) == 2
+
+
+def test_endless_answer_is_left_at_its_limit(server: Scripted) -> None:
+    server.answers = [Answer(act=flood)]
+    with pytest.raises(HttpError, match="got more than 1000 bytes"):
+        request_json("GET", server.url, None, config(max_answer_bytes=1000, attempts=1))
 
 
 def test_compressed_answer_is_not_unfolded(server: Scripted) -> None:
