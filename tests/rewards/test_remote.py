@@ -296,6 +296,16 @@ def test_web_page_cannot_ask() -> None:
     assert served(body_of(), headers={"Content-Type": "text/plain"})[0][0] == 415
 
 
+def test_nothing_but_health_and_score_is_served() -> None:
+    async def statuses() -> list[int]:
+        app: Any = application(Brightness(), ServeConfig(reward="brightness"))
+        async with httpx2.AsyncClient(transport=httpx2.ASGITransport(app), base_url="http://server") as client:
+            paths = ("/health", "/docs", "/redoc", "/openapi.json", "/")
+            return [(await client.get(path)).status_code for path in paths]
+
+    assert asyncio.run(statuses()) == [200, 404, 404, 404, 404]
+
+
 def test_token_is_asked_for_before_anything_is_read() -> None:
     for sent in ({}, {"Authorization": TOKEN}, {"Authorization": "Bearer "}, {"Authorization": b"Bearer \xff"}):
         assert served(b"nonsense", token=TOKEN, headers=sent) == [(401, {"error": "the token is missing or wrong"})]
