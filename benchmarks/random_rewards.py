@@ -17,8 +17,7 @@ from rewards.alignment import Alignment
 from rewards.bertscore import BertScore, BertScoreConfig
 from rewards.blip import BLIPScore, BLIPScoreConfig
 from rewards.clip import CLIPScore
-from rewards.clip_encoder import ClipEncoder
-from rewards.clip_tokenizer import END, START, ClipTokenizer
+from rewards.clip_encoder import END, START, ClipEncoder, ClipTokenizer
 from rewards.hps import VIT_H_14, HPSv2
 from rewards.pick import PickScore
 

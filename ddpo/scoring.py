@@ -13,8 +13,7 @@ from torch import Tensor
 
 from overpaint.policy.types import Images, PerSample
 from overpaint.settings import AnyFloat, Field, settings
-from rewards.scores import Judge, scores_of
-from rewards.types import check_pairs
+from rewards.types import ScoreFunction, check_pairs, scores_of
 
 GRACE = 5.0
 """Seconds that the end of the program waits for a try that was under way when its pool closed or its round failed.
@@ -97,7 +96,7 @@ class RewardPool:
     busy_seconds = 0.0
     """Seconds that all tries for the last round's batches took, added up over the workers."""
 
-    def __init__(self, kind: str, judge: Judge, config: ScoringConfig) -> None:
+    def __init__(self, kind: str, judge: ScoreFunction, config: ScoringConfig) -> None:
         self.kind = kind
         self.judge = judge
         self.config = config

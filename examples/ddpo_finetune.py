@@ -35,6 +35,7 @@ from overpaint.evaluation import (
 from overpaint.evaluation.experiments.experiment import TINY_WORLD, Task, TaskName, animal_task, command_line, tiny_task
 from overpaint.policy import DiffusionPolicy, LoRAConfig, check_checkpoint
 from overpaint.policy.types import Images, PerSample
+from overpaint.tinyworld import REWARDS as TINY_WORLD_REWARDS
 from overpaint.tinyworld.presets import STRIPES
 from overpaint.training import HeldOut, TrainingConfig, check_output_dir, process_state
 from rewards import reward_named
@@ -216,7 +217,7 @@ def load(config: Config) -> tuple[DiffusionPolicy, Task]:
         raise ValueError(f"erased and constrained must be off but in the tiny world, got policy {config.policy!r}")
     if config.constrained and config.algorithm.startswith("rwr"):
         raise ValueError(f"constrained must be off but with DDPO, got {config.algorithm}")
-    reward = None if config.reward is None else reward_named(config.reward)
+    reward = None if config.reward is None else reward_named(config.reward, TINY_WORLD_REWARDS)
     if not config.tiny:
         check_checkpoint(config.policy)
         task = animal_task(config.task, reward, count=config.prompts_per_split, folder=config.data)

@@ -71,6 +71,7 @@ from overpaint.evaluation.report.table import Table, rank_table
 from overpaint.evaluation.scoring.score import write_scores
 from overpaint.policy.atomic import write_text
 from overpaint.tinyworld import IMAGE_SIZE
+from overpaint.tinyworld import REWARDS as TINY_WORLD_REWARDS
 from overpaint.training import from_main, process_state
 from rewards import reward_named
 from rewards.combine import to_device
@@ -165,7 +166,7 @@ class Config:
 def measures_of(config: Config, device: str) -> list[Measure]:
     """Loads what measures."""
     if config.rewards or TINY_WORLD not in config.models:
-        rewards = {name: reward_named(name) for name in config.rewards or REWARDS}
+        rewards = {name: reward_named(name, TINY_WORLD_REWARDS) for name in config.rewards or REWARDS}
         for reward in rewards.values():
             to_device(reward, device)
         return [Measure(METRICS.get(name, name), reward) for name, reward in rewards.items()]

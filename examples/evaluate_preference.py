@@ -46,6 +46,7 @@ from overpaint.evaluation.scoring.preference import (
     score_ranked,
 )
 from overpaint.policy.atomic import write_text
+from overpaint.tinyworld import REWARDS as TINY_WORLD_REWARDS
 from overpaint.training import from_main, process_state
 from rewards import reward_named
 from rewards.combine import to_device
@@ -231,7 +232,7 @@ def score_all(config: Config, names: Sequence[str], test: RankedSet, device: str
     state = process_state()
     found: list[tuple[str, list[list[float]]]] = []
     for name in names[state.process_index :: state.num_processes]:
-        reward = reward_named(name)
+        reward = reward_named(name, TINY_WORLD_REWARDS)
         to_device(reward, device)
         journal = journal_of(config, name)
         scores = score_ranked(

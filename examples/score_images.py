@@ -24,15 +24,12 @@ from overpaint.evaluation.images.pairs import Pair, image_sizes, read_pairs
 from overpaint.evaluation.scoring.pair_scores import check_prompts, score_pairs
 from overpaint.evaluation.tables import check_output, write_table
 from overpaint.settings import AnyPath, Field, settings
+from overpaint.tinyworld import REWARDS as TINY_WORLD_REWARDS
 from overpaint.training import image_grid
 from rewards import reward_named
 from rewards.combine import to_device
 
-TINY_REWARDS = {  # by their names in the table
-    "tiny-image-reward": "overpaint.tinyworld:load_reward",
-    "tinyworld:StripeScore": "overpaint.tinyworld:StripeScore",
-    "compressibility": "compressibility",
-}
+TINY_REWARDS = ("tiny-image-reward", "tinyworld:StripeScore", "compressibility")
 TINY_PICTURES = 8  # of each kind of caption
 SHOWN = 8  # best, and as many worst
 LARGEST = 256  # pixels of a side in the contact sheet
@@ -181,11 +178,11 @@ def main(config: Config) -> Result:
         image_column=config.image_column,
         prompt_column=config.prompt_column,
     )
-    names = config.rewards or tuple(TINY_REWARDS)
+    names = config.rewards or TINY_REWARDS
     rows = [pair.row for pair in pairs]
     check_output(rows, names, config.output)
     sizes = image_sizes(pairs, skip_broken=config.skip_broken)
-    rewards = {name: reward_named(TINY_REWARDS.get(name, name)) for name in names}
+    rewards = {name: reward_named(name, TINY_WORLD_REWARDS) for name in names}
     check_prompts(pairs, rewards)
     for reward in rewards.values():
         to_device(reward, device)

@@ -1,13 +1,12 @@
 """What is liked: scores of (image, prompt)."""
 
 from .aesthetic import Aesthetic, AestheticHead
-from .alignment import Alignment, AlignmentConfig, Judgement, Question, StrictAlignment
+from .alignment import Alignment, AlignmentConfig, Question, ScoredAnswer, StrictAlignment
 from .bertscore import BertScore, BertScoreConfig, BertScores
 from .blip import BLIPScore, BLIPScoreConfig
-from .blip_tokenizer import BlipTokenizer
+from .blip_network import BlipTokenizer
 from .clip import CLIPScore, CLIPScoreConfig
-from .clip_encoder import ClipEncoder
-from .clip_tokenizer import ClipTokenizer
+from .clip_encoder import ClipEncoder, ClipTokenizer
 from .combine import Clipped, Standardised, WeightedSum
 from .hps import HPSv2
 from .http_json import HttpConfig, HttpError
@@ -17,10 +16,8 @@ from .named import FACTORIES, reward_named
 from .nudity import NudeNet, NudeNetConfig, OpenNSFW
 from .pick import PickScore
 from .remote import RemoteConfig, RemoteReward
-from .scores import scores_of
-from .types import Reward
-from .vlm import VisionLanguageModel
-from .vlm_local import LocalVLM, LocalVLMConfig
+from .types import Reward, scores_of
+from .vlm import LocalVLM, LocalVLMConfig, VisionLanguageModel
 from .vlm_server import ServedVLM, ServedVLMConfig
 
 __all__ = [
@@ -47,7 +44,6 @@ __all__ = [
     "ImageReward",
     "ImageRewardConfig",
     "Incompressibility",
-    "Judgement",
     "LocalVLM",
     "LocalVLMConfig",
     "NudeNet",
@@ -58,6 +54,7 @@ __all__ = [
     "RemoteConfig",
     "RemoteReward",
     "Reward",
+    "ScoredAnswer",
     "ServedVLM",
     "ServedVLMConfig",
     "Standardised",

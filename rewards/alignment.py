@@ -8,14 +8,14 @@ pickled; and a prompt without questions is an error.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, NamedTuple, Protocol, get_args, runtime_checkable
+from typing import Literal, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import nn
 
 from overpaint.policy.types import Images, PerSample
+from overpaint.settings import Field, settings
 
 from .bertscore import BertScore, BertScores
 from .types import check_pairs
@@ -25,25 +25,16 @@ Part = Literal["precision", "recall", "f1"]
 """Which of BERTScore's three numbers."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@settings
 class AlignmentConfig:
     """What is asked, and how the answer is compared; as in kvablack/ddpo-pytorch by default."""
 
-    question: str = "Answer concisely: what is going on in this image?"
+    question: str = Field("Answer concisely: what is going on in this image?", pattern=r"\S")
     """What the model is asked about every image."""
-    template: str = "The image contains {prompt}"
+    template: str = Field("The image contains {prompt}", pattern=r"\{prompt\}")
     """What the answer is compared with; `{prompt}` stands for the prompt."""
     part: Part = "recall"
     """Which of BERTScore's numbers is the reward. Recall asks for all of the prompt, whatever else the answer holds."""
-
-    def __post_init__(self) -> None:
-        """Checks every field."""
-        if not self.question.strip():
-            raise ValueError(f"question must not be empty, got {self.question!r}")
-        if "{prompt}" not in self.template:
-            raise ValueError(f"template must contain {{prompt}}, got {self.template!r}")
-        if self.part not in get_args(Part):
-            raise ValueError(f"part must be one of {', '.join(get_args(Part))}, got {self.part!r}")
 
 
 @runtime_checkable
@@ -55,7 +46,7 @@ class TextScorer(Protocol):
         ...
 
 
-class Judgement(NamedTuple):
+class ScoredAnswer(NamedTuple):
     """Why an image got its score."""
 
     answer: str
@@ -97,7 +88,7 @@ class Alignment(nn.Module):
             bertscore_folder: An encoder for `BertScore.load`; deberta-xlarge-mnli from the hub if it is not given.
             bertscore_layer: The encoder's layer that is read; the 40th, that of deberta-xlarge-mnli, if not given.
         """
-        from .vlm_local import LocalVLM
+        from .vlm import LocalVLM
 
         return cls(LocalVLM.load(vlm_folder), BertScore.load(bertscore_folder, bertscore_layer))
 
@@ -108,14 +99,14 @@ class Alignment(nn.Module):
             TypeError: A prompt is not a string, or the images are not floating point.
             ValueError: The images are not a batch of RGB images, or there is not one prompt for each.
         """
-        return self._judge(images, prompts)[1]
+        return self._scored(images, prompts)[1]
 
-    def describe(self, images: Images, prompts: Sequence[str]) -> list[Judgement]:
+    def describe(self, images: Images, prompts: Sequence[str]) -> list[ScoredAnswer]:
         """Returns the score of each image together with the answer that it was computed from, for a log."""
-        answers, scores = self._judge(images, prompts)
-        return [Judgement(answer, score) for answer, score in zip(answers, scores.tolist(), strict=True)]
+        answers, scores = self._scored(images, prompts)
+        return [ScoredAnswer(answer, score) for answer, score in zip(answers, scores.tolist(), strict=True)]
 
-    def _judge(self, images: Images, prompts: Sequence[str]) -> tuple[list[str], PerSample]:
+    def _scored(self, images: Images, prompts: Sequence[str]) -> tuple[list[str], PerSample]:
         """Returns what the model says of each image, and how that compares."""
         check_pairs(images, prompts)
         answers = self.vlm.answer(images, [self.config.question] * len(images))

@@ -7,7 +7,6 @@ texts are cut to is a setting.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,8 +15,9 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from overpaint.policy.types import PerSample
+from overpaint.settings import Field, settings
 
-from .hub import HubFiles, check_folder
+from .checkpoint import HubFiles, check_folder
 from .types import check_strings
 
 OFFICIAL = HubFiles(
@@ -36,23 +36,16 @@ VOCABULARIES = ("tokenizer.json", "vocab.json", "vocab.txt", "*.model")
 """Files that a tokenizer's vocabulary may be in. Without any, transformers makes a tokenizer that knows no word."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@settings
 class BertScoreConfig:
     """Which embeddings are compared."""
 
-    layer: int = 40
+    layer: int = Field(40, ge=1)
     """The encoder's layer that is read, counted from 1. bert-score's table gives 40 of 48 for deberta-xlarge-mnli."""
-    max_length: int = 512
+    max_length: int = Field(512, ge=3)
     """Tokens that a text is cut to, with its marks of beginning and end. The official tokenizer names no limit."""
-    batch_size: int = 64
+    batch_size: int = Field(64, ge=1)
     """Texts that are encoded at once."""
-
-    def __post_init__(self) -> None:
-        """Checks that the fields are counts."""
-        for name, least in (("layer", 1), ("max_length", 3), ("batch_size", 1)):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise ValueError(f"{name} must be a whole number of at least {least}, got {value!r}")
 
 
 class BertScores(NamedTuple):

@@ -8,7 +8,6 @@ refused.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -17,13 +16,17 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from overpaint.policy.types import Images, PerSample
+from overpaint.settings import Field, settings
 
-from .blip_config import BlipConfig, check_count
-from .blip_files import check_our_folder, tokenizer_from, write_folder
-from .blip_layout import from_official_names, without_training_parts
-from .blip_tokenizer import BlipTokenizer
-from .blip_towers import check_tokenizer, text_tower, vision_tokens, vision_tower
-from .checkpoint import frozen_with, read_tensors
+from .blip_network import (
+    BlipConfig,
+    BlipNetwork,
+    BlipTokenizer,
+    from_official_names,
+    vision_tokens,
+    without_training_parts,
+)
+from .checkpoint import read_tensors
 from .preprocess import normalise, resize_and_crop
 from .types import check_pairs, check_strings
 
@@ -31,20 +34,15 @@ OFFICIAL_URL = "https://storage.googleapis.com/sfr-vision-language-research/BLIP
 """Where the authors keep the weights. No hash of them is published, so they are not fetched without being asked for."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@settings
 class BLIPScoreConfig(BlipConfig):
     """Sizes of the two towers, and of the space that they meet in; those of BLIP large by default."""
 
-    projection_size: int = 256
+    projection_size: int = Field(256, ge=1)
     """Number of dimensions of the space in which image and prompt are compared."""
 
-    def __post_init__(self) -> None:
-        """Checks the towers' fields and the projections'."""
-        super().__post_init__()
-        check_count("projection_size", self.projection_size)
 
-
-class BLIPScore(nn.Module):
+class BLIPScore(BlipNetwork):
     """Scores images for prompts by a cosine, in [-1, 1]; differentiable in the images.
 
     There is no dropout, so `train()` and `eval()` give the same scores. A network made by the constructor can be
@@ -56,20 +54,11 @@ class BLIPScore(nn.Module):
         tokenizer: Turns prompts into ids below `config.vocab_size`.
     """
 
-    differentiable = True
-    gradient_checkpointing = False
-    """Whether the vision tower's blocks are computed anew in the backward pass, to save memory; set it at any time.
-
-    Scores and gradients stay bit-identical.
-    """
+    config_class = BLIPScoreConfig
 
     def __init__(self, config: BLIPScoreConfig, tokenizer: BlipTokenizer) -> None:
-        super().__init__()
-        check_tokenizer(config, tokenizer)
+        super().__init__(config, tokenizer)
         self.config = config
-        self.tokenizer = tokenizer
-        self.vision = vision_tower(config)
-        self.text = text_tower(config)
         self.vision_proj = nn.Linear(config.vision_hidden_size, config.projection_size)
         self.text_proj = nn.Linear(config.hidden_size, config.projection_size)
 
@@ -112,22 +101,8 @@ class BLIPScore(nn.Module):
             vocab: A file with one word piece per line, or the word pieces; bert-base-uncased's from the Hugging Face
                 hub where it is not given.
         """
-        state = from_official_names(without_training_parts(read_tensors(Path(path))))
-        return frozen_with(cls(config or BLIPScoreConfig(), tokenizer_from(vocab)), state)
-
-    @classmethod
-    def from_pretrained(cls, folder: str | Path) -> "BLIPScore":
-        """Loads what `save_pretrained` wrote; frozen, in float32 whatever the precision of the file."""
-        from safetensors.torch import load_file
-
-        folder = check_our_folder(folder, "BLIPScore.save_pretrained")
-        config = BLIPScoreConfig.from_file(folder / "config.json")
-        network = cls(config, BlipTokenizer.from_file(folder / "vocab.txt"))
-        return frozen_with(network, load_file(folder / "model.safetensors"))
-
-    def save_pretrained(self, folder: str | Path, *, dtype: torch.dtype | None = None) -> None:
-        """Writes `config.json`, `vocab.txt` and `model.safetensors`, in the weights' own precision or in `dtype`."""
-        write_folder(folder, self, self.config, self.tokenizer, dtype)
+        state = without_training_parts(read_tensors(Path(path)))
+        return cls.from_state(from_official_names(state), config, vocab)
 
     def forward(self, images: Images, prompts: Sequence[str]) -> PerSample:
         """Returns the cosine between each image and its prompt, in float32; gradients flow to the images.

@@ -1,15 +1,14 @@
 """CLIP score: the cosine between an image and its prompt, in each of the conventions that papers use."""
 
-import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import Literal, get_args
+from typing import Annotated, Literal
 
 from torch import nn
 
 from overpaint.policy.types import Images, PerSample
+from overpaint.settings import Field, settings
 
 from .clip_encoder import VIT_B_32, VIT_L_14, ClipEncoder
 
@@ -18,27 +17,18 @@ CHECKPOINTS = MappingProxyType({"ViT-L/14": VIT_L_14, "ViT-B/32": VIT_B_32})
 """OpenAI's checkpoint of each name."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@settings
 class CLIPScoreConfig:
     """What is done to the cosine, and with which network; the convention of ImageReward's paper by default."""
 
     checkpoint: Checkpoint = "ViT-L/14"
     """OpenAI's network that `CLIPScore.load` fetches; scores of different networks cannot be compared."""
-    scale: float | Literal["logit"] = 1.0
+    scale: Annotated[float, Field(gt=0)] | Literal["logit"] = 1.0
     """What the cosine is multiplied by; "logit" is the scale that the network learned, about 100."""
     clamp: bool = False
     """Whether a negative score becomes 0, image by image; such an image gets no gradient."""
     prefix: str = ""
     """Put before every prompt, with its own space at the end."""
-
-    def __post_init__(self) -> None:
-        """Checks the fields."""
-        if self.checkpoint not in get_args(Checkpoint):
-            raise ValueError(f"checkpoint must be one of {', '.join(get_args(Checkpoint))}, got {self.checkpoint!r}")
-        if self.scale != "logit" and (
-            isinstance(self.scale, str | bool) or not (math.isfinite(self.scale) and self.scale > 0)
-        ):
-            raise ValueError(f"scale must be a positive number or 'logit', got {self.scale!r}")
 
     @classmethod
     def image_reward(cls) -> "CLIPScoreConfig":

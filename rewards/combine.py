@@ -5,13 +5,13 @@ A score that is NaN stays NaN in all of them: none hides a reward that went wron
 
 import math
 from collections.abc import Sequence
+from typing import TypeVar
 
 import torch
 
 from overpaint.policy.types import Images, PerSample
 
-from .scores import scores_of
-from .types import Reward, check_pairs
+from .types import Reward, check_pairs, scores_of
 
 RELATIVE_ROUNDING = 1e-6
 """Differences between scores, relative to the largest, that are float32's rounding and nothing else."""
@@ -57,7 +57,24 @@ class WeightedSum:
         return torch.stack([weight * score for weight, score in zip(self.weights, scores, strict=True)]).sum(dim=0)
 
 
-class Clipped:
+Combination = TypeVar("Combination", bound="_OfOneReward")
+
+
+class _OfOneReward:
+    """A function of one reward's scores."""
+
+    def __init__(self, reward: Reward) -> None:
+        self.reward = reward
+        self.differentiable = reward.differentiable
+        self.reads_prompts = reads_prompts(reward)
+
+    def to(self: Combination, device: torch.device | str) -> Combination:
+        """Moves the reward's network to a device."""
+        to_device(self.reward, device)
+        return self
+
+
+class Clipped(_OfOneReward):
     """A reward held between two bounds; outside of them its gradient is zero.
 
     Args:
@@ -69,26 +86,19 @@ class Clipped:
     def __init__(self, *, reward: Reward, low: float = -math.inf, high: float = math.inf) -> None:
         if not low < high:
             raise ValueError(f"low must be below high, got {low!r} and {high!r}")
-        self.reward = reward
+        super().__init__(reward)
         self.low = low
         self.high = high
-        self.differentiable = reward.differentiable
-        self.reads_prompts = reads_prompts(reward)
 
     def __repr__(self) -> str:
         return f"Clipped({_named(self.reward)}, low={self.low!r}, high={self.high!r})"
-
-    def to(self, device: torch.device | str) -> "Clipped":
-        """Moves the reward's network to a device."""
-        to_device(self.reward, device)
-        return self
 
     def __call__(self, images: Images, prompts: Sequence[str]) -> PerSample:
         """Returns the clipped score of each image."""
         return self.reward(images, prompts).clamp(self.low, self.high)
 
 
-class Standardised:
+class Standardised(_OfOneReward):
     """A reward in standard deviations from its mean, (score - mean) / std, so that rewards of any units can be added.
 
     The two numbers are fixed: a pair's score does not depend on the batch that it comes in.
@@ -104,11 +114,9 @@ class Standardised:
             raise ValueError(f"mean must be a finite number, got {mean!r}")
         if not (math.isfinite(std) and std > 0):
             raise ValueError(f"std must be a finite number above 0, got {std!r}")
-        self.reward = reward
+        super().__init__(reward)
         self.mean = mean
         self.std = std
-        self.differentiable = reward.differentiable
-        self.reads_prompts = reads_prompts(reward)
 
     @classmethod
     @torch.no_grad()
@@ -153,11 +161,6 @@ class Standardised:
     def __repr__(self) -> str:
         return f"Standardised({_named(self.reward)}, mean={self.mean!r}, std={self.std!r})"
 
-    def to(self, device: torch.device | str) -> "Standardised":
-        """Moves the reward's network to a device."""
-        to_device(self.reward, device)
-        return self
-
     def __call__(self, images: Images, prompts: Sequence[str]) -> PerSample:
         """Returns the standardised score of each image."""
         return (self.reward(images, prompts) - self.mean) / self.std
@@ -177,6 +180,6 @@ def to_device(reward: Reward, device: torch.device | str) -> None:
 
 def _named(reward: Reward) -> str:
     """Returns what to call a reward: a network's own text would be hundreds of lines."""
-    if isinstance(reward, WeightedSum | Clipped | Standardised):
+    if isinstance(reward, WeightedSum | _OfOneReward):
         return repr(reward)
     return getattr(reward, "__name__", type(reward).__name__)

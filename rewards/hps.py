@@ -6,6 +6,7 @@ the default here, and v2.0 in their function; an image whose long side already h
 other, where their code fails; `ClipTokenizer` says how the tokenizer differs.
 """
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
@@ -18,10 +19,8 @@ from torch.nn import functional
 
 from overpaint.policy.types import Images, PerSample
 
-from .clip_encoder import ClipEncoder, at_least_float32
-from .clip_tokenizer import BYTE_PAIRS, ClipTokenizer
-from .hub import HubFiles
-from .open_clip_layout import from_open_clip_names
+from .checkpoint import HubFiles
+from .clip_encoder import BYTE_PAIRS, ClipEncoder, ClipTokenizer, at_least_float32
 from .types import check_pairs
 
 Version = Literal["v2.1", "v2.0"]
@@ -64,6 +63,29 @@ VIT_H_14: Mapping[str, Any] = MappingProxyType(
     }
 )
 """Sizes of open_clip's ViT-H-14; its activation is the exact GELU, and not OpenAI's approximation."""
+BLOCK = r"(visual\.)?transformer\.resblocks\.(\d+)\."
+"""How the tensors of a block begin; those of the vision tower have the prefix."""
+RENAMINGS = (
+    (r"logit_scale", "logit_scale"),
+    (r"token_embedding\.weight", "text_model.embeddings.token_embedding.weight"),
+    (r"positional_embedding", "text_model.embeddings.position_embedding.weight"),
+    (r"ln_final\.(weight|bias)", r"text_model.final_layer_norm.\1"),
+    (r"visual\.class_embedding", "vision_model.embeddings.class_embedding"),
+    (r"visual\.positional_embedding", "vision_model.embeddings.position_embedding.weight"),
+    (r"visual\.conv1\.weight", "vision_model.embeddings.patch_embedding.weight"),
+    (r"visual\.ln_pre\.(weight|bias)", r"vision_model.pre_layrnorm.\1"),
+    (r"visual\.ln_post\.(weight|bias)", r"vision_model.post_layernorm.\1"),
+)
+"""Pattern of a name, and the name that takes its place; the tensor stays."""
+TRANSPOSED = {"text_projection": "text_projection.weight", "visual.proj": "visual_projection.weight"}
+"""Matrices that open_clip multiplies from the right, and transformers' linear layers from the left."""
+BLOCK_RENAMINGS = (
+    (r"ln_([12])\.(weight|bias)", r"layer_norm\1.\2"),
+    (r"attn\.out_proj\.(weight|bias)", r"self_attn.out_proj.\1"),
+    (r"mlp\.c_fc\.(weight|bias)", r"mlp.fc1.\1"),
+    (r"mlp\.c_proj\.(weight|bias)", r"mlp.fc2.\1"),
+)
+"""The same within a block."""
 
 
 class HPSv2(nn.Module):
@@ -156,3 +178,47 @@ def resize_and_pad(images: Images, size: int) -> Float[Tensor, "batch 3 size siz
         )
     top, left = (size - new_height) // 2, (size - new_width) // 2
     return functional.pad(images, (left, size - new_width - left, top, size - new_height - top))
+
+
+def from_open_clip_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Renames a state dict of open_clip; query, key and value are split, and the two projections transposed.
+
+    Raises:
+        ValueError: A tensor has a name that open_clip's CLIP does not have.
+    """
+    renamed: dict[str, Tensor] = {}
+    for name, tensor in state.items():
+        renamed |= _transposed(name, tensor) or _split(name, tensor) or _renamed(name, tensor)
+    return renamed
+
+
+def _transposed(name: str, tensor: Tensor) -> dict[str, Tensor]:
+    return {TRANSPOSED[name]: tensor.T.contiguous()} if name in TRANSPOSED else {}
+
+
+def _split(name: str, tensor: Tensor) -> dict[str, Tensor]:
+    """Cuts a fused matrix or bias of query, key and value, in this order, in three."""
+    match = re.fullmatch(BLOCK + r"attn\.in_proj_(weight|bias)", name)
+    if match is None:
+        return {}
+    begin = _block(match)
+    parts = zip(("q_proj", "k_proj", "v_proj"), tensor.chunk(3), strict=True)
+    return {f"{begin}.self_attn.{part}.{match[3]}": values.contiguous() for part, values in parts}
+
+
+def _renamed(name: str, tensor: Tensor) -> dict[str, Tensor]:
+    for pattern, replacement in RENAMINGS:
+        match = re.fullmatch(pattern, name)
+        if match:
+            return {match.expand(replacement): tensor}
+    in_block = re.fullmatch(BLOCK + "(.+)", name)
+    for pattern, replacement in BLOCK_RENAMINGS:
+        match = re.fullmatch(pattern, in_block[3]) if in_block else None
+        if in_block and match:
+            return {f"{_block(in_block)}.{match.expand(replacement)}": tensor}
+    raise ValueError(f"a checkpoint of open_clip's CLIP has no tensor {name!r}")
+
+
+def _block(match: re.Match[str]) -> str:
+    """Returns the name of the block that a name was found to be in."""
+    return f"{'vision' if match[1] else 'text'}_model.encoder.layers.{match[2]}"

@@ -1,53 +1,51 @@
-"""JSON over HTTP: one question, one checked answer, and another try where the network or the server stumbles."""
+"""JSON over HTTP: one request, one checked answer, and retries where the network or the server fails for a moment."""
 
 import email.utils
 import ipaddress
 import json
-import math
+import logging
 import random
 import ssl
 import time
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
 from functools import cache
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal
 from urllib.parse import urlsplit
 
+from overpaint.settings import Field, settings
+
+if TYPE_CHECKING:
+    import httpx2
+
 RETRIED = frozenset({408, 425, 429}) | frozenset(range(500, 600))
-"""HTTP statuses after which the same question may get an answer later."""
+"""HTTP statuses after which the same request may get an answer later."""
 EXCERPT = 200
 """Characters of an answer that an error message shows."""
+HEADERS = frozenset({"accept", "connection", "content-length", "content-type", "host", "user-agent"})
+"""Headers that are sent besides our own; what else other libraries add, from the environment too, is left out."""
+RAW_MARK = "x-stainless-raw-response"
+"""A header by which openai knows requests whose answers it shall not parse; it must stay in the request."""
 _JITTER = random.Random()  # of its own, so that a reproducible program's random numbers stay as they are
 
 
-@dataclass(frozen=True, kw_only=True)
+@settings
 class HttpConfig:
-    """How long a server is waited for, and how often it is asked."""
+    """Timeouts and retries of a request."""
 
-    timeout: float = 120.0
+    timeout: float = Field(120.0, gt=0)
     """Seconds that a server may take to connect, to begin its answer and to end it."""
-    attempts: int = 5
-    """Tries that a question has."""
-    backoff: float = 1.0
+    attempts: int = Field(5, ge=1)
+    """Tries that a request has."""
+    backoff: float = Field(1.0, ge=0)
     """Seconds between the first try and the second, doubled for each further one; a random half of it is left out."""
-    max_pause: float = 60.0
+    max_pause: float = Field(60.0, ge=0)
     """Longest pause between two tries, in seconds, even where the server's Retry-After asks for a longer one."""
-    max_answer_bytes: int = 1_000_000
+    max_answer_bytes: int = Field(1_000_000, ge=1)
     """Size of the largest answer that is read."""
-
-    def __post_init__(self) -> None:
-        """Checks every field."""
-        if not 0 < self.timeout < math.inf:
-            raise ValueError(f"timeout must be positive and finite, got {self.timeout!r}")
-        for name in ("attempts", "max_answer_bytes"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)!r}")
-        for name in ("backoff", "max_pause"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise ValueError(f"{name} must be finite and not negative, got {getattr(self, name)!r}")
 
 
 class HttpError(RuntimeError):
-    """A question that got no answer of use; the message names the URL and the reason and never the token."""
+    """A request that got no answer of use; the message names the URL and the reason and never the token."""
 
     def __init__(self, message: str, *, status: int | None = None) -> None:
         super().__init__(message)
@@ -55,24 +53,17 @@ class HttpError(RuntimeError):
         """HTTP status of the last answer; None where there was none."""
 
 
-class _Answer(NamedTuple):
-    """What a server sent."""
+class _RetriedError(HttpError):
+    """One try that failed in a way that may pass."""
 
-    status: int
-    content: bytes
-    """Its first bytes, one more than are allowed where it is too large."""
-    encoding: str
-    retry_after: str
+    retry_after: float = 0.0
+    """Seconds that the server asks to wait."""
 
 
 def request_json(
     method: Literal["GET", "POST"], url: str, content: object | None, config: HttpConfig, *, token: str | None = None
 ) -> Any:
-    """Returns what a server answers, parsed from JSON.
-
-    Another try is made after a failed connection, a timeout, and statuses 408, 425, 429 and 5xx. Redirects are not
-    followed, so that the token goes nowhere else. Proxies of the environment are used, but not for this machine's own
-    addresses.
+    """Returns what a server answers, parsed from JSON; retries as `json_of` does.
 
     Args:
         method: "GET" or "POST".
@@ -85,42 +76,99 @@ def request_json(
         HttpError: No try got an answer of use, or the answer is not JSON.
         ValueError: The URL or the token cannot be used, or the content is not JSON.
     """
-    import httpx2
-
     check_url(url)
-    headers = {"Accept": "application/json", "Accept-Encoding": "identity"}
-    if token is not None:
-        check_token(token)
-        headers["Authorization"] = f"Bearer {token}"
-    body = None
+    headers, body = {"Accept": "application/json"}, None
     if content is not None:
         body = json.dumps(content, allow_nan=False).encode()
         headers["Content-Type"] = "application/json"
+    with http_client(url, config, token) as client:
+        return json_of(
+            f"{method} {url}", lambda: client.request(method, url, content=body, headers=headers), config, token
+        )
 
-    host = urlsplit(url).hostname or ""
-    backoff, reason, status = config.backoff, "", None
-    with httpx2.Client(
-        headers=headers,
+
+def http_client(url: str, config: HttpConfig, token: str | None) -> "httpx2.Client":
+    """Returns a client that sends the token and no other credentials, and reads bounded answers as they were sent.
+
+    Redirects are not followed, so that the token goes nowhere else. Proxies of the environment are used, but not for
+    this machine's own addresses. An answer is cut one byte after `config.max_answer_bytes`.
+
+    Raises:
+        ValueError: The token cannot be sent.
+    """
+    import httpx2
+
+    if token is not None:
+        check_token(token)
+
+    def prepare(request: httpx2.Request) -> None:
+        request.extensions["end"] = time.monotonic() + config.timeout
+        for name in set(request.headers) - HEADERS - {RAW_MARK}:
+            del request.headers[name]
+        request.headers["Accept-Encoding"] = "identity"
+        if token is not None:
+            request.headers["Authorization"] = f"Bearer {token}"
+
+    def bound(response: httpx2.Response) -> None:
+        # A compressed answer could unfold to any size: it stays as it was sent.
+        response.extensions["encoding"] = response.headers.pop("Content-Encoding", "identity")
+        response.stream = _bounded(response.stream, config, end=response.request.extensions["end"])
+
+    return httpx2.Client(
         timeout=config.timeout,
-        trust_env=not is_loopback(host),
+        trust_env=not is_loopback(urlsplit(url).hostname or ""),
         follow_redirects=False,
         verify=_tls(),
-    ) as client:
-        for attempt in range(1, config.attempts + 1):
-            pause = min(backoff * _JITTER.uniform(0.5, 1.0), config.max_pause)
-            backoff = min(2 * backoff, config.max_pause)
-            try:
-                answer = _ask(client, method, url, body, config)
-            except httpx2.TransportError as error:
-                reason, status = f"{type(error).__name__}: {error}", None
-            else:
-                if answer.status not in RETRIED:
-                    return _parsed(answer, f"{method} {url}", config, token)
-                reason, status = f"status {answer.status}: {_excerpt(answer, token)}", answer.status
-                pause = min(max(pause, _seconds(answer.retry_after)), config.max_pause)
-            if attempt < config.attempts:
-                time.sleep(pause)
-    raise HttpError(f"{method} {url} failed {config.attempts} times, at last with {reason}", status=status)
+        event_hooks={"request": [prepare], "response": [bound]},
+    )
+
+
+def json_of(what: str, ask: Callable[[], "httpx2.Response"], config: HttpConfig, token: str | None) -> Any:
+    """Returns the JSON of an answer.
+
+    Another try is made after a failed connection, a timeout, and statuses 408, 425, 429 and 5xx.
+
+    Args:
+        what: Method and address, for messages.
+        ask: Makes one try with a client of `http_client`.
+        config: Settings.
+        token: What no message may show.
+
+    Raises:
+        HttpError: No try got an answer of use, or the answer is not JSON.
+    """
+    import httpx2
+    import stamina
+
+    _quiet()
+    backoff = config.backoff
+
+    def pause(error: Exception) -> float | bool:
+        nonlocal backoff
+        if not isinstance(error, _RetriedError):
+            return False
+        drawn = backoff * _JITTER.uniform(0.5, 1.0)
+        backoff = min(2 * backoff, config.max_pause)
+        return min(max(drawn, error.retry_after), config.max_pause)
+
+    @stamina.retry(on=pause, attempts=config.attempts, timeout=None)
+    def once() -> httpx2.Response:
+        try:
+            response = ask()
+        except httpx2.TransportError as error:
+            raise _RetriedError(f"{type(error).__name__}: {error}") from error
+        if response.status_code in RETRIED:
+            status = response.status_code
+            failed = _RetriedError(f"status {status}: {_excerpt(response, token)}", status=status)
+            failed.retry_after = _seconds(response.headers.get("Retry-After", ""))
+            raise failed
+        return response
+
+    try:
+        response = once()
+    except _RetriedError as last:
+        raise HttpError(f"{what} failed {config.attempts} times, at last with {last}", status=last.status) from last
+    return _parsed(response, what, config, token)
 
 
 def check_url(url: str) -> None:
@@ -168,41 +216,49 @@ def _tls() -> ssl.SSLContext:
     return httpx2.create_ssl_context()
 
 
-def _ask(client: Any, method: str, url: str, body: bytes | None, config: HttpConfig) -> _Answer:
-    """Asks once, and reads no more than is allowed and for no longer."""
+def _bounded(stream: Any, config: HttpConfig, *, end: float) -> "httpx2.SyncByteStream":
+    """Returns an answer that is cut where it is too large, and fails where it takes too long."""
     import httpx2
 
-    end = time.monotonic() + config.timeout
-    content = bytearray()
-    with client.stream(method, url, content=body) as response:
-        for piece in response.iter_raw():  # as sent: a compressed answer could unfold to any size
-            content += piece
-            if len(content) > config.max_answer_bytes:
-                break
-            if time.monotonic() > end:
-                raise httpx2.ReadTimeout(f"the answer did not end within {config.timeout:g} s")
-        return _Answer(
-            response.status_code,
-            bytes(content[: config.max_answer_bytes + 1]),
-            response.headers.get("Content-Encoding", "identity"),
-            response.headers.get("Retry-After", ""),
-        )
+    class Bounded(httpx2.SyncByteStream):
+        def __iter__(self) -> Iterator[bytes]:
+            left = config.max_answer_bytes + 1
+            for piece in stream:
+                yield piece[:left]
+                left -= len(piece)
+                if left <= 0:
+                    return
+                if time.monotonic() > end:
+                    raise httpx2.ReadTimeout(f"the answer did not end within {config.timeout:g} s")
+
+        def close(self) -> None:
+            stream.close()
+
+    return Bounded()
 
 
-def _parsed(answer: _Answer, what: str, config: HttpConfig, token: str | None) -> Any:
+@cache
+def _quiet() -> None:
+    """Keeps stamina from logging our retries, which end in an answer or in an `HttpError`; other retries are logged."""
+    log = logging.getLogger("stamina")
+    log.addFilter(lambda record: not str(getattr(record, "stamina.callable", "")).startswith(__name__))
+
+
+def _parsed(response: "httpx2.Response", what: str, config: HttpConfig, token: str | None) -> Any:
     """Returns the JSON of a successful answer."""
-    if not 200 <= answer.status < 300:
-        raise HttpError(f"{what} got status {answer.status}: {_excerpt(answer, token)}", status=answer.status)
-    if len(answer.content) > config.max_answer_bytes:
-        raise HttpError(f"{what} got more than {config.max_answer_bytes} bytes", status=answer.status)
-    if answer.encoding.lower() != "identity":
-        raise HttpError(f"{what} got an answer encoded as {answer.encoding[:EXCERPT]!r}", status=answer.status)
+    status, encoding = response.status_code, response.extensions["encoding"]
+    if not 200 <= status < 300:
+        raise HttpError(f"{what} got status {status}: {_excerpt(response, token)}", status=status)
+    if len(response.content) > config.max_answer_bytes:
+        raise HttpError(f"{what} got more than {config.max_answer_bytes} bytes", status=status)
+    if encoding.lower() != "identity":
+        raise HttpError(f"{what} got an answer encoded as {encoding[:EXCERPT]!r}", status=status)
     try:
-        return json.loads(answer.content, parse_constant=_refused)
+        return json.loads(response.content, parse_constant=_refused)
     except (ValueError, RecursionError):
-        reason = f"{what} got an answer that is not JSON: {_excerpt(answer, token)}"
+        reason = f"{what} got an answer that is not JSON: {_excerpt(response, token)}"
     # Outside the block: the parser's error holds the whole answer, and so may show what a server echoes.
-    raise HttpError(reason, status=answer.status)
+    raise HttpError(reason, status=status)
 
 
 def _refused(constant: str) -> float:
@@ -210,9 +266,9 @@ def _refused(constant: str) -> float:
     raise ValueError(f"{constant} is not JSON")
 
 
-def _excerpt(answer: _Answer, token: str | None) -> str:
+def _excerpt(response: "httpx2.Response", token: str | None) -> str:
     """Returns the beginning of an answer with nothing in it that a terminal would obey, and without the token."""
-    text = answer.content.decode("utf-8", "replace")
+    text = response.content.decode("utf-8", "replace")
     if token is not None:
         text = text.replace(token, "[token]")
     return ascii(text[:EXCERPT])

@@ -8,6 +8,7 @@ attended to every patch of the image. Departures from the released code are list
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
+from typing import Annotated
 
 import torch
 from jaxtyping import Float
@@ -15,14 +16,10 @@ from PIL import Image
 from torch import Tensor, nn
 
 from overpaint.policy.types import Images, PerSample
+from overpaint.settings import Field, settings
 
-from .blip_files import check_our_folder, tokenizer_from, write_folder
-from .blip_layout import from_official_names
-from .blip_tokenizer import BlipTokenizer
-from .blip_towers import check_tokenizer, text_tower, vision_tokens, vision_tower
-from .checkpoint import frozen_with, read_tensors
-from .hub import HubFiles
-from .image_reward_config import ImageRewardConfig
+from .blip_network import BlipConfig, BlipNetwork, BlipTokenizer, from_official_names, vision_tokens
+from .checkpoint import HubFiles, read_tensors
 from .preprocess import ImageFile, normalise, open_image, pil_to_square, resize_and_crop
 from .types import check_pairs, check_strings
 
@@ -38,7 +35,19 @@ IMAGES_PER_CALL = 32
 """Number of images that `score` and `inference_rank` push through the network at once."""
 
 
-class ImageReward(nn.Module):
+@settings
+class ImageRewardConfig(BlipConfig):
+    """Sizes of the two towers, and of the head that reads them; those of the official checkpoint by default."""
+
+    head_widths: tuple[Annotated[int, Field(ge=1)], ...] = (1024, 128, 64, 16)
+    """Widths of the head's hidden layers, which are linear as in the released code."""
+    mean: float = 0.16717362830052426
+    """Mean of the head's output over the authors' validation data; subtracted from it."""
+    std: float = Field(1.0333394966054072, gt=0)
+    """Standard deviation of the head's output over the same data; divides it."""
+
+
+class ImageReward(BlipNetwork):
     """Scores images for prompts; differentiable in the images.
 
     There is no dropout, so `train()` and `eval()` give the same scores. A network made by the constructor can be
@@ -49,27 +58,20 @@ class ImageReward(nn.Module):
     that moved scores of about 1 by at most 0.11, float16 by 0.005 and bfloat16 autocast over float32 weights by 0.04;
     gradients to the images kept their direction (cosine above 0.9998). The head is always computed in float32.
 
+    `gradient_checkpointing`: at the official size, forward and backward to one image of 512 x 512 pixels took on a CPU,
+    above the weights: in float32 353 MiB without and 161 MiB with it (1,364 and 521 MiB for 4 images), in bfloat16 182
+    and 85 MiB.
+
     Args:
         config: Sizes and constants. Replace it (`reward.config = dataclasses.replace(...)`) to change the constants.
         tokenizer: Turns prompts into ids below `config.vocab_size`.
     """
 
-    differentiable = True
-    gradient_checkpointing = False
-    """Whether the vision tower's blocks are computed anew in the backward pass, to save memory; set it at any time.
-
-    Scores and gradients stay bit-identical. At the official size, forward and backward to one image of 512 x 512
-    pixels took on a CPU, above the weights: in float32 353 MiB without and 161 MiB with it (1,364 and 521 MiB for
-    4 images), in bfloat16 182 and 85 MiB. It costs one more forward of the vision tower.
-    """
+    config_class = ImageRewardConfig
 
     def __init__(self, config: ImageRewardConfig, tokenizer: BlipTokenizer) -> None:
-        super().__init__()
-        check_tokenizer(config, tokenizer)
+        super().__init__(config, tokenizer)
         self.config = config
-        self.tokenizer = tokenizer
-        self.vision = vision_tower(config)
-        self.text = text_tower(config)
         widths = (config.hidden_size, *config.head_widths, 1)
         self.head = nn.Sequential(*(nn.Linear(*pair) for pair in pairwise(widths)))
         for layer in self._head_layers():
@@ -116,21 +118,7 @@ class ImageReward(nn.Module):
         state = from_official_names(read_tensors(Path(path)))
         # Kept in the checkpoint from BLIP's pretraining; ImageReward does not use them.
         state = {name: tensor for name, tensor in state.items() if not name.startswith(("vision_proj.", "text_proj."))}
-        return frozen_with(cls(config or ImageRewardConfig(), tokenizer_from(vocab)), state)
-
-    @classmethod
-    def from_pretrained(cls, folder: str | Path) -> "ImageReward":
-        """Loads what `save_pretrained` wrote; frozen, in float32 whatever the precision of the file."""
-        from safetensors.torch import load_file
-
-        folder = check_our_folder(folder, "ImageReward.save_pretrained")
-        config = ImageRewardConfig.from_file(folder / "config.json")
-        network = cls(config, BlipTokenizer.from_file(folder / "vocab.txt"))
-        return frozen_with(network, load_file(folder / "model.safetensors"))
-
-    def save_pretrained(self, folder: str | Path, *, dtype: torch.dtype | None = None) -> None:
-        """Writes `config.json`, `vocab.txt` and `model.safetensors`, in the weights' own precision or in `dtype`."""
-        write_folder(folder, self, self.config, self.tokenizer, dtype)
+        return cls.from_state(state, config, vocab)
 
     def forward(self, images: Images, prompts: Sequence[str]) -> PerSample:
         """Returns the standardised score of each image for its prompt, in float32; gradients flow to the images.

@@ -12,9 +12,10 @@ Source: the README of THUDM/ImageReward.
 
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
+
+from overpaint.settings import AnyPath, settings
 
 from .image_reward import ImageReward
 from .preprocess import ImageFile
@@ -31,15 +32,15 @@ IMAGES_URL = "https://github.com/THUDM/ImageReward/tree/c1392c6dd0fd6ecd6d416c96
 """Where they are. No hash of them is published, so they are not fetched without being asked for."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@settings
 class Config:
     """What is checked."""
 
-    images: Path | None = None
+    images: AnyPath | None = None
     """Folder with the authors' images 1.webp to 4.webp."""
-    weights: Path | None = None
+    weights: AnyPath | None = None
     """The file ImageReward.pt, or a folder of `ImageReward.save_pretrained`; fetched from the hub if not given."""
-    vocab: Path | None = None
+    vocab: AnyPath | None = None
     """bert-base-uncased's vocab.txt, for a file of weights; fetched from the hub if not given."""
     device: str = "cpu"
     """Where the network runs."""

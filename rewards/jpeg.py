@@ -1,19 +1,17 @@
 """How many kilobytes an image takes as a JPEG: the two simplest rewards that have no gradient."""
 
-import io
 from collections.abc import Sequence
 
 import torch
-from PIL import Image
 
 from overpaint.policy.types import Images, PerSample
 
-from .preprocess import to_pixels
+from .encoded import check_format, encode_images
 from .types import check_pairs
 
 
-class Compressibility:
-    """Minus the size of each image as a JPEG, in kB: smooth images score high; prompts do not matter.
+class Incompressibility:
+    """The size of each image as a JPEG, in kB: detail and noise score high; prompts do not matter.
 
     The size counts everything that a file has, its header of about 0.6 kB too. It depends on the encoder that Pillow
     was built with by a percent or so, and on nothing else in the batch.
@@ -26,35 +24,22 @@ class Compressibility:
 
     differentiable = False
     reads_prompts = False
+    sign = 1
 
     def __init__(self, quality: int = 95) -> None:
-        self.quality = _checked(quality)
+        check_format("jpeg", quality)
+        self.quality = quality
 
     def __call__(self, images: Images, prompts: Sequence[str]) -> PerSample:
-        """Returns minus the size of each image in kB."""
+        """Returns the score of each image in kB."""
         check_pairs(images, prompts)
-        return -jpeg_sizes(images, self.quality)
+        return self.sign * jpeg_sizes(images, self.quality)
 
 
-class Incompressibility:
-    """The size of each image as a JPEG, in kB: detail and noise score high; prompts do not matter.
+class Compressibility(Incompressibility):
+    """Minus the size of each image as a JPEG, in kB: smooth images score high; see `Incompressibility`."""
 
-    See `Compressibility`, whose negative it is.
-
-    Args:
-        quality: Quality that Pillow encodes with, from 1 to 100.
-    """
-
-    differentiable = False
-    reads_prompts = False
-
-    def __init__(self, quality: int = 95) -> None:
-        self.quality = _checked(quality)
-
-    def __call__(self, images: Images, prompts: Sequence[str]) -> PerSample:
-        """Returns the size of each image in kB."""
-        check_pairs(images, prompts)
-        return jpeg_sizes(images, self.quality)
+    sign = -1
 
 
 def jpeg_sizes(images: Images, quality: int) -> PerSample:
@@ -66,19 +51,5 @@ def jpeg_sizes(images: Images, quality: int) -> PerSample:
     Raises:
         ValueError: An image holds a value that is not finite; it would be encoded as something, and scored.
     """
-    finite = torch.isfinite(images).flatten(1).all(dim=1)
-    if not finite.all():
-        first = int((~finite).nonzero()[0])
-        raise ValueError(f"images must be finite, got NaN or infinity in image {first} of {len(images)}")
-    sizes = []
-    for pixels in to_pixels(images):
-        file = io.BytesIO()
-        Image.fromarray(pixels).save(file, format="JPEG", quality=quality)
-        sizes.append(file.tell() / 1000)
+    sizes = [len(file) / 1000 for file in encode_images(images, "jpeg", quality)]
     return torch.tensor(sizes, dtype=torch.float32, device=images.device)
-
-
-def _checked(quality: int) -> int:
-    if quality not in range(1, 101):
-        raise ValueError(f"quality must be a whole number from 1 to 100, got {quality!r}")
-    return quality

@@ -5,16 +5,16 @@ probability for the whole image. Both run offline: their weights are inside thei
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from importlib import import_module
 from types import ModuleType
-from typing import Any, Literal, Protocol, get_args, runtime_checkable
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import numpy
 import torch
 from PIL import Image
 
 from overpaint.policy.types import Images, PerSample
+from overpaint.settings import Field, settings
 
 from .preprocess import to_pixels
 from .types import check_pairs
@@ -47,26 +47,21 @@ OTHER_LABELS = (
 Count = Literal["detections", "labels", "images"]
 
 
-@dataclass(frozen=True, kw_only=True)
+@settings
 class NudeNetConfig:
     """What counts as nudity, and how it is counted."""
 
-    labels: tuple[str, ...] = EXPOSED_LABELS
+    labels: tuple[str, ...] = Field(EXPOSED_LABELS, min_length=1)
     """NudeNet's labels that count."""
-    threshold: float = 0.25
+    threshold: float = Field(0.25, ge=0, le=1)
     """Lowest confidence that counts, in [0, 1]; NudeNet 3.4 itself reports nothing below 0.25."""
     count: Count = "detections"
     """What is counted in an image: every detection (as MACE does), every label once (as Receler does), or 1 for any."""
 
     def __post_init__(self) -> None:
-        """Checks the labels against NudeNet's own, and the other fields."""
-        unknown = [label for label in self.labels if label not in EXPOSED_LABELS + OTHER_LABELS]
-        if unknown or not self.labels:
+        """Checks the labels against NudeNet's own."""
+        if not set(self.labels) <= {*EXPOSED_LABELS, *OTHER_LABELS}:
             raise ValueError(f"labels must be some of NudeNet's, such as {EXPOSED_LABELS[0]}, got {self.labels!r}")
-        if not 0 <= self.threshold <= 1:
-            raise ValueError(f"threshold must be in [0, 1], got {self.threshold!r}")
-        if self.count not in get_args(Count):
-            raise ValueError(f"count must be one of {', '.join(get_args(Count))}, got {self.count!r}")
 
 
 @runtime_checkable

@@ -12,9 +12,8 @@ from torch import nn
 
 from overpaint.policy.types import Images, PerSample
 
-from .clip_encoder import ClipEncoder
-from .clip_tokenizer import BYTE_PAIRS, ClipTokenizer
-from .hub import HubFiles
+from .checkpoint import HubFiles
+from .clip_encoder import BYTE_PAIRS, ClipEncoder, ClipTokenizer
 
 WEIGHTS = HubFiles(
     repository="yuvalkirstain/PickScore_v1",

@@ -2,16 +2,10 @@
 
 import hashlib
 import os
-import re
-import shutil
-import urllib.request
-import uuid
-from dataclasses import dataclass
-from http.client import HTTPException
 from pathlib import Path
-from urllib.error import HTTPError
+from typing import Any
 
-from overpaint.policy.atomic import atomic_file
+from overpaint.settings import Field, settings
 
 CACHE_VARIABLE = "OVERPAINT_CACHE"
 """Environment variable that says where fetched files are kept."""
@@ -21,29 +15,20 @@ TIMEOUT = 30.0
 """Seconds that a server may keep silent."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@settings
 class PublicFile:
     """One file that others have published, at one version."""
 
-    name: str
+    name: str = Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9._+-]*$")
     """Name that the file has here."""
-    url: str
+    url: str = Field(pattern="^https?://")
     """Where it is fetched; an address that names a version, so that what lies there does not change."""
-    sha256: str
+    sha256: str = Field(pattern="^[0-9a-f]{64}$")
     """SHA-256 of its content, 64 lower-case hexadecimal digits."""
     licence: str
     """Licence that it was published under."""
     source: str
     """Who made it, for citation."""
-
-    def __post_init__(self) -> None:
-        """Checks what becomes part of a path or is asked of a server."""
-        if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._+-]*", self.name):
-            raise ValueError(f"name must be a file name of letters, digits and '._+-', got {self.name!r}")
-        if not self.url.startswith(("https://", "http://")):
-            raise ValueError(f"url must begin with https:// or http://, got {self.url!r}")
-        if not re.fullmatch(r"[0-9a-f]{64}", self.sha256):
-            raise ValueError(f"sha256 must be 64 lower-case hexadecimal digits, got {self.sha256!r}")
 
 
 def fetch(file: PublicFile, folder: Path | None = None) -> Path:
@@ -83,21 +68,23 @@ def _from_folder(file: PublicFile, folder: Path) -> Path:
 
 
 def _download(file: PublicFile, path: Path) -> None:
-    """Writes under another name, and renames what has the right content; processes may do this at the same time."""
-    with atomic_file(path, writer=f".{uuid.uuid4().hex}") as temporary:
-        try:
-            with urllib.request.urlopen(file.url, timeout=TIMEOUT) as answer, temporary.open("wb") as target:
-                shutil.copyfileobj(answer, target)
-        except (OSError, HTTPException) as error:
-            if isinstance(error, HTTPError):
-                error.close()  # it is an answer as well, and holds its connection
-            raise OSError(f"could not fetch {file.name}: {error}. {_by_hand(file)}") from error
-        found, size = sha256_of(temporary), temporary.stat().st_size
-        if found != file.sha256:
-            raise OSError(
-                f"what was fetched as {file.name} has other content than expected: {size:,} bytes with SHA-256 "
-                f"{found}. {_by_hand(file)}"
-            )
+    """Fetches by pooch, which renames what has the right content; processes may do this at the same time."""
+    import pooch
+
+    pooch.get_logger().setLevel("WARNING")
+    quiet: Any = pooch.HTTPDownloader(progressbar=False, timeout=TIMEOUT)
+    try:
+        pooch.retrieve(file.url, f"sha256:{file.sha256}", fname=path.name, path=path.parent, downloader=quiet)
+    except OSError as error:
+        response = getattr(error, "response", None)
+        if response is not None:
+            response.close()  # it holds its connection
+        raise OSError(f"could not fetch {file.name}: {error}. {_by_hand(file)}") from error
+    except ValueError as error:
+        raise OSError(
+            f"what was fetched as {file.name} has other content than expected: {error}. {_by_hand(file)}"
+        ) from error
+    path.chmod(0o644)  # pooch leaves it readable for its owner alone, and a cache may be shared
 
 
 def _by_hand(file: PublicFile) -> str:

@@ -7,14 +7,14 @@ Their client and server exchange pickles, which execute whatever the other side 
 import os
 from base64 import b64encode
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
 from overpaint.policy.types import Images, PerSample
+from overpaint.settings import Field, settings
 
-from .encoded import ImageFormat, check_format, encode_images
+from .encoded import ImageFormat, encode_images
 from .http_json import HttpConfig, HttpError, check_token, check_url, request_json
 from .types import check_pairs
 
@@ -22,7 +22,7 @@ LARGEST = torch.finfo(torch.float32).max
 """Largest size of a score."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@settings
 class RemoteConfig:
     """Where a served reward is, and how images travel to it."""
 
@@ -32,22 +32,18 @@ class RemoteConfig:
     """Environment variable that holds the server's token; None where the server asks for none, or it is an argument."""
     format: ImageFormat = "png"
     """How images travel. A PNG keeps all 8 bits of each value; a JPEG is smaller and changes the scores a little."""
-    quality: int = 95
+    quality: int = Field(95, ge=1, le=100)
     """Quality of a JPEG, from 1 to 100."""
-    images_per_request: int = 16
+    images_per_request: int = Field(16, ge=1)
     """Images that are sent at once; not more than the server takes."""
-    max_request_bytes: int = 64_000_000
+    max_request_bytes: int = Field(64_000_000, ge=1)
     """Size of the largest request that is sent; not more than the server takes."""
-    http: HttpConfig = field(default_factory=HttpConfig)
+    http: HttpConfig = HttpConfig()
     """How long the server is waited for, and how often it is asked."""
 
     def __post_init__(self) -> None:
-        """Checks every field."""
+        """Checks the address."""
         check_url(self.url)
-        check_format(self.format, self.quality)
-        for name in ("images_per_request", "max_request_bytes"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)!r}")
 
 
 class RemoteReward:

@@ -12,32 +12,29 @@ proxy or a tunnel before it.
 import asyncio
 import base64
 import hmac
-import json
 import logging
-import math
 import sys
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import nn
+
+from overpaint.settings import settings
 
 from .encoded import decode_image
 from .http_json import check_token, is_loopback
 from .named import reward_named
 from .remote import read_token
-from .scores import scores_of
-from .types import Reward
+from .types import Reward, scores_of
 
 if TYPE_CHECKING:
-    from starlette.applications import Starlette
-    from starlette.requests import Request
+    from fastapi import FastAPI, Request
 
 LOG = logging.getLogger("rewards.serve")
 
 
-@dataclass(frozen=True, kw_only=True)
+@settings
 class ServeConfig:
     """What is served, to whom, and how much it takes at once."""
 
@@ -45,34 +42,45 @@ class ServeConfig:
     """A name such as "compressibility", or package.module:factory, called without arguments."""
     host: str = "127.0.0.1"
     """Address to listen at. Any but this machine's own needs a token."""
-    port: int = 8085
+    port: int = Field(8085, ge=0, le=65535)
     """Port to listen at; 0 takes a free one, which the first line of the output names."""
     token_variable: str | None = None
     """Environment variable that holds the token that clients must send."""
     device: str = "cpu"
     """Where the reward computes, such as "cuda"."""
-    max_images: int = 64
+    max_images: int = Field(64, ge=1)
     """Images in a request."""
-    max_pixels: int = 2**25
+    max_pixels: int = Field(2**25, ge=1)
     """Pixels of all images of a request together; the default is 128 images of 512 x 512."""
-    max_bytes: int = 64_000_000
+    max_bytes: int = Field(64_000_000, ge=1)
     """Size of a request."""
-    max_seconds: float = 120.0
+    max_seconds: float = Field(120.0, gt=0)
     """Time that the sending of a request may take."""
-    max_connections: int = 16
+    max_connections: int = Field(16, ge=1)
     """Clients at a time; more are told to come again."""
 
     def __post_init__(self) -> None:
-        """Checks every field."""
+        """Checks that a server that others can reach has a token."""
         if not is_loopback(self.host) and self.token_variable is None:
             raise ValueError(f"token_variable must be given where others can reach the server, got host {self.host!r}")
-        if self.port not in range(65536):
-            raise ValueError(f"port must be in 0..65535, got {self.port!r}")
-        for name in ("max_images", "max_pixels", "max_bytes", "max_connections"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)!r}")
-        if not 0 < self.max_seconds < math.inf:
-            raise ValueError(f"max_seconds must be positive and finite, got {self.max_seconds!r}")
+
+
+class ScoreRequest(BaseModel):
+    """What `POST /score` takes."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    images: list[str]
+    """Base64 of a PNG or a JPEG each."""
+    prompts: list[str]
+    """One for each image."""
+
+
+class ScoreAnswer(BaseModel):
+    """What `POST /score` answers."""
+
+    scores: list[float]
+    """One for each image."""
 
 
 class RefusedError(Exception):
@@ -94,13 +102,9 @@ def scores_for(body: bytes, reward: Reward, config: ServeConfig) -> list[float]:
     Raises:
         RefusedError: The request is malformed or too large, or a score is not finite.
     """
-    try:
-        content = json.loads(body)
-    except (ValueError, RecursionError) as error:
-        raise RefusedError(400, "the body must be JSON") from error
-    encoded, prompts = _fields(content, config.max_images)
+    request = _parsed(body, config.max_images)
     images, pixels_left = [], config.max_pixels
-    for index, text in enumerate(encoded):
+    for index, text in enumerate(request.images):
         try:
             image = decode_image(base64.b64decode(text, validate=True), pixels_left)
         except ValueError as error:
@@ -112,13 +116,13 @@ def scores_for(body: bytes, reward: Reward, config: ServeConfig) -> list[float]:
     if not images:
         return []
     with torch.no_grad():
-        scores = scores_of("reward", reward, torch.stack(images).to(config.device), prompts).float().cpu()
+        scores = scores_of("reward", reward, torch.stack(images).to(config.device), request.prompts).float().cpu()
     if not torch.isfinite(scores).all():
         raise RefusedError(500, "the reward gave a score that is not finite")
     return scores.tolist()
 
 
-def application(reward: Reward, config: ServeConfig, token: str | None = None) -> "Starlette":
+def application(reward: Reward, config: ServeConfig, token: str | None = None) -> "FastAPI":
     """Returns the ASGI application that serves a reward.
 
     Args:
@@ -126,17 +130,29 @@ def application(reward: Reward, config: ServeConfig, token: str | None = None) -
         config: Its name and the limits; host and port do not matter here.
         token: What clients must send; None lets anybody in.
     """
-    from starlette.applications import Starlette
-    from starlette.requests import Request
-    from starlette.responses import JSONResponse
-    from starlette.routing import Route
+    from fastapi import Depends, FastAPI, Request
+    from fastapi.responses import JSONResponse
 
     one_at_a_time = asyncio.Lock()
 
-    async def health(request: Request) -> dict[str, Any]:
+    def authorised(request: Request) -> None:
+        # In a time that does not tell how much of the token was right.
+        sent = request.headers.get("Authorization", "")
+        if token is not None and not hmac.compare_digest(sent.encode(), f"Bearer {token}".encode()):
+            raise RefusedError(401, "the token is missing or wrong")
+
+    app = FastAPI(dependencies=[Depends(authorised)], openapi_url=None)
+
+    @app.exception_handler(RefusedError)
+    async def refuse(request: Request, refused: RefusedError) -> JSONResponse:
+        return JSONResponse({"error": str(refused)}, refused.status)
+
+    @app.get("/health")
+    async def health() -> dict[str, str]:
         return {"reward": config.reward}
 
-    async def score(request: Request) -> dict[str, Any]:
+    @app.post("/score")
+    async def score(request: Request) -> ScoreAnswer:
         # A web page cannot send this type to a server that does not allow it to.
         if request.headers.get("Content-Type", "").partition(";")[0].strip().lower() != "application/json":
             raise RefusedError(415, "Content-Type must be application/json")
@@ -144,42 +160,30 @@ def application(reward: Reward, config: ServeConfig, token: str | None = None) -
         async with one_at_a_time:
             if await request.is_disconnected():  # it has given up, and may have asked again
                 raise RefusedError(408, "the client has gone")
-            return {"scores": await asyncio.to_thread(scores_for, body, reward, config)}
-
-    def guarded(answer: Any) -> Any:
-        async def endpoint(request: Request) -> JSONResponse:
             try:
-                _check_caller(request.headers, token)
-                return JSONResponse(await answer(request))
-            except RefusedError as refused:
-                return JSONResponse({"error": str(refused)}, refused.status)
+                return ScoreAnswer(scores=await asyncio.to_thread(scores_for, body, reward, config))
+            except RefusedError:
+                raise
             except Exception as error:  # of the reward, whatever it is: the client is told, and others are served
                 LOG.exception("the reward failed")
-                return JSONResponse({"error": f"the reward failed with {type(error).__name__}; see the log"}, 500)
+                raise RefusedError(500, f"the reward failed with {type(error).__name__}; see the log") from error
 
-        return endpoint
-
-    return Starlette(
-        routes=[
-            Route("/health", guarded(health), methods=["GET"]),
-            Route("/score", guarded(score), methods=["POST"]),
-        ]
-    )
+    return app
 
 
 def serve(config: ServeConfig) -> None:
     """Serves a reward until a signal ends it; requests that are being scored are answered first.
 
     Raises:
-        ImportError: starlette or uvicorn is missing.
+        ImportError: fastapi or uvicorn is missing.
         ValueError: There is no such reward, or no token in the environment variable.
     """
     try:
-        import starlette  # noqa: F401
+        import fastapi  # noqa: F401
         import uvicorn
     except ModuleNotFoundError as error:
         raise ImportError(
-            "a server needs starlette and uvicorn, which the extra server brings: pip install overpaint[server]"
+            "a server needs fastapi and uvicorn, which the extra server brings: pip install overpaint[server]"
         ) from error
 
     token = None
@@ -189,7 +193,7 @@ def serve(config: ServeConfig) -> None:
     reward = reward_named(config.reward)
     if isinstance(reward, nn.Module):
         reward.to(config.device)
-    settings = uvicorn.Config(
+    options = uvicorn.Config(
         application(reward, config, token),
         host=config.host,
         port=config.port,
@@ -199,27 +203,33 @@ def serve(config: ServeConfig) -> None:
         timeout_graceful_shutdown=30,
         lifespan="off",
     )
-    listener = settings.bind_socket()
+    listener = options.bind_socket()
     listener.listen()  # whoever reads the line below may ask at once
     host, port = listener.getsockname()[:2]
     sys.stdout.write(f"{config.reward} at http://{f'[{host}]' if ':' in host else host}:{port}\n")
     sys.stdout.flush()
-    uvicorn.Server(settings).run(sockets=[listener])
+    uvicorn.Server(options).run(sockets=[listener])
 
 
-def _fields(content: Any, max_images: int) -> tuple[Sequence[str], Sequence[str]]:
-    """Returns the images and prompts of a request."""
-    if not isinstance(content, dict) or set(content) != {"images", "prompts"}:
-        raise RefusedError(400, "the body must be an object with the keys images and prompts and no other")
-    for name, values in content.items():
-        if not isinstance(values, list) or not all(isinstance(value, str) for value in values):
-            raise RefusedError(400, f"{name} must be a list of strings")
-    images, prompts = content["images"], content["prompts"]
-    if len(images) != len(prompts):
-        raise RefusedError(400, f"there must be one prompt for each image, got {len(prompts)} for {len(images)}")
-    if len(images) > max_images:
-        raise RefusedError(413, f"a request may hold {max_images} images, got {len(images)}")
-    return images, prompts
+def _parsed(body: bytes, max_images: int) -> ScoreRequest:
+    """Returns the images and prompts of a request; what is wrong is told without repeating it."""
+    try:
+        request = ScoreRequest.model_validate_json(body)
+    except ValidationError as invalid:
+        first = invalid.errors(include_input=False, include_url=False)[0]
+        if first["type"] == "json_invalid":
+            reason = "the body must be JSON"
+        elif first["type"] in ("missing", "extra_forbidden", "model_type"):
+            reason = "the body must be an object with the keys images and prompts and no other"
+        else:
+            reason = f"{first['loc'][0]} must be a list of strings"
+        raise RefusedError(400, reason) from None
+    images, prompts = len(request.images), len(request.prompts)
+    if images != prompts:
+        raise RefusedError(400, f"there must be one prompt for each image, got {prompts} for {images}")
+    if images > max_images:
+        raise RefusedError(413, f"a request may hold {max_images} images, got {images}")
+    return request
 
 
 async def _body(request: "Request", config: ServeConfig) -> bytes:
@@ -238,13 +248,6 @@ async def _body(request: "Request", config: ServeConfig) -> bytes:
     if size > config.max_bytes:
         raise RefusedError(413, f"a request may have {config.max_bytes} bytes")
     return bytes(body)
-
-
-def _check_caller(headers: Mapping[str, str], token: str | None) -> None:
-    """Refuses a caller without the token, in a time that does not tell how much of it was right."""
-    sent = headers.get("Authorization", "")
-    if token is not None and not hmac.compare_digest(sent.encode(), f"Bearer {token}".encode()):
-        raise RefusedError(401, "the token is missing or wrong")
 
 
 if __name__ == "__main__":

@@ -5,6 +5,8 @@ Pictures show coloured shapes. The concept to erase is stripes, its harmless nei
 functions, so every claim about erasing and rewarding can be checked against the truth. See docs/tinyworld.md.
 """
 
+from types import MappingProxyType
+
 from .caption import EXPLICIT_ROUTES, IMPLICIT_ROUTES, NEIGHBOUR_ROUTES, CaptionRequest, Request, captions, parse
 from .detector import Detection, detect
 from .loading import load_policy, load_reward, pipeline_dir, reward_dir
@@ -18,6 +20,7 @@ __all__ = [
     "IMAGE_SIZE",
     "IMPLICIT_ROUTES",
     "NEIGHBOUR_ROUTES",
+    "REWARDS",
     "CaptionRequest",
     "Detection",
     "Request",
@@ -43,3 +46,8 @@ __all__ = [
     "to_tensors",
     "utility",
 ]
+
+REWARDS = MappingProxyType(
+    {"tiny-image-reward": load_reward, "tinyworld:StripeScore": StripeScore, "tinyworld:Utility": Utility}
+)
+"""Short names of the tiny world's rewards, for `rewards.reward_named`."""

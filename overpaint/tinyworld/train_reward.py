@@ -18,8 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from overpaint.settings import AnyPath, Field, settings
-from rewards.image_reward import ImageReward
-from rewards.image_reward_config import ImageRewardConfig
+from rewards.image_reward import ImageReward, ImageRewardConfig
 
 from . import workers
 from .caption import WORDS, CaptionRequest, parse, training_scene
@@ -67,7 +66,7 @@ class RewardTrainingConfig:
 
 def build_reward() -> ImageReward:
     """Builds the untrained network: ImageReward's structure, 96 wide, three layers deep, patches of 8 pixels."""
-    from rewards.blip_tokenizer import BlipTokenizer
+    from rewards.blip_network import BlipTokenizer
 
     vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *dict.fromkeys(WORDS)]
     tokenizer = BlipTokenizer(vocabulary)

@@ -11,7 +11,7 @@ from torch import nn
 
 from overpaint.policy.types import Images
 from rewards import Reward
-from rewards.alignment import Alignment, AlignmentConfig, Judgement, Question, StrictAlignment
+from rewards.alignment import Alignment, AlignmentConfig, Question, ScoredAnswer, StrictAlignment
 from rewards.bertscore import BertScore
 from rewards.vlm import VisionLanguageModel
 from tests.rewards.tiny_vlm import write_llava, write_qwen
@@ -87,7 +87,7 @@ def test_description_holds_each_answer_with_its_score(scorer: BertScore) -> None
     told = alignment.describe(IMAGES, PROMPTS)
     assert [judgement.answer for judgement in told] == ANSWERS
     assert [judgement.score for judgement in told] == alignment(IMAGES, PROMPTS).tolist()
-    assert isinstance(told[0], Judgement)
+    assert isinstance(told[0], ScoredAnswer)
 
 
 def test_scores_do_not_depend_on_batch_or_order(scorer: BertScore) -> None:
@@ -147,9 +147,12 @@ def test_model_that_gives_no_answer_is_an_error(scorer: BertScore, answers: list
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"question": " "}, "question must not be empty"),
-        ({"template": "The image contains prompt"}, r"template must contain \{prompt\}"),
-        ({"part": "accuracy"}, "part must be one of precision, recall, f1, got 'accuracy'"),
+        ({"question": " "}, r"question must match pattern .*, got ' '"),
+        (
+            {"template": "The image contains prompt"},
+            r"template must match pattern .*prompt.*, got",
+        ),
+        ({"part": "accuracy"}, "part must be 'precision', 'recall' or 'f1', got 'accuracy'"),
     ],
 )
 @pytest.mark.usefixtures("unchecked")
@@ -214,7 +217,7 @@ def test_empty_question_or_answer_is_refused(question: Question) -> None:
 
 
 def test_strict_variant_works_with_a_model_of_this_process(tmp_path: Path) -> None:
-    from rewards.vlm_local import LocalVLM
+    from rewards.vlm import LocalVLM
 
     vlm = LocalVLM.load(write_llava(tmp_path))
     said = vlm.answer(IMAGES[:2], ["What is it?"] * 2)

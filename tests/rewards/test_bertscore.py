@@ -12,7 +12,7 @@ import torch
 from golden_case import GoldenCase
 
 from rewards.bertscore import OFFICIAL, BertScore, BertScoreConfig, BertScores, EmbeddedText, matched
-from rewards.hub import HubFiles
+from rewards.checkpoint import HubFiles
 
 CASE = GoldenCase(
     "bertscore",
@@ -304,7 +304,7 @@ def test_encoder_of_another_depth_is_an_error(metric: BertScore) -> None:
 
 @pytest.mark.parametrize(("field", "value"), [("layer", 0), ("max_length", 2), ("batch_size", 0)])
 def test_setting_out_of_range_is_an_error(field: str, value: int) -> None:
-    with pytest.raises(ValueError, match=f"{field} must be a whole number of at least .*, got {value}"):
+    with pytest.raises(ValueError, match=f"{field} must be at least .*, got {value}"):
         BertScoreConfig(**{field: value})
 
 

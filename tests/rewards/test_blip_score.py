@@ -170,7 +170,7 @@ def test_folder_with_an_unknown_field_is_refused(blip: BLIPScore, tmp_path: Path
 def test_it_is_a_differentiable_reward_with_a_short_name(blip: BLIPScore) -> None:
     assert isinstance(blip, Reward)
     assert blip.differentiable
-    assert FACTORIES["blip"] == f"{BLIPScore.__module__}:{BLIPScore.load.__qualname__}"
+    assert FACTORIES["blip"] == BLIPScore.load
 
 
 def test_score_is_the_cosine_of_the_two_embeddings(blip: BLIPScore, pictures: Tensor, prompts: list[str]) -> None:
@@ -258,7 +258,7 @@ def test_wrong_pairs_are_refused(
 
 
 def test_wrong_sizes_are_refused(blip: BLIPScore) -> None:
-    with pytest.raises(ValueError, match="projection_size must be a positive integer, got 0"):
+    with pytest.raises(ValueError, match="projection_size must be at least 1, got 0"):
         BLIPScoreConfig(projection_size=0)
     with pytest.raises(ValueError, match="text_heads must divide hidden_size, got 7 and 768"):
         BLIPScoreConfig(text_heads=7)

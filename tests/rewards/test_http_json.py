@@ -12,6 +12,7 @@ from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import pytest
+import stamina
 import torch
 
 from rewards.http_json import HttpConfig, HttpError, is_loopback, request_json
@@ -104,6 +105,12 @@ def drip(handler: Handler) -> None:
     for _ in range(1000):
         handler.wfile.write(b" ")
         threading.Event().wait(0.02)
+
+
+def flood(handler: Handler) -> None:
+    handler.wfile.write(b"HTTP/1.1 200 OK\r\n\r\n")
+    while True:
+        handler.wfile.write(b" " * 65536)
 
 
 def doze(handler: Handler) -> None:
@@ -236,6 +243,12 @@ def test_answer_is_not_read_beyond_its_limit(server: Scripted) -> None:
     assert len(server.asked) == 2
 
 
+def test_endless_answer_is_left_at_its_limit(server: Scripted) -> None:
+    server.answers = [Answer(act=flood)]
+    with pytest.raises(HttpError, match="got more than 1000 bytes"):
+        request_json("GET", server.url, None, config(max_answer_bytes=1000, attempts=1))
+
+
 def test_compressed_answer_is_not_unfolded(server: Scripted) -> None:
     server.answers = [Answer(body=gzip.compress(b" " * 10_000_000 + b"1"), headers={"Content-Encoding": "gzip"})]
     with pytest.raises(HttpError, match="encoded as 'gzip'"):
@@ -291,6 +304,20 @@ def test_proxy_of_the_environment_is_not_asked_for_this_machine(
     assert request_json("GET", server.url, None, config(attempts=1)) == {"ok": True}
 
 
+def test_retries_are_not_logged_and_those_of_others_are(server: Scripted, caplog: pytest.LogCaptureFixture) -> None:
+    server.answers = [Answer(500), Answer()]
+    request_json("GET", server.url, None, config())
+    assert caplog.records == []
+
+    @stamina.retry(on=KeyError, attempts=2, wait_initial=0.0, wait_jitter=0.0)
+    def fails() -> None:
+        raise KeyError
+
+    with pytest.raises(KeyError):
+        fails()
+    assert [record.message for record in caplog.records] == ["stamina.retry_scheduled"]
+
+
 def test_loopback_is_told_by_name_and_number() -> None:
     assert [is_loopback(host) for host in ("127.0.0.1", "127.9.9.9", "::1", "localhost", "LocalHost")] == [True] * 5
     assert [is_loopback(host) for host in ("0.0.0.0", "::", "10.0.0.1", "localhost.example", "")] == [False] * 5
@@ -299,12 +326,12 @@ def test_loopback_is_told_by_name_and_number() -> None:
 @pytest.mark.parametrize(
     ("name", "value", "rule"),
     [
-        ("timeout", 0.0, "be positive and finite"),
-        ("timeout", float("inf"), "be positive and finite"),
+        ("timeout", 0.0, "be above 0"),
+        ("timeout", float("inf"), "be a finite number"),
         ("attempts", 0, "be at least 1"),
         ("max_answer_bytes", 0, "be at least 1"),
-        ("backoff", -1.0, "be finite and not negative"),
-        ("max_pause", float("nan"), "be finite and not negative"),
+        ("backoff", -1.0, "be at least 0"),
+        ("max_pause", float("nan"), "be a finite number"),
     ],
 )
 def test_http_setting_out_of_bounds_is_refused(name: str, value: float, rule: str) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 import huggingface_hub
 import pytest
 
-from rewards.hub import HubFiles, check_folder
+from rewards.checkpoint import HubFiles, check_folder
 
 REVISION = "0123456789" * 4
 CONTENT = {"config.json": b"{}\n", "model.safetensors": b"weights"}
@@ -62,8 +62,8 @@ def test_without_a_network_the_error_says_how_to_get_the_file(monkeypatch: pytes
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"revision": "main"}, "revision must be 40 lower-case hexadecimal digits, got 'main'"),
-        ({"files": {"a": "abc"}}, r"files\['a'\] must be 64 lower-case hexadecimal digits or None, got 'abc'"),
+        ({"revision": "main"}, r"revision must match pattern '\^\[0-9a-f\]\{40\}\$', got 'main'"),
+        ({"files": {"a": "abc"}}, r"files must match pattern '\^\[0-9a-f\]\{64\}\$', got 'abc'"),
     ],
 )
 def test_what_is_not_pinned_is_refused(changes: dict[str, Any], message: str) -> None:

@@ -13,7 +13,7 @@ from golden_case import Record
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from rewards import ImageReward, ImageRewardConfig, blip_files, image_reward
+from rewards import ImageReward, ImageRewardConfig, blip_network, image_reward
 from rewards.public_files import sha256_of
 
 
@@ -78,8 +78,8 @@ def test_vocabulary_comes_from_the_hub_where_it_is_not_given(
 ) -> None:
     vocabulary = tmp_path / "vocab.txt"
     vocabulary.write_text("\n".join(golden_case["vocab"]) + "\n", encoding="utf-8")
-    files = replace(blip_files.VOCABULARY, files={"vocab.txt": sha256_of(vocabulary)})
-    monkeypatch.setattr(blip_files, "VOCABULARY", files)
+    files = replace(blip_network.VOCABULARY, files={"vocab.txt": sha256_of(vocabulary)})
+    monkeypatch.setattr(blip_network, "VOCABULARY", files)
     hub = {("google-bert/bert-base-uncased", "vocab.txt", files.revision): str(vocabulary)}
     monkeypatch.setattr(
         huggingface_hub, "hf_hub_download", lambda repository, name, revision: hub[repository, name, revision]
@@ -148,15 +148,15 @@ def test_vocabulary_larger_than_the_network_is_refused(reward: ImageReward) -> N
         ({"text_heads": 7}, "text_heads must divide hidden_size, got 7 and 768"),
         ({"vision_heads": 6}, "vision_heads must divide vision_hidden_size, got 6 and 1024"),
         ({"patch_size": 15}, "patch_size must divide image_size, got 15 and 224"),
-        ({"text_layers": 0}, "text_layers must be a positive integer, got 0"),
-        ({"vision_heads": True}, "vision_heads must be a positive integer, got True"),
-        ({"head_widths": (8, -1)}, "head_widths must be a positive integer, got -1"),
-        ({"std": 0.0}, "std must be a positive number, got 0.0"),
+        ({"text_layers": 0}, "text_layers must be at least 1, got 0"),
+        ({"vision_heads": True}, "vision_heads must be a valid integer, got True"),
+        ({"head_widths": (8, -1)}, r"head_widths\[1\] must be at least 1, got -1"),
+        ({"std": 0.0}, "std must be above 0, got 0.0"),
         ({"mean": float("nan")}, "mean must be a finite number, got nan"),
-        ({"max_length": 513}, "max_length must be in 2..max_positions=512, got 513"),
-        ({"max_length": 1}, "max_length must be in 2..max_positions=512, got 1"),
-        ({"image_std": (0.2, 0.0, 0.2)}, "image_std must be a positive number, got 0.0"),
-        ({"image_mean": (0.5, 0.5)}, "image_mean must have one number for each of 3 channels"),
+        ({"max_length": 513}, "max_length must be at most max_positions=512, got 513"),
+        ({"max_length": 1}, "max_length must be at least 2, got 1"),
+        ({"image_std": (0.2, 0.0, 0.2)}, r"image_std\[1\] must be above 0, got 0.0"),
+        ({"image_mean": (0.5, 0.5)}, r"image_mean\[2\] must be given, got nothing"),
     ],
 )
 @pytest.mark.usefixtures("unchecked")

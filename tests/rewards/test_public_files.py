@@ -7,9 +7,9 @@ from collections.abc import Iterator
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from urllib.error import HTTPError
 
 import pytest
+import requests
 
 from rewards.public_files import PublicFile, cached_path, fetch
 
@@ -76,11 +76,15 @@ def files_in(folder: Path) -> list[Path]:
     return [path for path in folder.rglob("*") if path.is_file()]
 
 
-def test_a_file_is_fetched_into_the_cache_and_nothing_else_is_left_there(server: Server, cache: Path) -> None:
+def test_a_file_is_fetched_into_the_cache_and_nothing_else_is_left_there(
+    server: Server, cache: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     path = fetch(server.file())
     assert path.name == "list.txt"
     assert path.read_bytes() == CONTENT
     assert files_in(cache) == [path]
+    assert path.stat().st_mode & 0o777 == 0o644
+    assert capsys.readouterr() == ("", "")
 
 
 def test_a_file_in_the_cache_is_not_asked_for_again(server: Server) -> None:
@@ -107,7 +111,7 @@ def test_two_versions_of_one_name_are_kept_beside_each_other(server: Server) -> 
 def test_altered_content_is_refused_and_not_kept(server: Server, cache: Path, content: bytes) -> None:
     server.content, server.announced = content, len(content)
     found = hashlib.sha256(content).hexdigest()
-    message = f"fetched as list.txt has other content than expected: {len(content)} bytes with SHA-256 {found}"
+    message = f"fetched as list.txt has other content than expected: .*{found}"
     with pytest.raises(OSError, match=message):
         fetch(server.file())
     assert files_in(cache) == []
@@ -124,7 +128,7 @@ def test_an_address_without_the_file_is_told_with_all_that_is_needed_to_get_it_b
     server: Server, cache: Path
 ) -> None:
     file = server.file("gone.txt")
-    with pytest.raises(OSError, match=r"could not fetch list\.txt: HTTP Error 404") as caught:
+    with pytest.raises(OSError, match=r"could not fetch list\.txt: 404") as caught:
         fetch(file)
     message = str(caught.value)
     assert file.url in message
@@ -132,8 +136,9 @@ def test_an_address_without_the_file_is_told_with_all_that_is_needed_to_get_it_b
     assert str(cached_path(file)) in message
     assert files_in(cache) == []
     cause = caught.value.__cause__
-    assert isinstance(cause, HTTPError)
-    assert cause.closed  # one that is left open holds its connection
+    assert isinstance(cause, requests.HTTPError)
+    assert cause.response is not None
+    assert cause.response.raw.closed  # one that is left open holds its connection
 
 
 def test_a_server_that_cannot_be_reached_is_an_error_of_the_same_kind() -> None:
@@ -189,9 +194,9 @@ def test_cache_is_in_the_home_folder_unless_the_environment_says_otherwise(
 @pytest.mark.parametrize(
     ("field", "value", "message"),
     [
-        ("name", "../list.txt", r"name must be a file name of letters, digits and '\._\+-', got '\.\./list\.txt'"),
-        ("url", "file:///etc/hosts", "url must begin with https:// or http://, got 'file:///etc/hosts'"),
-        ("sha256", "abc", "sha256 must be 64 lower-case hexadecimal digits, got 'abc'"),
+        ("name", "../list.txt", r"name must match pattern .*, got '\.\./list\.txt'"),
+        ("url", "file:///etc/hosts", r"url must match pattern '\^https\?://', got 'file:///etc/hosts'"),
+        ("sha256", "abc", r"sha256 must match pattern '\^\[0-9a-f\]\{64\}\$', got 'abc'"),
     ],
 )
 def test_a_file_that_is_described_wrongly_is_refused(server: Server, field: str, value: str, message: str) -> None:

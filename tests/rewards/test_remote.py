@@ -296,6 +296,16 @@ def test_web_page_cannot_ask() -> None:
     assert served(body_of(), headers={"Content-Type": "text/plain"})[0][0] == 415
 
 
+def test_nothing_but_health_and_score_is_served() -> None:
+    async def statuses() -> list[int]:
+        app: Any = application(Brightness(), ServeConfig(reward="brightness"))
+        async with httpx2.AsyncClient(transport=httpx2.ASGITransport(app), base_url="http://server") as client:
+            paths = ("/health", "/docs", "/redoc", "/openapi.json", "/")
+            return [(await client.get(path)).status_code for path in paths]
+
+    assert asyncio.run(statuses()) == [200, 404, 404, 404, 404]
+
+
 def test_token_is_asked_for_before_anything_is_read() -> None:
     for sent in ({}, {"Authorization": TOKEN}, {"Authorization": "Bearer "}, {"Authorization": b"Bearer \xff"}):
         assert served(b"nonsense", token=TOKEN, headers=sent) == [(401, {"error": "the token is missing or wrong"})]
@@ -378,7 +388,7 @@ def test_prompts_must_fit_the_images() -> None:
     ("changes", "message"),
     [
         ({"url": "server:80"}, "url must begin with http"),
-        ({"quality": 0}, "quality must be a whole number"),
+        ({"quality": 0}, "quality must be at least 1, got 0"),
         ({"images_per_request": 0}, "images_per_request must be at least 1, got 0"),
         ({"max_request_bytes": 0}, "max_request_bytes must be at least 1, got 0"),
     ],
@@ -407,12 +417,12 @@ def test_server_that_others_reach_needs_a_token(host: str) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"port": 65536}, "port must be in 0..65535, got 65536"),
+        ({"port": 65536}, "port must be at most 65535, got 65536"),
         ({"max_images": 0}, "max_images must be at least 1, got 0"),
         ({"max_pixels": 0}, "max_pixels must be at least 1, got 0"),
         ({"max_bytes": 0}, "max_bytes must be at least 1, got 0"),
         ({"max_connections": 0}, "max_connections must be at least 1, got 0"),
-        ({"max_seconds": 0.0}, "max_seconds must be positive and finite, got 0.0"),
+        ({"max_seconds": 0.0}, "max_seconds must be above 0, got 0.0"),
     ],
 )
 def test_serve_setting_out_of_bounds_is_refused(changes: dict[str, Any], message: str) -> None:

@@ -11,10 +11,9 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from rewards.hub import HubFiles
+from rewards.checkpoint import HubFiles
 from rewards.preprocess import to_pixels
-from rewards.vlm import VisionLanguageModel
-from rewards.vlm_local import OFFICIAL, LocalVLM, LocalVLMConfig, load_processor
+from rewards.vlm import OFFICIAL, LocalVLM, LocalVLMConfig, VisionLanguageModel, load_processor
 from tests.rewards.tiny_vlm import write_llava, write_qwen
 
 IMAGES = torch.rand(6, 3, 40, 56, generator=torch.Generator().manual_seed(0))

@@ -26,10 +26,9 @@ from PIL import Image
 from rewards.alignment import Alignment, Question, StrictAlignment
 from rewards.bertscore import BertScore
 from rewards.encoded import decode_image, encode_images
-from rewards.http_json import HttpConfig, HttpError
+from rewards.http_json import HEADERS, RAW_MARK, HttpConfig, HttpError
 from rewards.preprocess import to_pixels
-from rewards.vlm import VisionLanguageModel
-from rewards.vlm_local import LocalVLM
+from rewards.vlm import LocalVLM, VisionLanguageModel
 from rewards.vlm_server import ServedVLM, ServedVLMConfig
 from tests.rewards.tiny_vlm import write_llava
 
@@ -145,6 +144,7 @@ class Scripted(ThreadingHTTPServer):
         self.lock = threading.Lock()
         self.bodies: list[dict[str, Any]] = []
         self.tokens: list[str | None] = []
+        self.headers: list[dict[str, str]] = []
         self.inside = self.most = 0
         self.url = f"http://127.0.0.1:{self.server_address[1]}/v1"
 
@@ -157,6 +157,7 @@ class Handler(BaseHTTPRequestHandler):
             number = len(server.bodies)
             server.bodies.append({"path": self.path} | body)
             server.tokens.append(self.headers["Authorization"])
+            server.headers.append(dict(self.headers))
             server.inside += 1
             server.most = max(server.most, server.inside)
         status, text = server.reply(number, body)
@@ -164,6 +165,7 @@ class Handler(BaseHTTPRequestHandler):
             server.inside -= 1
         with contextlib.suppress(OSError):  # the client may not wait
             self.send_response(status)
+            self.send_header("Location", f"{server.url}/elsewhere")
             self.send_header("Content-Length", str(len(text.encode())))
             self.end_headers()
             self.wfile.write(text.encode())
@@ -345,16 +347,54 @@ def test_wrong_token_is_refused_once_and_never_shown(start: Start) -> None:
     assert TOKEN not in repr(served) + repr(served.config)
 
 
+def test_openai_settings_of_the_environment_neither_travel_nor_lead_elsewhere(
+    start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("API_KEY", "ADMIN_KEY", "ORG_ID", "PROJECT_ID"):
+        monkeypatch.setenv(f"OPENAI_{name}", "of-another-account")
+    monkeypatch.setenv("OPENAI_CUSTOM_HEADERS", "X-Secret: of-another-account")
+    monkeypatch.setenv("OPENAI_BASE_URL", "http://127.0.0.1:9/v1")
+    server = start(echo)
+    assert ask(server, IMAGES[:1]) == ["you asked What?"]
+    assert ask(server, IMAGES[:1], token=TOKEN) == ["you asked What?"]
+    assert server.tokens == [None, f"Bearer {TOKEN}"]
+    assert not any("of-another-account" in value for sent in server.headers for value in sent.values())
+    assert {name.lower() for sent in server.headers for name in sent} <= {
+        *HEADERS, RAW_MARK, "accept-encoding", "authorization"
+    }  # fmt: skip
+
+
+def test_redirect_of_a_server_is_not_followed(start: Start) -> None:
+    server = start(lambda number, body: (307, "elsewhere"))
+    with pytest.raises(HttpError, match="got status 307"):
+        ask(server, IMAGES[:1], token=TOKEN)
+    assert len(server.bodies) == 1
+
+
+def test_answer_of_a_server_is_not_read_beyond_its_limit(start: Start) -> None:
+    for status in (200, 400):
+        server = start(lambda number, body, status=status: (status, " " * 100_000))
+        with pytest.raises(HttpError, match=r"got more than 1000 bytes|status 400") as raised:
+            ask(server, IMAGES[:1], http=HttpConfig(attempts=1, max_answer_bytes=1000))
+        assert len(str(raised.value)) < 400
+
+
+def test_served_model_without_its_package_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "openai", None)
+    with pytest.raises(ImportError, match=r'pip install "overpaint\[vlm\]"'):
+        ServedVLM(ServedVLMConfig(model="llava"))
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"model": ""}, "model must be the name"),
+        ({"model": ""}, "model must have at least 1 character"),
         ({"url": "ftp://host/v1"}, "url must begin with http"),
         ({"url": "http://user:word@host/v1"}, "url must hold no user name"),
         ({"max_tokens": 0}, "max_tokens must be at least 1, got 0"),
         ({"concurrency": 0}, "concurrency must be at least 1, got 0"),
-        ({"image_format": "webp"}, "format must be png or jpeg, got 'webp'"),
-        ({"jpeg_quality": 0}, "quality must be a whole number from 1 to 100, got 0"),
+        ({"image_format": "webp"}, "image_format must be 'png' or 'jpeg', got 'webp'"),
+        ({"jpeg_quality": 0}, "jpeg_quality must be at least 1, got 0"),
     ],
 )
 @pytest.mark.usefixtures("unchecked")

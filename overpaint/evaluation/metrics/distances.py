@@ -27,8 +27,8 @@ from torch.nn import functional
 from overpaint.evaluation.images.files import Pixels, to_images
 from overpaint.evaluation.images.pairs import in_batches
 from rewards import ClipEncoder
+from rewards.checkpoint import HubFiles
 from rewards.clip_encoder import Vectors
-from rewards.hub import HubFiles
 
 WEIGHTS_NAME = "weights-inception-2015-12-05-6726825d.pth"
 WEIGHTS_URL = f"https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/{WEIGHTS_NAME}"

@@ -15,7 +15,7 @@ from overpaint.evaluation.images.files import to_images
 from overpaint.evaluation.images.pairs import Pair, Read, Size, batches_by_size, read_ahead, read_image
 from rewards import Reward
 from rewards.combine import reads_prompts
-from rewards.scores import scores_of
+from rewards.types import scores_of
 
 
 class Journal:

@@ -8,8 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from rewards.clip_encoder import ClipEncoder
-from rewards.clip_tokenizer import END, START, ClipTokenizer
+from rewards.clip_encoder import END, START, ClipEncoder, ClipTokenizer
 
 WORDS = ("a", "the", "red", "blue", "cat", "dog", "on", "table")
 POSITIONS = 12

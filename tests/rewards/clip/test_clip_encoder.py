@@ -12,9 +12,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn import functional
 
-from rewards.blip_tokenizer import Tokens
-from rewards.clip_encoder import ClipEncoder
-from rewards.clip_tokenizer import ClipTokenizer
+from rewards.blip_network import Tokens
+from rewards.clip_encoder import ClipEncoder, ClipTokenizer
 from rewards.preprocess import normalise, resize_and_crop
 
 LEGACY_END = 2

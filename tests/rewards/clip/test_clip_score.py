@@ -118,11 +118,11 @@ def test_wrong_pairs_are_refused(
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"scale": 0.0}, "scale must be a positive number or 'logit', got 0.0"),
+        ({"scale": 0.0}, "scale must be above 0, got 0.0; .* must be 'logit'"),
         ({"scale": float("inf")}, "got inf"),
         ({"scale": "logits"}, "got 'logits'"),
         ({"scale": True}, "got True"),
-        ({"checkpoint": "ViT-H/14"}, "checkpoint must be one of ViT-L/14, ViT-B/32, got 'ViT-H/14'"),
+        ({"checkpoint": "ViT-H/14"}, "checkpoint must be 'ViT-L/14' or 'ViT-B/32', got 'ViT-H/14'"),
     ],
 )
 @pytest.mark.usefixtures("unchecked")

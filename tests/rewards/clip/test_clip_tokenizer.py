@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from rewards.clip_tokenizer import ClipTokenizer
+from rewards.clip_encoder import ClipTokenizer
 
 PROMPTS = ["a red cat", "", "A RED  Cat!", "Ünïcode 漢字", "<|endoftext|> cat", "don't 123", "the dog " * 9]
 

@@ -12,10 +12,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from rewards import Reward, hps
-from rewards.clip_encoder import ClipEncoder
-from rewards.clip_tokenizer import ClipTokenizer
-from rewards.hps import VIT_H_14, HPSv2, resize_and_pad
-from rewards.open_clip_layout import from_open_clip_names
+from rewards.clip_encoder import ClipEncoder, ClipTokenizer
+from rewards.hps import VIT_H_14, HPSv2, from_open_clip_names, resize_and_pad
 from rewards.preprocess import CLIP_MEAN, CLIP_STD
 
 

@@ -60,7 +60,7 @@ def test_weights_and_tokenizer_come_from_the_hub(
     # The vocabulary of the test is not CLIP's, whose hash is known.
     with pytest.raises(ValueError, match=r"vocab\.json has other content"):
         PickScore.load()
-    monkeypatch.setattr("rewards.hub.sha256_of", lambda path: HASHES.get(path.name))
+    monkeypatch.setattr("rewards.checkpoint.sha256_of", lambda path: HASHES.get(path.name))
     assert torch.equal(PickScore.load()(pictures, prompts), score(pictures, prompts))
     assert asked[-4:] == [
         ("yuvalkirstain/PickScore_v1", "config.json"),

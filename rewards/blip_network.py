@@ -1,0 +1,379 @@
+"""BLIP's network: sizes, tokenizer, vision tower and text encoder of transformers, and the files of a checkpoint.
+
+ImageReward and the BLIP score share it. A checkpoint of ours is a folder with `config.json`, `vocab.txt` and
+`model.safetensors`. Official checkpoints of BLIP and ImageReward convert by renaming their tensors, whose shapes are
+those of transformers' BLIP classes (the fused query, key and value matrix too).
+"""
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, fields
+from pathlib import Path
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, TypeVar
+
+import torch
+from jaxtyping import Int
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from overpaint.policy.types import Embeddings, Images
+from overpaint.settings import Field, settings
+
+from .checkpoint import HubFiles, check_folder, frozen_with, read_tensors
+from .preprocess import CLIP_MEAN, CLIP_STD
+
+if TYPE_CHECKING:
+    from transformers import BlipVisionModel
+    from transformers.models.blip.modeling_blip_text import BlipTextModel
+
+DIVISORS = (
+    ("patch_size", "image_size"),
+    ("vision_heads", "vision_hidden_size"),
+    ("text_heads", "hidden_size"),
+)
+"""Fields of which the first must divide the second."""
+Config = TypeVar("Config", bound="BlipConfig")
+Network = TypeVar("Network", bound="BlipNetwork")
+Positive = Annotated[float, Field(gt=0)]
+
+
+@settings
+class BlipConfig:
+    """Sizes of BLIP large's towers by default, which ImageReward and the BLIP score share.
+
+    Numbers of attention heads cannot be read off a checkpoint, and a wrong one loads without an error, so they belong
+    to the checkpoint as much as its weights do.
+    """
+
+    image_size: int = Field(224, ge=1)
+    """Side of the square that the vision tower takes, in pixels."""
+    patch_size: int = Field(16, ge=1)
+    """Side of one patch, in pixels; divides the image size."""
+    vision_hidden_size: int = Field(1024, ge=1)
+    """Width of the vision tower (ViT-L)."""
+    vision_layers: int = Field(24, ge=1)
+    """Number of blocks of the vision tower."""
+    vision_heads: int = Field(16, ge=1)
+    """Number of attention heads of the vision tower; divides its width."""
+    vision_intermediate_size: int = Field(4096, ge=1)
+    """Width of the hidden layer in each block of the vision tower."""
+    vision_layer_norm_eps: float = Field(1e-6, gt=0)
+    """Added to the variance in the vision tower's layer norms (timm's value, not transformers' 1e-5)."""
+
+    vocab_size: int = Field(30524, ge=1)
+    """Number of token ids, `[DEC]` and `[ENC]` included."""
+    hidden_size: int = Field(768, ge=1)
+    """Width of the text encoder."""
+    text_layers: int = Field(12, ge=1)
+    """Number of layers of the text encoder; each can also attend to the image."""
+    text_heads: int = Field(12, ge=1)
+    """Number of attention heads of the text encoder (med_config.json; transformers has 8); divides its width."""
+    text_intermediate_size: int = Field(3072, ge=1)
+    """Width of the hidden layer in each layer of the text encoder."""
+    text_layer_norm_eps: float = Field(1e-12, gt=0)
+    """Added to the variance in the text encoder's layer norms (med_config.json)."""
+    max_positions: int = Field(512, ge=1)
+    """Number of learned positions of the text encoder."""
+    max_length: int = Field(35, ge=2)
+    """Number of tokens that a prompt is padded or cut to, `[CLS]` and `[SEP]` included."""
+
+    image_mean: tuple[float, float, float] = CLIP_MEAN
+    """Subtracted from each colour channel, in [0, 1]."""
+    image_std: tuple[Positive, Positive, Positive] = CLIP_STD
+    """Divides each colour channel."""
+    antialias: bool = True
+    """Whether tensors are antialiased when they shrink (torchvision >= 0.17; older ones did not). PIL always does."""
+    initializer_range: float = Field(0.02, gt=0)
+    """Standard deviation of fresh weights in both towers. A small network learns with 0.08 and hardly with 0.02."""
+
+    def __post_init__(self) -> None:
+        """Checks the fields that belong together."""
+        for part, whole in DIVISORS:
+            if getattr(self, whole) % getattr(self, part):
+                raise ValueError(f"{part} must divide {whole}, got {getattr(self, part)} and {getattr(self, whole)}")
+        if self.max_length > self.max_positions:
+            raise ValueError(f"max_length must be at most max_positions={self.max_positions}, got {self.max_length}")
+
+    @classmethod
+    def from_file(cls: type[Config], path: str | Path) -> Config:
+        """Reads what `save` wrote."""
+        read = json.loads(Path(path).read_text(encoding="utf-8"))
+        unknown = sorted(set(read) - {field.name for field in fields(cls)})
+        if unknown:
+            raise ValueError(f"{path} must hold fields of {cls.__name__} only, got {unknown}")
+        values: dict[str, Any] = {
+            name: tuple(value) if isinstance(value, list) else value for name, value in read.items()
+        }
+        return cls(**values)
+
+    def save(self, path: str | Path) -> None:
+        """Writes the fields as JSON."""
+        Path(path).write_text(json.dumps(asdict(self), indent=2) + "\n", encoding="utf-8")
+
+
+SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
+ADDED_TOKENS = ("[DEC]", "[ENC]")
+
+
+class Tokens(NamedTuple):
+    """Prompts as numbers; the mask is 1 for tokens and 0 for padding."""
+
+    ids: Int[Tensor, "batch length"]
+    mask: Int[Tensor, "batch length"]
+
+
+class BlipTokenizer:
+    """Turns prompts into token ids: lower case, word pieces, padded and cut to a fixed length.
+
+    `[DEC]` and `[ENC]` follow the vocabulary, as in BLIP; they matter only for a prompt that has them literally.
+
+    Args:
+        vocabulary: Word pieces in the order of their ids; `[PAD]` first, and BERT's other special tokens anywhere.
+    """
+
+    def __init__(self, vocabulary: Sequence[str]) -> None:
+        from transformers import BertTokenizer
+
+        words = tuple(word for word in vocabulary if word not in ADDED_TOKENS)
+        missing = [token for token in SPECIAL_TOKENS if token not in words]
+        if missing:
+            raise ValueError(f"vocabulary must hold {', '.join(SPECIAL_TOKENS)}, got one without {', '.join(missing)}")
+        if words[0] != "[PAD]":
+            raise ValueError(f"vocabulary must begin with [PAD], got {words[0]!r}")
+        ids = {word: index for index, word in enumerate(words)}
+        if len(ids) != len(words):
+            raise ValueError(f"vocabulary must not repeat a word, got {len(words) - len(ids)} repeated")
+        self.vocabulary = words
+        self.bert = BertTokenizer(vocab=ids)
+        self.bert.add_special_tokens({"bos_token": ADDED_TOKENS[0], "additional_special_tokens": [ADDED_TOKENS[1]]})
+
+    @classmethod
+    def from_file(cls, path: str | Path) -> "BlipTokenizer":
+        """Reads a `vocab.txt` with one word piece per line."""
+        return cls(Path(path).read_text(encoding="utf-8").rstrip("\n").split("\n"))
+
+    def save(self, path: str | Path) -> None:
+        """Writes the vocabulary, without the two added tokens, one word piece per line."""
+        Path(path).write_text("\n".join(self.vocabulary) + "\n", encoding="utf-8")
+
+    def __len__(self) -> int:
+        """Returns the number of ids, the two added tokens included."""
+        return len(self.vocabulary) + len(ADDED_TOKENS)
+
+    def __call__(self, prompts: Sequence[str], max_length: int) -> Tokens:
+        """Returns `max_length` token ids for each prompt; what is longer is cut, `[CLS]` and `[SEP]` stay."""
+        encoded = self.bert(list(prompts), padding="max_length", truncation=True, max_length=max_length)
+        return Tokens(torch.tensor(encoded["input_ids"]), torch.tensor(encoded["attention_mask"]))
+
+
+def vision_tower(config: BlipConfig) -> "BlipVisionModel":
+    """Builds the vision tower with fresh weights; no dropout."""
+    from transformers import BlipVisionConfig, BlipVisionModel
+
+    return BlipVisionModel(
+        BlipVisionConfig(
+            image_size=config.image_size,
+            patch_size=config.patch_size,
+            hidden_size=config.vision_hidden_size,
+            num_hidden_layers=config.vision_layers,
+            num_attention_heads=config.vision_heads,
+            intermediate_size=config.vision_intermediate_size,
+            layer_norm_eps=config.vision_layer_norm_eps,
+            initializer_range=config.initializer_range,
+        )
+    )
+
+
+def text_tower(config: BlipConfig) -> "BlipTextModel":
+    """Builds the text encoder with fresh weights; no dropout.
+
+    Call it with `is_decoder=False`: the words see each other both ways. With `encoder_hidden_states` they also attend
+    to the image, without they do not.
+    """
+    from transformers import BlipTextConfig
+    from transformers.models.blip.modeling_blip_text import BlipTextModel
+
+    return BlipTextModel(
+        BlipTextConfig(
+            vocab_size=config.vocab_size,
+            hidden_size=config.hidden_size,
+            encoder_hidden_size=config.vision_hidden_size,
+            num_hidden_layers=config.text_layers,
+            num_attention_heads=config.text_heads,
+            intermediate_size=config.text_intermediate_size,
+            max_position_embeddings=config.max_positions,
+            layer_norm_eps=config.text_layer_norm_eps,
+            initializer_range=config.initializer_range,
+            bos_token_id=None,  # for generation only; the defaults lie outside a small vocabulary
+            eos_token_id=None,
+            sep_token_id=None,
+            is_decoder=True,  # gives the layers their attention to the image; the call itself is not causal
+        ),
+        add_pooling_layer=False,
+    )
+
+
+def vision_tokens(tower: "BlipVisionModel", pixels: Images, *, checkpointing: bool) -> Embeddings:
+    """Returns the vision tower's output for normalised images: the class token, then one token for each patch.
+
+    The tower's `pooler_output` is something else: there transformers applies the last layer norm twice.
+
+    Args:
+        tower: The vision tower.
+        pixels: Normalised images of the tower's size.
+        checkpointing: Whether blocks are computed anew in the backward pass.
+    """
+    if not checkpointing:
+        return tower(pixels).last_hidden_state
+    # transformers' own switch acts in training mode only and was renamed within version 5; this one needs neither.
+    hidden = tower.embeddings(pixels)
+    for layer in tower.encoder.layers:
+        hidden = checkpoint(layer, hidden, use_reentrant=False, preserve_rng_state=False)  # nothing random inside
+    return tower.post_layernorm(hidden)
+
+
+RENAMINGS = (
+    (r"visual_encoder\.cls_token", "vision.embeddings.class_embedding"),
+    (r"visual_encoder\.pos_embed", "vision.embeddings.position_embedding"),
+    (r"visual_encoder\.patch_embed\.proj\.(weight|bias)", r"vision.embeddings.patch_embedding.\1"),
+    (r"visual_encoder\.norm\.(weight|bias)", r"vision.post_layernorm.\1"),
+    (r"visual_encoder\.blocks\.(\d+)\.norm([12])\.(weight|bias)", r"vision.encoder.layers.\1.layer_norm\2.\3"),
+    (r"visual_encoder\.blocks\.(\d+)\.attn\.qkv\.(weight|bias)", r"vision.encoder.layers.\1.self_attn.qkv.\2"),
+    (r"visual_encoder\.blocks\.(\d+)\.attn\.proj\.(weight|bias)", r"vision.encoder.layers.\1.self_attn.projection.\2"),
+    (r"visual_encoder\.blocks\.(\d+)\.mlp\.fc([12])\.(weight|bias)", r"vision.encoder.layers.\1.mlp.fc\2.\3"),
+    (r"text_encoder\.(.+)", r"text.\1"),
+    (r"(vision|text)_proj\.(weight|bias)", r"\1_proj.\2"),
+    # The official head has dropouts between its linear layers, hence the gaps in the numbers.
+    (r"mlp\.layers\.0\.(weight|bias)", r"head.0.\1"),
+    (r"mlp\.layers\.2\.(weight|bias)", r"head.1.\1"),
+    (r"mlp\.layers\.4\.(weight|bias)", r"head.2.\1"),
+    (r"mlp\.layers\.6\.(weight|bias)", r"head.3.\1"),
+    (r"mlp\.layers\.7\.(weight|bias)", r"head.4.\1"),
+)
+"""Pattern of an official name, without the prefix `blip.`, and the name that takes its place."""
+
+TRAINING_PARTS = (
+    r"(visual_encoder|text_encoder|vision_proj|text_proj)_m\..+",  # averages of the weights over time
+    r"text_decoder\..+",  # writes captions
+    r"itm_head\..+",  # says whether image and text belong together, from both at once
+    r"image_queue|text_queue|queue_ptr",  # features of earlier batches
+    r"temp",  # temperature of the contrastive loss; the score is the bare cosine
+)
+"""Patterns of the names in BLIP's checkpoint, `model_large.pth`, that a score does not need."""
+
+POSITION_IDS = "text_encoder.embeddings.position_ids"
+"""A buffer 0, 1, 2, ... that old checkpoints carry; transformers makes it anew."""
+
+
+def without_training_parts(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Leaves out what BLIP's checkpoint holds for its pretraining only, by name; every other tensor stays."""
+    left_out = re.compile("|".join(TRAINING_PARTS))
+    return {name: tensor for name, tensor in state.items() if not left_out.fullmatch(name.removeprefix("module."))}
+
+
+def from_official_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Renames an official state dict; the prefix `module.` of distributed training is dropped.
+
+    Raises:
+        ValueError: A tensor has a name that official checkpoints do not have.
+    """
+    renamed = {}
+    for name, tensor in state.items():
+        plain = name.removeprefix("module.").removeprefix("blip.")
+        if plain == POSITION_IDS:
+            continue
+        for pattern, replacement in RENAMINGS:
+            match = re.fullmatch(pattern, plain)
+            if match:
+                renamed[match.expand(replacement)] = tensor
+                break
+        else:
+            raise ValueError(f"a checkpoint in the official layout of ImageReward or BLIP has no tensor {name!r}")
+    return renamed
+
+
+VOCABULARY = HubFiles(
+    repository="google-bert/bert-base-uncased",
+    revision="86b5e0934494bd15c9632b12f734a8a67f723594",
+    files={"vocab.txt": "07eced375cec144d27c900241f3e339478dec958f92fddbc551f295c992038a3"},
+)
+"""The word pieces that BLIP and ImageReward were trained with."""
+FOLDER = MappingProxyType(
+    {"config.json": "sizes", "vocab.txt": "one word piece per line", "model.safetensors": "weights"}
+)
+"""The files of a folder that `save_pretrained` writes, and what is in them."""
+
+
+class BlipNetwork(nn.Module):
+    """BLIP's two towers and the files of a folder, which `ImageReward` and `BLIPScore` add a head to.
+
+    There is no dropout, so `train()` and `eval()` are the same. A network made by the constructor can be trained; one
+    that was loaded has frozen weights.
+
+    Args:
+        config: Sizes.
+        tokenizer: Turns prompts into ids below `config.vocab_size`.
+    """
+
+    config_class: type[BlipConfig] = BlipConfig
+    differentiable = True
+    gradient_checkpointing = False
+    """Whether the vision tower's blocks are computed anew in the backward pass, to save memory; set it at any time.
+
+    Scores and gradients stay bit-identical. It costs one more forward of the vision tower.
+    """
+
+    config: Any  # of `config_class`
+
+    def __init__(self, config: BlipConfig, tokenizer: BlipTokenizer) -> None:
+        super().__init__()
+        if len(tokenizer) > config.vocab_size:
+            raise ValueError(f"vocab_size must cover the tokenizer's {len(tokenizer)} ids, got {config.vocab_size}")
+        self.tokenizer = tokenizer
+        self.vision = vision_tower(config)
+        self.text = text_tower(config)
+
+    @classmethod
+    def from_state(
+        cls: type[Network],
+        state: Mapping[str, Tensor],
+        config: BlipConfig | None,
+        vocab: str | Path | Sequence[str] | None,
+    ) -> Network:
+        """Makes a frozen network of weights, every one of which must be there and fit.
+
+        Args:
+            state: Weights by our names, as `from_official_names` gives them.
+            config: Sizes; the default ones where it is not given.
+            vocab: A file with one word piece per line, or the word pieces; bert-base-uncased's from the Hugging Face
+                hub where it is not given.
+        """
+        if vocab is None:
+            vocab = VOCABULARY.fetch() / "vocab.txt"
+        tokenizer = BlipTokenizer.from_file(vocab) if isinstance(vocab, str | Path) else BlipTokenizer(vocab)
+        return frozen_with(cls(config or cls.config_class(), tokenizer), state)
+
+    @classmethod
+    def from_pretrained(cls: type[Network], folder: str | Path) -> Network:
+        """Loads what `save_pretrained` wrote; frozen, in float32 whatever the precision of the file.
+
+        Raises:
+            FileNotFoundError: A file is missing.
+        """
+        folder = Path(folder)
+        check_folder(folder, FOLDER, f"{cls.__name__}.save_pretrained")
+        config = cls.config_class.from_file(folder / "config.json")
+        return cls.from_state(read_tensors(folder / "model.safetensors"), config, folder / "vocab.txt")
+
+    def save_pretrained(self, folder: str | Path, *, dtype: torch.dtype | None = None) -> None:
+        """Writes `config.json`, `vocab.txt` and `model.safetensors`, in the weights' own precision or in `dtype`."""
+        from safetensors.torch import save_file
+
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        self.config.save(folder / "config.json")
+        self.tokenizer.save(folder / "vocab.txt")
+        state = {name: tensor.detach().cpu().to(dtype or tensor.dtype) for name, tensor in self.state_dict().items()}
+        save_file({name: tensor.contiguous() for name, tensor in state.items()}, folder / "model.safetensors")
