@@ -33,19 +33,12 @@ RECORD_FORMAT = "overpaint.Generated/2"
 
 @runtime_checkable
 class DrawingObjective(Protocol):
-    """An objective that draws pictures when it is prepared, and can keep them."""
+    """An objective that draws pictures when it is prepared, and keeps them in a folder, or in one of that name."""
 
     config: Any
-    """Settings, with `steps`, `guidance_scale`, `draw_batch_size` and `descent`."""
-
     folder: Path | None
-    """Keeps what is prepared."""
-
     folder_name: str
-    """Of the folder within a run's, where there is no other."""
-
     progress: bool
-    """Whether progress bars are shown."""
 
 
 AnyObjective = TypeVar("AnyObjective")

@@ -20,7 +20,8 @@ from typing import Literal
 import tyro
 
 from erasure import Concept, Erasure
-from erasure.estimate import TrainedMethod, estimate
+from erasure.estimate import estimate
+from erasure.protocols import TrainedMethod
 from erasure.registry import METHODS, erase, method_named
 from overpaint.evaluation import DrawConfig, Panel, Report, compare, text_table
 from overpaint.evaluation.command_line import command_line

@@ -14,9 +14,8 @@ from torch import Tensor
 
 from erasure.concept import Concept
 from erasure.descend import DescentConfig, erase_by_descent
-from erasure.estimate import UNetCalls
 from erasure.phrases import check_words
-from erasure.protocols import ConceptBatch
+from erasure.protocols import ConceptBatch, UNetCalls
 from erasure.rollout import erased_target, noised_latents
 from overpaint.policy import DiffusionPolicy
 from overpaint.policy.types import Embeddings, Latents, PerSample

@@ -7,7 +7,7 @@ maps have in common. Source: ANT, see `erasure.methods.ant`.
 
 import random
 from collections.abc import Callable, Generator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -151,15 +151,11 @@ def masked_gradients(policy: DiffusionPolicy, mask: Mapping[str, Bool[Tensor, ".
         if mask[name].shape != parameter.shape:
             expected, got = tuple(parameter.shape), tuple(mask[name].shape)
             raise ValueError(f"the saliency mask of {name} must have shape {expected}, got {got}")
-    handles = [
-        parameter.register_hook(partial(torch.masked_fill, mask=~mask[name].to(parameter.device), value=0.0))
-        for name, parameter in parameters.items()
-    ]
-    try:
+    with ExitStack() as hooks:
+        for name, parameter in parameters.items():
+            outside = ~mask[name].to(parameter.device)
+            hooks.enter_context(parameter.register_hook(partial(torch.masked_fill, mask=outside, value=0.0)))
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def trained(policy: DiffusionPolicy) -> dict[str, Parameter]:

@@ -27,7 +27,6 @@ from erasure.changes import WeightChange
 from erasure.concept import Concept
 from erasure.descend import DescentConfig, descend
 from erasure.erased import Erasure
-from erasure.estimate import UNetCalls
 from erasure.generated import for_run, generated_latents, in_turns
 from erasure.methods.attention_maps import CrossAttention, layer_shape, recorded_attention
 from erasure.methods.keys_and_values import keys_and_values
@@ -42,7 +41,7 @@ from erasure.phrases import (
     placed,
     template_of,
 )
-from erasure.protocols import ConceptBatch
+from erasure.protocols import ConceptBatch, UNetCalls
 from erasure.strength import check_strength
 from overpaint.policy import ClassifierFree, DiffusionPolicy, LoRAConfig, WeightDelta
 from overpaint.policy.noise import SampleNoise

@@ -26,10 +26,9 @@ from torch import Tensor
 from erasure.concept import Concept
 from erasure.descend import DescentConfig, descend
 from erasure.erased import Erasure
-from erasure.estimate import UNetCalls
 from erasure.methods.attention_maps import concept_map, layer_shape, recorded_attention, words_of
 from erasure.phrases import check_words, own_phrases
-from erasure.protocols import ConceptBatch, check_trainable
+from erasure.protocols import ConceptBatch, UNetCalls, check_trainable
 from erasure.rollout import erased_target, noised_latents
 from overpaint.policy import DiffusionPolicy
 from overpaint.policy.added import add_networks, remove_networks
@@ -222,17 +221,7 @@ class Receler:
         wanted: Latents,
         tokens: SoftTokens,
     ) -> SoftTokens:
-        """Returns soft tokens, moved so that the policy predicts what is wanted.
-
-        Args:
-            policy: Under attack.
-            embeddings: The concept's.
-            words: Where the words of each are.
-            latents: Noised.
-            timesteps: Of each sample.
-            wanted: The original model's prediction for the concept.
-            tokens: Where the soft tokens start.
-        """
+        """Returns the soft tokens, moved so that the policy predicts what the original does for the concept."""
         cfg = self.config
         tokens = tokens.detach().clone().requires_grad_()
         adam = torch.optim.Adam([tokens], lr=cfg.token_learning_rate, weight_decay=cfg.token_weight_decay)
