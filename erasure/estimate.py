@@ -1,4 +1,4 @@
-"""What an erasure will cost, said before it starts."""
+"""Estimate of an erasure's cost, before it starts."""
 
 import time
 from typing import NamedTuple

@@ -1,7 +1,6 @@
-"""Latents that a policy draws before training starts, as training data that nobody has to bring along.
+"""Generated training data: latents that a policy draws before training starts, cached in a folder.
 
-Drawing a thousand of them takes longer than some of the trainings do, so a folder keeps them, some to a file, and a
-drawing that was interrupted goes on where it stopped.
+A thousand of them take longer than some of the trainings do; a drawing that was interrupted goes on where it stopped.
 """
 
 import copy

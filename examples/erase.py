@@ -118,13 +118,13 @@ def main(config: Config) -> Erasure:
     if not config.prompts_per_kind:
         return erasure
     drawing = DrawConfig(steps=config.evaluation_steps, guidance_scale=config.guidance_scale)
-    look = partial(examine, policy, about, drawing, prompts_per_kind=config.prompts_per_kind, seed=config.seed)
-    looks = [look(model="before")]
+    evaluate = partial(examine, policy, about, drawing, prompts_per_kind=config.prompts_per_kind, seed=config.seed)
+    evaluations = [evaluate(model="before")]
     erasure.apply(policy)
-    looks.append(look(model="erased"))
+    evaluations.append(evaluate(model="erased"))
     if not main_process:
         return erasure
-    comparison = compare([one.scores for one in looks])
+    comparison = compare([one.scores for one in evaluations])
     print(text_table(comparison))
     comparison.save(config.output_dir / "comparison.json")
     (config.output_dir / "config.json").write_text(json.dumps(asdict(config), default=str, indent=1) + "\n")
@@ -136,7 +136,7 @@ def main(config: Config) -> Erasure:
         models={"before": f"{about.name}, as it came", "erased": f"after {method.name}"},
         metrics=metrics if metrics.is_file() else None,
         panels=(Panel(title="Loss", tags={"loss": "erasure/loss"}),),
-        pictures=[one.images for one in looks],
+        pictures=[one.images for one in evaluations],
         commands=[command_line("python examples/erase.py", config)],
         settings={"run": asdict(config), "erasure": erasure.config},
     ).save(config.output_dir / "report.html")

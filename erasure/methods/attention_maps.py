@@ -1,4 +1,4 @@
-"""Where in the picture a UNet's cross-attentions look for words: read off while it predicts, without changing it.
+"""Cross-attention maps: where a UNet attends to words, recorded while it predicts and without changing it.
 
 Queries and keys are caught as the layers' projections give them, so that a LoRA or edited weights are in, gradients
 flow, and the prediction keeps every bit. Probabilities are computed from them when they are asked for.

@@ -1,4 +1,4 @@
-"""ANT: the UNet is asked for the concept, and keeps its way early on, when a picture is laid out, but turns back later.
+"""ANT: the early denoising steps keep their prediction, and the later ones are led away from the concept.
 
 With ε* the original model, and x on the way to a picture of the concept c, drawn with the model as trained so far:
 

@@ -1,4 +1,4 @@
-"""Which weights a loss pulls at most: a mask over a UNet's weights from summed gradients, and training under it.
+"""Saliency mask: the weights whose summed gradients of a loss are largest, and training of these alone.
 
 For each prompt and each seed the policy descends the loss for a few updates from the weights that it has. The gradients
 of these updates are added up; a map is the half of each tensor's entries whose sum is largest. The mask is what all

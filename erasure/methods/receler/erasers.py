@@ -1,4 +1,4 @@
-"""Erasers: small networks beside a UNet's cross-attentions, as a change that can be kept, carried and applied."""
+"""Adapters on cross-attentions ("erasers"): residual networks that are trained, saved and applied on their own."""
 
 import json
 from collections.abc import Generator, Mapping

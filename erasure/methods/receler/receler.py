@@ -1,4 +1,4 @@
-"""Receler: small erasers beside the cross-attentions learn to take a concept away, against words made to bring it back.
+"""Receler: adapters on the cross-attentions unlearn a concept, adversarially against learned soft prompts.
 
 With ε* the original model, x_t on the way to a picture of the concept c, drawn with the erasers as they are:
 
@@ -255,14 +255,7 @@ def with_tokens(prompts: Embeddings, words: Bool[Tensor, "batch tokens"], tokens
 def outside(
     added: Mapping[str, Tensor], mask: Bool[Tensor, "batch mask_h mask_w"], *, height: int, width: int
 ) -> PerSample:
-    """Returns what erasers add outside of a mask: the mean square there, averaged over the layers.
-
-    Args:
-        added: What each eraser gave, pixels row by row.
-        mask: Where the concept is; taken to each layer's size by `nearest`.
-        height: Of the latents.
-        width: Of the latents.
-    """
+    """Returns what erasers add outside of a mask: the mean square there, averaged over the layers."""
     found = []
     for output in added.values():
         shape = layer_shape(output.shape[1], height, width)

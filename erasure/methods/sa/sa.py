@@ -1,4 +1,4 @@
-"""Selective amnesia: the concept's words come to mean other pictures, and the weights that matter elsewhere are held.
+"""Selective amnesia: continual learning that maps the concept's words to other pictures, under a Fisher penalty.
 
 Source: Heng and Soh (2023), https://arxiv.org/abs/2305.10120, written from its equations. The authors' code is
 clear-nus/selective-amnesia, commit b736571 (MIT at its root; its `sd/` folder, which is under OpenRAIL-M, was not
