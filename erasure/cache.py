@@ -1,4 +1,4 @@
-"""Folders that keep long work: what the work was is recorded first."""
+"""Cache folders for long work: a record says what the work was, and is written first."""
 
 import json
 from pathlib import Path

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Any, Literal
 
 import torch
 
@@ -17,7 +17,7 @@ from .changes import WeightChange
 from .concept import Concept
 from .erased import Erasure
 from .generated import for_run
-from .protocols import ConceptBatch, Objective
+from .protocols import ConceptBatch, Objective, TrainedMethod
 
 
 @settings
@@ -64,19 +64,8 @@ class DescentConfig:
             )
 
 
-@runtime_checkable
-class TrainedObjective(Objective, Protocol):
-    """An objective with settings of its own, by which it is trained alone."""
-
-    name: str
-    """Of the method."""
-
-    config: Any
-    """Settings; `descent` among them is a `DescentConfig`, and `train` a set of `policy.PARAMETER_SETS`."""
-
-
 def erase_by_descent(
-    objective: TrainedObjective,
+    objective: TrainedMethod,
     policy: DiffusionPolicy,
     concept: Concept,
     *,
@@ -108,7 +97,7 @@ def erase_by_descent(
 
 
 def descend(
-    objective: TrainedObjective,
+    objective: TrainedMethod,
     student: DiffusionPolicy,
     concept: Concept,
     *,

@@ -1,35 +1,13 @@
-"""What an erasure will cost, said before it starts."""
+"""Estimate of an erasure's cost, before it starts."""
 
 import time
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import NamedTuple
 
 import torch
 
 from overpaint.policy import DiffusionPolicy
 
-
-class UNetCalls(NamedTuple):
-    """How many samples go through the UNet for each sample of an update, on average, each branch of guidance."""
-
-    forward: float
-    """Without gradient."""
-
-    backward: float
-    """With gradient."""
-
-
-@runtime_checkable
-class TrainedMethod(Protocol):
-    """A method that trains, and says what that takes."""
-
-    name: str
-
-    config: Any
-    """Settings; `descent` among them is a `DescentConfig`."""
-
-    def unet_calls(self) -> UNetCalls:
-        """Returns the calls of its training, whose preparation is not counted."""
-        ...
+from .protocols import TrainedMethod
 
 
 class Estimate(NamedTuple):

@@ -1,7 +1,6 @@
-"""Latents that a policy draws before training starts, as training data that nobody has to bring along.
+"""Generated training data: latents that a policy draws before training starts, cached in a folder.
 
-Drawing a thousand of them takes longer than some of the trainings do, so a folder keeps them, some to a file, and a
-drawing that was interrupted goes on where it stopped.
+A thousand of them take longer than some of the trainings do; a drawing that was interrupted goes on where it stopped.
 """
 
 import copy
@@ -33,19 +32,12 @@ RECORD_FORMAT = "overpaint.Generated/2"
 
 @runtime_checkable
 class DrawingObjective(Protocol):
-    """An objective that draws pictures when it is prepared, and can keep them."""
+    """An objective that draws pictures when it is prepared, and keeps them in a folder, or in one of that name."""
 
     config: Any
-    """Settings, with `steps`, `guidance_scale`, `draw_batch_size` and `descent`."""
-
     folder: Path | None
-    """Keeps what is prepared."""
-
     folder_name: str
-    """Of the folder within a run's, where there is no other."""
-
     progress: bool
-    """Whether progress bars are shown."""
 
 
 AnyObjective = TypeVar("AnyObjective")

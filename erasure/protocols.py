@@ -10,7 +10,7 @@ A method implements exactly one of them. Costs on images are no method: see `era
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from overpaint.policy import DiffusionPolicy, WeightDelta
 from overpaint.policy.types import PerSample
@@ -55,6 +55,30 @@ class Objective(Protocol):
 
     def loss(self, policy: DiffusionPolicy, batch: ConceptBatch) -> PerSample:
         """Returns the loss of each sample, in squared units of the noise; gradients reach what the policy trains."""
+        ...
+
+
+class UNetCalls(NamedTuple):
+    """How many samples go through the UNet for each sample of an update, on average, each branch of guidance."""
+
+    forward: float
+    """Without gradient."""
+
+    backward: float
+    """With gradient."""
+
+
+@runtime_checkable
+class TrainedMethod(Objective, Protocol):
+    """An objective that is trained alone, with settings of its own."""
+
+    name: str
+
+    config: Any
+    """Settings; `descent` among them is a `DescentConfig`, and `train`, where it is there, one of `PARAMETER_SETS`."""
+
+    def unet_calls(self) -> UNetCalls:
+        """Returns the calls of its training, whose preparation is not counted."""
         ...
 
 

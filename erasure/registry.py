@@ -10,7 +10,6 @@ from overpaint.policy import DiffusionPolicy
 
 from .concept import Concept
 from .erased import Erasure
-from .estimate import TrainedMethod
 from .methods.ac import AC
 from .methods.ant import ANT
 from .methods.esd import ESD
@@ -20,6 +19,7 @@ from .methods.sa import SA
 from .methods.safree import SAFREE
 from .methods.sld import SLD
 from .methods.uce import UCE
+from .protocols import TrainedMethod
 
 
 @runtime_checkable

@@ -111,9 +111,14 @@ def strongest_setting(
         else:
             high = middle
 
-    trials = tuple(_trial(strength, rewards[strength], rewards[weakest]) for strength in sorted(rewards))
-    best = next(trial for trial in trials if trial.strength == low)
-    return StrengthSearch(best, trials, monotone=_monotone([rewards[trial.strength] for trial in trials]))
+    ordered = sorted(rewards)
+    trials = {
+        strength: Trial(strength, rewards[strength].mean().item(), *_paired(rewards[strength], rewards[weakest]))
+        for strength in ordered
+    }
+    rises = [_paired(rewards[stronger], rewards[weaker]) for weaker, stronger in pairwise(ordered)]
+    monotone = all(rise <= NOISE * standard_error for rise, standard_error in rises)
+    return StrengthSearch(trials[low], tuple(trials.values()), monotone)
 
 
 def strongest_erasure(
@@ -157,23 +162,12 @@ def _checked(rewards: PerSample, strength: float, *, like: Float[Tensor, " sampl
     return rewards.detach().cpu().double()
 
 
-def _trial(strength: float, rewards: PerSample, weakest: PerSample) -> Trial:
-    change, standard_error = _paired(rewards, weakest)
-    return Trial(strength, rewards.mean().item(), change, standard_error)
-
-
 def _paired(rewards: PerSample, others: PerSample) -> tuple[float, float]:
     """Returns the mean of the paired differences and its standard error."""
     differences = rewards - others
     count = len(differences)
     standard_error = differences.std().item() / math.sqrt(count) if count > 1 else 0.0
     return differences.mean().item(), standard_error
-
-
-def _monotone(rewards: list[PerSample]) -> bool:
-    """Tells whether no setting is better than its weaker neighbour by more than chance."""
-    pairs = [_paired(stronger, weaker) for weaker, stronger in pairwise(rewards)]
-    return all(rise <= NOISE * standard_error for rise, standard_error in pairs)
 
 
 def check_strength(strength: float) -> None:

@@ -266,15 +266,15 @@ def main(config: Config) -> None:
     drawing = DrawConfig(steps=settings.steps, guidance_scale=settings.guidance_scale, eta=settings.eta)
     measures = measures_of(config, task)
 
-    def look(model: str):
+    def evaluated(model: str):
         mine = shard(planned, state.process_index, state.num_processes)
         images = draw(policy, mine, drawing, model=model, batch_size=32, progress=state.is_main_process)
         scores = score(images, measures, device=policy.device, progress=state.is_main_process)
         return images, gather(scores, planned)
 
-    before = look("before")
+    before = evaluated("before")
     trainer.train(training)
-    after = look("tuned")
+    after = evaluated("tuned")
     if not state.is_main_process:
         return
 

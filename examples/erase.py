@@ -20,7 +20,8 @@ from typing import Literal
 import tyro
 
 from erasure import Concept, Erasure
-from erasure.estimate import TrainedMethod, estimate
+from erasure.estimate import estimate
+from erasure.protocols import TrainedMethod
 from erasure.registry import METHODS, erase, method_named
 from overpaint.evaluation import DrawConfig, Panel, Report, compare, text_table
 from overpaint.evaluation.experiments.experiment import TINY_WORLD, Experiment, command_line, evaluate, experiment
@@ -115,13 +116,13 @@ def main(config: Config) -> Erasure:
     if not config.prompts_per_kind:
         return erasure
     drawing = DrawConfig(steps=config.evaluation_steps, guidance_scale=config.guidance_scale)
-    look = partial(evaluate, policy, about, drawing, prompts_per_kind=config.prompts_per_kind, seed=config.seed)
-    looks = [look(model="before")]
+    evaluated = partial(evaluate, policy, about, drawing, prompts_per_kind=config.prompts_per_kind, seed=config.seed)
+    evaluations = [evaluated(model="before")]
     erasure.apply(policy)
-    looks.append(look(model="erased"))
+    evaluations.append(evaluated(model="erased"))
     if not main_process:
         return erasure
-    comparison = compare([one.scores for one in looks])
+    comparison = compare([one.scores for one in evaluations])
     print(text_table(comparison))
     comparison.save(config.output_dir / "comparison.json")
     (config.output_dir / "config.json").write_text(json.dumps(asdict(config), default=str, indent=1) + "\n")
@@ -133,7 +134,7 @@ def main(config: Config) -> Erasure:
         models={"before": f"{about.name}, as it came", "erased": f"after {method.name}"},
         metrics=metrics if metrics.is_file() else None,
         panels=(Panel(title="Loss", tags={"loss": "erasure/loss"}),),
-        pictures=[one.images for one in looks],
+        pictures=[one.images for one in evaluations],
         commands=[command_line("python examples/erase.py", config)],
         settings={"run": asdict(config), "erasure": erasure.config},
     ).save(config.output_dir / "report.html")

@@ -162,24 +162,24 @@ def main(config: Config) -> None:
     policy = about.load(LoRAConfig(rank=8, alpha=8))
     to_device(about.reward, policy.device)
     drawing = DrawConfig(steps=config.evaluation_steps, guidance_scale=config.guidance_scale)
-    look = partial(evaluate, policy, about, drawing, prompts_per_kind=config.prompts_per_kind, seed=config.seed)
+    evaluated = partial(evaluate, policy, about, drawing, prompts_per_kind=config.prompts_per_kind, seed=config.seed)
 
     erasure = erasure_for(config, policy, about)  # changes nothing yet
-    looks = [look(model="before")]
+    evaluations = [evaluated(model="before")]
     erasure.apply(policy)
-    looks.append(look(model="erased"))
+    evaluations.append(evaluated(model="erased"))
     recover(config, policy, about)
-    looks.append(look(model="recovered"))
-    write(config, about, policy, erasure, looks)
+    evaluations.append(evaluated(model="recovered"))
+    write(config, about, policy, erasure, evaluations)
 
 
 def write(
-    config: Config, about: Experiment, policy: DiffusionPolicy, erasure: Erasure, looks: Sequence[Evaluation]
+    config: Config, about: Experiment, policy: DiffusionPolicy, erasure: Erasure, evaluations: Sequence[Evaluation]
 ) -> None:
     """Prints the table, and saves weights, numbers and the report."""
     if not process_state().is_main_process:
         return
-    comparison = compare([scores for _, scores in looks])
+    comparison = compare([scores for _, scores in evaluations])
     table = text_table(comparison)
     print(table)
     folder = config.output_dir
@@ -218,7 +218,7 @@ def write(
             ),
             Panel(title="Weight of the constraint", tags={"weight": "erasure/weight"}),
         ),
-        pictures=[images for images, _ in looks],
+        pictures=[images for images, _ in evaluations],
         commands=[command_line("accelerate launch examples/refl_erase_nudity.py", config)],
         settings={"run": asdict(config), "refl": asdict(refl_config(config)), "erasure": erasure.config},
     ).save(folder / "report.html")

@@ -87,7 +87,7 @@ def main(config: Config) -> None:
     drawing = DrawConfig(steps=config.evaluation_steps, guidance_scale=config.guidance_scale)
     measures = [measure for measure in about.measures if not measure.kinds or "benign" in measure.kinds]
 
-    def look(model: str):
+    def evaluated(model: str):
         images = draw(
             policy, shard(planned, state.process_index, state.num_processes), drawing, model=model,
             progress=state.is_main_process,
@@ -95,7 +95,7 @@ def main(config: Config) -> None:
         scores = score(images, measures, device=policy.device, progress=state.is_main_process)
         return images, gather(scores, planned)
 
-    before = look("before")
+    before = evaluated("before")
     held_out = None
     if about.held_out is not None:
         held_out = HeldOut(about.prompts("held_out", 48, config.seed + 200), about.held_out)
@@ -103,7 +103,7 @@ def main(config: Config) -> None:
         policy, about.reward, about.prompts("train", 1000, config.seed + 300), refl_config(config), held_out=held_out
     )
     trainer.train(run_config)
-    after = look("tuned")
+    after = evaluated("tuned")
     if not state.is_main_process:
         return
 

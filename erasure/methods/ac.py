@@ -1,4 +1,4 @@
-"""Concept ablation: what the UNet predicts for a concept is drawn to what it predicts for an anchor.
+"""Concept ablation: the prediction for a concept is distilled from that for an anchor.
 
 Source: Kumari et al. (2023), https://arxiv.org/abs/2303.13516, written from its equations. The authors' code is
 nupurkmr9/concept-ablation (MIT), commit c11fb1b. See docs/erasure.md for each departure.
@@ -6,7 +6,7 @@ nupurkmr9/concept-ablation (MIT), commit c11fb1b. See docs/erasure.md for each d
 
 import random
 from collections.abc import Generator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -16,10 +16,9 @@ from torch import Tensor, nn
 
 from erasure.concept import Concept
 from erasure.descend import DescentConfig, erase_by_descent
-from erasure.estimate import UNetCalls
 from erasure.generated import drawn_pictures
 from erasure.phrases import check_absent, check_length, check_words, longest
-from erasure.protocols import ConceptBatch
+from erasure.protocols import ConceptBatch, UNetCalls
 from overpaint.policy import DiffusionPolicy
 from overpaint.policy.noise import SampleNoise
 from overpaint.policy.types import Latents, PerSample
@@ -154,7 +153,11 @@ class AC:
         """
         cfg = self.config
         negative = ", ".join(concept.phrases) if cfg.negative is None else cfg.negative
-        check_texts(policy, concept, cfg, negative)
+        check_words(policy, concept)
+        check_absent(concept, cfg.anchors, "ACConfig.anchors")
+        phrase, anchor = longest(policy, concept.phrases), longest(policy, cfg.anchors)
+        texts = (template.format(concept=phrase, anchor=anchor) for template in cfg.templates)
+        check_length(policy, (negative, *texts), "AC's prompts")
         if cfg.detach_start and policy.unet.is_gradient_checkpointing:
             raise ValueError(
                 "detach_start must be False for a policy with gradient checkpointing, which would compute keys and "
@@ -241,12 +244,10 @@ def masked_error(prediction: Latents, target: Latents, mask: Float[Tensor, "batc
 def start_detached(unet: nn.Module) -> Generator[None]:
     """Keeps gradient from flowing through keys and values of the first token, in every cross-attention."""
     layers = [layer for name, layer in unet.named_modules() if name.endswith((".attn2.to_k", ".attn2.to_v"))]
-    hooks = [layer.register_forward_hook(_detach_first) for layer in layers]
-    try:
+    with ExitStack() as hooks:
+        for layer in layers:
+            hooks.enter_context(layer.register_forward_hook(_detach_first))
         yield
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 def _detach_first(layer: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor:
@@ -257,16 +258,3 @@ def mirrored(policy: DiffusionPolicy, latents: Latents) -> Latents:
     """Returns the latents of the mirrored images; mirrored latents are not quite the same."""
     parts = [policy.encode_images(policy.decode(part.to(policy.device)).flip(-1)).cpu() for part in latents.split(8)]
     return torch.cat(parts)
-
-
-def check_texts(policy: DiffusionPolicy, concept: Concept, config: ACConfig, negative: str) -> None:
-    """Checks every text that the method will ask the policy to encode.
-
-    Raises:
-        ValueError: The tokenizer cuts one off, or a phrase of the concept is in an anchor prompt.
-    """
-    check_words(policy, concept)
-    check_absent(concept, config.anchors, "ACConfig.anchors")
-    phrase, anchor = longest(policy, concept.phrases), longest(policy, config.anchors)
-    texts = (template.format(concept=phrase, anchor=anchor) for template in config.templates)
-    check_length(policy, (negative, *texts), "AC's prompts")

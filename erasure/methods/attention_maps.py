@@ -1,11 +1,12 @@
-"""Where in the picture a UNet's cross-attentions look for words: read off while it predicts, without changing it.
+"""Cross-attention maps: where a UNet attends to words, recorded while it predicts and without changing it.
 
 Queries and keys are caught as the layers' projections give them, so that a LoRA or edited weights are in, gradients
 flow, and the prediction keeps every bit. Probabilities are computed from them when they are asked for.
 """
 
 from collections.abc import Generator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -62,19 +63,21 @@ def recorded_attention(unet: nn.Module) -> Generator[dict[str, CrossAttention]]:
         The layers by name; empty before the first call.
     """
     record: dict[str, CrossAttention] = {}
-    hooks = []
-    for name, layer in cross_attentions(unet).items():
-        attention: Any = layer
-        queries: list[Tensor] = []
-        hooks += [
-            attention.to_q.register_forward_hook(_keeping(queries)),
-            attention.to_k.register_forward_hook(_recording(record, name, queries, attention.heads, attention.scale)),
-        ]
-    try:
+    queries: dict[str, Tensor] = {}
+
+    def note_queries(name: str, module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
+        queries[name] = output
+
+    def note(name: str, layer: Any, module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
+        both = [part.unflatten(2, (layer.heads, -1)).transpose(1, 2) for part in (queries.pop(name), output)]
+        record[name] = CrossAttention(*both, float(layer.scale))
+
+    with ExitStack() as hooks:
+        for name, layer in cross_attentions(unet).items():
+            attention: Any = layer
+            hooks.enter_context(attention.to_q.register_forward_hook(partial(note_queries, name)))
+            hooks.enter_context(attention.to_k.register_forward_hook(partial(note, name, attention)))
         yield record
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 def words_of(policy: DiffusionPolicy, prompts: Sequence[str]) -> Bool[Tensor, "batch tokens"]:
@@ -144,18 +147,3 @@ def layer_shape(pixels: int, height: int, width: int) -> tuple[int, int]:
     if high * wide != pixels:
         raise ValueError(f"a layer must have the latents' {height} x {width} pixels halved some times, got {pixels}")
     return high, wide
-
-
-def _keeping(queries: list[Tensor]) -> Any:
-    def keep(module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
-        queries[:] = [output]
-
-    return keep
-
-
-def _recording(record: dict[str, CrossAttention], name: str, queries: list[Tensor], heads: int, scale: float) -> Any:
-    def put(module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
-        both = [part.unflatten(2, (heads, -1)).transpose(1, 2) for part in (queries.pop(), output)]
-        record[name] = CrossAttention(*both, float(scale))
-
-    return put

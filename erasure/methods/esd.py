@@ -1,4 +1,4 @@
-"""Erased Stable Diffusion: the prediction for a concept is led away from where the concept would lead it.
+"""Erased Stable Diffusion: the prediction for a concept learns the target of negative guidance.
 
 Source: Gandikota et al. (2023), https://arxiv.org/abs/2303.07345, written from its equations. The authors' code is
 rohitgandikota/erasing (MIT): commit a2189e9 is the paper's, commit 25613d2 the newer one. See docs/erasure.md for each
@@ -13,9 +13,8 @@ from torch import Tensor
 
 from erasure.concept import Concept
 from erasure.descend import DescentConfig, erase_by_descent
-from erasure.estimate import UNetCalls
 from erasure.phrases import check_words
-from erasure.protocols import ConceptBatch
+from erasure.protocols import ConceptBatch, UNetCalls
 from erasure.rollout import erased_target, noised_latents
 from overpaint.policy import Conditioning, DiffusionPolicy
 from overpaint.policy.types import Latents, PerSample
@@ -51,7 +50,7 @@ class ESDConfig:
 
 
 class ESD:
-    """Erases a concept by teaching the UNet, asked for the concept, to predict the opposite.
+    """Erases a concept by fine-tuning on the target of negative guidance.
 
     The original model is the policy's reference, so that no second UNet is kept.
 
@@ -120,15 +119,6 @@ def learned_target(
 
     ε* is the policy's reference. Without a source s is the concept c itself, and the target the paper's
     `ε*(∅) - η (ε*(c) - ε*(∅))`.
-
-    Args:
-        policy: Its reference predicts.
-        latents: Noised latents.
-        timesteps: The scheduler's integer of each sample.
-        concept: The concept's prompts.
-        empty: As many empty prompts.
-        source: Prompts of what is led away from the concept, if not the concept.
-        negative_guidance: How far (η).
     """
     prompts = [concept, empty] if source is None else [concept, empty, source]
     count = len(prompts)

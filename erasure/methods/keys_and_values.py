@@ -1,4 +1,4 @@
-"""What closed-form edits of cross-attention read: its keys and values, and texts as these see them."""
+"""Keys and values of cross-attention, and texts as these see them: what closed-form edits read."""
 
 import copy
 from collections.abc import Callable, Sequence

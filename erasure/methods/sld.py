@@ -1,4 +1,4 @@
-"""Safe Latent Diffusion: sampling is led away from a safety concept wherever the prompt's prediction comes close to it.
+"""Safe Latent Diffusion: guidance away from a safety concept wherever the prompt's prediction comes close to it.
 
 With ε_u, ε_p and ε_S the noise predicted for the empty (or negative) prompt, the prompt and the safety concept, at step
 i, element by element:

@@ -101,14 +101,14 @@ class UCE:
             raise ValueError("pairs must hold at least one text and its replacement, got none")
         check_strength(strength)
         paper = self.config.variant == "paper"
-        kept = list(dict.fromkeys(["", *preserve] if paper else preserve))
+        texts = list(dict.fromkeys(["", *preserve] if paper else preserve))
         preserve_scale = self.config.preserve_scale
         if preserve_scale is None:
-            preserve_scale = max(0.1, 1 / len(kept)) if paper else 1.0
+            preserve_scale = max(0.1, 1 / len(texts)) if paper else 1.0
 
         embed = TextReader(policy)
         spans = [aligned_spans(embed(text), embed(replacement), whole=paper) for text, replacement in pairs]
-        preserved = [text.tokens if paper else text.tokens[text.last_word].unsqueeze(0) for text in map(embed, kept)]
+        preserved = [text.tokens if paper else text.tokens[text.last_word].unsqueeze(0) for text in map(embed, texts)]
         factor = editing_factor(
             torch.cat([old for old, _ in spans]),
             torch.cat([new for _, new in spans]),
@@ -142,7 +142,7 @@ def aligned_spans(
 def editing_factor(
     old: Float[Tensor, "pairs dim"],
     new: Float[Tensor, "pairs dim"],
-    kept: Float[Tensor, "preserved dim"],
+    preserved: Float[Tensor, "preserved dim"],
     *,
     erase_scale: float,
     preserve_scale: float,
@@ -150,12 +150,12 @@ def editing_factor(
 ) -> Float[Tensor, "dim dim"]:
     """Returns the matrix E for which the edited weights are W + W E, whatever the original W.
 
-    The paper's solution, with c the old vectors, g the new ones and k the kept ones,
+    The paper's solution, with c the old vectors, g the new ones and k the preserved ones,
     `W' = (λW + s_e Σ W g cᵀ + s_p Σ W k kᵀ) A⁻¹` with `A = λI + s_e Σ c cᵀ + s_p Σ k kᵀ`, is
     `W + W · s_e Σ (g - c) cᵀ A⁻¹`: one system for all layers, and exactly no change where the scale is zero.
     """
     identity = torch.eye(old.shape[1], dtype=old.dtype, device=old.device)
-    system = regularization * identity + erase_scale * old.T @ old + preserve_scale * kept.T @ kept
+    system = regularization * identity + erase_scale * old.T @ old + preserve_scale * preserved.T @ preserved
     change = erase_scale * (new - old).T @ old
     # A is symmetric and positive definite, so that E = change A⁻¹ is the transpose of A⁻¹ changeᵀ.
     return torch.cholesky_solve(change.T, torch.linalg.cholesky(system)).T

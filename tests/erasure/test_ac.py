@@ -237,6 +237,19 @@ def test_the_policy_is_left_as_it_was_and_the_named_parameters_change(bare: Diff
     assert set(erasure.delta.tensors) == set(select_parameters(bare.unet, "attn"))
 
 
+def test_erasing_leaves_the_method_as_it_was_and_keeps_pictures_with_the_run(
+    bare: DiffusionPolicy, tmp_path: Path
+) -> None:
+    method = AC(PLAIN)
+    before = dict(vars(method))
+    method.erase(bare, CONCEPT, output_dir=tmp_path / "run", progress=False)
+    assert vars(method) == before
+    assert (tmp_path / "run" / "anchors" / "generated.json").is_file()
+    AC(PLAIN, folder=tmp_path / "own").erase(bare, CONCEPT, output_dir=tmp_path / "other", progress=False)
+    assert (tmp_path / "own" / "generated.json").is_file()
+    assert not (tmp_path / "other" / "anchors").exists()
+
+
 def test_training_takes_the_concept_for_the_anchor(bare: DiffusionPolicy) -> None:
     descent = replace(CONFIG.descent, iterations=30, learning_rate=3e-3, batch_size=8)
     config = replace(PLAIN, train="xattn-kv", prior_weight=0.0, descent=descent)

@@ -1,7 +1,8 @@
 """Training of an erasure: the loop, its rollouts, and what it says it will cost."""
 
+import json
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -10,14 +11,15 @@ import pytest
 import torch
 
 from erasure import Concept, Erasure
-from erasure.descend import DescentConfig, concept_batch
+from erasure.descend import DescentConfig, concept_batch, erase_by_descent
 from erasure.estimate import estimate
 from erasure.methods.esd import ESD, ESDConfig
 from erasure.phrases import check_words
+from erasure.protocols import ConceptBatch, UNetCalls
 from erasure.registry import erase
-from erasure.rollout import latents_before, random_stops
+from erasure.rollout import latents_before, noised_latents, random_stops
 from overpaint.policy import ClassifierFree, DiffusionPolicy
-from overpaint.policy.weights import base_parameters
+from overpaint.policy.weights import base_parameters, select_parameters
 from overpaint.training import read_metrics
 
 CONCEPT = Concept(name="stripes", phrases=("striped", "with stripes"))
@@ -86,6 +88,40 @@ def test_processes_that_cannot_share_a_batch_are_refused_before_anything_is_prep
     monkeypatch.setattr(ESD, "erase", lambda self, policy, concept: pytest.fail("work was begun"))
     with pytest.raises(ValueError, match="batch_size must be a multiple of 2"):
         erase(method, bare, CONCEPT)
+
+
+@dataclass(frozen=True)
+class DarkConfig:
+    train: str = "xattn-kv"
+    descent: DescentConfig = DESCENT
+
+
+class Dark:
+    """An objective of a user's own: predictions become small."""
+
+    name = "Dark"
+    erase = erase_by_descent
+    config = DarkConfig()
+
+    def unet_calls(self) -> UNetCalls:
+        return UNetCalls(forward=0, backward=1)
+
+    def prepare(self, policy: DiffusionPolicy, concept: Concept) -> None:
+        check_words(policy, concept)
+
+    def loss(self, policy: DiffusionPolicy, batch: ConceptBatch) -> torch.Tensor:
+        prompts = policy.encode(batch.prompts)
+        latents, timesteps = noised_latents(policy, prompts, batch.seeds, steps=2, guidance_scale=1.0)
+        return policy.predict_noise(latents, timesteps, prompts).square().flatten(1).mean(dim=1)
+
+
+def test_any_objective_is_trained(bare: DiffusionPolicy, tmp_path: Path) -> None:
+    erasure = Dark().erase(bare, CONCEPT, output_dir=tmp_path, progress=False)
+    assert (erasure.method, erasure.concept, erasure.config["train"]) == ("Dark", CONCEPT, "xattn-kv")
+    assert set(erasure.delta.tensors) == set(select_parameters(bare.unet, "xattn-kv"))
+    losses = [row["erasure/loss"] for row in read_metrics(tmp_path / "metrics.jsonl")]
+    assert len(losses) == DESCENT.iterations
+    assert "dark" in json.loads((tmp_path / "run_config.json").read_text(encoding="utf-8"))
 
 
 def test_a_batch_holds_phrases_of_the_concept_and_follows_from_the_generator() -> None:

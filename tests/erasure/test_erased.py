@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from erasure import NUDITY, UCE, Erasure
-from erasure.changes import WeightChange
+from erasure.changes import KINDS, WeightChange
 from overpaint.policy import DiffusionPolicy, WeightDelta
 from overpaint.policy.weights import base_parameters
 
@@ -83,6 +83,17 @@ def test_erasure_of_another_format_is_refused(tmp_path: Path, erasure: Erasure) 
     record = tmp_path / "erasure.json"
     record.write_text(json.dumps(json.loads(record.read_text(encoding="utf-8")) | {"format": "2"}), encoding="utf-8")
     with pytest.raises(ValueError, match=r"must be of format 'overpaint\.Erasure/2', got '2'"):
+        Erasure.load(tmp_path)
+
+
+def test_a_saved_erasure_can_name_one_of_four_kinds_and_nothing_else(tmp_path: Path, erasure: Erasure) -> None:
+    assert set(KINDS) == {"weights", "added-networks", "sld", "safree"}
+    assert all(kind == change.kind for kind, change in KINDS.items())
+    erasure.save(tmp_path)
+    record = tmp_path / "erasure.json"
+    named = json.loads(record.read_text(encoding="utf-8")) | {"kind": "json:JSONDecoder"}
+    record.write_text(json.dumps(named), encoding="utf-8")
+    with pytest.raises(ValueError, match=r"the kind of a change must be one of weights, .*, got 'json:JSONDecoder'"):
         Erasure.load(tmp_path)
 
 

@@ -100,7 +100,7 @@ def weights(policy: DiffusionPolicy) -> dict[str, Tensor]:
 
 
 def test_the_table_has_every_method() -> None:
-    assert METHODS.keys() == NAMES.keys()
+    assert METHODS.keys() == NAMES.keys() == PRESETS.keys()
 
 
 @every_method

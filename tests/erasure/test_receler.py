@@ -12,10 +12,10 @@ import torch
 from erasure import Concept, ConceptBatch, Erasure, Objective
 from erasure.changes import Change
 from erasure.descend import DescentConfig
-from erasure.estimate import TrainedMethod
 from erasure.methods.esd import ESD, ESDConfig
 from erasure.methods.receler.erasers import AddedNetworks, Eraser, fresh_erasers
 from erasure.methods.receler.receler import Receler, RecelerConfig, first_tokens, with_tokens
+from erasure.protocols import TrainedMethod
 from overpaint.policy import Conditioning, DiffusionPolicy
 from overpaint.policy.added import added_networks
 from overpaint.tinyworld.presets import PRESETS, STRIPES

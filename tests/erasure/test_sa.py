@@ -11,9 +11,10 @@ import torch
 
 from erasure import NUDITY, Concept, ConceptBatch, Erasure, Objective, ObjectiveConstraint
 from erasure.descend import DescentConfig, concept_batch
-from erasure.estimate import TrainedMethod, estimate
+from erasure.estimate import estimate
 from erasure.methods.sa.fisher import FisherConfig, changes, fisher_information, start_of
 from erasure.methods.sa.sa import EVERYDAY, SA, SAConfig, weighted_change
+from erasure.protocols import TrainedMethod
 from overpaint.policy import DiffusionPolicy, LoRAConfig, select_parameters
 from overpaint.tinyworld import load_policy
 from overpaint.tinyworld.presets import PRESETS, STRIPES

@@ -1,4 +1,4 @@
-"""ANT: the UNet is asked for the concept, and keeps its way early on, when a picture is laid out, but turns back later.
+"""ANT: the early denoising steps keep their prediction, and the later ones are led away from the concept.
 
 With ε* the original model, and x on the way to a picture of the concept c, drawn with the model as trained so far:
 
@@ -27,9 +27,8 @@ from erasure.changes import weights_hash
 from erasure.concept import Concept
 from erasure.descend import DescentConfig, erase_by_descent
 from erasure.erased import Erasure
-from erasure.estimate import UNetCalls
 from erasure.phrases import check_words
-from erasure.protocols import ConceptBatch, check_trainable
+from erasure.protocols import ConceptBatch, UNetCalls, check_trainable
 from erasure.rollout import erased_target, latents_before, random_stops
 from overpaint.policy import ClassifierFree, Conditioning, DiffusionPolicy
 from overpaint.policy.types import PerSample
@@ -226,15 +225,7 @@ class ANT:
         prompts: Conditioning,
         empty: Conditioning,
     ) -> Terms:
-        """Returns the parts of the loss, with gradient.
-
-        Args:
-            policy: What is trained; its reference is the original model.
-            latents: Noised, first those of the kept steps.
-            timesteps: Of each.
-            prompts: The concept's.
-            empty: As many empty ones.
-        """
+        """Returns the parts of the loss, with gradient; of the latents, those of the kept steps come first."""
 
         def predictions(*prompted: Conditioning) -> list[Float[Tensor, "2 batch 4 h w"]]:
             count = len(prompted)

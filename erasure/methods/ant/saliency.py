@@ -1,4 +1,4 @@
-"""Which weights a loss pulls at most: a mask over a UNet's weights from summed gradients, and training under it.
+"""Saliency mask: the weights whose summed gradients of a loss are largest, and training of these alone.
 
 For each prompt and each seed the policy descends the loss for a few updates from the weights that it has. The gradients
 of these updates are added up; a map is the half of each tensor's entries whose sum is largest. The mask is what all
@@ -7,7 +7,7 @@ maps have in common. Source: ANT, see `erasure.methods.ant`.
 
 import random
 from collections.abc import Callable, Generator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -151,15 +151,11 @@ def masked_gradients(policy: DiffusionPolicy, mask: Mapping[str, Bool[Tensor, ".
         if mask[name].shape != parameter.shape:
             expected, got = tuple(parameter.shape), tuple(mask[name].shape)
             raise ValueError(f"the saliency mask of {name} must have shape {expected}, got {got}")
-    handles = [
-        parameter.register_hook(partial(torch.masked_fill, mask=~mask[name].to(parameter.device), value=0.0))
-        for name, parameter in parameters.items()
-    ]
-    try:
+    with ExitStack() as hooks:
+        for name, parameter in parameters.items():
+            outside = ~mask[name].to(parameter.device)
+            hooks.enter_context(parameter.register_hook(partial(torch.masked_fill, mask=outside, value=0.0)))
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def trained(policy: DiffusionPolicy) -> dict[str, Parameter]:

@@ -1,4 +1,4 @@
-"""The two linear systems of MACE: one takes a word's traces out of its neighbours, one makes many updates one.
+"""Closed forms of MACE: least squares that refine keys and values, and that fuse the updates of several phrases.
 
 Both are least squares over token vectors, and both are solved in float64: their condition is 10⁵ and more. Where texts
 leave a direction open, it stays as it was.
@@ -100,8 +100,8 @@ def around(
 def least_squares(target: Float[Tensor, "rows dim"], system: Float[Tensor, "dim dim"]) -> Float[Tensor, "rows dim"]:
     """Returns `target · system⁻¹` for a system that is symmetric and not negative, zero where it has no size."""
     values, vectors = torch.linalg.eigh(system)
-    kept = values > values[-1] * len(values) * torch.finfo(values.dtype).eps
-    values, vectors = values[kept], vectors[:, kept]
+    solvable = values > values[-1] * len(values) * torch.finfo(values.dtype).eps
+    values, vectors = values[solvable], vectors[:, solvable]
     return (target @ vectors / values) @ vectors.T
 
 

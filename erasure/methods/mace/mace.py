@@ -1,4 +1,4 @@
-"""MACE: a concept's words lose their traces in other words, and then the attention that they get in its pictures.
+"""MACE: keys and values are refined in closed form, then a LoRA for each phrase takes attention off it.
 
 Three stages, all on the keys and values W of cross-attention:
 
@@ -27,7 +27,6 @@ from erasure.changes import WeightChange
 from erasure.concept import Concept
 from erasure.descend import DescentConfig, descend
 from erasure.erased import Erasure
-from erasure.estimate import UNetCalls
 from erasure.generated import for_run, generated_latents, in_turns
 from erasure.methods.attention_maps import CrossAttention, layer_shape, recorded_attention
 from erasure.methods.keys_and_values import keys_and_values
@@ -42,7 +41,7 @@ from erasure.phrases import (
     placed,
     template_of,
 )
-from erasure.protocols import ConceptBatch
+from erasure.protocols import ConceptBatch, UNetCalls
 from erasure.strength import check_strength
 from overpaint.policy import ClassifierFree, DiffusionPolicy, LoRAConfig, WeightDelta
 from overpaint.policy.noise import SampleNoise
@@ -82,7 +81,7 @@ PRIOR = tuple(
     )
     for picture in ("a photo of", "a painting of")
 )
-"""Texts whose keys and values stay, beside those that the concept preserves. COCO's captions are not shipped; pass them
+"""Texts whose keys and values stay, with those that the concept preserves. COCO's captions are not shipped; pass them
 as `MACEConfig.prior` where you have them."""
 
 
@@ -98,7 +97,7 @@ class MACEConfig:
     """Prompts of both closed forms, with a place for the phrase."""
 
     prior: tuple[str, ...] = PRIOR
-    """Texts whose keys and values stay, beside those that the concept preserves; those that hold one of its phrases are
+    """Texts whose keys and values stay, with those that the concept preserves; those that hold one of its phrases are
     left out."""
 
     prior_weight: float = Field(7e-7, ge=0)
@@ -392,15 +391,7 @@ def attention_norm(
     height: int,
     width: int,
 ) -> PerSample:
-    """Returns the sum over layers of the Frobenius norm of attention, over all heads, from some pixels to some tokens.
-
-    Args:
-        record: From `recorded_attention`.
-        masks: Pixels of each sample, of any size.
-        tokens: Tokens of each sample.
-        height: Of the latents.
-        width: Of the latents.
-    """
+    """Returns the sum over layers of the Frobenius norm of attention, all heads, from some pixels to some tokens."""
     chosen = {}
     for count in {attention.queries.shape[2] for attention in record.values()}:
         shape = layer_shape(count, height, width)

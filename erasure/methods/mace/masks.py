@@ -1,4 +1,4 @@
-"""Where in pictures a concept is: told by a user's masks, by a user's segmenter, or by cross-attention."""
+"""Concept masks: from a user's files, from a user's segmenter, or from cross-attention."""
 
 from collections.abc import Sequence
 from pathlib import Path

@@ -1,9 +1,10 @@
-"""Erasers: small networks beside a UNet's cross-attentions, as a change that can be kept, carried and applied."""
+"""Adapters on cross-attentions ("erasers"): residual networks that are trained, saved and applied on their own."""
 
 import json
 from collections.abc import Generator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -68,19 +69,13 @@ def recorded_erasers(unet: nn.Module) -> Generator[dict[str, Tensor]]:
     """Within the `with` block, keeps what the erasers gave in the last call of the UNet, by their layers' names."""
     record: dict[str, Tensor] = {}
 
-    def keeping(name: str) -> Any:
-        def keep(module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
-            record[name] = output
+    def note(name: str, module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
+        record[name] = output
 
-        return keep
-
-    erasers = added_networks(unet)
-    hooks = [network.register_forward_hook(keeping(name)) for name, network in erasers.items()]
-    try:
+    with ExitStack() as hooks:
+        for name, network in added_networks(unet).items():
+            hooks.enter_context(network.register_forward_hook(partial(note, name)))
         yield record
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 @change_kind

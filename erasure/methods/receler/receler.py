@@ -1,4 +1,4 @@
-"""Receler: small erasers beside the cross-attentions learn to take a concept away, against words made to bring it back.
+"""Receler: adapters on the cross-attentions unlearn a concept, adversarially against learned soft prompts.
 
 With ε* the original model, x_t on the way to a picture of the concept c, drawn with the erasers as they are:
 
@@ -26,10 +26,9 @@ from torch import Tensor
 from erasure.concept import Concept
 from erasure.descend import DescentConfig, descend
 from erasure.erased import Erasure
-from erasure.estimate import UNetCalls
 from erasure.methods.attention_maps import concept_map, layer_shape, recorded_attention, words_of
 from erasure.phrases import check_words, own_phrases
-from erasure.protocols import ConceptBatch, check_trainable
+from erasure.protocols import ConceptBatch, UNetCalls, check_trainable
 from erasure.rollout import erased_target, noised_latents
 from overpaint.policy import Conditioning, DiffusionPolicy
 from overpaint.policy.added import add_networks, remove_networks
@@ -222,17 +221,7 @@ class Receler:
         wanted: Latents,
         tokens: SoftTokens,
     ) -> SoftTokens:
-        """Returns soft tokens, moved so that the policy predicts what is wanted.
-
-        Args:
-            policy: Under attack.
-            conditioning: The concept's.
-            words: Where the words of each are.
-            latents: Noised.
-            timesteps: Of each sample.
-            wanted: The original model's prediction for the concept.
-            tokens: Where the soft tokens start.
-        """
+        """Returns the soft tokens, moved so that the policy predicts what the original does for the concept."""
         cfg = self.config
         tokens = tokens.detach().clone().requires_grad_()
         adam = torch.optim.Adam([tokens], lr=cfg.token_learning_rate, weight_decay=cfg.token_weight_decay)
@@ -267,14 +256,7 @@ def with_tokens(prompts: Conditioning, words: Bool[Tensor, "batch tokens"], toke
 def outside(
     added: Mapping[str, Tensor], mask: Bool[Tensor, "batch mask_h mask_w"], *, height: int, width: int
 ) -> PerSample:
-    """Returns what erasers add outside of a mask: the mean square there, averaged over the layers.
-
-    Args:
-        added: What each eraser gave, pixels row by row.
-        mask: Where the concept is; taken to each layer's size by `nearest`.
-        height: Of the latents.
-        width: Of the latents.
-    """
+    """Returns what erasers add outside of a mask: the mean square there, averaged over the layers."""
     found = []
     for output in added.values():
         shape = layer_shape(output.shape[1], height, width)

@@ -220,12 +220,7 @@ def start_of(policy: DiffusionPolicy) -> dict[str, Tensor]:
 
 
 def changes(policy: DiffusionPolicy, start: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Returns by how much each watched weight has changed, with gradient to what trains.
-
-    Args:
-        policy: What trains.
-        start: From `start_of`.
-    """
+    """Returns by how much each watched weight has changed since `start_of`, with gradient to what trains."""
     if policy.lora is None:
         return {name: value - start[name] for name, value in watched_weights(policy).items()}
     with torch.autocast(policy.device.type, enabled=False):

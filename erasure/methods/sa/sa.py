@@ -1,4 +1,4 @@
-"""Selective amnesia: the concept's words come to mean other pictures, and the weights that matter elsewhere are held.
+"""Selective amnesia: continual learning that maps the concept's words to other pictures, under a Fisher penalty.
 
 Source: Heng and Soh (2023), https://arxiv.org/abs/2305.10120, written from its equations. The authors' code is
 clear-nus/selective-amnesia, commit b736571 (MIT at its root; its `sd/` folder, which is under OpenRAIL-M, was not
@@ -16,10 +16,9 @@ from torch import Tensor
 
 from erasure.concept import Concept
 from erasure.descend import DescentConfig, erase_by_descent
-from erasure.estimate import UNetCalls
 from erasure.generated import drawn_pictures, in_turns
 from erasure.phrases import check_absent, check_length, check_words, longest
-from erasure.protocols import ConceptBatch, check_trainable
+from erasure.protocols import ConceptBatch, UNetCalls, check_trainable
 from overpaint.policy import DiffusionPolicy
 from overpaint.policy.noise import SampleNoise
 from overpaint.policy.types import Latents, PerSample
@@ -154,7 +153,12 @@ class SA:
         cfg = self.config
         check_trainable(policy, f"erasing {concept.name!r} by SA")
         prompts = (concept.anchor,) if concept.anchor.strip() else cfg.surrogates
-        check_texts(policy, concept, cfg, prompts)
+        check_words(policy, concept)
+        check_absent(concept, prompts, "SAConfig.surrogates")
+        check_absent(concept, cfg.replay, "SAConfig.replay")
+        phrase, surrogate = longest(policy, concept.phrases), longest(policy, prompts)
+        texts = [template.format(concept=phrase, surrogate=surrogate) for template in cfg.templates]
+        check_length(policy, (*texts, *prompts, *cfg.replay), "SA's prompts")
         replayed = max(cfg.images if cfg.replay_weight else 0, cfg.fisher.images if cfg.penalty else 0)
         self._surrogates = prompts, self._draw(policy, "surrogates", prompts, cfg.images)
         self._replay = self._draw(policy, "replay", cfg.replay, replayed) if replayed else None
@@ -225,17 +229,3 @@ class SA:
 def weighted_change(fisher: dict[str, Tensor], changed: dict[str, Tensor]) -> Float[Tensor, ""]:
     """Returns the sum of F (θ - θ*)² over all weights, without a factor of 1/2."""
     return torch.stack([(fisher[name] * change.square()).sum() for name, change in changed.items()]).sum()
-
-
-def check_texts(policy: DiffusionPolicy, concept: Concept, config: SAConfig, surrogates: Sequence[str]) -> None:
-    """Checks every text that the method will ask the policy to encode.
-
-    Raises:
-        ValueError: The tokenizer cuts one off, or a phrase of the concept is in a prompt of a picture.
-    """
-    check_words(policy, concept)
-    check_absent(concept, surrogates, "SAConfig.surrogates")
-    check_absent(concept, config.replay, "SAConfig.replay")
-    phrase, surrogate = longest(policy, concept.phrases), longest(policy, surrogates)
-    texts = [template.format(concept=phrase, surrogate=surrogate) for template in config.templates]
-    check_length(policy, (*texts, *surrogates, *config.replay), "SA's prompts")

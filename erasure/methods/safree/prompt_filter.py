@@ -1,4 +1,4 @@
-"""Words that bring a concept, found in a prompt and taken out of its embedding.
+"""Prompt filter: trigger tokens of a concept are found and projected out of a prompt's embedding.
 
 The part of SAFREE that reads prompts: see `erasure.methods.safree`.
 """

@@ -1,4 +1,4 @@
-"""SAFREE: words that bring a concept are taken out of prompts, without training and without a change of weights.
+"""SAFREE: training-free filtering of prompts, with no change of weights.
 
 Source: Yoon et al. (2024), https://arxiv.org/abs/2410.12761, written from its equations. The authors' code,
 jaehong31/SAFREE at commit b8b2c3f, has no licence: none of it was read for this file; what it computes is known from
