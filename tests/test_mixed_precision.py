@@ -253,7 +253,7 @@ def load(policy: DiffusionPolicy, folder: Path, stack: ExitStack) -> None:
 
 def average(policy: DiffusionPolicy, folder: Path, stack: ExitStack) -> None:
     averages = AveragedWeights(policy.trainable_parameters(), 0.5)
-    averages.load_state_dict({"averages": list(moved(policy).values())})
+    averages.load_state_dict({"averages": list(moved(policy).values()), "updates": 1})
     stack.enter_context(averages.swapped())
 
 

@@ -67,7 +67,7 @@ def test_the_loss_is_that_of_the_equation_in_noise(
     noise, alphas = seen.noise, policy.alphas[seen.timesteps].view(-1, 1, 1, 1)
 
     def noise_for(rows: slice, texts: list[str]) -> torch.Tensor:
-        inputs = (seen.latents[rows], seen.timesteps[rows], policy.encode(texts))
+        inputs = (seen.latents[rows], seen.timesteps[rows], policy.encode(texts).tokens)
         output = policy.unet(*inputs, return_dict=False)[0]
         if prediction == "epsilon":
             return output

@@ -57,7 +57,7 @@ def test_probabilities_are_those_that_lead_to_the_layers_output(tuned: Diffusion
         tuned.predict_noise(latents(), TIMESTEPS, embeddings)
     hook.remove()
     probabilities = record[name].probabilities()
-    values = layer.to_v(embeddings).unflatten(2, (layer.heads, -1)).transpose(1, 2)
+    values = layer.to_v(embeddings.tokens).unflatten(2, (layer.heads, -1)).transpose(1, 2)
     expected = layer.to_out[0]((probabilities @ values).transpose(1, 2).flatten(2))
     torch.testing.assert_close(outputs[0], expected, rtol=0, atol=1e-5)
     torch.testing.assert_close(probabilities.sum(dim=-1), torch.ones(2, layer.heads, 64), rtol=0, atol=1e-5)

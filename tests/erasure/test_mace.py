@@ -191,7 +191,7 @@ def test_the_loss_is_the_attention_on_noised_pictures(
         noise = SampleNoise([seed], height=8, width=8, device=torch.device("cpu")).draw()
         noised = policy.add_noise(latents, noise, torch.tensor([timestep]))
         with recorded_attention(policy.unet) as record:
-            policy.unet(noised, torch.tensor([timestep]), policy.encode([prompt.text]))
+            policy.unet(noised, torch.tensor([timestep]), policy.encode([prompt.text]).tokens)
         tokens = penalised(policy, [prompt])
         alone = attention_norm(record, [pictures.masks[picture]], tokens, height=8, width=8)
         torch.testing.assert_close(losses[index : index + 1], alone.detach(), rtol=1e-4, atol=0)

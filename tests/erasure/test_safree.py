@@ -359,7 +359,7 @@ def test_widest_features_have_the_first_factor_and_the_next_width_the_second(bar
 def test_sample_that_is_not_filtered_is_compared_with_itself(bare: DiffusionPolicy) -> None:
     reattention = Reattention(bare.unet, coarse=0.9, fine=0.2, replace=False)
     latents, timestep = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0)), torch.tensor(500)
-    prompts = bare.encode(["a cat", "striped", "a photo"])
+    prompts = bare.encode(["a cat", "striped", "a photo"]).tokens
     predictions = []
     for active, rows in ((torch.tensor([False]), 3), (None, 2), (torch.tensor([True]), 3)):
         reattention.start(active, branches=2)
@@ -558,7 +558,7 @@ def test_pipeline_is_asked_with_words(bare: DiffusionPolicy) -> None:
     apply(bare)
     pipeline = ddim_pipeline(bare)
     with pytest.raises(ValueError, match="SAFREE reads the words of prompts"):
-        pipeline(prompt_embeds=bare.encode(["a cat"]), negative_prompt_embeds=bare.encode([""]))
+        pipeline(prompt_embeds=bare.encode(["a cat"]).tokens, negative_prompt_embeds=bare.encode([""]).tokens)
     with pytest.raises(ValueError, match="and no clip_skip"):
         plain_images(pipeline, PROMPTS, clip_skip=1)
     with pytest.raises(ValueError, match="guidance has a negative prompt of its own"):
