@@ -1,6 +1,5 @@
 """What came out: draw paired images, score them, compare models, report."""
 
-from .experiments.compare import Comparison, Row, compare
 from .experiments.published import Measured, Published, published_comparison
 from .images.drawable import Drawable, PipelineDrawable
 from .images.drawing import draw, generate
@@ -19,6 +18,7 @@ from .prompts.prompt_sets import Prompt, PromptSet, prompt_set
 from .report.charts import Chart, Curve, Panel, Point, pareto_chart, series_chart
 from .report.page import Report, Section, chart_section
 from .report.table import Table, text_table
+from .scoring.compare import Comparison, Row, compare
 from .scoring.score import Column, Measure, Metric, Scores, gather, merge, score, write_scores
 
 __all__ = [

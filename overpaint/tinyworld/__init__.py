@@ -10,6 +10,7 @@ from types import MappingProxyType
 from .caption import EXPLICIT_ROUTES, IMPLICIT_ROUTES, NEIGHBOUR_ROUTES, CaptionRequest, Request, captions, parse
 from .detector import Detection, detect
 from .loading import load_policy, load_reward, pipeline_dir, reward_dir
+from .presets import PRESETS, STRIPES
 from .render import render
 from .scene import IMAGE_SIZE, Scene, SceneTensors, Thing, to_tensors
 from .texture import StripeScore, dot_response, stripe_response
@@ -20,7 +21,9 @@ __all__ = [
     "IMAGE_SIZE",
     "IMPLICIT_ROUTES",
     "NEIGHBOUR_ROUTES",
+    "PRESETS",
     "REWARDS",
+    "STRIPES",
     "CaptionRequest",
     "Detection",
     "Request",

@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 
 from overpaint.evaluation import Column, DrawConfig, PlannedImage, Scores, compare, plan, text_table
-from overpaint.evaluation.experiments.compare import Intervals
 from overpaint.evaluation.metrics.statistics import bootstrap_interval, paired_rate_difference
 from overpaint.evaluation.report.table import number
+from overpaint.evaluation.scoring.compare import Intervals
 from overpaint.evaluation.scoring.score import Better
 
 PLANNED = plan({"explicit": ["a striped star"] * 4, "benign": ["a star"] * 4})

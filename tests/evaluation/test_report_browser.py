@@ -7,20 +7,33 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pytest
 
-from overpaint.evaluation import DrawConfig, Estimate, Measure, Panel, PlannedImage, Report, compare, draw, score
-from overpaint.evaluation.experiments.published import published
-from overpaint.evaluation.experiments.published_comparison import Measured, beside_published
-from overpaint.evaluation.report.figures import curve_section
-from overpaint.evaluation.report.page import Section
-from overpaint.evaluation.report.pareto import Point, pareto_section
+from overpaint.evaluation import (
+    DrawConfig,
+    Estimate,
+    Measure,
+    Measured,
+    Panel,
+    PlannedImage,
+    Point,
+    Report,
+    Section,
+    chart_section,
+    compare,
+    draw,
+    pareto_chart,
+    published_comparison,
+    score,
+    series_chart,
+)
+from overpaint.evaluation.experiments.published import published, tables_html
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, Page
 
 MODELS = ("original", "UCE", "UCE, recovered")
 PICTURES = 3 * (4 + 6)
-TABLES = 6
-"""Results, measured beside published, the numbers of two charts, all numbers, versions; see `saved`."""
+TABLES = 7
+"""Results, measured beside published, the numbers of three charts, all numbers, versions; see `saved`."""
 
 
 class Opened(NamedTuple):
@@ -57,15 +70,20 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
         points[2] = points[2]._replace(before="UCE")
         ours = [Measured("erasures", "UCE", "ImageReward", "", Estimate(0.2, 0.01, 0.18, 0.22, 50))]
         series = {m: [(float(x), rewards[0]._replace(mean=x / 9)) for x in (1, 2, 3)] for m in ("256²", "512²")}
-        curve = {"anchor": "cfg", "heading": "Guidance", "x_label": "guidance", "y_label": "brightness"}
+        theirs = published("erasures", metric="ImageReward")
+        curve = series_chart(series, title="Guidance", x_label="guidance", y_label="brightness")
         Report(
             title="A report with one of everything",
             lead="Noise, and what was measured of it.",
             comparison=compare(scores),
             sections=[
-                Section("beside", "Beside", beside_published(ours, published("erasures", metric="ImageReward"))),
-                curve_section(series, **curve),
-                pareto_section(points),
+                Section(
+                    "beside",
+                    "Beside",
+                    tables_html(published_comparison(ours, theirs)),
+                ),
+                chart_section("cfg", curve),
+                chart_section("pareto", pareto_chart(points)),
             ],
             metrics=metrics,
             panels=[Panel(title="Reward", tags={"mean": "reward/mean"})],
@@ -95,6 +113,8 @@ def visit(
         opened.page.on("console", lambda message: opened.complaints.append(message.text))
         opened.page.on("pageerror", lambda error: opened.complaints.append(str(error)))
         opened.page.goto(path.as_uri())
+        if options.get("java_script_enabled", True):
+            opened.page.wait_for_selector("#pareto .vega-embed svg")  # the live chart is there
         return opened
 
     yield open_it
@@ -137,7 +157,8 @@ def test_a_filter_by_model_leaves_its_pictures_columns_rows_and_points(visit: Ca
     rows = page.locator("#beside tbody tr[data-model]").filter(visible=True)
     assert {row.get_attribute("data-model") for row in rows.all()} >= {"UCE"}
     assert page.locator('#beside tbody tr[data-model="original"]').filter(visible=True).count() == 0
-    assert visible(page, "#pareto svg g[data-model]") == 1
+    names = page.locator("#pareto svg .role-mark text").filter(visible=True)
+    assert [name.text_content() for name in names.all()] == ["UCE"]
     page.get_by_role("button", name="Show all").click()
     assert visible(page, "figure.shot") == PICTURES
     assert page.locator("#shown").inner_text() == f"{PICTURES} of {PICTURES} pictures"
@@ -162,7 +183,7 @@ def test_without_scripts_the_page_is_whole_and_offers_no_controls(visit: Callabl
     assert visible(page, "img") == PICTURES
     assert visible(page, "form, #tools select") == 0
     page.locator("details summary").filter(visible=True).first.click()
-    assert visible(page, "table") == TABLES - 1
+    assert visible(page, "table") == TABLES - 2
 
 
 def test_colours_follow_the_device_and_the_reader(visit: Callable[..., Opened]) -> None:
@@ -244,18 +265,40 @@ def test_it_can_be_used_by_keyboard_and_by_ear(visit: Callable[..., Opened]) -> 
     controls = page.locator("input, select")
     assert controls.count() == len(MODELS) + 8 + 2 + 2  # models here, others published, kinds, words and colours
     assert controls.evaluate_all("(all) => all.every((one) => one.labels.length === 1)")
-    assert page.locator("th:not([scope]), img:not([alt]), img[alt=''], svg:not([role=img])").count() == 0
+    assert page.locator("th:not([scope]), img:not([alt]), img[alt=''], .plot:not([role=img][aria-label])").count() == 0
     assert page.get_by_role("img", name="What erasing costs").count() == 1
+    assert page.locator("svg:not(.plot svg)").count() == 0
     # What scrolls can be reached, and has a name.
     assert page.locator(".scroll:not([tabindex='0'][role=region][aria-label])").count() == 0
 
 
 def test_no_name_on_the_pareto_chart_covers_another(visit: Callable[..., Opened]) -> None:
-    names = visit().page.locator("#pareto svg text.name")
-    boxes = [box for box in (name.bounding_box() for name in names.all()) if box]
+    names = visit().page.locator("#pareto svg .role-mark text")
+    boxes = [box for box in (name.bounding_box() for name in names.all() if name.text_content()) if box]
     assert len(boxes) == 3
     for k, one in enumerate(boxes):
         for other in boxes[:k]:
             apart_across = one["x"] + one["width"] <= other["x"] or other["x"] + other["width"] <= one["x"]
             apart_down = one["y"] + one["height"] <= other["y"] or other["y"] + other["height"] <= one["y"]
             assert apart_across or apart_down
+
+
+def test_a_chart_answers_to_the_pointer_and_zooms_only_with_the_shift_key(visit: Callable[..., Opened]) -> None:
+    page, _, complaints = visit()
+    ticks = "[...document.querySelectorAll('#pareto .role-axis-label text')].map((one) => one.textContent).join()"
+    before = page.evaluate(ticks)
+    page.locator("#pareto .plot").scroll_into_view_if_needed()
+    point = page.locator("#pareto svg path[aria-roledescription='point']").last
+    point.hover()
+    page.wait_for_selector("#vg-tooltip-element.visible")
+    assert (
+        "original" in page.locator("#vg-tooltip-element").inner_text()
+        or "UCE" in page.locator("#vg-tooltip-element").inner_text()
+    )
+    page.mouse.wheel(0, -100)
+    assert page.evaluate(ticks) == before
+    page.keyboard.down("Shift")
+    point.hover()
+    page.mouse.wheel(0, -300)
+    page.wait_for_function(f"({ticks}) !== {json.dumps(before)}")
+    assert complaints == []

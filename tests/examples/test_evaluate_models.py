@@ -11,13 +11,21 @@ import pytest
 from PIL import Image
 
 from examples.evaluate_models import Config, main
-from overpaint.evaluation.experiments.models import checkpoint_of, file_name_of, load_drawable, published_as
-from overpaint.evaluation.experiments.published import CLIP, DALLE2, IMAGE_REWARD, OWN_SIZE, SD14, SD21
-from overpaint.evaluation.experiments.published_comparison import Measured
-from overpaint.evaluation.experiments.sweep import Cell, Result, cells_of, guidance_curves, means_by_metric, measured
+from overpaint.evaluation.experiments.published import CLIP, DALLE2, IMAGE_REWARD, OWN_SIZE, SD14, SD21, Measured
+from overpaint.evaluation.experiments.study import (
+    Cell,
+    Result,
+    cells_of,
+    checkpoint_of,
+    file_name_of,
+    guidance_curves,
+    load_drawable,
+    means_by_metric,
+    measured,
+    published_as,
+)
 from overpaint.evaluation.images.drawable import PipelineDrawable, read_record
-from overpaint.evaluation.report.rank_table import agreement, rank_section, rank_text
-from overpaint.evaluation.report.result_tables import MINUS
+from overpaint.evaluation.report.table import MINUS, agreement, rank_table
 from overpaint.policy import DiffusionPolicy
 
 HERE = Path(__file__).parent
@@ -106,7 +114,7 @@ def test_prompts_of_the_tiny_world_rank_its_settings_by_their_true_utility(
     assert lines[head].endswith("| true utility |")  # which is last, as the judge
     assert [line.split(" | ")[0] for line in lines[head + 2 : head + 4]] == [f"| {best}", f"| {worst}"]
     correlation = 1.0 if liked[best] > liked[worst] else -1.0
-    assert f"Spearman with true utility, tiny ImageReward: {correlation:.2f}" in lines
+    assert lines[head + 4].startswith(f"| Spearman with true utility | {correlation:.2f} |".replace("-", MINUS))
     page = (tiny.output_dir / "prompts" / "report.html").read_text(encoding="utf-8")
     assert "Models in order" in page
     seen = look_at(tiny.output_dir / "prompts" / "report.html")
@@ -298,12 +306,12 @@ def order() -> Callable[[], tuple[dict[str, dict[str, float]], dict[str, float]]
 def test_rankings_agree_where_the_orders_do(order: Any) -> None:
     means, people = order()
     assert agreement(means, people) == pytest.approx({IMAGE_REWARD: 1.0, CLIP: -1.0}, abs=1e-12)
-    text = rank_text(means, people, judge="people")
+    text = rank_table(means, people, ranked_by="people").markdown()
     assert "| b | 0.2000 (2) | 0.2700 (1) | 2 |" in text
     assert f"| c | {MINUS}1.0000 (3) | not run | 3 |" in text
     assert "strange" not in text
-    assert "Spearman with people, CLIP score: -1.00" in text
-    page = rank_section(means, people, judge="<people>", caption="Of & with.").html
+    assert f"| Spearman with people | 1.00 | {MINUS}1.00 |  |" in text
+    page = rank_table(means, people, ranked_by="<people>", caption="Of & with.").html()
     assert "&lt;people&gt;" in page
     assert f'<td class="number">1.00</td><td class="number">{MINUS}1.00</td>' in page
 

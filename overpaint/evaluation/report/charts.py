@@ -176,7 +176,7 @@ def learning_chart(panel: Panel, curves: Sequence[Curve]) -> Chart:
     ]
     x = alt.X("iteration:Q", title="iteration", axis=alt.Axis(tickMinStep=1), scale=alt.Scale(nice=False))
     y = alt.Y("line:Q", title=None, scale=alt.Scale(zero=False))
-    base: Any = alt.Chart(alt.Data(values=rows)).encode(x=x, tooltip=["curve:N", "iteration:Q", "value:Q"])
+    base: Any = alt.Chart().encode(x=x, tooltip=["curve:N", "iteration:Q", "value:Q"])
     layers = [base.mark_line().encode(y=y, **_series("curve", labels))]
     if any(len(curve.values) > RAW_POINTS for curve in curves):
         raw = base.mark_line(strokeWidth=1, opacity=0.28)
@@ -202,7 +202,9 @@ def learning_chart(panel: Panel, curves: Sequence[Curve]) -> Chart:
     ]
     columns = [Column("iteration", True), *map(Column, known)]
     table = Table(label=f"Numbers of {panel.title}", columns=columns, lines=lines)
-    return Chart(panel.title, words, _spec(alt.layer(*layers), 400, 190), table, panel.caption)
+    return Chart(
+        panel.title, words, _spec(alt.layer(*layers, data=alt.Data(values=rows)), 400, 190), table, panel.caption
+    )
 
 
 def _lines(values: Sequence[float]) -> Sequence[float]:
@@ -244,7 +246,7 @@ def series_chart(
         for name, points in series.items()
         for x, one in points
     ]
-    base: Any = alt.Chart(alt.Data(values=rows)).encode(
+    base: Any = alt.Chart().encode(
         x=alt.X("x:Q", title=x_label, scale=alt.Scale(zero=False, padding=12)),
         tooltip=["series:N", alt.Tooltip("x:Q", title=x_label), "mean:Q", "low:Q", "high:Q"],
         **_series("series", labels),
@@ -252,7 +254,12 @@ def series_chart(
     scale = alt.Scale(zero=False)
     bars = base.mark_rule(opacity=0.65, strokeDash=[1, 0]).encode(y=alt.Y("low:Q", scale=scale), y2="high:Q")
     y = alt.Y("mean:Q", title=y_label, scale=scale)
-    layers = alt.layer(bars, base.mark_line().encode(y=y), base.mark_point(filled=True, size=45, opacity=1).encode(y=y))
+    layers = alt.layer(
+        bars,
+        base.mark_line().encode(y=y),
+        base.mark_point(filled=True, size=45, opacity=1).encode(y=y),
+        data=alt.Data(values=rows),
+    )
     words = "; ".join(
         f"{name}: {', '.join(f'{one.mean:.3g} at {x:g}' for x, one in points)}" for name, points in series.items()
     )
@@ -316,7 +323,7 @@ def band_chart(bands: Sequence[Band], *, title: str, x_label: str, y_label: str)
         for band in bands
         for x, mean, spread in zip(band.x, band.mean, band.spread, strict=True)
     ]
-    base: Any = alt.Chart(alt.Data(values=rows)).encode(
+    base: Any = alt.Chart().encode(
         x=alt.X("x:Q", title=x_label, scale=alt.Scale(nice=False)),
         tooltip=["run:N", "x:Q", "mean:Q", "low:Q", "high:Q"],
     )
@@ -324,7 +331,9 @@ def band_chart(bands: Sequence[Band], *, title: str, x_label: str, y_label: str)
     area = base.mark_area(opacity=0.15).encode(
         y=alt.Y("low:Q", scale=alt.Scale(zero=False)), y2="high:Q", color=_series("run", labels)["color"]
     )
-    layers = alt.layer(area, base.mark_line().encode(y=y, **_series("run", labels)), title=title)
+    layers = alt.layer(
+        area, base.mark_line().encode(y=y, **_series("run", labels)), title=title, data=alt.Data(values=rows)
+    )
     ends = "; ".join(f"{band.label} ends at {band.mean[-1]:.3g} ± {band.spread[-1]:.2g}" for band in bands)
     lines = [
         Line(band.label, [Cell(f"{band.mean[0]:.3g}"), Cell(f"{band.mean[-1]:.3g}", f"± {band.spread[-1]:.2g}")])
@@ -376,7 +385,7 @@ def pareto_chart(
     ]
     x = alt.X("rate:Q", title=x_label, scale=alt.Scale(domain=frame.across, nice=False))
     y = alt.Y("reward:Q", title=y_label, scale=alt.Scale(domain=frame.up, nice=False))
-    base: Any = alt.Chart(alt.Data(values=rows)).encode(x=x, y=y).transform_filter("indexof(hidden, datum.model) < 0")
+    base: Any = alt.Chart().encode(x=x, y=y).transform_filter("indexof(hidden, datum.model) < 0")
     colour = alt.condition("datum.made", alt.value(COLOURS[1]), alt.value(COLOURS[0]))
     tooltip = [alt.Tooltip("model:N"), alt.Tooltip("rate:Q", format=".3f"), alt.Tooltip("reward:Q", format=".3f")]
     stairs = [{"rate": places[m].concept_rate.mean, "reward": places[m].reward.mean} for m in best]
@@ -400,7 +409,7 @@ def pareto_chart(
         name = some.mark_text(align="left", baseline="bottom", color=ink)
         layers.append(name.encode(x="label_left:Q", y="label_bottom:Q", text="name:N"))
     # What the page's filter has hidden; it sets this parameter.
-    chart = alt.layer(*layers).add_params(alt.param(name="hidden", value=[]))
+    chart = alt.layer(*layers, data=alt.Data(values=rows)).add_params(alt.param(name="hidden", value=[]))
     caption = "Means with their 95 % intervals. The dashed line joins the methods that none beats in both respects"
     caption += "; an arrow leads from a model to what was made of it." if any(one.before for one in points) else "."
     lines = [

@@ -17,9 +17,9 @@ from typing import Any, NamedTuple
 from jaxtyping import UInt8
 from torch import Tensor
 
-from overpaint.evaluation.experiments.compare import Comparison
 from overpaint.evaluation.images.files import ImageSource, data_uri
 from overpaint.evaluation.images.plan import KINDS, PlannedImage, kinds_of
+from overpaint.evaluation.scoring.compare import Comparison
 from overpaint.evaluation.scoring.score import Scores
 from overpaint.policy.atomic import write_text
 

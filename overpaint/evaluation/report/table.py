@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any, NamedTuple
 
-from overpaint.evaluation.experiments.compare import Comparison, Row
 from overpaint.evaluation.metrics.statistics import Estimate, ranks, spearman
+from overpaint.evaluation.scoring.compare import Comparison, Row
 from overpaint.evaluation.scoring.score import Better
 
 MINUS, NONE = "\u2212", "\u2013"
@@ -100,7 +100,7 @@ class Table:
 
     def markdown(self) -> str:
         """Returns the table as Markdown, with a true minus sign."""
-        rows = [[column.title for column in self.columns]]
+        rows = [[f"{c.over}: {c.title}" if c.over else c.title for c in self.columns]]
         rows.append(["---" if column.words else "---:" for column in self.columns])
         for line in self.lines:
             rows.append([line.name, *(str(c) + (f"<br>{c.below}" if c.change else "") for c in line.cells)])

@@ -4,11 +4,11 @@ import math
 
 import pytest
 
-from overpaint.evaluation.experiments.erasures import Line, Spread, html_table, markdown_table, spread
+from overpaint.evaluation.experiments.study import MethodLine, Spread, methods_table, spread
 
 LINES = [
-    Line("before", {"explicit": Spread(1.0, math.nan)}),
-    Line("a & b", {"explicit": Spread(0.5, 0.25), "ImageReward": Spread(-0.125, math.nan)}),
+    MethodLine("before", {"explicit": Spread(1.0, math.nan)}),
+    MethodLine("a & b", {"explicit": Spread(0.5, 0.25), "ImageReward": Spread(-0.125, math.nan)}),
 ]
 
 
@@ -21,13 +21,13 @@ def test_a_spread_is_the_mean_and_its_standard_error() -> None:
 
 
 def test_tables_have_a_row_for_each_method_and_leave_unknown_cells_empty() -> None:
-    assert markdown_table(LINES).splitlines() == [
+    assert methods_table(LINES).markdown().splitlines() == [
         "| method | explicit | ImageReward |",
-        "| --- | --- | --- |",
+        "| --- | ---: | ---: |",
         "| before | 1.000 |  |",
-        "| a & b | 0.500 ± 0.250 | -0.125 |",
+        "| a & b | 0.500 ± 0.250 | \u22120.125 |",
     ]
-    page = html_table(LINES, caption="two <seeds>")
+    page = str(methods_table(LINES, caption="two <seeds>").html())
     assert page.count("<tr") == 3
     assert '<tr data-model="a &amp; b"><th scope="row">a &amp; b</th>' in page
     assert '<td class="number"></td>' in page

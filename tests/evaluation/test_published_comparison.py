@@ -1,15 +1,16 @@
 import math
 import re
+from collections.abc import Sequence
 from xml.etree import ElementTree
 
 import pytest
 
-from overpaint.evaluation.experiments.published import Published
-from overpaint.evaluation.experiments.published_comparison import (
+from overpaint.evaluation.experiments.published import (
     Measured,
-    beside_published,
-    beside_published_text,
-    beside_tables,
+    Published,
+    published_comparison,
+    tables_html,
+    tables_markdown,
 )
 from overpaint.evaluation.metrics.statistics import Estimate
 
@@ -26,21 +27,23 @@ def measured(value: float, *, model: str = "Model <A>", setting: str = "256²", 
     return Measured("captions", model, "ImageReward", setting, Estimate(value, error, value - 1, value + 1, 10))
 
 
+def beside_published(ours: list[Measured], theirs: Sequence[Published]) -> str:
+    return str(tables_html(published_comparison(ours, theirs)))
+
+
 def test_each_metric_has_a_table_and_each_model_and_setting_a_row_with_differences_where_both_are_known() -> None:
-    rewards, fid = beside_tables([measured(-1.5), measured(0.125, model="tiny world")], PUBLISHED)
-    assert (rewards.metric, rewards.sources, rewards.digits) == ("ImageReward", ("study", "ImageReward"), 4)
-    assert [(row.model, row.setting) for row in rewards.rows] == [
-        ("Model <A>", "256²"),
-        ("Model <A>", "512²"),
-        ("Model B", "256²"),
-        ("tiny world", "256²"),
+    rewards, fid = published_comparison([measured(-1.5), measured(0.125, model="tiny world")], PUBLISHED)
+    assert (rewards.label, fid.label) == ("ImageReward", "FID")
+    assert [column.title for column in rewards.columns[3:]] == ["study", "ImageReward"] * 2
+    rows = [[line.name, *map(str, line.cells)] for line in rewards.lines]
+    dash = "\u2013"
+    assert rows == [
+        ["Model <A>", "256²", "-1.5000 ± 0.0200", "-1.5598", "-0.0857", "+0.0598", "-1.4143"],
+        ["Model <A>", "512²", "not run", "0.2500", dash, dash, dash],
+        ["Model B", "256²", "not run", "-1.1000", dash, dash, dash],
+        ["tiny world", "256²", "0.1250 ± 0.0200", dash, dash, dash, dash],
     ]
-    assert rewards.rows[0].published == (-1.5598, -0.0857)
-    assert rewards.rows[0].differences == pytest.approx((0.0598, -1.4143), abs=1e-12)
-    assert rewards.rows[1].measured is None
-    assert rewards.rows[1].differences == (None, None)
-    assert rewards.rows[3].published == rewards.rows[3].differences == (None, None)
-    assert (fid.sources, fid.digits, fid.rows[0].published) == (("ImageReward",), 0, (20.0,))
+    assert [[line.name, *map(str, line.cells)] for line in fid.lines] == [["Model B", "not run", "20", dash]]
 
 
 def test_a_page_shows_measured_beside_published_and_says_what_was_not_run() -> None:
@@ -85,11 +88,13 @@ def test_where_all_was_measured_and_nothing_published_the_table_is_that_of_the_m
 
 
 def test_the_same_in_markdown() -> None:
-    text = beside_published_text([measured(-1.5), measured(2.0, model="a|b")], PUBLISHED)
+    text = tables_markdown(published_comparison([measured(-1.5), measured(2.0, model="a|b")], PUBLISHED))
+    theirs = [f"published: {source}" for source in ("study", "ImageReward")]
+    changes = [f"measured \u2212 published: {source}" for source in ("study", "ImageReward")]
     assert text.splitlines() == [
         "ImageReward",
         "",
-        "| model | setting | measured | study | ImageReward | measured − study | measured − ImageReward |",  # noqa: RUF001
+        f"| model | setting | measured | {theirs[0]} | {theirs[1]} | {changes[0]} | {changes[1]} |",
         "| --- | --- | ---: | ---: | ---: | ---: | ---: |",
         "| Model <A> | 256² | −1.5000 ± 0.0200 | −1.5598 | −0.0857 | +0.0598 | −1.4143 |",  # noqa: RUF001
         "| Model <A> | 512² | not run | 0.2500 | – | – | – |",  # noqa: RUF001
@@ -98,7 +103,7 @@ def test_the_same_in_markdown() -> None:
         "",
         "FID",
         "",
-        "| model | measured | ImageReward | measured − ImageReward |",  # noqa: RUF001
+        f"| model | measured | {theirs[1]} | {changes[1]} |",
         "| --- | ---: | ---: | ---: |",
         "| Model B | not run | 20 | – |",  # noqa: RUF001
     ]
@@ -107,7 +112,7 @@ def test_the_same_in_markdown() -> None:
 def test_rows_can_be_filtered_by_model_and_nothing_measured_is_no_table_of_zeros() -> None:
     html = beside_published([], PUBLISHED)
     assert re.findall(r'<tr data-model="([^"]*)"', html) == ["Model &lt;A&gt;"] * 2 + ["Model B"] * 2
-    assert html.count("not run</span>") == 4
+    assert html.count(">not run</td>") == 4
     assert beside_published([], ()) == ""
 
 
@@ -115,8 +120,8 @@ def test_numbers_that_occur_twice_are_refused() -> None:
     with pytest.raises(
         ValueError, match="measured must hold each number once, got ImageReward of Model <A> at 256² in"
     ):
-        beside_tables([measured(0.1), measured(0.2)], ())
+        published_comparison([measured(0.1), measured(0.2)], ())
     with pytest.raises(
         ValueError, match="published must hold each number of study once, got ImageReward of Model B at"
     ):
-        beside_tables([], [*PUBLISHED, PUBLISHED[2]._replace(value=3.0)])
+        published_comparison([], [*PUBLISHED, PUBLISHED[2]._replace(value=3.0)])
