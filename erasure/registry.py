@@ -4,7 +4,7 @@ import inspect
 from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, runtime_checkable
 
 from overpaint.policy import DiffusionPolicy
 
@@ -33,6 +33,9 @@ class ErasureMethod(Protocol):
         """Computes the erasure of a concept, without changing the policy."""
         ...
 
+
+MethodName = Literal["sld", "safree", "uce", "mace", "esd", "ac", "sa", "receler", "ant"]
+"""The names of `METHODS`, for the type of a setting."""
 
 METHODS = MappingProxyType(
     {method.name.lower(): method for method in (SLD, SAFREE, UCE, MACE, ESD, AC, SA, Receler, ANT)}

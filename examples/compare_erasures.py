@@ -13,10 +13,10 @@ import json
 import time
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from multiprocessing import get_context
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, get_args
 
 import refl_erase_nudity
 import torch
@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from erasure import Erasure
 from erasure.cache import claim
-from erasure.registry import METHODS, erase, method_named
+from erasure.registry import MethodName, erase, method_named
 from overpaint.evaluation import DrawConfig, ImageFolder, Report, Scores, compare, write_folder
 from overpaint.evaluation.experiments.experiment import TINY_WORLD, Experiment, command_line, evaluate, experiment
 from overpaint.evaluation.experiments.published import (
@@ -41,6 +41,7 @@ from overpaint.evaluation.report.charts import Point, pareto_chart
 from overpaint.evaluation.report.page import Section, chart_section
 from overpaint.policy import LoRAConfig
 from overpaint.policy.atomic import write_text
+from overpaint.settings import AnyPath, Distinct, Field, settings
 from overpaint.tinyworld.presets import PRESETS
 
 BEFORE = "before"
@@ -48,31 +49,30 @@ COCO = "coco-30k"
 """What the published values of Stable Diffusion v1.4 are of."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@settings
 class Config:
     """What is compared, and how finely."""
 
-    methods: tuple[str, ...] = tuple(METHODS)
+    methods: Distinct[MethodName] = Field(get_args(MethodName), min_length=1)
     """Names of methods."""
 
     policy: str = TINY_WORLD
     """The tiny world, or a folder or hub id of a Stable Diffusion."""
 
     captions: str | None = None
-    """Benign prompts: a set of `overpaint.evaluation.prompts`, or a file; None is coco-30k, as in what is
-    published, or
+    """Benign prompts: a set of `overpaint.evaluation.prompts`, or a file; None is coco-30k, as in what is published, or
     captions of the tiny world."""
 
-    prompts_file: Path | None = None
+    prompts_file: AnyPath | None = None
     """JSON with prompts by kind, in place of the project's own; its benign ones count where there are no captions."""
 
-    seeds: tuple[int, ...] = (0, 1, 2)
+    seeds: Distinct[int] = Field((0, 1, 2), min_length=1)
     """Of training, prompts and pictures; each method runs once for each."""
 
-    prompts_per_kind: int = 200
+    prompts_per_kind: int = Field(200, ge=1)
     """Prompts of each kind."""
 
-    evaluation_steps: int = 20
+    evaluation_steps: int = Field(20, ge=1)
     """Denoising steps of the pictures."""
 
     guidance_scale: float = 3.0
@@ -81,25 +81,17 @@ class Config:
     recover: bool = True
     """Whether the reward of each erased model is won back, with the first seed."""
 
-    recovery_iterations: int = 80
+    recovery_iterations: int = Field(80, ge=1)
     """ReFL iterations of the recovery."""
 
-    workers: int = 2
+    workers: int = Field(2, ge=1)
     """Processes that work at a time, with one thread each; 1 on a GPU."""
 
-    output_dir: Path = Path("runs/compare_erasures")
+    output_dir: AnyPath = Path("runs/compare_erasures")
     """Where everything is kept."""
 
     def __post_init__(self) -> None:
-        """Checks names and numbers before any work is done."""
-        for name in self.methods:
-            if name not in METHODS:
-                raise ValueError(f"methods must be among {', '.join(METHODS)}, got {name!r}")
-        for name in ("methods", "seeds"):
-            if not getattr(self, name) or len(set(getattr(self, name))) < len(getattr(self, name)):
-                raise ValueError(f"{name} must hold at least one, each once, got {getattr(self, name)}")
-        if self.workers < 1:
-            raise ValueError(f"workers must be at least 1, got {self.workers}")
+        """Fills in the captions that fit the model."""
         if self.captions is None and self.prompts_file is None and self.policy != TINY_WORLD:
             object.__setattr__(self, "captions", COCO)
 
@@ -156,8 +148,8 @@ def work(cell: Cell, config: Config) -> Cell:
         )
         refl_erase_nudity.recover(recovery, policy, task, progress=False)
     elif cell.method != BEFORE:
-        settings = PRESETS.get(cell.method) if config.policy == TINY_WORLD else None
-        method = method_named(cell.method, settings, seed=cell.seed)
+        preset = PRESETS.get(cell.method) if config.policy == TINY_WORLD else None
+        method = method_named(cell.method, preset, seed=cell.seed)
         training = folder / "training"
         erasure = erase(method, policy, task.concept, output_dir=training, resume=training.exists(), progress=False)
         erasure.save(folder / "erasure")

@@ -9,7 +9,7 @@ again. The curves, mean and standard deviation over the seeds on held-out prompt
 
 import json
 import math
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import ddpo_finetune
@@ -17,12 +17,13 @@ import tyro
 
 from overpaint.evaluation.experiments.experiment import TaskName
 from overpaint.evaluation.report.charts import Band, band_chart, band_of, svg
+from overpaint.settings import AnyPath, Distinct, Field, settings
 from overpaint.training import read_metrics
 
-REWARD, JUDGE = "reward/validation", "reward/held_out"
+REWARD, HELD_OUT = "reward/validation", "reward/held_out"
 
 
-@dataclass(frozen=True, kw_only=True)
+@settings
 class Config:
     """Which runs are compared."""
 
@@ -32,16 +33,16 @@ class Config:
     policy: str = ddpo_finetune.TINY_WORLD
     """The tiny world, or a folder or hub id of a Stable Diffusion."""
 
-    algorithms: tuple[ddpo_finetune.Algorithm, ...] = ("ddpo-is", "ddpo-sf", "rwr", "rwr-sparse")
+    algorithms: Distinct[ddpo_finetune.Algorithm] = ("ddpo-is", "ddpo-sf", "rwr", "rwr-sparse")
     """What is compared."""
 
-    seeds: tuple[int, ...] = (0, 1, 2)
+    seeds: Distinct[int] = Field((0, 1, 2), min_length=1)
     """One run of each algorithm for each."""
 
-    queries: int = 1920
-    """Images that each run may have graded for training."""
+    queries: int = Field(1920, ge=1)
+    """Images that each run may score for training."""
 
-    output_dir: Path = Path("runs/ddpo_compare")
+    output_dir: AnyPath = Path("runs/ddpo_compare")
     """Folder of the folders of the runs."""
 
     def run(self, algorithm: ddpo_finetune.Algorithm, seed: int) -> ddpo_finetune.Config:
@@ -54,8 +55,8 @@ class Config:
             output_dir=self.output_dir / self.task / f"{algorithm}-{seed}",
             resume=True,
         )
-        settings = ddpo_finetune.settings_of(whole)
-        return replace(whole, rounds=max(1, self.queries // settings.samples_per_round))
+        per_round = ddpo_finetune.settings_of(whole).samples_per_round
+        return replace(whole, rounds=max(1, self.queries // per_round))
 
 
 def points(folder: Path, tag: str, queries_per_round: int) -> list[tuple[float, float]]:
@@ -66,7 +67,7 @@ def points(folder: Path, tag: str, queries_per_round: int) -> list[tuple[float, 
 
 def main(config: Config) -> dict[str, dict[str, Band]]:
     """Makes the runs that are missing, prints the table, and draws the curves."""
-    bands: dict[str, dict[str, Band]] = {REWARD: {}, JUDGE: {}}
+    bands: dict[str, dict[str, Band]] = {REWARD: {}, HELD_OUT: {}}
     for algorithm in config.algorithms:
         runs = [config.run(algorithm, seed) for seed in config.seeds]
         for run in runs:
@@ -77,7 +78,7 @@ def main(config: Config) -> dict[str, dict[str, Band]]:
             found[algorithm] = band_of(algorithm, [points(run.output_dir, tag, per_round) for run in runs])
     folder = config.output_dir / config.task
     count = len(config.seeds)
-    for tag, what in ((REWARD, config.task), (JUDGE, "judge")):
+    for tag, what in ((REWARD, config.task), (HELD_OUT, "held-out reward")):
         print(f"\n{what} on held-out prompts, {count} seeds, {config.queries} reward queries:")
         for name, band in bands[tag].items():
             error = band.spread[-1] / math.sqrt(count)

@@ -4,14 +4,14 @@
     accelerate launch examples/ddpo_finetune.py --task compressibility --algorithm rwr
     accelerate launch examples/ddpo_finetune.py --policy CompVis/stable-diffusion-v1-4 --task incompressibility
 
-By default the tiny world's ImageReward is raised for pictures drawn in four steps, with its true utility as the judge
-that is not trained on. Prompts that were not trained on are drawn before and after. With ``--erased --constrained``
+By default the tiny world's ImageReward is raised for pictures drawn in four steps, with its true utility held out,
+which is not trained on. Prompts that were not trained on are drawn before and after. With ``--erased --constrained``
 the policy begins with stripes erased by UCE, and a detector that gives no gradient keeps them out meanwhile.
 """
 
-import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -19,22 +19,19 @@ import tyro
 
 from ddpo import DDPOConfig, DDPOTrainer, RWRConfig, RWRTrainer
 from erasure import UCE, ImageConstraint, Lagrangian, LagrangianConfig, ScoreCeiling
-from overpaint.evaluation import (
-    DrawConfig,
-    Measure,
-    Panel,
-    Report,
-    compare,
-    draw,
-    gather,
-    plan,
-    score,
-    shard,
-    text_table,
+from overpaint.evaluation import DrawConfig, Measure, Panel
+from overpaint.evaluation.experiments.experiment import (
+    TINY_WORLD,
+    Task,
+    TaskName,
+    animal_task,
+    draw_and_score,
+    tiny_task,
+    write_results,
 )
-from overpaint.evaluation.experiments.experiment import TINY_WORLD, Task, TaskName, animal_task, command_line, tiny_task
 from overpaint.policy import DiffusionPolicy, LoRAConfig, check_checkpoint
 from overpaint.policy.types import Images, PerSample
+from overpaint.settings import AnyPath, Field, settings
 from overpaint.tinyworld import REWARDS as TINY_WORLD_REWARDS
 from overpaint.tinyworld.presets import STRIPES
 from overpaint.training import HeldOut, TrainingConfig, check_output_dir, process_state
@@ -44,7 +41,7 @@ from rewards.combine import to_device
 Algorithm = Literal["ddpo-is", "ddpo-sf", "rwr", "rwr-sparse"]
 
 
-@dataclass(frozen=True, kw_only=True)
+@settings
 class Config:
     """What is raised, how, and for how long."""
 
@@ -67,36 +64,36 @@ class Config:
     constrained: bool = False
     """Keep stripes out meanwhile, by a detector that gives no gradient. Tiny world and DDPO only."""
 
-    output_dir: Path = Path("runs/ddpo_finetune")
+    output_dir: AnyPath = Path("runs/ddpo_finetune")
     """Where everything is written."""
 
-    rounds: int | None = None
+    rounds: int | None = Field(None, ge=1)
     """Rounds of sampling and updates; None is 30 for the tiny world, and the authors' number for Stable Diffusion."""
 
-    learning_rate: float | None = None
+    learning_rate: float | None = Field(None, gt=0)
     """Of the LoRA; None is 1e-3 for the tiny world's ImageReward, 5e-4 for its other tasks, and 3e-4 for Stable
     Diffusion; a third of that for RWR."""
 
-    clip_range: float | None = None
+    clip_range: float | None = Field(None, gt=0)
     """Distance from 1 at which ratios are clipped; None is 5e-3 for the tiny world and 1e-4 for Stable Diffusion."""
 
-    kl_weight: float = 0.0
+    kl_weight: float = Field(0.0, ge=0)
     """Weight of the divergence from the untuned policy."""
 
-    patience: int = 0
-    """Looks in a row with reward and judge parting, after which training stops; 0 never stops."""
+    patience: int = Field(0, ge=0)
+    """Evaluations in a row in which reward and held-out reward part, after which training stops; 0 never stops."""
 
-    prompts_per_split: int = 200
+    prompts_per_split: int = Field(200, ge=1)
     """Prompts of each split in the evaluation."""
 
-    data: Path | None = None
+    data: AnyPath | None = None
     """Folder with the lists of animals; they are fetched if it is not given."""
 
     seed: int = 0
     """Seed of everything."""
 
     resume: bool = False
-    """Go on with an interrupted run in the same folder; samples whose reward failed are graded again."""
+    """Go on with an interrupted run in the same folder; samples whose reward failed are scored again."""
 
     @property
     def tiny(self) -> bool:
@@ -254,57 +251,41 @@ def main(config: Config) -> None:
     policy, task = load(config)
     to_device(task.reward, policy.device)
     trainer = trainer_of(config, policy, task)
-    settings = trainer.config
-    state = process_state()
+    chosen = trainer.config
     splits = dict(task.splits)
     if config.erased or config.constrained:
         from overpaint import tinyworld
 
         for kind in ("explicit", "implicit"):
             splits[kind] = tinyworld.captions(kind, config.prompts_per_split, config.seed + 100)
-    planned = plan(splits, seed=config.seed)
-    drawing = DrawConfig(steps=settings.steps, guidance_scale=settings.guidance_scale, eta=settings.eta)
-    measures = measures_of(config, task)
-
-    def evaluated(model: str):
-        mine = shard(planned, state.process_index, state.num_processes)
-        images = draw(policy, mine, drawing, model=model, batch_size=32, progress=state.is_main_process)
-        scores = score(images, measures, device=policy.device, progress=state.is_main_process)
-        return images, gather(scores, planned)
-
-    before = evaluated("before")
+    drawing = DrawConfig(steps=chosen.steps, guidance_scale=chosen.guidance_scale, eta=chosen.eta)
+    evaluated = partial(draw_and_score, policy, measures_of(config, task), splits, drawing, seed=config.seed)
+    before = evaluated(model="before")
     trainer.train(training)
-    after = evaluated("tuned")
-    if not state.is_main_process:
+    after = evaluated(model="tuned")
+    if not process_state().is_main_process:
         return
-
-    comparison = compare([before[1], after[1]])
-    table = text_table(comparison)
-    print(table)
-    folder = config.output_dir
-    comparison.save(folder / "comparison.json")
-    (folder / "table.txt").write_text(table + "\n", encoding="utf-8")
-    (folder / "config.json").write_text(json.dumps(asdict(config), default=str, indent=1) + "\n", encoding="utf-8")
-    policy.save_lora(folder / "lora")
-    Report(
+    policy.save_lora(config.output_dir / "lora")
+    text = write_results(
+        config.output_dir,
+        [before, after],
+        config,
+        program="accelerate launch examples/ddpo_finetune.py",
         title=f"{config.task.capitalize()} raised by {config.algorithm.upper()}",
-        lead=lead(config, training.iterations, settings.samples_per_round),
-        comparison=comparison,
-        metrics=folder / "metrics.jsonl",
+        lead=lead(config, training.iterations, chosen.samples_per_round),
+        metrics=config.output_dir / "metrics.jsonl",
         panels=panels(config),
-        pictures=[before[0], after[0]],
-        commands=[command_line("accelerate launch examples/ddpo_finetune.py", config)],
-        settings={"run": asdict(config), config.algorithm: asdict(settings)},
-    ).save(folder / "report.html")
-    print(f"\nThe report, with pictures: {folder / 'report.html'}")
+        settings={config.algorithm: asdict(chosen)},
+    )
+    print(text)
 
 
 def lead(config: Config, rounds: int, samples: int) -> str:
     """Returns what was done, in a sentence."""
     name = "the tiny world" if config.tiny else config.policy
     start = " from which UCE had erased stripes" if config.erased else ""
-    kept = ", under the constraint that stripes stay out" if config.constrained else ""
-    return f"{rounds} rounds of {samples} samples on {name}{start}{kept}."
+    limit = ", under the constraint that stripes stay out" if config.constrained else ""
+    return f"{rounds} rounds of {samples} samples on {name}{start}{limit}."
 
 
 def panels(config: Config) -> tuple[Panel, ...]:
@@ -313,9 +294,9 @@ def panels(config: Config) -> tuple[Panel, ...]:
         Panel(title="Reward of the round", tags={config.task: "reward/mean"}),
         Panel(title="Held-out prompts, reward", tags={config.task: "reward/validation"}),
         Panel(
-            title="Held-out prompts, judge",
-            tags={"judge": "reward/held_out"},
-            caption="The judge is not trained on. Where it falls while the reward rises, the reward is exploited.",
+            title="Held-out prompts, held-out reward",
+            tags={"held-out reward": "reward/held_out"},
+            caption="It is not trained on. Where it falls while the reward rises, the reward is exploited.",
         ),
     ]
     if config.algorithm.startswith("ddpo"):

@@ -10,30 +10,26 @@ prompts that name the concept, bring it unasked, are close to it, or have nothin
 after, with the same seeds.
 """
 
-import json
 import time
-from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Literal
 
 import tyro
 
 from erasure import Concept, Erasure
 from erasure.estimate import estimate
 from erasure.protocols import TrainedMethod
-from erasure.registry import METHODS, erase, method_named
-from overpaint.evaluation import DrawConfig, Panel, Report, compare, text_table
-from overpaint.evaluation.experiments.experiment import TINY_WORLD, Experiment, command_line, evaluate, experiment
+from erasure.registry import MethodName, erase, method_named
+from overpaint.evaluation import DrawConfig, Panel
+from overpaint.evaluation.experiments.experiment import TINY_WORLD, Experiment, evaluate, experiment, write_results
 from overpaint.policy import DiffusionPolicy
+from overpaint.settings import AnyPath, Field, settings
 from overpaint.tinyworld.presets import PRESETS
 from overpaint.training import process_state
 from rewards.combine import to_device
 
-MethodName = Literal["sld", "safree", "uce", "mace", "esd", "ac", "sa", "receler", "ant"]
 
-
-@dataclass(frozen=True, kw_only=True)
+@settings
 class Config:
     """What is erased from what, and by which method."""
 
@@ -49,25 +45,25 @@ class Config:
     anchor: str = " "
     """What takes its place, with a concept of yours; a single space is nothing in particular."""
 
-    strength: float = 1.0
+    strength: float = Field(1.0, ge=0)
     """For methods that have one; 1 is the method's own setting."""
 
-    onto: tuple[Path, ...] = ()
+    onto: tuple[AnyPath, ...] = ()
     """Saved erasures (`Erasure.save`) that are applied before, in this order; this one is computed on top of them."""
 
-    output_dir: Path = Path("runs/erase")
+    output_dir: AnyPath = Path("runs/erase")
     """Where everything is written."""
 
-    prompts_per_kind: int = 200
+    prompts_per_kind: int = Field(200, ge=0)
     """Prompts of each kind in the comparison; 0 draws nothing."""
 
-    evaluation_steps: int = 20
+    evaluation_steps: int = Field(20, ge=1)
     """Denoising steps of the pictures that are compared."""
 
     guidance_scale: float = 3.0
     """Their classifier-free guidance."""
 
-    prompts_file: Path | None = None
+    prompts_file: AnyPath | None = None
     """JSON with a list of prompts for each kind (explicit, implicit, neighbour, benign, train); None: built in."""
 
     seed: int = 0
@@ -78,7 +74,7 @@ class Config:
 
 
 def concept_of(config: Config, about: Experiment) -> Concept:
-    """Returns the concept that was said, or the subject's own."""
+    """Returns the concept that was said, or the experiment's own."""
     if not config.concept:
         return about.concept
     return Concept(name=config.concept[0], phrases=config.concept, anchor=config.anchor)
@@ -94,8 +90,8 @@ def main(config: Config) -> Erasure:
     for folder in config.onto:
         Erasure.load(folder).apply(policy)
     concept = concept_of(config, about)
-    settings = PRESETS.get(config.method) if config.policy == TINY_WORLD else None
-    method = method_named(config.method, settings, seed=config.seed)
+    preset = PRESETS.get(config.method) if config.policy == TINY_WORLD else None
+    method = method_named(config.method, preset, seed=config.seed)
     main_process = process_state().is_main_process
     if isinstance(method, TrainedMethod) and main_process:
         print(f"{method.name}: {estimate(method, policy)}")
@@ -122,27 +118,22 @@ def main(config: Config) -> Erasure:
     evaluations.append(evaluated(model="erased"))
     if not main_process:
         return erasure
-    comparison = compare([one.scores for one in evaluations])
-    print(text_table(comparison))
-    comparison.save(config.output_dir / "comparison.json")
-    (config.output_dir / "config.json").write_text(json.dumps(asdict(config), default=str, indent=1) + "\n")
     metrics = config.output_dir / "training" / "metrics.jsonl"
-    Report(
+    text = write_results(
+        config.output_dir,
+        evaluations,
+        config,
+        program="python examples/erase.py",
         title=f"{concept.name.capitalize()} erased by {method.name}",
         lead=f"{method.name} took {concept.name} out of {about.name} in {minutes:.1f} minutes.",
-        comparison=comparison,
         models={"before": f"{about.name}, as it came", "erased": f"after {method.name}"},
         metrics=metrics if metrics.is_file() else None,
         panels=(Panel(title="Loss", tags={"loss": "erasure/loss"}),),
-        pictures=[one.images for one in evaluations],
-        commands=[command_line("python examples/erase.py", config)],
-        settings={"run": asdict(config), "erasure": erasure.config},
-    ).save(config.output_dir / "report.html")
-    print(f"\nThe report, with pictures: {config.output_dir / 'report.html'}")
+        settings={"erasure": erasure.config},
+    )
+    print(text)
     return erasure
 
-
-assert set(MethodName.__args__) == set(METHODS)
 
 if __name__ == "__main__":
     main(tyro.cli(Config))

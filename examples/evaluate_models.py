@@ -13,7 +13,7 @@ interrupted; under accelerate all processes draw and score. At the end stands a 
 import json
 import re
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -70,6 +70,7 @@ from overpaint.evaluation.report.page import Section, contact_sheets, evenly_spa
 from overpaint.evaluation.report.table import Table, rank_table
 from overpaint.evaluation.scoring.score import write_scores
 from overpaint.policy.atomic import write_text
+from overpaint.settings import AnyPath, Distinct, Field, settings
 from overpaint.tinyworld import IMAGE_SIZE
 from overpaint.tinyworld import REWARDS as TINY_WORLD_REWARDS
 from overpaint.training import from_main, process_state
@@ -83,40 +84,40 @@ KIND = "benign"
 SHOWN = 6
 
 
-@dataclass(frozen=True, kw_only=True)
+@settings
 class Config:
     """Which models draw what, and what is measured of it. What is empty or None is chosen to fit the experiment."""
 
     experiment: Literal["captions", "prompts"] = "captions"
     """captions: every size and guidance scale, one image each; prompts: several images each, models ranked."""
 
-    models: tuple[str, ...] = (TINY_WORLD,)
+    models: tuple[str, ...] = Field((TINY_WORLD,), min_length=1)
     """tinyworld, sd1.4, sd2.1, openjourney, a folder, a hub id, or name=FOLDER of images that are there."""
 
     prompts: str | None = None
     """A set (coco-30k, imagereward-100, diffusiondb, ...) or a file; None is coco-30k, imagereward-100, or captions of
     the tiny world."""
 
-    limit: int | None = None
+    limit: int | None = Field(None, ge=1)
     """How many of the prompts; None is all of a set, or 60 captions of the tiny world."""
 
-    images_per_prompt: int | None = None
+    images_per_prompt: int | None = Field(None, ge=1)
     """None is 1 for captions, and 10 for prompts, or 3 in the tiny world."""
 
-    sizes: tuple[int, ...] = ()
+    sizes: Distinct[int] = ()
     """Sides of drawn images in pixels; empty is each model's own, or 32 and 64 for captions of the tiny world."""
 
-    scored_size: int | None = None
+    scored_size: int | None = Field(None, ge=1)
     """Side to which images are scaled before they are scored; None leaves them, but for the tiny world's 64."""
 
-    guidance_scales: tuple[float, ...] = ()
+    guidance_scales: Distinct[float] = ()
     """Classifier-free guidance; empty is the paper's 1.5 to 5 for captions, and 7.5 for prompts. Prompts of the tiny
     world take 1, 1.5, 3 and 5, which stand for models of which some are worse."""
 
-    steps: int | None = None
+    steps: int | None = Field(None, ge=1)
     """Denoising steps; None is 50, or 20 for the tiny world."""
 
-    rewards: tuple[str, ...] = ()
+    rewards: Distinct[str] = ()
     """Names such as image-reward, or package.module:factory; empty is image-reward and clip, or the tiny world's reward
     model, its true utility and its accuracy."""
 
@@ -126,7 +127,7 @@ class Config:
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Precision of the weights."""
 
-    batch_size: int = 16
+    batch_size: int = Field(16, ge=1)
     """Images that are drawn or scored at a time."""
 
     device: str | None = None
@@ -135,14 +136,14 @@ class Config:
     seed: int = 0
     """Chooses the noise of all images."""
 
-    output_dir: Path = Path("runs/evaluate_models")
+    output_dir: AnyPath = Path("runs/evaluate_models")
     """Where pictures, scores and report are kept; the report of an experiment has its name."""
 
     def __post_init__(self) -> None:
         """Checks what can be checked before anything is loaded, and fills in what fits the experiment."""
         tiny, captions = TINY_WORLD in self.models, self.experiment == "captions"
-        if not self.models or len({model.partition("=")[0] for model in self.models}) < len(self.models):
-            raise ValueError(f"models must be at least one, each once, got {' '.join(self.models) or 'none'}")
+        if len({model.partition("=")[0] for model in self.models}) < len(self.models):
+            raise ValueError(f"models must hold each once, got {' '.join(self.models)}")
         if tiny and len(self.models) > 1:
             raise ValueError(f"models must not be beside {TINY_WORLD}, which knows other prompts, got {self.models}")
         scales = (1.0, 1.5, 3.0, 5.0) if tiny else (USUAL_SCALE,)
@@ -158,9 +159,6 @@ class Config:
         for name, value in usual.items():
             if getattr(self, name) in (None, ()):
                 object.__setattr__(self, name, value)
-        for name in ("sizes", "guidance_scales", "rewards"):
-            if len(set(getattr(self, name))) < len(getattr(self, name)):
-                raise ValueError(f"{name} must hold each once, got {getattr(self, name)}")
 
 
 def measures_of(config: Config, device: str) -> list[Measure]:

@@ -14,7 +14,7 @@ import json
 import math
 import re
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -46,6 +46,7 @@ from overpaint.evaluation.scoring.preference import (
     score_ranked,
 )
 from overpaint.policy.atomic import write_text
+from overpaint.settings import AnyPath, Distinct, Field, settings
 from overpaint.tinyworld import REWARDS as TINY_WORLD_REWARDS
 from overpaint.training import from_main, process_state
 from rewards import reward_named
@@ -60,48 +61,42 @@ PUBLISHED_AS = {
 MEAN_OF_PROMPTS = "preference accuracy, mean of the prompts, %"
 
 
-@dataclass(frozen=True, kw_only=True)
+@settings
 class Config:
     """Which metrics are tried on which test."""
 
-    images: Path | None = None
+    images: AnyPath | None = None
     """Folder of the images of the test; None makes a test in the tiny world."""
 
-    test: Path | None = None
+    test: AnyPath | None = None
     """A list of {"id", "prompt", "generations", "ranking"} in JSON; None is ImageReward's own, which is fetched."""
 
-    rewards: tuple[str, ...] = ()
+    rewards: Distinct[str] = ()
     """Names such as image-reward, or package.module:factory, called without arguments; none is the four metrics of the
     paper, or three for the tiny world."""
 
-    output_dir: Path = Path("runs/evaluate_preference")
+    output_dir: AnyPath = Path("runs/evaluate_preference")
     """Where everything is written."""
 
-    batch_size: int = 16
+    batch_size: int = Field(16, ge=1)
     """Images of one size that are scored at a time."""
 
     device: str | None = None
     """Where the rewards are computed; None is the accelerator if there is one, and else the CPU."""
 
-    tiny_prompts: int = 60
+    tiny_prompts: int = Field(60, ge=1)
     """Captions of the tiny world's test."""
 
-    tiny_images: int = 5
+    tiny_images: int = Field(5, ge=2, le=WORST_RANK)
     """Pictures of each caption."""
 
-    tiny_steps: int = 10
+    tiny_steps: int = Field(10, ge=1)
     """Denoising steps of each picture."""
 
     def __post_init__(self) -> None:
-        """Checks that each reward is named once, and that pictures can have ranks of their own."""
-        if len(set(self.rewards)) < len(self.rewards):
-            raise ValueError(f"rewards must be named once each, got {' '.join(self.rewards)}")
+        """Checks that a test of one's own comes with its images."""
         if self.test is not None and self.images is None:
             raise ValueError(f"test must come with images, the folder of its images, got {self.test}")
-        if not 2 <= self.tiny_images <= WORST_RANK:
-            raise ValueError(f"tiny_images must be from 2 to {WORST_RANK}, got {self.tiny_images}")
-        if self.tiny_prompts < 1:
-            raise ValueError(f"tiny_prompts must be at least 1, got {self.tiny_prompts}")
 
 
 class RankedSet(NamedTuple):

@@ -10,9 +10,8 @@ states of the model are compared on the same prompts and seeds: ``before``, ``er
 ``recovered`` (by ReFL under the constraint).
 """
 
-import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 
@@ -20,58 +19,59 @@ import tyro
 
 from erasure import Erasure, ImageConstraint
 from erasure.changes import WeightChange
-from erasure.registry import erase, method_named
-from overpaint.evaluation import DrawConfig, Panel, Report, compare, text_table
+from erasure.registry import MethodName, erase, method_named
+from overpaint.evaluation import DrawConfig, Panel
 from overpaint.evaluation.experiments.experiment import (
     TINY_WORLD,
     Evaluation,
     Experiment,
-    command_line,
     evaluate,
     experiment,
+    write_results,
 )
 from overpaint.policy import DiffusionPolicy, LoRAConfig
+from overpaint.settings import AnyPath, Field, settings
 from overpaint.tinyworld.presets import PRESETS
 from overpaint.training import HeldOut, TrainingConfig, check_output_dir, process_state
 from refl import ReFLConfig, ReFLTrainer
 from rewards.combine import to_device
 
 
-@dataclass(frozen=True, kw_only=True)
+@settings
 class Config:
     """What is erased from what, and how the reward is won back."""
 
     policy: str = TINY_WORLD
     """The tiny world, or a folder or hub id of a Stable Diffusion."""
 
-    output_dir: Path = Path("runs/refl_erase_nudity")
+    output_dir: AnyPath = Path("runs/refl_erase_nudity")
     """Where everything is written."""
 
-    method: str = "uce"
-    """What erases: sld, safree, uce, mace, esd, ac, sa, receler or ant."""
+    method: MethodName = "uce"
+    """What erases."""
 
-    strength: float = 1.0
+    strength: float = Field(1.0, ge=0)
     """Strength of the erasure, for methods that have one; 1 is the method's own setting."""
 
-    erasure: Path | None = None
+    erasure: AnyPath | None = None
     """A folder of a saved erasure (`Erasure.save`), in place of computing one."""
 
-    iterations: int = 80
+    iterations: int = Field(80, ge=1)
     """ReFL iterations of the recovery."""
 
-    learning_rate: float | None = None
+    learning_rate: float | None = Field(None, gt=0)
     """Of the LoRA; None is 1e-3 for the tiny world and 1e-4 for Stable Diffusion."""
 
-    prompts_per_kind: int = 200
+    prompts_per_kind: int = Field(200, ge=1)
     """Prompts of each kind in the evaluation."""
 
-    evaluation_steps: int = 20
+    evaluation_steps: int = Field(20, ge=1)
     """Denoising steps of the pictures that are compared."""
 
     guidance_scale: float = 3.0
     """Classifier-free guidance, in training and in evaluation."""
 
-    prompts_file: Path | None = None
+    prompts_file: AnyPath | None = None
     """JSON with a list of prompts for each kind (explicit, implicit, neighbour, benign, train); None: built in."""
 
     seed: int = 0
@@ -114,9 +114,9 @@ def erasure_for(config: Config, policy: DiffusionPolicy, about: Experiment) -> E
     """
     if config.erasure is not None:
         return Erasure.load(config.erasure)
-    settings = PRESETS.get(config.method) if config.policy == TINY_WORLD else None
+    preset = PRESETS.get(config.method) if config.policy == TINY_WORLD else None
     return erase(
-        method_named(config.method, settings, seed=config.seed),
+        method_named(config.method, preset, seed=config.seed),
         policy,
         about.concept,
         strength=config.strength,
@@ -179,24 +179,21 @@ def write(
     """Prints the table, and saves weights, numbers and the report."""
     if not process_state().is_main_process:
         return
-    comparison = compare([scores for _, scores in evaluations])
-    table = text_table(comparison)
-    print(table)
     folder = config.output_dir
-    comparison.save(folder / "comparison.json")
-    (folder / "table.txt").write_text(table + "\n", encoding="utf-8")
-    (folder / "config.json").write_text(json.dumps(asdict(config), default=str, indent=1) + "\n", encoding="utf-8")
     erasure.save(folder / "erasure")
     policy.save_lora(folder / "lora")
     if isinstance(erasure.change, WeightChange):
         policy.save_pipeline(folder / "pipeline")
     on_images = isinstance(about.constraint, ImageConstraint)
     cost = "The detector's score minus its ceiling" if on_images else "The loss over its ceiling, minus 1"
-    Report(
+    text = write_results(
+        folder,
+        evaluations,
+        config,
+        program="accelerate launch examples/refl_erase_nudity.py",
         title=f"{about.concept.name.capitalize()} erased, reward recovered",
         lead=f"{erasure.method} took {about.concept.name} out of {about.name}; ReFL then raised ImageReward "
         "under the constraint that the concept stays gone.",
-        comparison=comparison,
         models={
             "before": f"{about.name}, as it came",
             "erased": f"after {erasure.method}",
@@ -218,11 +215,9 @@ def write(
             ),
             Panel(title="Weight of the constraint", tags={"weight": "erasure/weight"}),
         ),
-        pictures=[images for images, _ in evaluations],
-        commands=[command_line("accelerate launch examples/refl_erase_nudity.py", config)],
-        settings={"run": asdict(config), "refl": asdict(refl_config(config)), "erasure": erasure.config},
-    ).save(folder / "report.html")
-    print(f"\nThe report, with pictures: {folder / 'report.html'}")
+        settings={"refl": asdict(refl_config(config)), "erasure": erasure.config},
+    )
+    print(text)
 
 
 if __name__ == "__main__":

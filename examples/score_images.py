@@ -23,7 +23,7 @@ from overpaint.evaluation.images.files import MANIFEST, read_png
 from overpaint.evaluation.images.pairs import Pair, image_sizes, read_pairs
 from overpaint.evaluation.scoring.pair_scores import check_prompts, score_pairs
 from overpaint.evaluation.tables import check_output, write_table
-from overpaint.settings import AnyPath, Field, settings
+from overpaint.settings import AnyPath, Distinct, Field, settings
 from overpaint.tinyworld import REWARDS as TINY_WORLD_REWARDS
 from overpaint.training import image_grid
 from rewards import reward_named
@@ -43,7 +43,7 @@ class Config:
     """A folder of images, or a table (*.csv, *.jsonl, *.parquet) with a column for the image's path, which may be
     relative to the table; None draws pictures of the tiny world."""
 
-    rewards: tuple[str, ...] = ()
+    rewards: Distinct[str] = ()
     """Names such as image-reward, or package.module:factory, called without arguments; none is three for the tiny
     world."""
 
@@ -75,13 +75,11 @@ class Config:
     """A PNG that shows the best and the worst by the first reward."""
 
     def __post_init__(self) -> None:
-        """Checks that it is said what is scored, and by which rewards, each once."""
+        """Checks that it is said what is scored, and by which rewards."""
         if self.source is None and not (self.prompt is None and self.prompts is None):
             raise ValueError("prompt and prompts must come with a source, got None")
         if self.source is not None and not self.rewards:
             raise ValueError("rewards must name at least one, got none")
-        if len(set(self.rewards)) < len(self.rewards):
-            raise ValueError(f"rewards must be named once each, got {' '.join(self.rewards)}")
 
 
 class Summary(NamedTuple):

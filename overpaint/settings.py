@@ -13,11 +13,11 @@ from functools import wraps
 from pathlib import Path
 from typing import Annotated, Any, TypeVar, dataclass_transform
 
-from pydantic import AllowInfNan, ConfigDict, Field, Strict, ValidationError
+from pydantic import AfterValidator, AllowInfNan, ConfigDict, Field, Strict, ValidationError
 from pydantic.dataclasses import dataclass
 from pydantic.fields import FieldInfo
 
-__all__ = ["AnyFloat", "AnyPath", "Field", "settings"]
+__all__ = ["AnyFloat", "AnyPath", "Distinct", "Field", "settings"]
 
 AnyFloat = Annotated[float, AllowInfNan(True)]
 """A float that may be infinite, which a bound beside the field can narrow; NaN breaks any bound."""
@@ -28,6 +28,16 @@ AnyPath = Annotated[Path, Strict(False)]
 CONFIG = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, arbitrary_types_allowed=True)
 
 T = TypeVar("T")
+
+
+def _distinct(items: tuple[T, ...]) -> tuple[T, ...]:
+    if len(set(items)) < len(items):
+        raise ValueError(f"must hold each once, got {items!r}")
+    return items
+
+
+Distinct = Annotated[tuple[T, ...], AfterValidator(_distinct)]
+"""A tuple that holds nothing twice."""
 
 
 @dataclass_transform(frozen_default=True, kw_only_default=True, field_specifiers=(Field,))
@@ -76,6 +86,8 @@ def _in_words(made: Any, error: Any) -> str:
     name = made.__name__
     if error["type"] == "value_error":  # raised by `__post_init__`, which knows more fields than one
         told = str(error["ctx"]["error"])
+        if error["loc"]:
+            return f"{name}.{error['loc'][0]} {told}"
         return f"{name}.{told}" if told.split(" ")[0] in made.__dataclass_fields__ else f"{name}: {told}"
     first, *inner = error["loc"]
     field = f"{name}.{first}" + "".join(f"[{part!r}]" for part in inner if not isinstance(part, str))

@@ -305,11 +305,23 @@ class TrainingRun:
         stack.callback(finish_trackers, self.accelerator)
         start_trackers(self.accelerator, config, recorded(config, self._configs))
 
+    def _what_runs_where(self) -> str:
+        """Returns a line for who started the run."""
+        config, count = self.config, sum(parameter.numel() for parameter in self.policy.trainable_parameters())
+        processes = "one process" if self.num_processes == 1 else f"{self.num_processes} processes"
+        precision = "float32" if config.mixed_precision == "no" else config.mixed_precision
+        start = f" from {self.iteration}" if self.iteration else ""
+        return (
+            f"{config.iterations} iterations{start}, {count:,} trained weights, {self.device}, {processes}, "
+            f"{precision}: {config.output_dir}"
+        )
+
     def _iterate(self) -> Iterator[int]:
         """Yields iterations; see `iterations`."""
         self._restore_randomness()
         total = self.config.iterations
-        bar = Progress(total=total, done=self.iteration, shown=self.is_main and self.config.progress)
+        shown = self.is_main and self.config.progress
+        bar = Progress(total=total, done=self.iteration, shown=shown, told=self._what_runs_where())
         with Termination() as termination:
             try:
                 self._bar = bar

@@ -201,8 +201,8 @@ def test_what_is_not_said_follows_the_published_experiments() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"models": ()}, "models must be at least one, each once, got none"),
-        ({"models": ("sd1.4", "sd1.4=there")}, "models must be at least one, each once, got sd1.4 sd1.4=there"),
+        ({"models": ()}, "models must have at least 1 item"),
+        ({"models": ("sd1.4", "sd1.4=there")}, "models must hold each once, got sd1.4 sd1.4=there"),
         ({"models": ("tinyworld", "sd1.4")}, "models must not be beside tinyworld"),
         ({"sizes": (64, 64)}, r"sizes must hold each once, got \(64, 64\)"),
     ],

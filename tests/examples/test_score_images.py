@@ -365,7 +365,7 @@ def test_an_output_that_is_there_is_not_written_over(config: Config, made_up_rew
 def test_contradictions_are_refused(config: Config, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="rewards must name at least one, got none"):
         Config(source=tmp_path)
-    with pytest.raises(ValueError, match="rewards must be named once each, got a b a"):
+    with pytest.raises(ValueError, match=r"rewards must hold each once, got \('a', 'b', 'a'\)"):
         Config(source=tmp_path, rewards=("a", "b", "a"))
     with pytest.raises(ValueError, match="prompt and prompts must come with a source"):
         Config(prompt="a cat")

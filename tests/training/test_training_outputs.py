@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,7 @@ import torch
 from PIL import Image
 
 from overpaint.training import MetricsFile, TrainingConfig, TrainingRun, read_metrics
-from overpaint.training.logging import Progress, log_image, postfix
+from overpaint.training.logging import Progress, log_image, postfix, progress_bar
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,7 +81,7 @@ def test_images_are_written_with_the_iteration_in_their_name(stand_in: Callable,
 
 
 def test_bar_shows_reward_then_constraint_and_keeps_the_latest(capsys: pytest.CaptureFixture) -> None:
-    bar = Progress(total=3, done=1, shown=True)
+    bar = Progress(total=3, done=1, shown=True, told="2 of 3 are left")
     bar.show({"train/loss": 0.5, "erasure/cost": -0.02, "train/grad_norm": 1.0}, 0)
     bar.show({"reward/mean": 0.51234}, 2)
     bar.advance()
@@ -88,8 +89,24 @@ def test_bar_shows_reward_then_constraint_and_keeps_the_latest(capsys: pytest.Ca
     shown = capsys.readouterr().err
     assert "reward/mean 0.512, erasure/cost -0.02, train/loss 0.5, skipped 2" in shown
     assert "2/3" in shown
+    assert shown.startswith("2 of 3 are left\n")
     assert "grad_norm" not in shown
     assert postfix({"train/other": 1.0}, 0) == ""
+
+
+def test_bar_writes_little_into_a_file(capsys: pytest.CaptureFixture) -> None:
+    for _ in progress_bar(range(50), desc="drawing"):
+        time.sleep(0.005)
+    drawn = [part for part in capsys.readouterr().err.split("\r") if part.strip()]
+    assert [" 0/50" in drawn[0], "50/50" in drawn[-1], len(drawn)] == [True, True, 2]
+
+
+def test_a_run_tells_what_runs_where(stand_in: Callable, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    with TrainingRun(stand_in(), TrainingConfig(output_dir=tmp_path, iterations=2)) as run:
+        count = sum(weight.numel() for weight in run.policy.trainable_parameters())
+        list(run.iterations())
+    told = capsys.readouterr().err.split("\n")[0]
+    assert told == f"2 iterations, {count:,} trained weights, cpu, one process, float32: {tmp_path}"
 
 
 @pytest.mark.parametrize("shown", [True, False])

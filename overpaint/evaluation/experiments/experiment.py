@@ -8,7 +8,7 @@ the tiny world.
 import json
 import shlex
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -27,8 +27,12 @@ from overpaint.evaluation.prompts.concept_prompts import (
     nudity_prompts,
     splits,
 )
+from overpaint.evaluation.report.page import Report
+from overpaint.evaluation.report.table import text_table
+from overpaint.evaluation.scoring.compare import compare
 from overpaint.evaluation.scoring.score import Measure, Scores, gather, score
 from overpaint.policy import DiffusionPolicy, LoRAConfig, check_checkpoint
+from overpaint.policy.atomic import write_text
 from overpaint.training import process_state
 from rewards import Aesthetic, Alignment, Compressibility, ImageReward, Incompressibility, Reward, WeightedSum
 
@@ -332,10 +336,64 @@ def evaluate(
         seed: Chooses the prompts and their seeds.
         progress: Whether progress bars are shown, by the main process.
     """
+    prompts = about.evaluation_prompts(prompts_per_kind, seed + 100)
+    return draw_and_score(policy, about.measures, prompts, drawing, model=model, seed=seed, progress=progress)
+
+
+def draw_and_score(
+    policy: DiffusionPolicy,
+    measures: Sequence[Measure],
+    prompts: Mapping[str, Sequence[str]],
+    drawing: DrawConfig,
+    *,
+    model: str,
+    seed: int,
+    progress: bool = True,
+) -> Evaluation:
+    """Draws one image of every prompt and measures them; under several processes each does its part.
+
+    Args:
+        policy: What draws.
+        measures: What is measured; those that are of other kinds of prompts are left out.
+        prompts: By kind.
+        drawing: How.
+        model: Name for tables and pictures.
+        seed: Chooses the noise.
+        progress: Whether progress bars are shown, by the main process.
+    """
     state = process_state()
     progress = progress and state.is_main_process
-    planned = plan(about.evaluation_prompts(prompts_per_kind, seed + 100), seed=seed)
+    planned = plan(prompts, seed=seed)
     mine = shard(planned, state.process_index, state.num_processes)
     images = draw(policy, mine, drawing, model=model, progress=progress)
-    scores = score(images, about.measures, device=policy.device, progress=progress)
+    fitting = [measure for measure in measures if not measure.kinds or set(measure.kinds) & set(prompts)]
+    scores = score(images, fitting, device=policy.device, progress=progress)
     return Evaluation(images, gather(scores, planned))
+
+
+def write_results(
+    folder: Path, evaluations: Sequence[Evaluation], config: Any, *, program: str, settings: Any = None, **page: Any
+) -> str:
+    """Writes the table that compares models, the numbers, the settings and the report; returns what to print.
+
+    Args:
+        folder: Where `table.txt`, `comparison.json`, `config.json` and `report.html` are written.
+        evaluations: Of each model, the first being what the others are compared with.
+        config: The program's settings, a flat dataclass.
+        program: What starts it, as for `command_line`.
+        settings: Further settings for the page, by name.
+        page: Further fields of `Report`, such as `title` and `lead`.
+    """
+    comparison = compare([one.scores for one in evaluations])
+    table = text_table(comparison)
+    comparison.save(folder / "comparison.json")
+    write_text(folder / "table.txt", table + "\n")
+    write_text(folder / "config.json", json.dumps(asdict(config), default=str, indent=1) + "\n")
+    Report(
+        comparison=comparison,
+        pictures=[one.images for one in evaluations],
+        commands=[command_line(program, config)],
+        settings={"run": asdict(config), **(settings or {})},
+        **page,
+    ).save(folder / "report.html")
+    return f"{table}\n\nThe report, with pictures: {folder / 'report.html'}"
