@@ -11,6 +11,7 @@ nevertheless.
 
 import ast
 import os
+import pkgutil
 import re
 import subprocess
 import sys
@@ -147,6 +148,28 @@ def test_every_tag_that_rwr_logs_is_defined_on_its_page() -> None:
     assert {"reward/mean", "train/updates"} <= tags
     text = (ROOT / "docs/rwr.md").read_text()
     assert [tag for tag in sorted(tags) if f"`{tag}`" not in text] == []
+
+
+def is_there(name: str) -> bool:
+    """Whether a dotted name can be imported: of a module, or of what a module holds."""
+    try:
+        pkgutil.resolve_name(name)
+    except (ImportError, AttributeError):
+        return False
+    return True
+
+
+def test_names_and_files_of_this_project_exist() -> None:
+    # The log and the changelog name what was there once.
+    pages = [path for path in (ROOT / "docs").rglob("*.md") if path.name != "log.md"]
+    missing = []
+    for path in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *pages):
+        text = path.read_text()
+        names = re.findall(r"`((?:overpaint|rewards|erasure|refl|ddpo)(?:\.(?!py`)\w+)+)`", text)
+        files = re.findall(rf"`((?:{'|'.join(FOLDERS)}|tests|docs)/[\w/]+\.\w+)`", text)
+        missing += [(path.name, name) for name in names if not is_there(name)]
+        missing += [(path.name, file) for file in files if not (ROOT / file).exists()]
+    assert missing == []
 
 
 def first_lines() -> dict[str, str]:
