@@ -1,22 +1,29 @@
 """What README and docs show runs as it stands.
 
 A page's Python blocks run one after the other, as a reader would paste them, on the tiny world: hub ids of
-Stable Diffusion and of ImageReward stand for its weights. What a reader is expected to have already (`prompts`, a
-`detector`) is defined in a comment `<!-- setup ... -->` of the page, which is not shown. A block that cannot run here
-follows a comment `<!-- not run: why -->`; its imports run nevertheless.
+Stable Diffusion and of ImageReward stand for its weights, and the presets of the erasure methods make two updates. What
+a reader is expected to have already (`prompts`, a `detector`) is defined in a comment `<!-- setup ... -->` of the page,
+which is not shown. A block that cannot run here follows a comment `<!-- not run: why -->`; its imports run
+nevertheless.
+
+`python tests/test_documentation.py` writes the file map of docs/architecture.md anew.
 """
 
 import ast
 import os
+import pkgutil
 import re
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
 
+from erasure import METHODS
+from erasure.methods.sa import FisherConfig
 from overpaint import DiffusionPolicy, tinyworld
 from rewards import ImageReward
 
@@ -27,6 +34,8 @@ PAGES = sorted(
     if re.search(r"^ *```python$", path.read_text(), re.MULTILINE)
 )
 README_SECONDS = 120
+METHOD_HEADINGS = ["Equations", "Example", "Settings", "Departures from the paper", "Results", "Limits"]
+FOLDERS = ("overpaint", "rewards", "erasure", "refl", "ddpo", "examples", "benchmarks")
 
 
 class Block(NamedTuple):
@@ -80,15 +89,26 @@ def test_the_readmes_python_runs_as_it_stands_in_two_minutes(tmp_path: Path) -> 
     assert (tmp_path / "runs/recovered/lora/pytorch_lora_weights.safetensors").is_file()
 
 
+def shortened(config: Any) -> Any:
+    """The settings of a method with two updates, and few pictures."""
+    short: dict[str, Any] = {"images": 4, "steps": 4, "fisher": FisherConfig(images=2, timesteps=2)}
+    fields = {name: value for name, value in short.items() if hasattr(config, name)}
+    if hasattr(config, "descent"):
+        fields["descent"] = replace(config.descent, iterations=2, batch_size=2)
+    return replace(config, **fields)
+
+
 @pytest.mark.parametrize("page", PAGES)
 def test_a_pages_python_runs(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     load = DiffusionPolicy.from_pretrained.__func__
 
-    def from_pretrained(cls: type[DiffusionPolicy], path: str, **options: Any) -> DiffusionPolicy:
-        return load(cls, tinyworld.pipeline_dir() if path.startswith("CompVis/") else path, **options)
+    def from_pretrained(cls: type[DiffusionPolicy], path: str | Path, **options: Any) -> DiffusionPolicy:
+        return load(cls, tinyworld.pipeline_dir() if str(path).startswith("CompVis/") else path, **options)
 
     monkeypatch.setattr(DiffusionPolicy, "from_pretrained", classmethod(from_pretrained))
     monkeypatch.setattr(ImageReward, "load", lambda *args, **options: tinyworld.load_reward())
+    presets = {name: shortened(config) for name, config in tinyworld.PRESETS.items()}
+    monkeypatch.setattr(tinyworld, "PRESETS", presets)
     monkeypatch.chdir(tmp_path)
     namespace: dict[str, Any] = {"__name__": "page"}
     for block in blocks((ROOT / page).read_text()):
@@ -110,19 +130,82 @@ def test_links_of_readme_and_docs_lead_to_files() -> None:
     assert broken == []
 
 
+def test_every_page_is_in_the_navigation_once() -> None:
+    pages = [path.relative_to(ROOT / "docs").as_posix() for path in (ROOT / "docs").rglob("*.md")]
+    nav = (ROOT / "mkdocs.yml").read_text().partition("\nnav:")[2].partition("\ntheme:")[0]
+    assert sorted(re.findall(r": (\S+\.md)$", nav, re.MULTILINE)) == sorted(pages)
+
+
+def test_every_method_has_a_page_with_the_same_headings() -> None:
+    pages = {path.stem: path.read_text() for path in (ROOT / "docs/methods").glob("*.md")}
+    assert pages.keys() == METHODS.keys()
+    headings = {name: re.findall(r"^## (.+)$", text, re.MULTILINE) for name, text in pages.items()}
+    assert headings == dict.fromkeys(METHODS, METHOD_HEADINGS)
+
+
+def test_every_tag_that_rwr_logs_is_defined_on_its_page() -> None:
+    tags = set(re.findall(r'^            "(\S+)": ', (ROOT / "ddpo/rwr.py").read_text(), re.MULTILINE))
+    assert {"reward/mean", "train/updates"} <= tags
+    text = (ROOT / "docs/rwr.md").read_text()
+    assert [tag for tag in sorted(tags) if f"`{tag}`" not in text] == []
+
+
+def is_there(name: str) -> bool:
+    """Whether a dotted name can be imported: of a module, or of what a module holds."""
+    try:
+        pkgutil.resolve_name(name)
+    except (ImportError, AttributeError):
+        return False
+    return True
+
+
+def test_names_and_files_of_this_project_exist() -> None:
+    # The log and the changelog name what was there once.
+    pages = [path for path in (ROOT / "docs").rglob("*.md") if path.name != "log.md"]
+    missing = []
+    for path in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *pages):
+        text = path.read_text()
+        names = re.findall(r"`((?:overpaint|rewards|erasure|refl|ddpo)(?:\.(?!py`)\w+)+)`", text)
+        files = re.findall(rf"`((?:{'|'.join(FOLDERS)}|tests|docs)/[\w/]+\.\w+)`", text)
+        missing += [(path.name, name) for name in names if not is_there(name)]
+        missing += [(path.name, file) for file in files if not (ROOT / file).exists()]
+    assert missing == []
+
+
+def first_lines() -> dict[str, str]:
+    """The first line of the docstring of every file that the file map lists."""
+    found = {}
+    for path in sorted(path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py")):
+        if path.name == "__init__.py" or path == ROOT / "overpaint/settings.py":
+            continue
+        docstring = ast.get_docstring(ast.parse(path.read_text()))
+        assert docstring, path
+        found[path.relative_to(ROOT).as_posix()] = docstring.splitlines()[0].rstrip(".")
+    return found
+
+
+def with_file_map(text: str) -> str:
+    """The text of docs/architecture.md with the tables below its folders' headings made anew."""
+    parts = re.split(r"^(### .+\n)", text, flags=re.MULTILINE)
+    lines = first_lines()
+    for place in range(1, len(parts), 2):
+        folder = parts[place].removeprefix("### ").strip()
+        rows = [
+            f"| `{name.removeprefix(f'{folder}/')}` | {line} |"
+            for name, line in lines.items()
+            if name.startswith(f"{folder}/")
+        ]
+        parts[place + 1] = "\n".join(["", "| file | holds |", "|---|---|", *rows, "", ""])
+    return "".join(parts).rstrip() + "\n"
+
+
 def test_the_file_map_gives_the_first_line_of_every_file() -> None:
-    wanted = {}
-    for folder in ("overpaint", "rewards", "erasure", "refl", "ddpo", "examples", "benchmarks"):
-        for path in (ROOT / folder).rglob("*.py"):
-            if path.name == "__init__.py" or path == ROOT / "overpaint/settings.py":
-                continue
-            docstring = ast.get_docstring(ast.parse(path.read_text()))
-            assert docstring, path
-            wanted[path.relative_to(ROOT).as_posix()] = docstring.splitlines()[0].rstrip(".")
-    listed, folder = {}, ""
-    for line in (ROOT / "docs/architecture.md").read_text().splitlines():
-        if line.startswith("### "):
-            folder = line.removeprefix("### ")
-        elif found := re.fullmatch(r"\| `(.+\.py)` \| (.+) \|", line):
-            listed[f"{folder}/{found[1]}"] = found[2]
-    assert listed == wanted
+    text = (ROOT / "docs/architecture.md").read_text()
+    assert text == with_file_map(text)
+    folders = re.findall(r"^### (.+)$", text, re.MULTILINE)
+    assert [name for name in first_lines() if not name.startswith(tuple(f"{folder}/" for folder in folders))] == []
+
+
+if __name__ == "__main__":
+    architecture = ROOT / "docs/architecture.md"
+    architecture.write_text(with_file_map(architecture.read_text()))
