@@ -2,12 +2,14 @@
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
+from itertools import cycle, islice
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from benchmarks.timing import IdleOptimizer, call_unet, unet_inputs
 from ddpo import DDPOConfig, PromptStatistics, clipped_surrogate
 from overpaint.policy import ClassifierFree, DiffusionPolicy, Trajectory
 from overpaint.policy.autoencoder import CHUNK
@@ -28,7 +30,7 @@ class BareRound:
 
     Args:
         policy: Its networks are called.
-        reward: What grades.
+        reward: Scores the images.
         prompts: What images are drawn for; the calls take them in turn.
         config: Shapes.
         autocast: Precision of the networks.
@@ -43,12 +45,11 @@ class BareRound:
         self.autocast = autocast
         self.timesteps = policy.timesteps(config.steps).tolist()
         drawn = config.sampling_batch_size
-        self.prompts = [prompts[index % len(prompts)] for index in range(drawn)]
+        self.prompts = list(islice(cycle(prompts), drawn))
         self.drawn = self._inputs(drawn)
         self.images = torch.rand(drawn, 3, policy.image_size, policy.image_size, device=policy.device)
         self.trained = self._inputs(config.minibatch_size)
-        self.parameters = policy.trainable_parameters()
-        self.optimizer = torch.optim.AdamW(self.parameters, lr=0.0)
+        self.optimizer = IdleOptimizer(policy.trainable_parameters())
 
     def __call__(self) -> None:
         """Runs the calls once."""
@@ -56,8 +57,8 @@ class BareRound:
         for _ in range(cfg.samples_per_round // cfg.sampling_batch_size):
             with torch.no_grad():
                 with self.autocast():
-                    for step in range(cfg.steps):
-                        self._unet(step, *self.drawn)
+                    for timestep in self.timesteps:
+                        call_unet(self.policy, timestep, *self.drawn)
                     for part in self.drawn[0][: cfg.sampling_batch_size].split(CHUNK):
                         vae.decode((part / vae.config["scaling_factor"]).to(vae.dtype), return_dict=False)
                 self.reward(self.images, self.prompts)
@@ -65,24 +66,13 @@ class BareRound:
         for _ in range(cfg.updates_per_round):
             for index in range(pairs // cfg.minibatch_size):
                 with self.autocast():
-                    prediction = self._unet(index % cfg.steps, *self.trained)
+                    prediction = call_unet(self.policy, self.timesteps[index % cfg.steps], *self.trained)
                 prediction.float().square().mean().backward()
-            torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
             self.optimizer.step()
-            self.optimizer.zero_grad(set_to_none=True)
 
     def _inputs(self, count: int) -> tuple[Tensor, Tensor]:
         """Returns latents and embeddings for a call on that many samples with guidance."""
-        policy, side = self.policy, self.policy.sample_size
-        prompts = [""] * count + [self.prompts[index % len(self.prompts)] for index in range(count)]
-        tokens = policy.encode(prompts).tokens.to(policy.dtype)
-        return torch.randn(2 * count, 4, side, side, device=policy.device), tokens
-
-    def _unet(self, step: int, latents: Tensor, embeddings: Tensor) -> Tensor:
-        timesteps = torch.full((len(latents),), self.timesteps[step], device=latents.device)
-        return self.policy.network(
-            latents.to(self.policy.dtype), timesteps, encoder_hidden_states=embeddings, return_dict=False
-        )[0]
+        return unet_inputs(self.policy, [""] * count + list(islice(cycle(self.prompts), count)))
 
 
 class PlainRound:
@@ -95,7 +85,7 @@ class PlainRound:
 
     Args:
         policy: What is trained.
-        reward: What grades.
+        reward: Scores the images.
         prompts: What images are drawn for, with repetition.
         config: The trainer's settings. The size of its minibatches is not used.
         autocast: Precision of the networks.
@@ -128,8 +118,7 @@ class PlainRound:
         self.schedule = Schedule(*(part.to(policy.device) for part in plan))
         self.statistics = PromptStatistics(config.buffer_size, config.min_count)
         self.generator = torch.Generator().manual_seed(0)
-        self.parameters = policy.trainable_parameters()
-        self.optimizer = torch.optim.AdamW(self.parameters, lr=0.0)
+        self.optimizer = IdleOptimizer(policy.trainable_parameters())
 
     def __call__(self) -> None:
         """Does one round."""
@@ -138,12 +127,9 @@ class PlainRound:
         picks = torch.randint(len(self.prompts), (count,), generator=self.generator).tolist()
         seeds = torch.randint(2**31 - 1, (count,), generator=self.generator).tolist()
         prompts = [self.prompts[pick] for pick in picks]
-        batches, rewards = [], []
-        for first in range(0, count, cfg.sampling_batch_size):
-            part = slice(first, first + cfg.sampling_batch_size)
-            batch, scores = self._sample(prompts[part], seeds[part])
-            batches.append(batch)
-            rewards.append(scores)
+        size = cfg.sampling_batch_size
+        parts = [slice(first, first + size) for first in range(0, count, size)]
+        batches, rewards = zip(*(self._sample(prompts[part], seeds[part]) for part in parts), strict=True)
         advantages = self.statistics.advantages(torch.cat(rewards), prompts)
         advantages = advantages.clamp(-cfg.max_advantage, cfg.max_advantage).to(self.policy.device, torch.float32)
         latents = torch.cat([batch.latents for batch in batches])
@@ -152,9 +138,7 @@ class PlainRound:
         for first in range(0, count, size):
             part = slice(first, first + size)
             self.backward(prompts[part], latents[part], log_probs[part], advantages[part])
-            torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
             self.optimizer.step()
-            self.optimizer.zero_grad(set_to_none=True)
 
     def backward(
         self,
@@ -163,14 +147,7 @@ class PlainRound:
         log_probs: Float[Tensor, "samples steps"],
         advantages: PerSample,
     ) -> None:
-        """Adds up the gradient of an update, the mean over its samples and all their steps.
-
-        Args:
-            prompts: One for each sample.
-            latents: As `Trajectory` has them; so the next.
-            log_probs: With which the steps were drawn.
-            advantages: One for each sample.
-        """
+        """Adds up the gradient of an update, the mean over its samples and all their steps, drawn with `log_probs`."""
         size, steps = self.batch_size, self.config.steps
         share = size / len(prompts) / steps
         for first in range(0, len(prompts), size):
@@ -207,7 +184,7 @@ class PlainRound:
 
     @torch.no_grad()
     def _sample(self, prompts: list[str], seeds: list[int]) -> tuple[Trajectory, PerSample]:
-        """Draws a batch and grades it; the scores are on the CPU."""
+        """Draws a batch and scores it; the scores are on the CPU."""
         cfg, policy = self.config, self.policy
         guidance = ClassifierFree(cfg.guidance_scale)
         with self.autocast():

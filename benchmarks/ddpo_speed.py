@@ -15,25 +15,25 @@ networks are a thousandth of Stable Diffusion's, and what is around them is the 
 weights built here, since speed does not depend on their values.
 """
 
-import json
 import statistics
-import tempfile
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, replace
-from pathlib import Path
+from dataclasses import replace
+from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import torch
+import tyro
 from torch import Tensor
 
-from benchmarks import gpu
+from benchmarks import gpu, timing
 from benchmarks.ddpo_by_hand import BareRound, PlainRound
-from benchmarks.overhead import cpu_seconds
+from benchmarks.random_rewards import random_reward
+from benchmarks.timing import Timer, Work, temporary_run
 from ddpo import DDPOConfig, DDPOTrainer
 from overpaint.policy import Conditioning, DiffusionPolicy, LoRAConfig, Trajectory
 from overpaint.settings import AnyPath, Field, settings
-from overpaint.training import TrainingConfig, TrainingRun
+from overpaint.training import TrainingRun
 from rewards import Reward
 
 TARGET = 1.10
@@ -127,41 +127,25 @@ class Row(NamedTuple):
     """Median of the seconds over that of the trainer, which took turns with it."""
 
 
-Round = Callable[[], None]
-Timer = Callable[[Round], float]
-
-
 # The rounds.
 
 
-class Bench:
-    """A policy in a training run, its reward and its prompts: what rounds are made of.
+class Bench(NamedTuple):
+    """A policy in a training run, its reward and its prompts: what rounds are made of."""
 
-    Args:
-        run: The run of the policy.
-        policy: What is trained.
-        reward: What grades.
-        prompts: What images are drawn for.
-    """
+    run: TrainingRun
+    policy: DiffusionPolicy
+    reward: Reward
+    prompts: list[str]
 
-    def __init__(self, run: TrainingRun, policy: DiffusionPolicy, reward: Reward, prompts: list[str]) -> None:
-        self.run = run
-        self.policy = policy
-        self.reward = reward
-        self.prompts = prompts
-        policy.encode(["", *prompts])  # once a run, and so no part of a round
+    def trainer(self, config: DDPOConfig, *, recomputed: bool = False) -> Work:
+        """Returns a round of the trainer, its lines in metrics.jsonl and its grid of pictures included.
 
-    def trainer(self, config: DDPOConfig) -> Round:
-        """Returns a round of the trainer, its lines in metrics.jsonl and its grid of pictures included."""
-        trainer = DDPOTrainer(self.policy, self.reward, self.prompts, config)
-        trainer.prepare(self.run)
-        return lambda: self.run.log(trainer.tagged(trainer.step(self.run), self.run))
-
-    def doubting_trainer(self, config: DDPOConfig) -> Round:
-        """Returns a round of the trainer that has to take all old log-probabilities again.
-
-        That is what other shapes of minibatches than those of the drawing may lead to in half precision. Here those of
-        the drawing are falsified, so that it happens in any precision.
+        Args:
+            config: Its settings.
+            recomputed: Whether it has to take all old log-probabilities again. That is what other shapes of minibatches
+                than those of the drawing may lead to in half precision. Here those of the drawing are falsified, so
+                that it happens in any precision.
         """
         trainer = DDPOTrainer(self.policy, self.reward, self.prompts, config)
         trainer.prepare(self.run)
@@ -171,16 +155,9 @@ class Bench:
             trajectory = draw(conditioning, seeds)
             return trajectory._replace(log_probs=trajectory.log_probs + 1.0)
 
-        trainer.collector.draw = falsified
+        if recomputed:
+            trainer.collector.draw = falsified
         return lambda: self.run.log(trainer.tagged(trainer.step(self.run), self.run))
-
-    def bare(self, config: DDPOConfig) -> Round:
-        """Returns the model calls of a round."""
-        return BareRound(self.policy, self.reward, self.prompts, config, self.run.autocast)
-
-    def plain(self, config: DDPOConfig, batch_size: int) -> Round:
-        """Returns a round of the plain loop."""
-        return PlainRound(self.policy, self.reward, self.prompts, config, self.run.autocast, batch_size=batch_size)
 
 
 @contextmanager
@@ -197,27 +174,23 @@ def bench(config: Config, device: torch.device, *, compile: bool = False) -> Gen
     else:
         pipeline = gpu.stable_diffusion(device, tiny=False)
         policy = DiffusionPolicy(pipeline, lora=lora, dtype=dtype, device=device, compile=compile)
-        reward, prompts = gpu.image_reward(device, tiny=False), [gpu.PROMPT]
-    with tempfile.TemporaryDirectory() as folder:
-        run_config = TrainingConfig(
-            output_dir=Path(folder),
-            iterations=1,
-            learning_rate=STILL,
-            mixed_precision=config.precision,
-            progress=False,
-        )
-        with TrainingRun(policy, run_config) as run:
-            yield Bench(run, policy, reward, prompts)
+        reward, prompts = random_reward("image-reward", device), [gpu.PROMPT]
+    policy.encode(["", *prompts])  # once a run, and so no part of a round
+    with temporary_run(policy, iterations=1, learning_rate=STILL, mixed_precision=config.precision) as run:
+        yield Bench(run, policy, reward, prompts)
 
 
-def contestants(config: Config, bench: Bench) -> dict[str, Round]:
+def contestants(config: Config, bench: Bench) -> dict[str, Work]:
     """Returns the trainer, the bare calls and the plain loops."""
     ddpo = config.ddpo()
-    rounds = {TRAINER: bench.trainer(ddpo), BARE: bench.bare(ddpo)}
-    return rounds | {f"plain loop, batches of {size}": bench.plain(ddpo, size) for size in config.plain_batch_sizes}
+    by_hand = (bench.policy, bench.reward, bench.prompts, ddpo, bench.run.autocast)
+    rounds: dict[str, Work] = {TRAINER: bench.trainer(ddpo), BARE: BareRound(*by_hand)}
+    for size in config.plain_batch_sizes:
+        rounds[f"plain loop, batches of {size}"] = PlainRound(*by_hand, batch_size=size)
+    return rounds
 
 
-def measures(config: Config, bench: Bench) -> dict[str, Round]:
+def variants(config: Config, bench: Bench) -> dict[str, Work]:
     """Returns the lines of the table: the trainer as it is, and with one setting changed."""
     ddpo = config.ddpo()
     changed = {f"{size} pairs a minibatch": replace(ddpo, minibatch_size=size) for size in config.minibatch_sizes}
@@ -227,7 +200,7 @@ def measures(config: Config, bench: Bench) -> dict[str, Round]:
     rounds = {TRAINER: bench.trainer(ddpo)} | {name: bench.trainer(settings) for name, settings in changed.items()}
     if config.minibatch_sizes:
         size = config.minibatch_sizes[-1]
-        again = bench.doubting_trainer(replace(ddpo, minibatch_size=size))
+        again = bench.trainer(replace(ddpo, minibatch_size=size), recomputed=True)
         rounds[f"{size} pairs, old log-probabilities again"] = again
     return rounds
 
@@ -235,7 +208,7 @@ def measures(config: Config, bench: Bench) -> dict[str, Round]:
 # How they are measured.
 
 
-def count_calls(policy: DiffusionPolicy, work: Round) -> Calls:
+def count_calls(policy: DiffusionPolicy, work: Work) -> Calls:
     """Runs a round and counts what goes through the UNet."""
     network, counts = policy.network, [0, 0]
 
@@ -251,17 +224,11 @@ def count_calls(policy: DiffusionPolicy, work: Round) -> Calls:
     return Calls(*counts)
 
 
-def take_turns(policy: DiffusionPolicy, rounds: Mapping[str, Round], timer: Timer, *, repeats: int) -> list[Row]:
-    """Times rounds one after the other, each time another one first; the trainer is among them."""
+def measure(policy: DiffusionPolicy, rounds: Mapping[str, Work], timer: Timer, *, repeats: int) -> list[Row]:
+    """Times rounds in turn, after one of each that is not timed; the trainer is among them."""
     calls = {name: count_calls(policy, work) for name, work in rounds.items()}
-    seconds: dict[str, list[float]] = {name: [] for name in rounds}
-    names = list(rounds)
-    for k in range(repeats):
-        first = k % len(names)
-        for name in names[first:] + names[:first]:
-            seconds[name].append(timer(rounds[name]))
-    of_trainer = statistics.median(seconds[TRAINER])
-    return [Row(name, calls[name], seconds[name], statistics.median(seconds[name]) / of_trainer) for name in names]
+    seconds = timing.take_turns(rounds, range(repeats), timer=timer)
+    return [Row(name, calls[name], times, timing.ratio(times, seconds[TRAINER])) for name, times in seconds.items()]
 
 
 def compiled_row(config: Config, device: torch.device, timer: Timer, of_trainer: float) -> Row | None:
@@ -274,7 +241,7 @@ def compiled_row(config: Config, device: torch.device, timer: Timer, of_trainer:
     with bench(config, device, compile=True) as compiled:
         work = compiled.trainer(config.ddpo())
         work()
-        row = take_turns(compiled.policy, {TRAINER: work}, timer, repeats=config.table_repeats)[0]
+        row = measure(compiled.policy, {TRAINER: work}, timer, repeats=config.table_repeats)[0]
     return row._replace(name="compiled UNet", relative=statistics.median(row.seconds) / of_trainer)
 
 
@@ -283,15 +250,12 @@ def compiled_row(config: Config, device: torch.device, timer: Timer, of_trainer:
 
 def table(rows: list[Row], unit: str) -> str:
     """Returns the rows as a Markdown table."""
-    lines = [
-        f"| round | {unit}, median | lowest | over the trainer's | through the UNet | with gradient |",
-        "|---|--:|--:|--:|--:|--:|",
-    ]
+    heads = ["round", f"{unit}, median", "lowest", "over the trainer's", "through the UNet", "with gradient"]
+    lines = []
     for row in rows:
-        middle, lowest = statistics.median(row.seconds), min(row.seconds)
-        cells = [row.name, f"{middle:.3f}", f"{lowest:.3f}", f"{row.relative:.3f}", *map(str, row.calls)]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+        numbers = (statistics.median(row.seconds), min(row.seconds), row.relative)
+        lines.append([row.name, *(f"{number:.3f}" for number in numbers), *map(str, row.calls)])
+    return timing.markdown_table(heads, lines)
 
 
 def summary(rows: list[Row]) -> str:
@@ -324,36 +288,25 @@ def main(config: Config) -> list[Row]:
         SystemExit: As `chosen_device`.
     """
     device = chosen_device(config)
-    on_gpu = device.type == "cuda"
-    unit = "seconds" if on_gpu else "CPU-seconds"
-    timer: Timer = (lambda work: gpu.seconds(work, device, repeats=1)[0]) if on_gpu else cpu_seconds
-    name = torch.cuda.get_device_name(device) if on_gpu else f"CPU, {torch.get_num_threads()} threads"
+    unit = "seconds" if device.type == "cuda" else "CPU-seconds"
+    timer = partial(timing.seconds, device=device)
+    name = timing.device_name(device)
     print(f"{config.architecture}, {config.precision}; {name}; torch {torch.__version__}", flush=True)
     tables = []
     with bench(config, device) as made:
-        tables.append(take_turns(made.policy, contestants(config, made), timer, repeats=config.repeats))
+        tables.append(measure(made.policy, contestants(config, made), timer, repeats=config.repeats))
         print(table(tables[0], unit), summary(tables[0]), sep="\n\n", flush=True)
         if config.table_repeats:
-            rounds = measures(config, made)
-            tables.append(take_turns(made.policy, rounds, timer, repeats=config.table_repeats))
+            tables.append(measure(made.policy, variants(config, made), timer, repeats=config.table_repeats))
     if config.table_repeats:
         if config.compile:
             row = compiled_row(config, device, timer, statistics.median(tables[1][0].seconds))
             tables[1] += [] if row is None else [row]
         print(f"\n{table(tables[1], unit)}")
-    if config.output is not None:
-        record = {
-            "device": name,
-            "torch": torch.__version__,
-            "unit": unit,
-            "config": asdict(config) | {"output": None},
-            "tables": [[row._asdict() | {"calls": row.calls._asdict()} for row in rows] for rows in tables],
-        }
-        config.output.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    written = [[row._asdict() | {"calls": row.calls._asdict()} for row in rows] for rows in tables]
+    timing.write_results(config.output, config, device=name, unit=unit, tables=written)
     return [row for rows in tables for row in rows]
 
 
 if __name__ == "__main__":
-    import tyro
-
     main(tyro.cli(Config, description=__doc__))

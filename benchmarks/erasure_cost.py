@@ -11,17 +11,16 @@ UCE, which makes no such calls, erases nudity from a Stable Diffusion v1.4 with 
 """
 
 import statistics
-import tempfile
-from collections.abc import Callable
+from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
+import tyro
 from torch import Tensor
 
 from benchmarks.gpu import stable_diffusion
-from benchmarks.overhead import cpu_seconds
+from benchmarks.timing import CPU, IdleOptimizer, ratio, seconds, take_turns, temporary_run
 from erasure import NUDITY, UCE
 from erasure.descend import DescentConfig, descend_once
 from erasure.methods.mace import TARGETS, with_lora
@@ -31,7 +30,6 @@ from erasure.registry import method_named
 from overpaint.policy import DiffusionPolicy, LoRAConfig
 from overpaint.settings import Field, settings
 from overpaint.tinyworld.presets import PRESETS, STRIPES
-from overpaint.training import TrainingConfig, TrainingRun
 
 TARGET_RATIO = 1.15
 TARGET_SECONDS = 20.0
@@ -70,26 +68,13 @@ class Call(NamedTuple):
     """What its gradient was wanted for."""
 
 
-class Timing(NamedTuple):
-    """CPU-seconds of each update, and of its calls alone."""
-
-    update: list[float]
-    calls: list[float]
-
-    @property
-    def ratio(self) -> float:
-        """The median of updates over that of the calls."""
-        return statistics.median(self.update) / statistics.median(self.calls)
-
-
 class Recorder:
     """Notes every call of a policy's UNet, and makes them again."""
 
     def __init__(self, policy: DiffusionPolicy) -> None:
         self.policy = policy
         self.calls: list[Call] = []
-        self.parameters = policy.trainable_parameters()
-        self.optimizer = torch.optim.AdamW(self.parameters, lr=0.0)
+        self.optimizer = IdleOptimizer(policy.trainable_parameters())
         self._hook: Any = None
 
     def __enter__(self) -> "Recorder":
@@ -117,13 +102,11 @@ class Recorder:
                 torch.autograd.grad(out.square().sum(), embeddings)
             elif wanted == "weights":
                 out.square().mean().backward()
-        torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
         self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
 
 
-def measure(name: str, policy: DiffusionPolicy, repeats: int) -> Timing:
-    """Times updates of a method and their calls in turn, each going first every other time."""
+def measure(name: str, policy: DiffusionPolicy, repeats: int) -> dict[str, list[float]]:
+    """Times updates of a method and their calls in turn, in CPU-seconds."""
     method: Any = method_named(name, PRESETS[name])
     fewer: dict[str, Any] = {"images": 4} if hasattr(method.config, "images") else {}
     if name == "sa":
@@ -133,31 +116,22 @@ def measure(name: str, policy: DiffusionPolicy, repeats: int) -> Timing:
     student = student_of(name, method, policy)
     method.prepare(student, CONCEPT)
     descent: DescentConfig = method.config.descent
-    recorder, timing = Recorder(student), Timing([], [])
-    with tempfile.TemporaryDirectory() as folder:
-        run_config = TrainingConfig(
-            output_dir=Path(folder),
-            iterations=repeats + 2,
-            learning_rate=descent.learning_rate,
-            max_grad_norm=descent.max_grad_norm,
-            progress=False,
-        )
-        with TrainingRun(student, run_config) as run:
+    recorder = Recorder(student)
+    rates = {"learning_rate": descent.learning_rate, "max_grad_norm": descent.max_grad_norm}
+    with temporary_run(student, iterations=repeats + 2, **rates) as run:
+
+        def update() -> None:
+            descend_once(method, student, CONCEPT, descent, run)
+
+        def recorded() -> Iterator[int]:
             for k in run.iterations():
                 state = run.generator.get_state()
                 with recorder:
-                    descend_once(method, student, CONCEPT, descent, run)
+                    update()
                 run.generator.set_state(state)  # the timed update draws what the recorded one drew
+                yield k
 
-                def update() -> None:
-                    descend_once(method, student, CONCEPT, descent, run)
-
-                works: tuple[Callable[[], None], ...] = (update, recorder.again)
-                seconds = {work: cpu_seconds(work) for work in (works if k % 2 else works[::-1])}
-                if k >= 2:
-                    timing.update.append(seconds[works[0]])
-                    timing.calls.append(seconds[works[1]])
-    return timing
+        return take_turns({"update": update, "calls": recorder.again}, recorded(), warm_up=2)
 
 
 def student_of(name: str, method: Any, policy: DiffusionPolicy) -> DiffusionPolicy:
@@ -170,32 +144,24 @@ def student_of(name: str, method: Any, policy: DiffusionPolicy) -> DiffusionPoli
     return policy.student_copy("full" if name == "ant" else method.config.train)
 
 
-def uce_seconds(*, tiny: bool = False) -> float:
-    """Returns the CPU-seconds of erasing nudity by UCE from a Stable Diffusion v1.4 with random weights."""
-    pipeline = stable_diffusion(torch.device("cpu"), tiny=tiny)
-    policy = DiffusionPolicy(pipeline, device="cpu")
-    return cpu_seconds(lambda: UCE().erase(policy, STRIPES if tiny else NUDITY))
-
-
-def main(config: Config) -> dict[str, Timing]:
+def main(config: Config) -> dict[str, dict[str, list[float]]]:
     """Measures and prints."""
     from overpaint import tinyworld
 
     torch.manual_seed(0)
     policy = tinyworld.load_policy()
-    timings = {}
+    found = {}
     print(f"CPU-seconds of an update, medians of {config.repeats}; target: a ratio of at most {TARGET_RATIO:.2f}")
     for name in config.methods:
-        timing = timings[name] = measure(name, policy, config.repeats)
-        update, calls = (statistics.median(values) for values in timing)
-        print(f"  {name:8} update {update:.3f}  its UNet calls {calls:.3f}  ratio {timing.ratio:.3f}")
+        times = found[name] = measure(name, policy, config.repeats)
+        update, calls = (statistics.median(values) for values in times.values())
+        print(f"  {name:8} update {update:.3f}  its UNet calls {calls:.3f}  ratio {ratio(*times.values()):.3f}")
     if config.uce:
-        seconds = uce_seconds(tiny=config.tiny)
-        print(f"UCE: {seconds:.1f} CPU-seconds (target: at most {TARGET_SECONDS:.0f})")
-    return timings
+        pipeline = DiffusionPolicy(stable_diffusion(CPU, tiny=config.tiny), device="cpu")
+        taken = seconds(lambda: UCE().erase(pipeline, STRIPES if config.tiny else NUDITY))
+        print(f"UCE: {taken:.1f} CPU-seconds (target: at most {TARGET_SECONDS:.0f})")
+    return found
 
 
 if __name__ == "__main__":
-    import tyro
-
     main(tyro.cli(Config, description=__doc__))

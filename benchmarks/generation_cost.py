@@ -8,16 +8,17 @@ in the same order. The two alternate in one process and are timed in CPU-seconds
 touches both alike; medians count. The tiny world is the hard case: its networks are a thousandth of Stable Diffusion's.
 """
 
-import statistics
 import tempfile
+from itertools import count
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
+import tyro
 
-from benchmarks.overhead import cpu_seconds
+from benchmarks.timing import call_unet, comparison, take_turns, unet_inputs
 from overpaint.evaluation import DrawConfig, PlannedImage, generate, plan
 from overpaint.policy import DiffusionPolicy
+from overpaint.policy.autoencoder import CHUNK
 from overpaint.settings import Field, settings
 
 TARGET = 1.05
@@ -48,88 +49,53 @@ class Config:
             raise ValueError(f"images must be a positive multiple of batch_size {self.batch_size}, got {self.images}")
 
 
-class Timing(NamedTuple):
-    """CPU-seconds of each folder, pair by pair."""
-
-    generate: list[float]
-    bare: list[float]
-
-    @property
-    def ratio(self) -> float:
-        """The median of `generate` over that of the bare calls."""
-        return statistics.median(self.generate) / statistics.median(self.bare)
-
-
 class BareCalls:
     """The calls of UNet and VAE for a folder, and nothing else; what they read is the same each time."""
 
     def __init__(self, policy: DiffusionPolicy, prompts: list[str], config: Config) -> None:
         branches = 1 if config.guidance_scale == 1 else 2
-        side = policy.sample_size
         self.policy = policy
-        self.batches = config.images // config.batch_size
-        self.batch_size = config.batch_size
+        self.config = config
         self.timesteps = policy.timesteps(config.steps).tolist()
-        self.latents = torch.randn(branches * config.batch_size, 4, side, side)
-        self.embeddings = policy.encode(prompts[: config.batch_size]).tokens.repeat(branches, 1, 1)
+        self.latents, self.embeddings = unet_inputs(policy, prompts[: config.batch_size] * branches)
 
     @torch.no_grad()
     def __call__(self) -> None:
         """Runs the calls once."""
-        for _ in range(self.batches):
+        for _ in range(self.config.images // self.config.batch_size):
             for timestep in self.timesteps:
-                at = torch.full((len(self.latents),), timestep)
-                self.policy.unet(self.latents, at, encoder_hidden_states=self.embeddings, return_dict=False)
-            for part in self.latents[: self.batch_size].split(8):  # as many as the policy decodes at a time
+                call_unet(self.policy, timestep, self.latents, self.embeddings)
+            for part in self.latents[: self.config.batch_size].split(CHUNK):
                 self.policy.vae.decode(part, return_dict=False)
 
 
-def measure(policy: DiffusionPolicy, planned: tuple[PlannedImage, ...], config: Config) -> Timing:
-    """Times a folder and the bare calls in turn, each going first in every other pair."""
-    bare = BareCalls(policy, [image.prompt for image in planned], config)
+def measure(policy: DiffusionPolicy, planned: tuple[PlannedImage, ...], config: Config) -> dict[str, list[float]]:
+    """Times generating a folder and the bare calls in turn, in CPU-seconds."""
     drawing = DrawConfig(steps=config.steps, guidance_scale=config.guidance_scale)
-    timing = Timing([], [])
-    for repeat in range(config.repeats + 1):
-        with tempfile.TemporaryDirectory() as folder:
+    folders = count()
+    with tempfile.TemporaryDirectory() as root:
 
-            def whole(folder: str = folder) -> None:
-                policy.prompts.clear()
-                generate(
-                    policy,
-                    planned,
-                    Path(folder),
-                    drawing,
-                    model="tiny",
-                    batch_size=config.batch_size,
-                    rank=0,
-                    world_size=1,
-                    progress=False,
-                )
+        def whole() -> None:
+            policy.prompts.clear()
+            folder = Path(root) / str(next(folders))
+            generate(policy, planned, folder, drawing, model="tiny", batch_size=config.batch_size, progress=False)
 
-            seconds = {work: cpu_seconds(work) for work in ((whole, bare) if repeat % 2 else (bare, whole))}
-        if repeat > 0:
-            timing.generate.append(seconds[whole])
-            timing.bare.append(seconds[bare])
-    return timing
+        bare = BareCalls(policy, [image.prompt for image in planned], config)
+        return take_turns({"generate": whole, "bare": bare}, range(config.repeats + 1), warm_up=1)
 
 
-def main(config: Config) -> Timing:
+def main(config: Config) -> dict[str, list[float]]:
     """Measures on the tiny world and prints the ratio."""
     from overpaint import tinyworld
 
     torch.manual_seed(0)
     policy = tinyworld.load_policy(device="cpu")
     planned = plan({"benign": tinyworld.captions("benign", config.images, 0)})
-    timing = measure(policy, planned, config)
+    times = measure(policy, planned, config)
     print(f"{config.images} images in {config.steps} steps, {config.batch_size} at a time:")
-    for name, times in timing._asdict().items():
-        low, middle, high = statistics.quantiles(times, n=4)
-        print(f"  {name:8} {middle:.3f} CPU-seconds (quartiles {low:.3f} and {high:.3f}, {len(times)} folders)")
-    print(f"  ratio    {timing.ratio:.3f} (target: at most {TARGET:.2f})")
-    return timing
+    print(comparison(times, unit="folders", target=TARGET))
+    return times
 
 
 if __name__ == "__main__":
-    import tyro
-
     main(tyro.cli(Config, description=__doc__))

@@ -14,31 +14,27 @@ counts it) over time, divided by what the same device reaches on large bf16 matr
 """
 
 import gc
-import json
 import math
 import statistics
 import sys
-import tempfile
-import time
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Generator, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
-from itertools import chain
-from pathlib import Path
-from typing import Annotated, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import torch
+import tyro
 from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks import timing
+from benchmarks.random_rewards import TEXT_L, random_reward
+from benchmarks.timing import Work, temporary_run, unet_inputs
 from overpaint.policy import ClassifierFree, DiffusionPolicy, LoRAConfig
 from overpaint.policy.parts import Pipeline
 from overpaint.settings import AnyPath, Field, settings
-from overpaint.training import TrainingConfig, TrainingRun
 from refl import PretrainingPairs, ReFLConfig, ReFLTrainer
-from rewards import BlipTokenizer, ImageReward, ImageRewardConfig
 
 PROMPT = "a red circle"
-GRADED_STEP = 35  # the authors draw from 30 to 39; one step for all, so that iterations are comparable
+REWARDED_STEP = 35  # the authors draw from 30 to 39; one step for all, so that iterations are comparable
 REFL_STEPS = 40
 
 
@@ -82,7 +78,8 @@ class Switches(NamedTuple):
 class Row(NamedTuple):
     """One line of the table; rate, memory and share are NaN where they could not be measured."""
 
-    task: Literal["refl", "sampling"]
+    task: str
+    """refl or sampling."""
     switches: str
     batch_size: int
     rate: float
@@ -100,9 +97,9 @@ def stable_diffusion(device: torch.device, *, tiny: bool) -> "Pipeline":
     """Builds the pipeline with random weights: Stable Diffusion v1.4's sizes, or the tiny world's."""
     from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
     from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
-    from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
     from transformers import CLIPTextConfig, CLIPTextModel
 
+    from overpaint.policy.saving import plain_pipeline
     from overpaint.tinyworld import components
 
     tokenizer = components.build_tokenizer()
@@ -128,46 +125,13 @@ def stable_diffusion(device: torch.device, *, tiny: bool) -> "Pipeline":
             )
             text_encoder = CLIPTextModel(
                 CLIPTextConfig(
-                    hidden_size=768,
-                    intermediate_size=3072,
-                    num_hidden_layers=12,
-                    num_attention_heads=12,
+                    **TEXT_L,
                     bos_token_id=tokenizer.bos_token_id,
                     eos_token_id=tokenizer.eos_token_id,
                     pad_token_id=tokenizer.pad_token_id,
                 )
             )
-    return StableDiffusionPipeline(
-        vae=vae,
-        text_encoder=text_encoder,
-        tokenizer=tokenizer,
-        unet=unet,
-        scheduler=components.scheduler(),
-        safety_checker=None,  # ty: ignore[invalid-argument-type]  diffusers takes None
-        feature_extractor=None,  # ty: ignore[invalid-argument-type]  diffusers takes None
-        requires_safety_checker=False,
-    )
-
-
-def image_reward(device: torch.device, *, tiny: bool) -> ImageReward:
-    """Builds a frozen ImageReward with random weights, in float32; autocast computes it in bf16."""
-    config = ImageRewardConfig()
-    if tiny:
-        config = ImageRewardConfig(
-            image_size=32,
-            vision_hidden_size=16,
-            vision_layers=1,
-            vision_heads=2,
-            vision_intermediate_size=32,
-            hidden_size=16,
-            text_layers=1,
-            text_heads=2,
-            text_intermediate_size=32,
-            vocab_size=16,
-        )
-    tokenizer = BlipTokenizer(("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *PROMPT.split()))
-    with device:
-        return ImageReward(config, tokenizer).requires_grad_(False).eval()
+    return plain_pipeline(unet, vae, text_encoder, tokenizer, components.scheduler())
 
 
 def make_policy(switches: Switches, device: torch.device, *, tiny: bool) -> DiffusionPolicy:
@@ -189,14 +153,14 @@ def make_policy(switches: Switches, device: torch.device, *, tiny: bool) -> Diff
 
 @contextmanager
 def refl_iteration(
-    switches: Switches, batch_size: int, device: torch.device, *, tiny: bool
-) -> Generator[Callable[[], object], None, None]:
+    config: Config, switches: Switches, batch_size: int, device: torch.device
+) -> Generator[Work, None, None]:
     """Yields a function that takes one iteration of the trainer."""
-    reward_step, steps = (2, 3) if tiny else (GRADED_STEP, REFL_STEPS)
-    policy = make_policy(switches, device, tiny=tiny)
-    reward = image_reward(device, tiny=tiny)
+    reward_step, steps = (2, 3) if config.tiny else (REWARDED_STEP, REFL_STEPS)
+    policy = make_policy(switches, device, tiny=config.tiny)
+    reward: Any = random_reward("image-reward", device, tiny=config.tiny)
     reward.gradient_checkpointing = switches.checkpointing
-    config = ReFLConfig(
+    refl = ReFLConfig(
         batch_size=batch_size,
         micro_batch_size=batch_size,
         pretraining_batch_size=batch_size,
@@ -204,56 +168,35 @@ def refl_iteration(
         first_reward_step=reward_step,
         last_reward_step=reward_step,
     )
-    latents = torch.randn(batch_size, 4, policy.sample_size, policy.sample_size, device=device)
+    latents, _ = unet_inputs(policy, [PROMPT] * batch_size)
     pairs = PretrainingPairs(latents, [PROMPT] * batch_size)
-    trainer = ReFLTrainer(policy, reward, [PROMPT], config, pretraining=pairs)
-    with tempfile.TemporaryDirectory() as folder:
-        run_config = TrainingConfig(
-            output_dir=Path(folder),
-            iterations=1,
-            mixed_precision="bf16",
-            optimizer="adamw8bit" if switches.eight_bit else "adamw",
-            progress=False,
-        )
-        with TrainingRun(policy, run_config) as run:
-            trainer.prepare(run)
-            yield lambda: trainer.step(run)
+    trainer = ReFLTrainer(policy, reward, [PROMPT], refl, pretraining=pairs)
+    optimizer = "adamw8bit" if switches.eight_bit else "adamw"
+    with temporary_run(policy, iterations=1, mixed_precision="bf16", optimizer=optimizer) as run:
+        trainer.prepare(run)
+        yield lambda: trainer.step(run)
 
 
 @contextmanager
-def sampling(
-    switches: Switches, batch_size: int, device: torch.device, *, steps: int, tiny: bool
-) -> Generator[Callable[[], object], None, None]:
+def sampling(config: Config, switches: Switches, batch_size: int, device: torch.device) -> Generator[Work, None, None]:
     """Yields a function that draws one batch of images with classifier-free guidance."""
-    policy = make_policy(switches, device, tiny=tiny)
-    guidance = ClassifierFree(5.0)
-    prompts, seeds = [PROMPT] * batch_size, list(range(batch_size))
+    policy = make_policy(switches, device, tiny=config.tiny)
+    prompts, seeds, guidance = [PROMPT] * batch_size, list(range(batch_size)), ClassifierFree(5.0)
+    steps = 2 if config.tiny else config.sampling_steps
     yield lambda: policy.draw(prompts, seeds=seeds, steps=steps, guidance=guidance, batch_size=batch_size)
 
 
 # How it is measured.
 
 
-def seconds(work: Callable[[], object], device: torch.device, *, repeats: int) -> list[float]:
-    """Times runs of the work on the clock, each until the device has finished."""
-    times = []
-    for _ in range(repeats):
-        _wait(device)
-        start = time.perf_counter()
-        work()
-        _wait(device)
-        times.append(time.perf_counter() - start)
-    return times
-
-
 def matmul_peak(device: torch.device, *, size: int) -> float:
     """Returns what the device reaches on a product of two square bf16 matrices, in operations per second."""
     a, b = (torch.randn(size, size, device=device, dtype=torch.bfloat16) for _ in range(2))
-    seconds(lambda: a @ b, device, repeats=3)
-    return 2 * size**3 / min(seconds(lambda: a @ b, device, repeats=20))
+    times = [timing.seconds(lambda: a @ b, device) for _ in range(23)]
+    return 2 * size**3 / min(times[3:])
 
 
-def operations(work: Callable[[], object]) -> int:
+def operations(work: Work) -> int:
     """Counts the floating-point operations of matrix products, convolutions and attention in one run."""
     work()  # encodes the prompts, which later runs have cached
     with FlopCounterMode(display=False) as counter:
@@ -261,15 +204,14 @@ def operations(work: Callable[[], object]) -> int:
     return counter.get_total_flops()
 
 
-def measure(
-    work: Callable[[], object], device: torch.device, repeats: int, seconds_at_peak: float
-) -> tuple[float, float, float]:
+def measure(work: Work, device: torch.device, repeats: int, seconds_at_peak: float) -> tuple[float, float, float]:
     """Returns runs per second, GiB and the share of the peak; NaN for all three where memory runs out."""
     try:
-        seconds(work, device, repeats=2)
+        for _ in range(2):
+            work()
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
-        duration = statistics.median(seconds(work, device, repeats=repeats))
+        duration = statistics.median(timing.seconds(work, device) for _ in range(repeats))
     except torch.OutOfMemoryError:
         return math.nan, math.nan, math.nan
     memory = torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else math.nan
@@ -286,47 +228,37 @@ def variants(config: Config) -> list[Switches]:
     return chosen
 
 
-def refl_rows(config: Config, device: torch.device, peak: float) -> Iterator[Row]:
-    """Measures ReFL iterations, for each switch and batch size."""
+def measured_rows(config: Config, device: torch.device, peak: float) -> Iterator[Row]:
+    """Measures ReFL iterations and sampling, for each way to run them and each batch size."""
+    plain = Switches("nothing")
+    compiled = [plain._replace(compile=True)] if config.compile and not config.tiny else []
     useful: dict[str, int] = {}
-    for switches in variants(config):
+    for switches in [*variants(config), plain, *compiled]:
+        task, prepared = ("sampling", sampling) if switches.trained == "nothing" else ("refl", refl_iteration)
         if switches.trained not in useful:
             # Recomputation is no useful work: one image without it is counted, and the work grows with the batch.
-            with refl_iteration(Switches(switches.trained), 1, device, tiny=config.tiny) as work:
+            with prepared(config, Switches(switches.trained), 1, device) as work:
                 useful[switches.trained] = operations(work)
         for batch_size in config.batch_sizes:
             _forget(device)
-            with refl_iteration(switches, batch_size, device, tiny=config.tiny) as work:
+            with prepared(config, switches, batch_size, device) as work:
                 batch_operations = useful[switches.trained] * batch_size
                 rate, memory, share = measure(work, device, config.repeats, batch_operations / peak)
-            yield Row("refl", str(switches), batch_size, rate, memory, share)
-
-
-def sampling_rows(config: Config, device: torch.device, peak: float) -> Iterator[Row]:
-    """Measures sampling, with and without compilation, for each batch size."""
-    steps = 2 if config.tiny else config.sampling_steps
-    plain = Switches("nothing")
-    with sampling(plain, 1, device, steps=steps, tiny=config.tiny) as work:
-        useful = operations(work)
-    compiled = plain._replace(compile=True)
-    for switches in [plain, compiled] if config.compile and not config.tiny else [plain]:
-        for batch_size in config.batch_sizes:
-            _forget(device)
-            with sampling(switches, batch_size, device, steps=steps, tiny=config.tiny) as work:
-                rate, memory, share = measure(work, device, config.repeats, useful * batch_size / peak)
-            yield Row("sampling", str(switches), batch_size, rate * batch_size, memory, share)
+            rate *= batch_size if task == "sampling" else 1
+            yield Row(task, str(switches), batch_size, rate, memory, share)
 
 
 def table(rows: list[Row]) -> str:
     """Returns the rows as a Markdown table; what could not be measured is a dash."""
-    lines = ["| task | trained, switches | batch | rate | peak GiB | share of bf16 peak |", "|---|---|--:|--:|--:|--:|"]
+    heads = ["task", "trained, switches", "batch", "rate", "peak GiB", "share of bf16 peak"]
+    lines = []
     for row in rows:
         unit = "iterations/s" if row.task == "refl" else "images/s"
         rate = "out of memory" if math.isnan(row.rate) else f"{row.rate:.3f} {unit}"
         memory = "-" if math.isnan(row.peak_gib) else f"{row.peak_gib:.1f}"
         share = "-" if math.isnan(row.peak_share) else f"{100 * row.peak_share:.1f} %"
-        lines.append(f"| {row.task} | {row.switches} | {row.batch_size} | {rate} | {memory} | {share} |")
-    return "\n".join(lines)
+        lines.append([row.task, row.switches, str(row.batch_size), rate, memory, share])
+    return timing.markdown_table(heads, lines, words=2)
 
 
 def main(config: Config) -> list[Row]:
@@ -343,30 +275,12 @@ def main(config: Config) -> list[Row]:
     name = "the CPU, tiny: these are no measurements" if config.tiny else torch.cuda.get_device_name(device)
     print(f"{name}; torch {torch.__version__}; bf16 matmul peak {peak / 1e12:.1f} TFLOP/s")
     rows = []
-    for row in chain(refl_rows(config, device, peak), sampling_rows(config, device, peak)):
+    for row in measured_rows(config, device, peak):
         rows.append(row)
         print(table([row]).splitlines()[-1], file=sys.stderr, flush=True)
     print(table(rows))
-    if config.output is not None:
-        record = {
-            "device": name,
-            "torch": torch.__version__,
-            "matmul_peak": peak,
-            "config": asdict(config) | {"output": None},
-            "rows": [{key: _json(value) for key, value in row._asdict().items()} for row in rows],
-        }
-        config.output.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    timing.write_results(config.output, config, device=name, matmul_peak=peak, rows=[row._asdict() for row in rows])
     return rows
-
-
-def _json(value: object) -> object:
-    """JSON has no NaN: what could not be measured is null."""
-    return None if isinstance(value, float) and math.isnan(value) else value
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def _forget(device: torch.device) -> None:
@@ -378,6 +292,4 @@ def _forget(device: torch.device) -> None:
 
 
 if __name__ == "__main__":
-    import tyro
-
     main(tyro.cli(Config, description=__doc__))

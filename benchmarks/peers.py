@@ -12,7 +12,7 @@ prompts and reward:
 - "own": this project's trainer with the settings of examples/ddpo_finetune.py.
 
 Each is a process with one thread; the one that has used the least time goes next. Time is that of the processor, and
-of rounds only: setting up is not counted, nor is judging. All sides are judged by one program, on prompts that are not
+of rounds only: setting up is not counted, nor is evaluation. One program evaluates all sides, on prompts that are not
 trained on, with the same seeds.
 """
 
@@ -28,11 +28,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import tyro
 
 from benchmarks.peers_child import RewardName, load_reward
 from benchmarks.peers_environment import make_environment, requirements
-from benchmarks.peers_race import Judge, Record, Side, race, reward_after, seconds_until
+from benchmarks.peers_race import Evaluator, Record, Side, race, reward_after, seconds_until
 from benchmarks.peers_settings import NEVER, Settings, our_job, own_settings, trl_job
+from benchmarks.timing import write_results
 from ddpo import DDPOConfig
 from overpaint import tinyworld
 from overpaint.evaluation.report.charts import band_chart, band_of, svg
@@ -80,10 +82,10 @@ class Config:
     """Prompts that are trained on: few enough for statistics of each."""
 
     held_out: int = Field(64, ge=1)
-    """Held-out prompts of a look."""
+    """Held-out prompts of an evaluation."""
 
-    look_every: int = Field(2, ge=1)
-    """Rounds between two looks."""
+    evaluate_every: int = Field(2, ge=1)
+    """Rounds between two evaluations."""
 
     environment: AnyPath = Path("runs/peers/venv")
     """TRL's environment, made where there is none."""
@@ -97,7 +99,7 @@ class Config:
             raise ValueError(f"seeds must be different numbers, got {self.seeds}")
 
     def ddpo(self) -> DDPOConfig:
-        """Returns what TRL and this project have in common: no picture and no divergence is looked at; TRL's buffer."""
+        """Returns what TRL and this project have in common: no picture grid, no divergence; TRL's buffer."""
         return DDPOConfig(
             samples_per_round=self.samples_per_round,
             updates_per_round=self.updates_per_round,
@@ -133,18 +135,18 @@ def run_seed(config: Config, seed: int, trl_python: Path) -> Records:
     """
     folder = config.output_dir.absolute() / f"seed-{seed}"
     settings = config.sides(seed)
-    asked = {
-        "looks": [config.rounds, config.look_every, config.held_out],
+    wanted = {
+        "evaluations": [config.rounds, config.evaluate_every, config.held_out],
         **{name: our_job(side) for name, side in settings.items()},
     }
     file = folder / "records.json"
     if file.exists():
         found = json.loads(file.read_text(encoding="utf-8"))
-        if found["asked"] != asked:
+        if found["settings"] != wanted:
             raise ValueError(f"output_dir must be new for other settings, and {file} was made with different ones")
-        return {name: Record.from_json(values) for name, values in found["records"].items()}
+        return {name: Record(**values) for name, values in found["records"].items()}
 
-    judge = Judge(
+    evaluator = Evaluator(
         tinyworld.load_policy(lora=settings[TRL].lora, device="cpu"),
         load_reward(config.reward),
         tinyworld.captions("held_out", config.held_out, 0),
@@ -159,14 +161,18 @@ def run_seed(config: Config, seed: int, trl_python: Path) -> Records:
             shutil.rmtree(folder / name, ignore_errors=True)  # what an interrupted comparison left
             started = Side(python, f"benchmarks.peers_{program}", job, folder / name, samples_per_round=count)
             sides[name] = stack.enter_context(started)
-
-        def say(text: str) -> None:
-            print(f"seed {seed}, {text}", file=sys.stderr, flush=True)
-
-        race(sides, judge, rounds=config.rounds, pacemaker=TRL, follower=OWN, look_every=config.look_every, say=say)
+        race(
+            sides,
+            evaluator,
+            rounds=config.rounds,
+            pacemaker=TRL,
+            follower=OWN,
+            evaluate_every=config.evaluate_every,
+            report=lambda line: print(f"seed {seed}, {line}", file=sys.stderr, flush=True),
+        )
     records = {name: side.record for name, side in sides.items()}
-    kept = {"asked": asked, "records": {name: record.to_json() for name, record in records.items()}}
-    file.write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")
+    content = {"settings": wanted, "records": {name: asdict(record) for name, record in records.items()}}
+    file.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     return records
 
 
@@ -178,10 +184,10 @@ def summary(records: Mapping[int, Records]) -> dict[str, Any]:
     }
     reached = {}
     for seed, sides in records.items():
-        level = sides[TRL].looks[-1].reward
-        theirs, ours = (seconds_until(level, sides[name].looks) for name in (TRL, OWN))
+        start, *_, level = (evaluation.reward for evaluation in sides[TRL].evaluations)
+        theirs, ours = (seconds_until(level, sides[name].evaluations) for name in (TRL, OWN))
         reached[seed] = {
-            "start": sides[TRL].looks[0].reward,
+            "start": start,
             "level": level,
             TRL: theirs,
             OWN: ours,
@@ -200,10 +206,12 @@ def table(records: Mapping[int, Records]) -> str:
         lines.append(f"  {name:5}{seconds:9.2f}")
     lines += [f"  same / TRL {found['ratio']:.3f} (target: at most {ROUND_TARGET:.2f})", ""]
     lines += [f"Held-out reward, mean over {len(records)} seeds", f"  {'queries':>8}{TRL:>10}{SAME:>10}"]
-    for k, look in enumerate(first[TRL].looks):
-        means = [statistics.fmean(sides[name].looks[k].reward for sides in records.values()) for name in (TRL, SAME)]
-        lines.append(f"  {look.queries:8}" + "".join(f"{mean:10.4f}" for mean in means))
-    rounds = first[TRL].looks[-1].rounds
+    for k, evaluation in enumerate(first[TRL].evaluations):
+        means = [
+            statistics.fmean(sides[name].evaluations[k].reward for sides in records.values()) for name in (TRL, SAME)
+        ]
+        lines.append(f"  {evaluation.queries:8}" + "".join(f"{mean:10.4f}" for mean in means))
+    rounds = first[TRL].evaluations[-1].rounds
     lines += ["", f"CPU-seconds until the held-out reward of TRL after {rounds} rounds"]
     lines.append(f"  {'seed':>4}{'start':>9}{'level':>9}{TRL:>9}{OWN:>9}{'ratio':>8}")
     for seed, row in found["reached"].items():
@@ -225,15 +233,14 @@ def figures(records: Mapping[int, Records]) -> dict[str, str]:
     for name, label in (("queries", "reward queries"), ("seconds", "CPU-seconds")):
         bands = []
         for side in (TRL, SAME, OWN):
-            looks = [sides[side].looks for sides in records.values()]
+            runs = [sides[side].evaluations for sides in records.values()]
             if name == "queries":
-                points = [[(float(look.queries), look.reward) for look in some] for some in looks]
+                points = [[(float(one.queries), one.reward) for one in run] for run in runs]
             else:
-                points = [[(time, reward_after(time, some)) for time in times] for some in looks]
+                points = [[(time, reward_after(time, run)) for time in times] for run in runs]
             bands.append(band_of(side, points))
-        charts[f"peers-{name}.svg"] = svg(
-            band_chart(bands, title="Held-out reward", x_label=label, y_label="held-out reward").spec
-        )
+        chart = band_chart(bands, title="Held-out reward", x_label=label, y_label="held-out reward")
+        charts[f"peers-{name}.svg"] = svg(chart.spec)
     return charts
 
 
@@ -243,27 +250,18 @@ def main(config: Config) -> dict[str, Any]:
     python = make_environment(config.environment).absolute()
     records = {seed: run_seed(config, seed, python) for seed in config.seeds}
     print(table(records))
-    found = summary(records)
-    # JSON knows no infinity: what was never reached, or has no yardstick, is null.
-    found["reached"] = {
-        seed: {name: value if math.isfinite(value) else None for name, value in row.items()}
-        for seed, row in found["reached"].items()
-    }
     results = {
-        "config": asdict(config),
         "versions": requirements(),
-        **found,
-        "records": {seed: {name: side.to_json() for name, side in sides.items()} for seed, sides in records.items()},
+        **summary(records),
+        "records": {seed: {name: asdict(side) for name, side in sides.items()} for seed, sides in records.items()},
     }
     for name, chart in figures(records).items():
         (config.output_dir / name).write_text(chart, encoding="utf-8")
     file = config.output_dir / "peers.json"
-    file.write_text(json.dumps(results, indent=1, default=str, allow_nan=False) + "\n", encoding="utf-8")
+    write_results(file, config, **results)
     print(f"\nAll numbers: {file}; curves: peers-queries.svg and peers-seconds.svg beside it")
     return results
 
 
 if __name__ == "__main__":
-    import tyro
-
     main(tyro.cli(Config, description=__doc__))

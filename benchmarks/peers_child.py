@@ -1,8 +1,8 @@
 """What the children of peers.py share: they run in different environments, and speak the same few lines.
 
-A child reads its job as JSON from the file that it is given. For each line on its standard input it does one round and
-saves the trained weights in the file that the line names, which is not timed. It answers with a line of JSON that says
-what the round cost.
+A child reads its job as JSON from the file that its command line names. For each line on its standard input it does
+one round and saves the trained weights in the file that the line names, which is not timed. It answers with a line of
+JSON that says what the round cost.
 """
 
 import json
@@ -10,13 +10,11 @@ import os
 import sys
 import time
 from collections.abc import Callable, Mapping
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from overpaint.policy import LoRAConfig
     from rewards import Reward
 
 RewardName = Literal["image-reward", "compressibility"]
@@ -31,19 +29,6 @@ def load_reward(name: RewardName) -> "Reward":
     from overpaint import tinyworld
 
     return tinyworld.load_reward()
-
-
-def read_job() -> dict[str, Any]:
-    """Returns the job of this child, from the file that its command line names."""
-    return json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
-
-
-def lora_of(job: Mapping[str, Any]) -> "LoRAConfig":
-    """Returns the job's LoRA."""
-    from overpaint.policy import LoRAConfig
-
-    values: dict[str, Any] = {**job["lora"], "targets": tuple(job["lora"]["targets"])}
-    return LoRAConfig(**values)
 
 
 def serve(round_: Callable[[], float], weights: Callable[[], Mapping[str, "Tensor"]]) -> None:

@@ -1,7 +1,5 @@
 """The environment of peers.py's other side: TRL's last release with DDPO, beside the versions that are in use here."""
 
-import json
-import os
 import subprocess
 import sys
 from importlib.metadata import version
@@ -11,12 +9,9 @@ ROOT = Path(__file__).resolve().parent.parent
 
 SHARED = (
     "torch", "diffusers", "transformers", "peft", "accelerate", "numpy", "safetensors", "pillow", "jaxtyping", "tqdm",
+    "pydantic", "httpx2",
 )  # fmt: skip
 """What both environments have in the same version."""
-
-LISTING = (
-    "import json, importlib.metadata as m; print(json.dumps({d.name.lower(): d.version for d in m.distributions()}))"
-)
 
 
 def requirements() -> dict[str, str]:
@@ -34,26 +29,7 @@ def make_environment(folder: Path) -> Path:
     python = folder / "bin" / "python"
     if not python.exists():
         subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True)
-    if missing := missing_requirements(installed(python)):
-        print(f"installing {len(missing)} packages and what they need into {folder}", file=sys.stderr)
-        subprocess.run([str(python), "-m", "pip", "install", "--quiet", *missing], check=True)
+    print(f"installing what {folder} lacks of TRL and our versions, if anything", file=sys.stderr)
+    wanted = [f"{name}=={number}" for name, number in requirements().items()]
+    subprocess.run([str(python), "-m", "pip", "install", "--quiet", *wanted], check=True)
     return python
-
-
-def missing_requirements(installed: dict[str, str]) -> list[str]:
-    """Returns what has to be installed, as pip wants it; all of it as soon as anything is missing.
-
-    Args:
-        installed: Versions by distribution.
-    """
-    wanted = requirements()
-    if all(installed.get(name, "").partition("+")[0] == number for name, number in wanted.items()):
-        return []
-    return [f"{name}=={number}" for name, number in wanted.items()]
-
-
-def installed(python: Path) -> dict[str, str]:
-    """Returns the versions of all distributions that a Python finds."""
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    listed = subprocess.run([str(python), "-c", LISTING], check=True, capture_output=True, text=True, env=environment)
-    return json.loads(listed.stdout)

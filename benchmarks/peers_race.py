@@ -1,17 +1,19 @@
-"""Sides of peers.py in turn: a process for each, its bill in CPU-seconds, and a judge that neither pays for."""
+"""Sides of peers.py in turn: a process for each, timed in CPU-seconds, and an evaluation that no side pays for."""
 
 import json
 import math
 import os
 import subprocess
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
 from itertools import pairwise
 from pathlib import Path
-from types import TracebackType
-from typing import Any, NamedTuple
+from typing import Any
 
+import numpy as np
 import torch
+from pydantic import Field
+from pydantic.dataclasses import dataclass
+from safetensors.torch import load_file
 
 from benchmarks.peers_environment import ROOT
 from benchmarks.peers_settings import Settings
@@ -19,44 +21,36 @@ from overpaint.policy import ClassifierFree, DiffusionPolicy
 from rewards import Reward
 
 
-class Look(NamedTuple):
-    """What held-out prompts said of a side at some point."""
+@dataclass
+class Evaluation:
+    """What a side was worth at some point."""
 
     rounds: int
     queries: int
-    """Images that the reward had graded by then."""
+    """Images that the reward had scored by then."""
     seconds: float
     """CPU-seconds that all rounds had taken by then."""
     reward: float
+    """Mean reward on held-out prompts."""
 
 
 @dataclass(kw_only=True)
 class Record:
     """What is known of a side."""
 
-    seconds: list[float] = field(default_factory=list)
+    seconds: list[float] = Field(default_factory=list)
     """CPU-seconds of each round."""
 
-    rewards: list[float] = field(default_factory=list)
+    rewards: list[float] = Field(default_factory=list)
     """Mean reward of the samples of each round, before its updates."""
 
-    looks: list[Look] = field(default_factory=list)
-    """Held-out rewards, the first one before any training."""
+    evaluations: list[Evaluation] = Field(default_factory=list)
+    """The first one is before any training."""
 
     @property
     def total(self) -> float:
         """CPU-seconds of all rounds."""
         return sum(self.seconds)
-
-    def to_json(self) -> dict[str, Any]:
-        """Returns what `from_json` takes."""
-        return asdict(self) | {"looks": [look._asdict() for look in self.looks]}
-
-    @classmethod
-    def from_json(cls, values: Mapping[str, Any]) -> "Record":
-        """Takes what `to_json` returned."""
-        looks = [Look(**look) for look in values["looks"]]
-        return cls(seconds=values["seconds"], rewards=values["rewards"], looks=looks)
 
 
 class Side:
@@ -93,17 +87,13 @@ class Side:
             )
 
     def __enter__(self) -> "Side":
-        """Returns itself."""
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        """Ends the process."""
+    def __exit__(self, *_: object) -> None:
         self._process.kill()
         self._process.communicate()
 
-    def play(self) -> None:
+    def step(self) -> None:
         """Has one round done and its weights saved.
 
         Raises:
@@ -123,12 +113,12 @@ class Side:
         self.record.rewards.append(answer["reward"])
 
 
-class Judge:
-    """Draws held-out prompts with fixed seeds and returns their mean reward; the noise is the same at every look.
+class Evaluator:
+    """Draws held-out prompts with the same seeds each time and returns their mean reward.
 
     Args:
         policy: What weights are loaded into.
-        reward: What grades.
+        reward: Scores the images.
         prompts: None that are trained on.
         settings: How images are drawn, which is as in training, noise of the steps included.
     """
@@ -137,89 +127,82 @@ class Judge:
         self.policy = policy
         self.reward = reward
         self.prompts = prompts
-        self.steps = settings.ddpo.steps
-        self.guidance = ClassifierFree(settings.ddpo.guidance_scale)
-        self.eta = settings.ddpo.eta
+        self.ddpo = settings.ddpo
 
     @torch.no_grad()
     def __call__(self, weights: Path | None = None) -> float:
-        """Judges saved weights, or those that the policy has."""
+        """Evaluates saved weights, or those that the policy has."""
         if weights is not None:
-            from safetensors.torch import load_file
-
             self.policy.load_trainable_state(load_file(weights))
-        seeds = range(len(self.prompts))
-        images = self.policy.draw(self.prompts, seeds=seeds, steps=self.steps, guidance=self.guidance, eta=self.eta)
+        guidance = ClassifierFree(self.ddpo.guidance_scale)
+        images = self.policy.draw(
+            self.prompts, seeds=range(len(self.prompts)), steps=self.ddpo.steps, guidance=guidance, eta=self.ddpo.eta
+        )
         return float(self.reward(images, self.prompts).mean())
 
 
 def race(
     sides: Mapping[str, Side],
-    judge: Judge,
+    evaluator: Evaluator,
     *,
     rounds: int,
     pacemaker: str,
     follower: str,
-    look_every: int,
-    say: Callable[[str], None],
+    evaluate_every: int,
+    report: Callable[[str], None],
 ) -> None:
-    """Lets the side that has used the least time play, so that other load on the machine touches all alike.
+    """Gives each round to the side that has used the least time, so that other load on the machine touches all alike.
 
     Args:
         sides: By name.
-        judge: Looks at every side before the first round, after every `look_every` and after the last.
-        rounds: How many each side plays.
+        evaluator: Evaluates every side before the first round, after every `evaluate_every` and after the last.
+        rounds: How many each side does.
         pacemaker: A side whose time counts.
-        follower: A side that plays until it has used as much time as the pacemaker, however many rounds that is.
-        look_every: Rounds between two looks.
-        say: Is told of every look.
+        follower: A side that goes on until it has used as much time as the pacemaker, however many rounds that is.
+        evaluate_every: Rounds between two evaluations.
+        report: Is given a line for every evaluation.
     """
-    start = judge()
-    for side in sides.values():
-        side.record.looks.append(Look(0, 0, 0.0, start))
+    records = {name: side.record for name, side in sides.items()}
+    start = evaluator()
+    for record in records.values():
+        record.evaluations.append(Evaluation(0, 0, 0.0, start))
 
-    def look(name: str) -> None:
-        side, count = sides[name], len(sides[name].record.seconds)
-        seen = Look(count, count * side.samples_per_round, side.record.total, judge(side.weights))
-        side.record.looks.append(seen)
-        say(f"{name}: round {count}, {seen.seconds:.0f} CPU-seconds, held-out reward {seen.reward:.4f}")
+    def evaluate(name: str) -> None:
+        side, record, count = sides[name], records[name], len(records[name].seconds)
+        found = Evaluation(count, count * side.samples_per_round, record.total, evaluator(side.weights))
+        record.evaluations.append(found)
+        report(f"{name}: round {count}, {found.seconds:.0f} CPU-seconds, held-out reward {found.reward:.4f}")
 
     def finished(name: str) -> bool:
-        leader = sides[pacemaker].record
+        leader = records[pacemaker]
         if name == follower:
-            return len(leader.seconds) == rounds and sides[name].record.total >= leader.total
-        return len(sides[name].record.seconds) == rounds
+            return len(leader.seconds) == rounds and records[name].total >= leader.total
+        return len(records[name].seconds) == rounds
 
-    while playing := [name for name in sides if not finished(name)]:
-        name = min(playing, key=lambda name: sides[name].record.total)
-        sides[name].play()
-        if len(sides[name].record.seconds) % look_every == 0 or finished(name):
-            look(name)
-    for name, side in sides.items():
-        if side.record.looks[-1].rounds < len(side.record.seconds):
-            look(name)
+    while running := [name for name in sides if not finished(name)]:
+        name = min(running, key=lambda name: records[name].total)
+        sides[name].step()
+        if len(records[name].seconds) % evaluate_every == 0 or finished(name):
+            evaluate(name)
+    for name, record in records.items():
+        if record.evaluations[-1].rounds < len(record.seconds):
+            evaluate(name)
 
 
-def seconds_until(level: float, looks: Sequence[Look]) -> float:
-    """Returns the CPU-seconds after which a level was first reached, on straight lines between looks.
+def seconds_until(level: float, evaluations: Sequence[Evaluation]) -> float:
+    """Returns the CPU-seconds after which a level was first reached, on straight lines between evaluations.
 
     Infinity if it never was.
     """
-    before = looks[0]
-    if before.reward >= level:
-        return before.seconds
-    for look in looks[1:]:
-        if look.reward >= level:
-            share = (level - before.reward) / (look.reward - before.reward)
-            return before.seconds + share * (look.seconds - before.seconds)
-        before = look
+    if evaluations[0].reward >= level:
+        return evaluations[0].seconds
+    for before, after in pairwise(evaluations):
+        if after.reward >= level:
+            share = (level - before.reward) / (after.reward - before.reward)
+            return before.seconds + share * (after.seconds - before.seconds)
     return math.inf
 
 
-def reward_after(seconds: float, looks: Sequence[Look]) -> float:
-    """Returns the held-out reward after some CPU-seconds, on straight lines between looks, and then the last."""
-    for before, look in pairwise(looks):
-        if seconds < look.seconds:
-            share = (seconds - before.seconds) / (look.seconds - before.seconds)
-            return before.reward + share * (look.reward - before.reward)
-    return looks[-1].reward
+def reward_after(seconds: float, evaluations: Sequence[Evaluation]) -> float:
+    """Returns the held-out reward after some CPU-seconds, on straight lines between evaluations, and then the last."""
+    return float(np.interp(seconds, [e.seconds for e in evaluations], [e.reward for e in evaluations]))

@@ -61,6 +61,7 @@ def trl_config(settings: Settings) -> dict[str, Any]:
         ValueError: TRL cannot do what the settings say.
     """
     ddpo, run = settings.ddpo, settings.run
+    samples = ddpo.samples_per_round // ddpo.updates_per_round
     fixed = {
         "ddpo.estimator": (ddpo.estimator, "importance"),
         "ddpo.baseline": (ddpo.baseline, "prompt"),
@@ -72,10 +73,7 @@ def trl_config(settings: Settings) -> dict[str, Any]:
         "run.mixed_precision": (run.mixed_precision, "no"),
         "samples_per_round % sampling_batch_size": (ddpo.samples_per_round % ddpo.sampling_batch_size, 0),
         "sampling_batch_size % minibatch_size": (ddpo.sampling_batch_size % ddpo.minibatch_size, 0),
-        "samples of an update % minibatch_size": (
-            ddpo.samples_per_round // ddpo.updates_per_round % ddpo.minibatch_size,
-            0,
-        ),
+        "samples of an update % minibatch_size": (samples % ddpo.minibatch_size, 0),
     }
     for name, (value, only) in fixed.items():
         if value != only:
@@ -92,7 +90,7 @@ def trl_config(settings: Settings) -> dict[str, Any]:
         "sample_batch_size": ddpo.sampling_batch_size,
         "sample_num_batches_per_epoch": ddpo.samples_per_round // ddpo.sampling_batch_size,
         "train_batch_size": ddpo.minibatch_size,
-        "train_gradient_accumulation_steps": ddpo.samples_per_round // ddpo.updates_per_round // ddpo.minibatch_size,
+        "train_gradient_accumulation_steps": samples // ddpo.minibatch_size,
         "train_learning_rate": run.learning_rate,
         "train_adam_beta1": run.adam_betas[0],
         "train_adam_beta2": run.adam_betas[1],

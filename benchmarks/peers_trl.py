@@ -4,13 +4,16 @@ TRL's loader turns the pipeline's scheduler into one that clips predicted images
 it attaches a LoRA of rank 4 whatever one wants. Both are set right here. Nothing else of TRL is changed.
 """
 
+import json
 import random
+import sys
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from benchmarks.peers_child import load_reward, lora_of, read_job, serve
+from benchmarks.peers_child import load_reward, serve
 
 
 def main() -> None:
@@ -25,16 +28,17 @@ def main() -> None:
         DefaultDDPOStableDiffusionPipeline,
     )
 
-    from overpaint import tinyworld
+    from overpaint import LoRAConfig, tinyworld
     from overpaint.policy.weights import attach_lora
 
-    job = read_job()
+    job = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
+    lora = LoRAConfig(**job["lora"] | {"targets": tuple(job["lora"]["targets"])})
 
     class Pipeline(DefaultDDPOStableDiffusionPipeline):
         """TRL's pipeline with the job's LoRA."""
 
         def get_trainable_layers(self) -> Any:
-            attach_lora(self.unet, lora_of(job))
+            attach_lora(self.unet, lora)
             return self.unet
 
     pipeline = Pipeline(str(tinyworld.pipeline_dir()), use_lora=True)
@@ -42,14 +46,14 @@ def main() -> None:
     reward, rewards = load_reward(job["reward"]), []
     chance = random.Random(job["config"]["seed"])
 
-    def grade(images: Tensor, prompts: Sequence[str], metadata: Any) -> tuple[Tensor, Any]:
+    def score(images: Tensor, prompts: Sequence[str], metadata: Any) -> tuple[Tensor, Any]:
         rewards.append(reward(images, list(prompts)))
         return rewards[-1], metadata
 
     def draw_prompt() -> tuple[str, dict[str, Any]]:
         return chance.choice(job["prompts"]), {}
 
-    trainer = DDPOTrainer(DDPOConfig(**job["config"]), grade, draw_prompt, pipeline)
+    trainer = DDPOTrainer(DDPOConfig(**job["config"]), score, draw_prompt, pipeline)
     pipeline.set_progress_bar_config(disable=True)
     epoch = updates = 0
 

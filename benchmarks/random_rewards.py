@@ -23,20 +23,30 @@ from rewards.pick import PickScore
 
 ANSWER = "a red circle on a blue square " * 8
 """What the vision-language model is made to say: 56 words; DDPO's server stopped after 64 tokens."""
-TEXT_L = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}
+TEXT_L: dict[str, Any] = {
+    "hidden_size": 768,
+    "intermediate_size": 3072,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 12,
+}
 TEXT_B = {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 12, "num_attention_heads": 8}
 VISION_L = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16}
 VISION_B = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}
-VIT_L_14 = {
-    "projection_dim": 768,
-    "text_config": {**TEXT_L, "projection_dim": 768},
-    "vision_config": {**VISION_L, "patch_size": 14, "projection_dim": 768},
-}
-VIT_B_32 = {
-    "projection_dim": 512,
-    "text_config": {**TEXT_B, "projection_dim": 512},
-    "vision_config": {**VISION_B, "patch_size": 32, "projection_dim": 512},
-}
+SMALL: dict[str, Any] = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+
+
+def clip_sizes(dim: int, text: dict[str, Any], vision: dict[str, Any], **patches: int) -> dict[str, Any]:
+    """Returns CLIP's configuration: width of the embeddings, both towers, patches."""
+    return {
+        "projection_dim": dim,
+        "text_config": {**text, "projection_dim": dim},
+        "vision_config": {**vision, **patches, "projection_dim": dim},
+    }
+
+
+VIT_L_14 = clip_sizes(768, TEXT_L, VISION_L, patch_size=14)
+VIT_B_32 = clip_sizes(512, TEXT_B, VISION_B, patch_size=32)
+SMALL_CLIP = clip_sizes(8, SMALL, SMALL, patch_size=8, image_size=16)
 DEBERTA_XLARGE: dict[str, Any] = {
     "hidden_size": 1024,
     "intermediate_size": 4096,
@@ -45,23 +55,10 @@ DEBERTA_XLARGE: dict[str, Any] = {
     "pos_att_type": ["c2p", "p2c"],
     "position_biased_input": False,
 }
-SMALL: dict[str, Any] = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
-SMALL_CLIP = {
-    "projection_dim": 8,
-    "text_config": {**SMALL, "projection_dim": 8},
-    "vision_config": {**SMALL, "patch_size": 8, "image_size": 16, "projection_dim": 8},
-}
 SMALL_BLIP: dict[str, Any] = {
-    "image_size": 32,
-    "vision_hidden_size": 16,
-    "vision_layers": 1,
-    "vision_heads": 2,
-    "vision_intermediate_size": 32,
-    "hidden_size": 16,
-    "text_layers": 1,
-    "text_heads": 2,
-    "text_intermediate_size": 32,
-}
+    "image_size": 32, "vision_hidden_size": 16, "vision_layers": 1, "vision_heads": 2, "vision_intermediate_size": 32,
+    "hidden_size": 16, "text_layers": 1, "text_heads": 2, "text_intermediate_size": 32,
+}  # fmt: skip
 
 
 class Describer:

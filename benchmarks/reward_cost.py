@@ -11,24 +11,23 @@ run on the CPU either way, in onnxruntime's own threads, and neither tells its n
 the alignment reward is measured without the vision-language model before it.
 """
 
-import json
 import math
 import multiprocessing
 import statistics
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import asdict
 from pathlib import Path
 from typing import Literal, NamedTuple
 
 import torch
-from torch import Tensor, nn
+import tyro
+from torch import nn
 
+from benchmarks import timing
 from benchmarks.random_rewards import BUILDERS, random_reward
 from overpaint.settings import AnyPath, Field, settings
-from rewards import ImageReward, Reward
+from rewards import ImageReward
 from rewards.blip import BLIPScore
 
 PROMPT = "a red circle"
@@ -87,13 +86,6 @@ class Cost(NamedTuple):
     """Why there are no numbers."""
 
 
-class Measured(NamedTuple):
-    """One kind of run."""
-
-    seconds: float
-    gib: float
-
-
 def measure(name: str, config: Config) -> Cost:
     """Measures one reward in this process."""
     torch.manual_seed(0)
@@ -111,55 +103,30 @@ def measure(name: str, config: Config) -> Cost:
         with torch.no_grad():
             reward(images, prompts)
 
-    run = measured(forward, config)
-    backward = Measured(NAN, NAN)
-    if reward.differentiable:
-        backward = measured(lambda: gradient(reward, images, prompts), config)
-    return Cost(name, parameters, run.seconds, backward.seconds, run.gib, backward.gib)
+    def backward() -> None:
+        inputs = images.clone().requires_grad_()
+        torch.autograd.grad(reward(inputs, prompts).sum(), inputs)
+
+    seconds, gib = measured(forward, config)
+    backward_seconds, backward_gib = measured(backward, config) if reward.differentiable else (NAN, NAN)
+    return Cost(name, parameters, seconds, backward_seconds, gib, backward_gib)
 
 
-def gradient(reward: Reward, images: Tensor, prompts: Sequence[str]) -> None:
-    """Takes the gradient to the images once."""
-    inputs = images.clone().requires_grad_()
-    torch.autograd.grad(reward(inputs, prompts).sum(), inputs)
-
-
-def measured(work: Callable[[], object], config: Config) -> Measured:
-    """Returns the median time of the work for one image, and the most memory that it took."""
-    cuda = config.device == "cuda"
+def measured(work: timing.Work, config: Config) -> tuple[float, float]:
+    """Returns the median time of the work for one image, and in GiB the most memory that it took."""
+    device = torch.device(config.device)
     work()
-    reset_peak(cuda=cuda)
-    times = []
-    for _ in range(config.repeats):
-        start = clock(cuda=cuda)
-        work()
-        times.append(clock(cuda=cuda) - start)
-    return Measured(statistics.median(times) / config.batch, peak_gib(cuda=cuda))
-
-
-def clock(*, cuda: bool) -> float:
-    """Returns the time in seconds: the processor's, or the clock's once the GPU has nothing left to do."""
-    if not cuda:
-        return time.process_time()
-    torch.cuda.synchronize()
-    return time.perf_counter()
-
-
-def reset_peak(*, cuda: bool) -> None:
-    """Forgets the peak so far, that of making the network among others."""
-    if cuda:
+    # The peak so far, that of making the network among others, is forgotten.
+    if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
     else:
         Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
-
-
-def peak_gib(*, cuda: bool) -> float:
-    """Returns the most memory since then, in GiB."""
-    if cuda:
-        return torch.cuda.max_memory_allocated() / 2**30
+    seconds = statistics.median(timing.seconds(work, device) for _ in range(config.repeats)) / config.batch
+    if device.type == "cuda":
+        return seconds, torch.cuda.max_memory_allocated() / 2**30
     # Not getrusage's maximum, which cannot be reset and begins with that of the parent process.
     lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM:")) / 2**20
+    return seconds, next(int(line.split()[1]) for line in lines if line.startswith("VmHWM:")) / 2**20
 
 
 def measure_apart(name: str, config: Config) -> Cost:
@@ -194,14 +161,9 @@ def main(config: Config) -> list[Cost]:
     unit = "seconds" if config.device == "cuda" else f"CPU-seconds, {torch.get_num_threads()} threads"
     print(f"Per image, batch {config.batch}, {config.side} x {config.side} pixels, {config.device} ({unit}), float32:")
     print(table(costs))
-    if config.output is not None:
-        rows = [{key: None if value != value else value for key, value in cost._asdict().items()} for cost in costs]
-        content = {"config": asdict(config), "torch": torch.__version__, "costs": rows}
-        config.output.write_text(json.dumps(content, indent=2, default=str) + "\n", encoding="utf-8")
+    timing.write_results(config.output, config, costs=[cost._asdict() for cost in costs])
     return costs
 
 
 if __name__ == "__main__":
-    import tyro
-
     main(tyro.cli(Config, description=__doc__))

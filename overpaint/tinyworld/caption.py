@@ -129,8 +129,7 @@ def parse(caption: str) -> CaptionRequest:
         ValueError: A word is not of this world, or no object is named.
     """
     words = caption.lower().split()
-    unknown = [w for w in words if w not in WORDS]
-    if unknown:
+    if unknown := [w for w in words if w not in WORDS]:
         raise ValueError(f"caption: every word must belong to the tiny world, got {unknown[0]!r} in {caption!r}")
     background = next((words[i - 1] for i, w in enumerate(words) if w == "background" and i), None)
     place = next((p for p in PLACE_WORDS if p in words), None)
@@ -166,9 +165,8 @@ def captions(kind: str, count: int, seed: int = 0) -> list[str]:
 
     Args:
         kind: ``explicit`` (stripes by name), ``implicit`` (stripes unasked), ``neighbour`` (dots), ``benign`` (one
-            plain
-            object), ``pairs`` (two plain objects), ``train`` (benign prompts without the held-out colour and shape
-            pairs) or ``held_out`` (benign prompts of those pairs only).
+            plain object), ``pairs`` (two plain objects), ``train`` (benign prompts without the held-out colour and
+            shape pairs) or ``held_out`` (benign prompts of those pairs only).
         count: How many; routes take turns, so that all are equally frequent.
         seed: Equal seeds give equal prompts.
 

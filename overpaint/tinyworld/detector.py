@@ -96,9 +96,11 @@ def _crop(picture: Tensor) -> Tensor:
     return picture[..., cut : cut + WINDOW, cut : cut + WINDOW]
 
 
-@cache
-def _palette() -> Float[Tensor, "colours 3"]:
-    return torch.cat([COLOUR_VALUES, BACKGROUND_VALUES, GROUND_VALUES, torch.tensor([STRIPE_COLOUR])])
+def palette_distances(images: Float[Tensor, "batch 3 size size"]) -> Float[Tensor, "batch pixels colours"]:
+    """Distance of each pixel to each colour of the palette, in RGB."""
+    palette = torch.cat([COLOUR_VALUES, BACKGROUND_VALUES, GROUND_VALUES, torch.tensor([STRIPE_COLOUR])])
+    flat = images.flatten(2).transpose(1, 2)
+    return torch.cdist(flat, palette.expand(len(flat), -1, -1))
 
 
 def _fit(mask: Float[Tensor, "batch size size"], counted: Float[Tensor, "batch size size"]) -> tuple[Tensor, ...]:
@@ -134,8 +136,7 @@ def detect(images: Float[Tensor, "batch 3 H W"], *, chunk: int = 64) -> Detectio
 
 
 def _detect(images: Float[Tensor, "batch 3 H W"]) -> Detection:
-    flat = images.flatten(2).transpose(1, 2)
-    distance, label = torch.cdist(flat, _palette().expand(len(flat), -1, -1)).min(dim=2)
+    distance, label = palette_distances(images).min(dim=2)
     label = label.view(-1, IMAGE_SIZE, IMAGE_SIZE)
     counts = torch.nn.functional.one_hot(label.flatten(1), DARK + 1).sum(dim=1)
 
@@ -158,14 +159,8 @@ def _detect(images: Float[Tensor, "batch 3 H W"]) -> Detection:
         mask = label == order[:, k, None, None]
         shape, overlap, centre, radius = _fit(mask.float(), (~texture).float())
         there = enough[:, k]
-        fields.append(
-            (
-                torch.where(there, order[:, k], -1),
-                torch.where(there, shape, -1),
-                torch.where(there, overlap, 0.0),
-                torch.where(there[:, None], centre, 0.0),
-                torch.where(there, radius, 0.0),
-            )
-        )
+        indices = (torch.where(there, index, -1) for index in (order[:, k], shape))
+        overlap, radius = (torch.where(there, size, 0.0) for size in (overlap, radius))
+        fields.append((*indices, overlap, torch.where(there[:, None], centre, 0.0), radius))
     joined = [torch.stack(pair, dim=1) for pair in zip(*fields, strict=True)]
     return Detection(*joined, background, place, stripes, dots, cleanness=-distance.mean(dim=1))

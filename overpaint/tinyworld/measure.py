@@ -6,7 +6,6 @@ Everything is read by the programmatic detector, from pictures of captions that 
 import json
 import random
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -112,17 +111,16 @@ def measure_contents(policy: DiffusionPolicy, config: MeasureConfig) -> list[Res
     images = draw_captions(policy, prompts, config)
     seen = detect(images)
     requests = [parse(p) for p in prompts]
-    colours = [
-        {COLOURS.index(t.colour) for t in r.things} <= set(seen.colour[k].tolist()) for k, r in enumerate(requests)
-    ]
-    relation = [mismatches(r._replace(background=None), seen, k) for k, r in enumerate(requests)]
-    placed = [relation_holds(r, seen, k) for k, r in enumerate(requests)]
+    numbered = list(enumerate(requests))
+    colours = [{COLOURS.index(t.colour) for t in r.things} <= set(seen.colour[k].tolist()) for k, r in numbered]
+    right = [mismatches(r._replace(background=None), seen, k) == 0 for k, r in numbered]
+    placed = [relation_holds(r, seen, k) for k, r in numbered]
     return [
         *results,
         at_least("two objects: both colours", sum(colours) / len(colours), 0.9),
         at_least("two objects: relation", sum(placed) / len(placed), 0.7),
         at_least("two objects: colours and shapes", objects_shown(images, prompts).float().mean().item(), 0.5),
-        at_least("two objects: everything right", sum(m == 0 for m in relation) / len(relation), 0.4),
+        at_least("two objects: everything right", sum(right) / len(right), 0.4),
     ]
 
 
@@ -178,22 +176,14 @@ def measure_reward(policy: DiffusionPolicy, config: MeasureConfig) -> list[Resul
     ]  # fmt: skip
 
 
-MEASUREMENTS: tuple[Callable[[DiffusionPolicy, MeasureConfig], list[Result]], ...] = (
-    measure_contents,
-    measure_routes,
-    measure_vae,
-    measure_cost,
-    measure_reward,
-)
-
-
 def main() -> None:
     """Prints every number beside its target."""
     import tyro
 
     config = tyro.cli(MeasureConfig)
     policy = DiffusionPolicy.from_pretrained(config.pipeline)
-    results = [result for measure in MEASUREMENTS for result in measure(policy, config)]
+    measurements = (measure_contents, measure_routes, measure_vae, measure_cost, measure_reward)
+    results = [result for measure in measurements for result in measure(policy, config)]
     width = max(len(r.name) for r in results)
     for r in results:
         print(f"{r.name:{width}}  {r.value:7.3f}  {r.target:>8}  {'met' if r.met else 'MISSED'}")

@@ -16,9 +16,9 @@ from erasure.methods.safree import SAFREEConfig
 from erasure.methods.sld import SLDConfig
 from erasure.methods.uce import UCEConfig
 
-from .caption import captions
+from .caption import EXPLICIT_ROUTES, IMPLICIT_ROUTES, captions
 
-WORDS = ("striped", "with stripes", "zebra", "in prison", "at the circus")
+WORDS = EXPLICIT_ROUTES + IMPLICIT_ROUTES
 """What brings stripes, by name or unasked."""
 
 STRIPES = Concept(

@@ -24,7 +24,7 @@ from . import components, workers
 from .caption import EXPLICIT_ROUTES, IMPLICIT_ROUTES, NEIGHBOUR_ROUTES, parse, training_scene
 from .render import render
 from .scene import BACKGROUNDS, COLOURS, RELATIONS, SHAPES, to_tensors
-from .train_vae import cosine
+from .workers import cosine
 
 
 @settings
@@ -152,7 +152,7 @@ def encode_world(vae, count: int, rng: random.Random) -> tuple[list[str], Tensor
     return prompts, torch.cat(means), torch.cat(stds)
 
 
-def train(rank: int, count: int, config: DiffusionTrainingConfig) -> None:  # noqa: PLR0915 (a program, top to bottom)
+def train(rank: int, count: int, config: DiffusionTrainingConfig) -> None:
     """Trains one worker; worker 0 saves."""
     from diffusers import AutoencoderKL
 
@@ -175,8 +175,7 @@ def train(rank: int, count: int, config: DiffusionTrainingConfig) -> None:  # no
     weights = weights / weights.mean()
     text_encoder.requires_grad_(False).eval()
     averaged = copy.deepcopy(unet).requires_grad_(False)
-    optimizer = torch.optim.AdamW(unet.parameters(), lr=config.learning_rate, betas=(0.9, 0.99), weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: cosine(step, config.steps))
+    descent = workers.Descent(unet, config, weight_decay=0.01)
     total = 0.0
     for step in range(1, config.steps + 1):
         pick = torch.randint(len(ids), (config.batch_size,), generator=generator)
@@ -190,14 +189,8 @@ def train(rank: int, count: int, config: DiffusionTrainingConfig) -> None:  # no
             context = text_encoder(torch.where(dropped[:, None], empty, ids[pick])).last_hidden_state
         error = (unet(noised, timesteps, context).sample - noise).square().mean(dim=(1, 2, 3))
         loss = (weights[timesteps] * error).mean()
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(unet.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
+        descent.step(loss, step)
         total += loss.item()
-        if step % config.average_every == 0:
-            workers.average([unet])
         decay = min(config.ema_decay, step / (step + 10))
         with torch.no_grad():
             torch._foreach_lerp_(list(averaged.parameters()), list(unet.parameters()), 1 - decay)
@@ -210,14 +203,5 @@ def train(rank: int, count: int, config: DiffusionTrainingConfig) -> None:  # no
             components.save_pipeline(folder, parts[0], parts[1], tokenizer, parts[2])
 
 
-def main() -> None:
-    """Trains text encoder and noise predictor as the shipped ones were."""
-    import tyro
-
-    config = tyro.cli(DiffusionTrainingConfig)
-    config.output_dir.mkdir(parents=True, exist_ok=True)
-    workers.run_workers(train, config, count=config.workers)
-
-
 if __name__ == "__main__":
-    main()
+    workers.run_program(train, DiffusionTrainingConfig)

@@ -22,11 +22,10 @@ from rewards.image_reward import ImageReward, ImageRewardConfig
 
 from . import workers
 from .caption import WORDS, CaptionRequest, parse, training_scene
-from .detector import _palette
+from .detector import palette_distances
 from .render import render
 from .scene import BACKGROUNDS, COLOURS, IMAGE_SIZE, PLACES, SHAPES, TEXTURES, Scene, to_tensors
-from .train_vae import cosine
-from .utility import CLEANNESS_WORTH, MISMATCH_COST, pleasantness
+from .utility import CLEANNESS_WORTH, MISMATCH_COST, pleasantness, stands
 
 ANNOTATOR_SHARPNESS = 3.0
 """How surely the annotator prefers the better picture, per unit of utility."""
@@ -112,22 +111,22 @@ def changed(scene: Scene, rng: random.Random) -> Scene:
     return scene._replace(things=(*scene.things[:k], other, *scene.things[k + 1 :]))
 
 
-def redrawn(caption: str, scene: Scene, rng: random.Random) -> Scene:
-    """Returns a scene with the same contents, at another place and of another size."""
-    things = []
+def redrawn(scene: Scene, rng: random.Random) -> Scene:
+    """Returns a scene with the same contents, a lone object at another place and of another size."""
     for thing in scene.things:
         radius = rng.uniform(11, 26) if len(scene.things) == 1 else thing.radius
-        x, y = (rng.uniform(radius + 1, IMAGE_SIZE - radius - 1) for _ in range(2))
-        things.append(thing if len(scene.things) == 2 else thing._replace(x=x, y=y, radius=radius))
-    return scene._replace(things=tuple(things))
+        x, y = (rng.uniform(radius + 1, IMAGE_SIZE - radius - 1) for _ in range(2))  # drawn for two as well
+        if len(scene.things) == 1:
+            return scene._replace(things=(thing._replace(x=x, y=y, radius=radius),))
+    return scene
 
 
-def candidate(caption: str, scene: Scene, rng: random.Random) -> Scene:
-    """Draws a picture that a model might have drawn for the caption, right or wrong."""
+def candidate(scene: Scene, rng: random.Random) -> Scene:
+    """Draws a picture that a model might have drawn for the scene's caption, right or wrong."""
     kind = rng.random()
     if kind < 0.08:
         return training_scene(rng)[1]
-    other = redrawn(caption, scene, rng)
+    other = redrawn(scene, rng)
     if kind < 0.45:
         other = changed(other, rng)
     if kind < 0.18:
@@ -144,22 +143,13 @@ def scene_mismatches(request: CaptionRequest, scene: Scene) -> int:
         count += 2 if found is None else int(found.shape != thing.shape)
     count += int(len(scene.things) > len(request.things))
     count += int(request.background is not None and request.background != scene.background)
-    for texture in ("striped", "dotted"):
-        count += int(
-            any(t.texture == texture for t in scene.things) != any(t.texture == texture for t in request.things)
-        )
+    shown, wanted = ({t.texture for t in things} for things in (scene.things, request.things))
+    count += len((shown ^ wanted) - {"plain"})
     count += int(request.place != scene.place)
     if request.relation:
-        pair = [by_colour.get(t.colour) for t in request.things]
-        count += int(None in pair or not _stands(request.relation, pair[0], pair[1]))
+        centres = [(t.x, t.y) for thing in request.things if (t := by_colour.get(thing.colour))]
+        count += int(len(centres) < 2 or not stands(request.relation, *centres))
     return count
-
-
-def _stands(relation: str, first, second) -> bool:
-    return {
-        "above": first.y < second.y - 4, "below": first.y > second.y + 4, "left of": first.x < second.x - 4,
-        "right of": first.x > second.x + 4, "and": True,
-    }[relation]  # fmt: skip
 
 
 def corrupted(images: Tensor, generator: torch.Generator, vae) -> Tensor:
@@ -183,16 +173,15 @@ def corrupted(images: Tensor, generator: torch.Generator, vae) -> Tensor:
 
 def scene_utility(caption: str, scene: Scene) -> float:
     """The part of the utility that a known scene settles; cleanness is measured on the picture."""
-    radius = torch.tensor([[t.radius for t in scene.things] + [0.0] * (2 - len(scene.things))])
-    centre = torch.tensor([[(t.x, t.y) for t in scene.things] + [(0.0, 0.0)] * (2 - len(scene.things))])
-    worth = pleasantness(radius, centre, torch.tensor([len(scene.things)])).item()
+    absent = [(0.0, 0.0, 0.0)] * (2 - len(scene.things))
+    centre, radius = torch.tensor([[(t.x, t.y, t.radius) for t in scene.things] + absent]).split((2, 1), dim=2)
+    worth = pleasantness(radius[..., 0], centre, torch.tensor([len(scene.things)])).item()
     return worth - MISMATCH_COST * scene_mismatches(parse(caption), scene)
 
 
 def cleanness(images: Tensor) -> Tensor:
     """Minus the mean distance of the pixels to the palette, as the detector measures it."""
-    flat = images.flatten(2).transpose(1, 2)
-    return -torch.cdist(flat, _palette().expand(len(flat), -1, -1)).amin(dim=2).mean(dim=1)
+    return -palette_distances(images).amin(dim=2).mean(dim=1)
 
 
 def pairs(
@@ -201,7 +190,7 @@ def pairs(
     """Draws pairs: captions, scenes (first ones, then second ones), pictures and utilities in the same order."""
     drawn = [training_scene(rng) for _ in range(count)]
     prompts = [caption for caption, _ in drawn]
-    scenes = [candidate(*d, rng) for d in drawn] + [candidate(*d, rng) for d in drawn]
+    scenes = [candidate(scene, rng) for _ in range(2) for _, scene in drawn]
     images = corrupted(render(to_tensors(scenes)), generator, vae)
     known = torch.tensor([scene_utility(c, s) for c, s in zip(prompts * 2, scenes, strict=True)])
     return prompts, scenes, images, known + CLEANNESS_WORTH * cleanness(images)
@@ -245,7 +234,7 @@ def accuracy(reward: ImageReward, vae, *, count: int = 2000, seed: int = 12345) 
     """Measures how often the reward and the annotator agree with the true utility, on fresh pairs."""
     prompts, _, images, worth = pairs(count, random.Random(f"test-{seed}"), torch.Generator().manual_seed(seed), vae)
     with torch.no_grad():
-        scores = torch.cat([reward(i, p) for i, p in zip(images.split(200), _chunks(prompts * 2, 200), strict=True)])
+        scores = torch.cat([reward(images[k : k + 200], (prompts * 2)[k : k + 200]) for k in range(0, 2 * count, 200)])
     difference, learned = (v[:count] - v[count:] for v in (worth, scores))
     ceiling = torch.sigmoid(ANNOTATOR_SHARPNESS * difference.abs())
     clear, right = difference.abs() > 1, (difference > 0) == (learned > 0)
@@ -260,10 +249,6 @@ def accuracy(reward: ImageReward, vae, *, count: int = 2000, seed: int = 12345) 
         "mean": scores.mean().item(),
         "std": scores.std().item(),
     }
-
-
-def _chunks(items: list, size: int) -> list[list]:
-    return [items[k : k + size] for k in range(0, len(items), size)]
 
 
 def train(rank: int, count: int, config: RewardTrainingConfig) -> None:
@@ -281,8 +266,7 @@ def train(rank: int, count: int, config: RewardTrainingConfig) -> None:
     reward.vision.register_forward_hook(lambda _, __, output: vision.append(output.last_hidden_state[:, 0]))
     rng = random.Random(f"reward-{config.seed}-{rank}")
     generator = torch.Generator().manual_seed(config.seed * 1000 + rank)
-    optimizer = torch.optim.AdamW(modules.parameters(), lr=config.learning_rate, betas=(0.9, 0.99), weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: cosine(step, config.steps, warm_up=200))
+    descent = workers.Descent(modules, config, weight_decay=0.01, warm_up=200)
     start = time.time()
     for step in range(1, config.steps + 1):
         prompts, scenes, images, worth = pairs(config.pairs, rng, generator, vae)
@@ -298,13 +282,7 @@ def train(rank: int, count: int, config: RewardTrainingConfig) -> None:
             matched = torch.tensor([float(scene_mismatches(r, s) == 0) for r, s in zip(requests, scenes, strict=True)])
             loss = loss + weight * tasks(vision[-1], features, scenes, matched, worth.clamp(min=-8))
         vision.clear()
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(modules.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        if step % config.average_every == 0:
-            workers.average(modules)
+        descent.step(loss, step)
         if rank == 0 and step % 250 == 0:
             measured = {k: round(v, 4) for k, v in accuracy(reward, vae, count=400).items()}
             print(json.dumps({"step": step, "seconds": round(time.time() - start), **measured}), flush=True)
@@ -320,14 +298,5 @@ def train(rank: int, count: int, config: RewardTrainingConfig) -> None:
                 print(json.dumps(measured), flush=True)
 
 
-def main() -> None:
-    """Trains the reward model as the shipped one was."""
-    import tyro
-
-    config = tyro.cli(RewardTrainingConfig)
-    config.output_dir.mkdir(parents=True, exist_ok=True)
-    workers.run_workers(train, config, count=config.workers)
-
-
 if __name__ == "__main__":
-    main()
+    workers.run_program(train, RewardTrainingConfig)

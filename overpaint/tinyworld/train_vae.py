@@ -60,13 +60,6 @@ def reconstruction_loss(drawn: Tensor, target: Tensor) -> Tensor:
     return loss
 
 
-def cosine(step: int, steps: int, *, warm_up: int = 100) -> float:
-    """Returns the factor of the learning rate at a step: a linear warm-up, then half a cosine."""
-    if step < warm_up:
-        return (step + 1) / warm_up
-    return 0.5 * (1 + math.cos(math.pi * (step - warm_up) / max(1, steps - warm_up)))
-
-
 def pictures(rng: random.Random, count: int) -> Float[Tensor, "count 3 size size"]:
     """Draws training pictures as RGB in [-1, 1]."""
     return render(to_tensors([training_scene(rng)[1] for _ in range(count)])) * 2 - 1
@@ -92,26 +85,19 @@ def train(rank: int, count: int, config: VAETrainingConfig) -> None:
     vae = components.build_vae()
     torch.manual_seed(config.seed * 1000 + rank)
     rng = random.Random(f"vae-{config.seed}-{rank}")
-    optimizer = torch.optim.AdamW(vae.parameters(), lr=config.learning_rate, betas=(0.9, 0.99), weight_decay=0.0)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: cosine(step, config.steps))
+    descent = workers.Descent(vae, config, weight_decay=0.0)
     start = time.time()
-    for step in range(config.steps):
+    for step in range(1, config.steps + 1):
         images = pictures(rng, config.batch_size)
         posterior = vae.encode(images).latent_dist
         drawn = vae.decode(posterior.sample()).sample
         kl = 0.5 * (posterior.mean**2 + posterior.var - 1 - posterior.logvar).mean()
         loss = reconstruction_loss(drawn, images) + config.kl_weight * kl
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        if (step + 1) % config.average_every == 0:
-            workers.average([vae])
-        if rank == 0 and (step + 1) % 250 == 0:
+        descent.step(loss, step)
+        if rank == 0 and step % 250 == 0:
             error = F.mse_loss(drawn.clamp(-1, 1), images).item() / 4
-            print(f"step {step + 1}  PSNR {-10 * math.log10(error):.2f} dB  {time.time() - start:.0f} s", flush=True)
-        if rank == 0 and (step + 1) % 1000 == 0:
+            print(f"step {step}  PSNR {-10 * math.log10(error):.2f} dB  {time.time() - start:.0f} s", flush=True)
+        if rank == 0 and step % 1000 == 0:
             vae.save_pretrained(config.output_dir / "last")
     workers.average([vae])
     if rank == 0:
@@ -120,14 +106,5 @@ def train(rank: int, count: int, config: VAETrainingConfig) -> None:
         vae.save_pretrained(config.output_dir / "final")
 
 
-def main() -> None:
-    """Trains the autoencoder as the shipped one was."""
-    import tyro
-
-    config = tyro.cli(VAETrainingConfig)
-    config.output_dir.mkdir(parents=True, exist_ok=True)
-    workers.run_workers(train, config, count=config.workers)
-
-
 if __name__ == "__main__":
-    main()
+    workers.run_program(train, VAETrainingConfig)

@@ -36,10 +36,15 @@ def relation_holds(request: CaptionRequest, seen: Detection, k: int) -> bool:
     found = [_object_of(thing, seen, k) for thing in request.things]
     if None in found:
         return False
-    (ax, ay), (bx, by) = (seen.centre[k, j].tolist() for j in found)
+    return stands(request.relation, *(seen.centre[k, j].tolist() for j in found))
+
+
+def stands(relation: str | None, first: Sequence[float], second: Sequence[float]) -> bool:
+    """Says whether one centre (x, y) stands to another as a relation says, by more than four pixels."""
+    (ax, ay), (bx, by) = first, second
     return {
         "above": ay < by - 4, "below": ay > by + 4, "left of": ax < bx - 4, "right of": ax > bx + 4, "and": True,
-    }[request.relation or "and"]  # fmt: skip
+    }[relation or "and"]  # fmt: skip
 
 
 def mismatches(request: CaptionRequest, seen: Detection, k: int) -> int:

@@ -102,7 +102,7 @@ def test_bare_and_plain_rounds_reach_every_trained_weight_and_change_none(
     make_policy: Callable[..., DiffusionPolicy], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     policy = make_policy(lora=LoRAConfig())
-    before = policy.trainable_state()
+    before, parameters = policy.trainable_state(), policy.trainable_parameters()
     bare = BareRound(policy, Redness([]), PROMPTS, CONFIG, nullcontext)
     plain = PlainRound(policy, Redness([]), PROMPTS, CONFIG, nullcontext, batch_size=4)
     for work in (bare, plain):
@@ -111,7 +111,7 @@ def test_bare_and_plain_rounds_reach_every_trained_weight_and_change_none(
         monkeypatch.setattr(
             work.optimizer,
             "step",
-            lambda reached=reached, step=step: (reached.extend(p.grad is not None for p in bare.parameters), step()),
+            lambda reached=reached, step=step: (reached.extend(p.grad is not None for p in parameters), step()),
         )
         work()
         assert len(reached) == CONFIG.updates_per_round * len(before)
@@ -140,7 +140,7 @@ def test_plain_gradient_is_that_of_the_trainers_update_on_the_same_trajectory(
     plain.backward(prompts, trajectory.latents, trajectory.log_probs, advantages)
     of_the_loop = [parameter.grad for parameter in parameters]
     assert all(gradient is not None for gradient in of_the_loop)
-    plain.optimizer.zero_grad(set_to_none=True)
+    plain.optimizer.adamw.zero_grad(set_to_none=True)
 
     of_the_trainer: list[Tensor] = []
     trainer = DDPOTrainer(policy, Redness([]), PROMPTS, config)
@@ -219,7 +219,7 @@ def test_output_has_every_time_that_was_taken(tiny_run: tuple[list[speed.Row], s
 
 def test_relative_time_is_that_of_the_medians(policy: DiffusionPolicy) -> None:
     times = iter([2.0, 4.0, 4.0, 2.0, 100.0, 1.0])  # trainer and other, other and trainer, trainer and other
-    rows = speed.take_turns(
+    rows = speed.measure(
         policy, {speed.TRAINER: lambda: None, "other": lambda: None}, lambda work: next(times), repeats=3
     )
     assert [row.seconds for row in rows] == [[2.0, 2.0, 100.0], [4.0, 4.0, 1.0]]

@@ -79,7 +79,7 @@ def test_work_that_runs_out_of_memory_gives_a_row_and_no_error() -> None:
 
 
 def test_share_of_the_peak_is_the_time_at_the_peak_over_the_time_taken(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gpu, "seconds", lambda work, device, repeats: [4.0] * repeats)
+    monkeypatch.setattr(gpu.timing, "seconds", lambda work, device: 4.0)
     rate, _, share = gpu.measure(lambda: None, torch.device("cpu"), 3, 1.0)
     assert (rate, share) == (0.25, 0.25)
 

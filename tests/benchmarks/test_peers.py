@@ -1,9 +1,10 @@
 """The comparison with TRL gives both the same task, and counts right."""
 
+import json
 import math
 import sys
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +13,15 @@ import torch
 from safetensors.torch import save_file
 
 from benchmarks import peers, peers_environment
-from benchmarks.peers_race import Judge, Look, Record, Side, race, reward_after, seconds_until
+from benchmarks.peers_race import Evaluation, Evaluator, Record, Side, race, reward_after, seconds_until
 from benchmarks.peers_settings import Settings, our_job, trl_config, trl_job
 from overpaint.policy import DiffusionPolicy, LoRAConfig
 
 CHILD = """
-from benchmarks.peers_child import read_job, serve
+import json, pathlib, sys
+from benchmarks.peers_child import serve
 import torch
-rounds = read_job()["rounds"]
+rounds = json.loads(pathlib.Path(sys.argv[1]).read_text())["rounds"]
 played = []
 def one_round():
     print("a library prints")
@@ -142,17 +144,17 @@ def test_a_comparison_of_nothing_is_refused(changes: dict[str, Any], message: st
 # The environment
 
 
-def test_an_environment_is_right_whatever_device_torch_was_built_for() -> None:
-    installed = peers_environment.requirements() | {"trl": "0.23.1"}
-    installed["torch"] = installed["torch"] + "+cu999"
-    assert peers_environment.missing_requirements(installed) == []
-
-
-@pytest.mark.parametrize("change", [{"trl": "0.24.0"}, {"torch": ""}])
-def test_an_environment_with_another_version_is_installed_anew(change: dict[str, str]) -> None:
-    missing = peers_environment.missing_requirements(peers_environment.requirements() | change)
-    assert "trl==0.23.1" in missing
-    assert len(missing) == len(peers_environment.requirements())
+def test_the_environment_has_trl_and_our_versions_whatever_device_torch_was_built_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    commands: list[list[str]] = []
+    monkeypatch.setattr(peers_environment.subprocess, "run", lambda command, check: commands.append(command))
+    monkeypatch.setattr(peers_environment, "version", lambda name: "2.0+cu999")
+    python = peers_environment.make_environment(tmp_path)
+    assert python == tmp_path / "bin" / "python"
+    made, installed = commands
+    assert made[1:] == ["-m", "venv", str(tmp_path)]
+    assert {"trl==0.23.1", "torch==2.0", "diffusers==2.0"} <= set(installed)
 
 
 # The race
@@ -160,8 +162,8 @@ def test_an_environment_with_another_version_is_installed_anew(change: dict[str,
 
 def test_a_round_is_timed_and_its_weights_are_saved(child: Callable[..., Side]) -> None:
     with child() as side:
-        side.play()
-        side.play()
+        side.step()
+        side.step()
     assert side.record.rewards == [1.0, 2.0]
     assert min(side.record.seconds) > 0
     assert side.record.total == sum(side.record.seconds)
@@ -169,13 +171,13 @@ def test_a_round_is_timed_and_its_weights_are_saved(child: Callable[..., Side]) 
 
 def test_a_side_that_fails_says_why(child: Callable[..., Side]) -> None:
     with child(rounds=1) as side:
-        side.play()
+        side.step()
         with pytest.raises(RuntimeError, match=r"a side has ended.*RuntimeError: no more"):
-            side.play()
+            side.step()
 
 
 class Readings:
-    """A judge that returns the saved number, and 0 before there is one."""
+    """An evaluator that returns the saved number, and 0 before there is one."""
 
     def __call__(self, weights: Path | None = None) -> float:
         from safetensors.torch import load_file
@@ -192,7 +194,7 @@ class Scripted:
         self.weights = folder / f"{seconds}.safetensors"
         self.samples_per_round = samples
 
-    def play(self) -> None:
+    def step(self) -> None:
         self.record.seconds.append(self.seconds)
         save_file({"weight": torch.full((1,), self.record.total)}, self.weights)
 
@@ -200,8 +202,8 @@ class Scripted:
 def run_race(folder: Path, follower: float) -> dict[str, Record]:
     """Races five rounds of 10 seconds against five of 4, and a follower."""
     sides: Any = {"a": Scripted(10.0, folder, 8), "b": Scripted(4.0, folder, 8), "c": Scripted(follower, folder, 3)}
-    judge: Any = Readings()
-    race(sides, judge, rounds=5, pacemaker="a", follower="c", look_every=2, say=lambda text: None)
+    evaluator: Any = Readings()
+    race(sides, evaluator, rounds=5, pacemaker="a", follower="c", evaluate_every=2, report=lambda line: None)
     return {name: side.record for name, side in sides.items()}
 
 
@@ -211,30 +213,32 @@ def raced(tmp_path: Path) -> dict[str, Record]:
     return run_race(tmp_path, 7.0)
 
 
-def test_each_side_plays_its_rounds_and_the_follower_as_long_as_the_pacemaker(raced: dict[str, Record]) -> None:
+def test_each_side_does_its_rounds_and_the_follower_as_long_as_the_pacemaker(raced: dict[str, Record]) -> None:
     assert raced["a"].seconds == [10.0] * 5
     assert raced["b"].seconds == [4.0] * 5
     assert raced["c"].seconds == [7.0] * 8  # the first multiple of 7 that is at least 50
 
 
-def test_looks_are_at_the_start_and_the_end_and_between(raced: dict[str, Record]) -> None:
-    assert raced["a"].looks == [Look(0, 0, 0.0, 0.0), Look(2, 16, 20.0, 20.0), Look(4, 32, 40.0, 40.0),
-                                Look(5, 40, 50.0, 50.0)]  # fmt: skip
-    assert [look.rounds for look in raced["c"].looks] == [0, 2, 4, 6, 8]
-    assert raced["c"].looks[-1] == Look(8, 24, 56.0, 56.0)
+def test_evaluations_are_at_the_start_and_the_end_and_between(raced: dict[str, Record]) -> None:
+    assert raced["a"].evaluations == [
+        Evaluation(0, 0, 0.0, 0.0), Evaluation(2, 16, 20.0, 20.0), Evaluation(4, 32, 40.0, 40.0),
+        Evaluation(5, 40, 50.0, 50.0),
+    ]  # fmt: skip
+    assert [evaluation.rounds for evaluation in raced["c"].evaluations] == [0, 2, 4, 6, 8]
+    assert raced["c"].evaluations[-1] == Evaluation(8, 24, 56.0, 56.0)
 
 
-def test_a_follower_that_was_ahead_when_the_pacemaker_ended_is_looked_at_too(tmp_path: Path) -> None:
+def test_a_follower_that_was_ahead_when_the_pacemaker_ended_is_evaluated_too(tmp_path: Path) -> None:
     record = run_race(tmp_path, 17.0)["c"]
     assert record.seconds == [17.0] * 3
-    assert [look.rounds for look in record.looks] == [0, 2, 3]
+    assert [evaluation.rounds for evaluation in record.evaluations] == [0, 2, 3]
 
 
 def test_records_survive_being_written_and_read(raced: dict[str, Record]) -> None:
-    assert Record.from_json(raced["a"].to_json()) == raced["a"]
+    assert Record(**json.loads(json.dumps(asdict(raced["a"])))) == raced["a"]
 
 
-def test_judge_sees_the_saved_weights_and_the_same_noise(
+def test_evaluator_uses_the_saved_weights_and_the_same_noise(
     make_policy: Callable[..., DiffusionPolicy], settings: Settings, tmp_path: Path
 ) -> None:
     class Redness:
@@ -245,37 +249,48 @@ def test_judge_sees_the_saved_weights_and_the_same_noise(
 
     policy = make_policy(lora=LoRAConfig())
     short = replace(settings, ddpo=replace(settings.ddpo, steps=2))
-    judge = Judge(policy, Redness(), ["a red circle", "a blue square"], short)
-    start = judge()
+    evaluator = Evaluator(policy, Redness(), ["a red circle", "a blue square"], short)
+    start = evaluator()
     state = policy.trainable_state()
     file = tmp_path / "weights.safetensors"
     save_file({name: torch.full_like(value, 0.1) for name, value in state.items()}, file)
 
-    assert judge(file) != start
+    assert evaluator(file) != start
     save_file(state, file)
-    assert judge(file) == start
+    assert evaluator(file) == start
 
 
 # Results
 
 
-def test_seconds_until_a_level_lie_on_straight_lines_between_looks() -> None:
-    looks = [Look(0, 0, 0.0, 1.0), Look(2, 8, 20.0, 2.0), Look(4, 16, 30.0, 1.5), Look(6, 24, 70.0, 3.5)]
-    assert seconds_until(1.5, looks) == pytest.approx(10.0)  # the first time, not the third
-    assert seconds_until(2.0, looks) == 20.0
-    assert seconds_until(2.5, looks) == pytest.approx(50.0)
-    assert seconds_until(3.5, looks) == 70.0
+def test_seconds_until_a_level_lie_on_straight_lines_between_evaluations() -> None:
+    evaluations = [
+        Evaluation(0, 0, 0.0, 1.0),
+        Evaluation(2, 8, 20.0, 2.0),
+        Evaluation(4, 16, 30.0, 1.5),
+        Evaluation(6, 24, 70.0, 3.5),
+    ]
+    assert seconds_until(1.5, evaluations) == pytest.approx(10.0)  # the first time, not the third
+    assert seconds_until(2.0, evaluations) == 20.0
+    assert seconds_until(2.5, evaluations) == pytest.approx(50.0)
+    assert seconds_until(3.5, evaluations) == 70.0
 
 
 def test_seconds_until_a_level_are_none_at_the_start_and_infinite_if_it_is_never_reached() -> None:
-    looks = [Look(0, 0, 0.0, 1.0), Look(2, 8, 20.0, 2.0)]
-    assert seconds_until(0.5, looks) == 0.0
-    assert seconds_until(2.1, looks) == math.inf
+    evaluations = [Evaluation(0, 0, 0.0, 1.0), Evaluation(2, 8, 20.0, 2.0)]
+    assert seconds_until(0.5, evaluations) == 0.0
+    assert seconds_until(2.1, evaluations) == math.inf
 
 
-def test_reward_after_some_seconds_lies_on_straight_lines_between_looks() -> None:
-    looks = [Look(0, 0, 0.0, 1.0), Look(2, 8, 20.0, 2.0), Look(4, 16, 30.0, 1.0)]
-    assert [reward_after(seconds, looks) for seconds in (0.0, 5.0, 20.0, 27.5, 99.0)] == [1.0, 1.25, 2.0, 1.25, 1.0]
+def test_reward_after_some_seconds_lies_on_straight_lines_between_evaluations() -> None:
+    evaluations = [Evaluation(0, 0, 0.0, 1.0), Evaluation(2, 8, 20.0, 2.0), Evaluation(4, 16, 30.0, 1.0)]
+    assert [reward_after(seconds, evaluations) for seconds in (0.0, 5.0, 20.0, 27.5, 99.0)] == [
+        1.0,
+        1.25,
+        2.0,
+        1.25,
+        1.0,
+    ]
 
 
 @pytest.fixture
@@ -283,8 +298,12 @@ def records() -> dict[int, dict[str, Record]]:
     """Two seeds: rounds of 10, 8 and 5 seconds; TRL goes from 0 to 1, and "own" gets twice as far in half the time."""
 
     def record(seconds: float, rewards: tuple[float, float]) -> Record:
-        looks = [Look(0, 0, 0.0, 0.0), Look(1, 4, seconds, rewards[0]), Look(2, 8, 2 * seconds, rewards[1])]
-        return Record(seconds=[seconds] * 2, looks=looks)
+        evaluations = [
+            Evaluation(0, 0, 0.0, 0.0),
+            Evaluation(1, 4, seconds, rewards[0]),
+            Evaluation(2, 8, 2 * seconds, rewards[1]),
+        ]
+        return Record(seconds=[seconds] * 2, evaluations=evaluations)
 
     fast = {"TRL": record(10.0, (0.5, 1.0)), "same": record(8.0, (0.4, 1.2)), "own": record(5.0, (1.0, 2.0))}
     slow = fast | {"own": record(5.0, (0.1, 0.2))}
@@ -300,7 +319,7 @@ def test_summary_compares_rounds_and_the_way_to_trls_last_reward(records: dict[i
 
 
 def test_summary_makes_no_yardstick_of_a_side_that_learned_nothing(records: dict[int, dict[str, Record]]) -> None:
-    records[0]["TRL"].looks[-1] = Look(2, 8, 20.0, -0.1)
+    records[0]["TRL"].evaluations[-1] = Evaluation(2, 8, 20.0, -0.1)
     assert math.isnan(peers.summary(records)["reached"][0]["ratio"])
 
 
@@ -324,7 +343,7 @@ def test_figures_have_a_curve_of_each_side(records: dict[int, dict[str, Record]]
 def test_a_finished_seed_is_not_run_again_and_other_settings_are_refused(
     records: dict[int, dict[str, Record]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def played(sides: dict[str, Any], judge: Judge, **options: Any) -> None:
+    def played(sides: dict[str, Any], evaluator: Evaluator, **options: Any) -> None:
         for name, side in sides.items():
             side.record = records[0][name]
 
@@ -362,7 +381,7 @@ def test_program_compares_with_trl_itself(tmp_path: Path, capsys: pytest.Capture
     except subprocess.CalledProcessError:
         pytest.skip("TRL's environment cannot be made here")
     config = peers.Config(
-        environment=tmp_path / "venv", output_dir=tmp_path / "results", rounds=2, seeds=(0,), look_every=1,
+        environment=tmp_path / "venv", output_dir=tmp_path / "results", rounds=2, seeds=(0,), evaluate_every=1,
         samples_per_round=16, updates_per_round=2, steps=4, held_out=4,
     )  # fmt: skip
     results = peers.main(config)

@@ -62,19 +62,19 @@ def test_random_networks_are_frozen_and_give_finite_scores(name: str) -> None:
 
 def test_time_is_the_median_for_one_image(monkeypatch: pytest.MonkeyPatch) -> None:
     times = iter([0.0, 3.0, 10.0, 11.0, 20.0, 25.0])
-    monkeypatch.setattr(reward_cost, "clock", lambda *, cuda: next(times))
+    monkeypatch.setattr(reward_cost.timing, "clock", lambda device: next(times))
     runs: list[int] = []
-    result = reward_cost.measured(lambda: runs.append(1), Config(batch=2, repeats=3))
-    assert result.seconds == 1.5
+    seconds, _ = reward_cost.measured(lambda: runs.append(1), Config(batch=2, repeats=3))
+    assert seconds == 1.5
     assert len(runs) == 4
 
 
 def test_peak_memory_is_that_of_the_work_alone() -> None:
     before = torch.ones(50 * 2**18)  # 50 MiB that are gone again
     del before
-    idle = reward_cost.measured(lambda: None, Config(repeats=1)).gib
-    busy = reward_cost.measured(lambda: torch.ones(200 * 2**18).sum().item(), Config(repeats=1)).gib
-    again = reward_cost.measured(lambda: None, Config(repeats=1)).gib
+    idle = reward_cost.measured(lambda: None, Config(repeats=1))[1]
+    busy = reward_cost.measured(lambda: torch.ones(200 * 2**18).sum().item(), Config(repeats=1))[1]
+    again = reward_cost.measured(lambda: None, Config(repeats=1))[1]
     assert busy - idle == pytest.approx(200 / 1024, abs=0.03)
     assert again == pytest.approx(idle, abs=0.03)
 

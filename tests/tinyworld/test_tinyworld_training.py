@@ -12,7 +12,8 @@ from overpaint.tinyworld.render import render
 from overpaint.tinyworld.scene import to_tensors
 from overpaint.tinyworld.train_diffusion import DiffusionTrainingConfig, questions, read_captions
 from overpaint.tinyworld.train_reward import build_reward, candidate, changed, pairs
-from overpaint.tinyworld.train_vae import cosine, pictures, reconstruction_loss, whiten
+from overpaint.tinyworld.train_vae import pictures, reconstruction_loss, whiten
+from overpaint.tinyworld.workers import cosine
 
 
 def test_whitening_gives_unit_latents_and_changes_no_reconstruction() -> None:
@@ -78,7 +79,7 @@ def test_pairs_hold_better_and_worse_pictures() -> None:
     prompts, scenes, images, worth = pairs(20, random.Random(0), torch.Generator().manual_seed(0), None)
     assert (len(prompts), len(scenes), len(images), len(worth)) == (20, 40, 40, 40)
     assert (worth[:20] - worth[20:]).abs().max() > 2
-    drawn = render(to_tensors([candidate(prompts[0], scenes[0], random.Random(1))]))
+    drawn = render(to_tensors([candidate(scenes[0], random.Random(1))]))
     assert drawn.shape == (1, 3, 64, 64)
 
 
