@@ -19,7 +19,7 @@ from overpaint.settings import Field, settings
 
 from .bertscore import BertScore, BertScores
 from .types import check_pairs
-from .vlm import LocalVLM, VisionLanguageModel, check_answers
+from .vlm import LocalVLM, VisionLanguageModel, answers_of
 
 Part = Literal["precision", "recall", "f1"]
 """Which of BERTScore's three numbers."""
@@ -97,8 +97,7 @@ class Alignment(nn.Module):
     def _scored(self, images: Images, prompts: Sequence[str]) -> tuple[list[str], PerSample]:
         """Returns what the model says of each image, and how that compares."""
         check_pairs(images, prompts)
-        answers = self.vlm.answer(images, [self.config.question] * len(images))
-        check_answers(answers, len(images))
+        answers = answers_of(self.vlm, images, [self.config.question] * len(images))
         references = [self.config.template.replace("{prompt}", prompt) for prompt in prompts]
         scores = getattr(self.scorer(answers, references), self.config.part)
         return answers, scores.to(images.device, torch.float32)
@@ -154,8 +153,8 @@ class StrictAlignment(nn.Module):
         per_image = [self.questions[prompt] for prompt in prompts]
         counts = torch.tensor([len(questions) for questions in per_image], dtype=torch.long, device=images.device)
         flat = [question for questions in per_image for question in questions]
-        responses = self.vlm.answer(images.repeat_interleave(counts, dim=0), [question.question for question in flat])
-        check_answers(responses, len(flat))
+        repeated = images.repeat_interleave(counts, dim=0)
+        responses = answers_of(self.vlm, repeated, [question.question for question in flat])
         right = iter([question.answer in response for question, response in zip(flat, responses, strict=True)])
         shares = [sum(next(right) for _ in questions) / len(questions) for questions in per_image]
         return torch.tensor(shares, dtype=torch.float32, device=images.device)

@@ -26,8 +26,6 @@ OFFICIAL = HubFiles(
     files=dict.fromkeys(("config.json", "tokenizer_config.json", "vocab.json", "merges.txt", "pytorch_model.bin")),
 )
 """The encoder that follows human judgement best by bert-score's table, and that DDPO's alignment reward used; MIT."""
-VOCABULARIES = ("tokenizer.json", "vocab.json", "vocab.txt", "*.model")
-"""Files that a tokenizer's vocabulary may be in. Without any, transformers makes a tokenizer that knows no word."""
 
 
 @settings
@@ -104,7 +102,7 @@ class BertScore(nn.Module):
         from transformers import AutoConfig, AutoModel, AutoTokenizer
 
         path = OFFICIAL.fetch() if folder is None else Path(folder)
-        check_folder(path, ["config.json"], "an encoder for BERTScore", one_of=VOCABULARIES)
+        check_folder(path, ["config.json"], "an encoder for BERTScore", vocabulary=True)
         config = BertScoreConfig() if layer is None else BertScoreConfig(layer=layer)
         settings = AutoConfig.from_pretrained(path, **LOCAL)
         if settings.num_hidden_layers < config.layer:

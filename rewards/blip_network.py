@@ -188,15 +188,7 @@ VOCABULARY = HubFiles(
 
 
 class BlipNetwork(nn.Module):
-    """BLIP's two towers and the files of a folder, which `ImageReward` and `BLIPScore` add a head to.
-
-    There is no dropout, so `train()` and `eval()` are the same. A network made by the constructor can be trained; one
-    that was loaded has frozen weights.
-
-    Args:
-        config: Sizes.
-        tokenizer: Turns prompts into ids below `config.vocab_size`.
-    """
+    """BLIP's two towers and the files of a folder, which `ImageReward` and `BLIPScore` add a head to."""
 
     config_class: type[BlipConfig] = BlipConfig
     training_parts: tuple[str, ...] = ()

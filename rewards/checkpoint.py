@@ -15,6 +15,8 @@ from .public_files import sha256_of
 Network = TypeVar("Network", bound=nn.Module)
 LOCAL: Any = {"local_files_only": True, "trust_remote_code": False}
 """How transformers loads what lies in a folder."""
+VOCABULARIES = ("tokenizer.json", "vocab.json", "vocab.txt", "*.model")
+"""Files that a tokenizer's vocabulary may be in. Without any, transformers makes a tokenizer that knows no word."""
 
 
 @settings
@@ -62,24 +64,22 @@ class HubFiles:
         )
 
 
-def check_folder(
-    folder: Path, names: Iterable[str], what: str, *, one_of: tuple[str, ...] = (), hint: str = ""
-) -> None:
+def check_folder(folder: Path, names: Iterable[str], what: str, *, vocabulary: bool = False, hint: str = "") -> None:
     """Checks that a folder holds the files of a checkpoint.
 
     Args:
         folder: The folder.
         names: Names of the files.
         what: What the files make up, for the message.
-        one_of: Patterns of further names, of which one must be there.
+        vocabulary: Whether there must be a tokenizer's vocabulary as well.
         hint: How to get the files.
 
     Raises:
         FileNotFoundError: One is missing.
     """
     missing = ", ".join(name for name in names if not (folder / name).is_file())
-    if not missing and one_of and not any(found for pattern in one_of for found in folder.glob(pattern)):
-        missing = f"one of {', '.join(one_of)}"
+    if not missing and vocabulary and not any(found for pattern in VOCABULARIES for found in folder.glob(pattern)):
+        missing = f"one of {', '.join(VOCABULARIES)}"
     if missing:
         raise FileNotFoundError(f"a folder of {what} must hold {missing}, and {folder} does not. {hint}".strip())
 

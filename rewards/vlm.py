@@ -39,8 +39,6 @@ OFFICIAL = HubFiles(
     },
 )
 """LLaVA 1.5 with 7 billion weights, 14 GB in half precision; Llama 2 community licence."""
-VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json")
-"""Files that a tokenizer's vocabulary may be in. Without any, transformers makes a tokenizer that knows no word."""
 
 
 @runtime_checkable
@@ -73,14 +71,16 @@ def check_questions(images: Images, questions: Sequence[str]) -> None:
         raise ValueError("images must be finite, got NaN or infinity")
 
 
-def check_answers(answers: Sequence[str], count: int) -> None:
-    """Checks that a model gave as many answers as it was asked questions.
+def answers_of(model: VisionLanguageModel, images: Images, questions: Sequence[str]) -> list[str]:
+    """Returns a model's answer to each question about its image.
 
     Raises:
-        ValueError: It did not, or an answer is no string.
+        ValueError: There is not one string for each question.
     """
+    answers, count = model.answer(images, questions), len(questions)
     if len(answers) != count or not all(isinstance(answer, str) for answer in answers):
         raise ValueError(f"a vision-language model must give one string for each of {count} questions, got {answers!r}")
+    return answers
 
 
 @settings
@@ -192,8 +192,7 @@ def load_processor(folder: Path) -> Any:
     from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer
     from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
 
-    hint = OFFICIAL.by_hand()
-    check_folder(folder, ["config.json"], "a vision-language model", one_of=VOCABULARIES, hint=hint)
+    check_folder(folder, ["config.json"], "a vision-language model", vocabulary=True, hint=OFFICIAL.by_hand())
     settings = AutoConfig.from_pretrained(folder, **LOCAL)
     if type(settings) not in PROCESSOR_MAPPING:
         raise ValueError(f"{folder} must hold a model of images and text, got one of type {settings.model_type!r}")
