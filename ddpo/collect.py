@@ -4,7 +4,7 @@ import time
 from collections.abc import Callable, Generator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -14,11 +14,12 @@ from overpaint.policy.types import Images, PerSample
 from overpaint.training import TrainingRun
 from rewards import Reward
 
+from .requests import SampleRequest
 from .sample_cache import SampleCache
 from .scoring import RewardError, RewardPool, ScoringConfig
 
 PICTURES = 16
-"""Images of a round that are kept to be looked at."""
+"""Images of a round that are logged."""
 
 Draw = Callable[[Conditioning, Sequence[int]], Trajectory]
 """Draws a batch from its prompts and seeds."""
@@ -53,7 +54,7 @@ class Collector:
         reward: Scores every sample.
         cost: Scores the samples of the concept beside the reward.
         batch_size: Images drawn at a time.
-        scoring: How reward and cost are run.
+        scoring: How reward and cost are run; by default as `ScoringConfig` says.
     """
 
     def __init__(
@@ -64,33 +65,33 @@ class Collector:
         cost: ImageCost | None,
         *,
         batch_size: int,
-        scoring: ScoringConfig,
+        scoring: ScoringConfig | None = None,
     ) -> None:
         self.policy = policy
         self.draw = draw
         self.reward = reward
         self.cost = cost
         self.batch_size = batch_size
-        self.scoring = scoring
+        self.scoring = scoring or ScoringConfig()
 
     @torch.no_grad()
-    def collect(self, run: TrainingRun, prompts: list[str], seeds: list[int], *, of_concept: int = 0) -> ScoredSamples:
+    def collect(self, run: TrainingRun, requests: Sequence[SampleRequest]) -> ScoredSamples:
         """Draws and scores this process's part of a round.
 
         Args:
             run: Says where samples are kept, and which round it is.
-            prompts: One for each sample.
-            seeds: One for each sample.
-            of_concept: How many of the samples, the last ones, are of the concept and so have a cost.
+            requests: The samples of the prompts, and those of the concept, which have a cost, where there are any.
 
         Raises:
             RewardError: The reward or the cost failed for good, in this process or in another.
         """
+        prompts = [prompt for request in requests for prompt in request.my_prompts]
+        seeds = [seed for request in requests for seed in request.my_seeds]
         cache = SampleCache(Path(run.config.output_dir), round=run.iteration, process=run.process_index)
         batches = cache.load(self.policy, prompts, seeds)
         scored, failure = None, None
         try:
-            scored = self._scored(run, batches, prompts, seeds, first_of_concept=len(prompts) - of_concept)
+            scored = self._scored(run, batches, prompts, seeds, first_of_concept=len(requests[0].mine))
         except RewardError as error:
             failure = error
         if run.in_any(failure is not None):
@@ -130,16 +131,43 @@ class Collector:
                 if first < PICTURES:
                     pictures.append(images.cpu())
             scores = [pool.results() for pool in pools]
-            scoring_seconds = sum(pool.busy_seconds for pool in pools)
+            seconds_reward = sum(pool.busy_seconds for pool in pools)
+        trajectory = Trajectory(
+            torch.cat([batch.latents for batch in batches]),
+            torch.cat([batch.log_probs for batch in batches]),
+            batches[0].timesteps,
+            Conditioning.cat([batch.conditioning for batch in batches]),
+        )
         return ScoredSamples(
-            trajectory=joined(batches),
+            trajectory=trajectory,
             rewards=scores[0],
             costs=scores[1] if self.cost is not None else torch.empty(0),
             pictures=torch.cat(pictures)[:PICTURES],
             seconds_sampling=sampling,
-            seconds_reward=scoring_seconds,
+            seconds_reward=seconds_reward,
             retries=sum(pool.retries for pool in pools),
         )
+
+
+def tagged(metrics: Any, samples: int) -> dict[str, float]:
+    """Returns what every trainer by sampling measures, under the tags that docs/ddpo.md defines.
+
+    Args:
+        metrics: Of a round.
+        samples: How many all processes have drawn since the run began.
+    """
+    return {
+        "reward/mean": metrics.reward,
+        "reward/std": metrics.reward_std,
+        "reward/retries": metrics.retries,
+        "train/loss": metrics.loss,
+        "train/grad_norm": metrics.grad_norm,
+        "samples": samples,
+        "reward_queries": samples,
+        "seconds/sampling": metrics.seconds_sampling,
+        "seconds/reward": metrics.seconds_reward,
+        "seconds/update": metrics.seconds_update,
+    }
 
 
 @contextmanager
@@ -155,13 +183,3 @@ def requested_again_on_failure(run: TrainingRun) -> Generator[None, None, None]:
         run.generator.set_state(begin)
         run.save()
         raise
-
-
-def joined(batches: Sequence[Trajectory]) -> Trajectory:
-    """Returns trajectories of the same steps as one."""
-    return Trajectory(
-        torch.cat([batch.latents for batch in batches]),
-        torch.cat([batch.log_probs for batch in batches]),
-        batches[0].timesteps,
-        Conditioning.cat([batch.conditioning for batch in batches]),
-    )

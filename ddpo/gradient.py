@@ -37,19 +37,6 @@ class Update(NamedTuple):
     grad_norm: float
 
 
-class Measured(NamedTuple):
-    """What the updates of a round measured, over all processes; as in `DDPOMetrics`."""
-
-    loss: float
-    grad_norm: float
-    kl: float
-    approx_kl_k1: float
-    approx_kl_k3: float
-    clip_fraction: float
-    ratio_max: float
-    ratio_start: float
-
-
 class PolicyGradient:
     """Takes gradient steps on stored trajectories.
 
@@ -130,7 +117,12 @@ class PolicyGradient:
             taken, mean, std = self._stored_steps(run, trajectory, part)
             log_probs = gaussian_log_prob(taken, mean, std)
             old_log_probs = trajectory.log_probs[part.samples, part.steps]
-            losses = self._losses(log_probs, old_log_probs, advantages[part.samples])
+            if cfg.estimator == "score":
+                losses = score_function(log_probs, advantages[part.samples])
+            else:
+                losses = clipped_surrogate(
+                    log_probs, old_log_probs, advantages[part.samples], clip_range=cfg.clip_range
+                )
             losses = losses * step_weights[part.steps]
             if reference_mean is not None:
                 count = len(reference_mean)
@@ -145,11 +137,6 @@ class PolicyGradient:
             sums[1:4] += ratio_sums
             ratio_max = torch.maximum(ratio_max, off)
         return Update(sums / total, ratio_max, run.update())
-
-    def _losses(self, log_probs: PerSample, old_log_probs: PerSample, advantages: PerSample) -> PerSample:
-        if self.config.estimator == "score":
-            return score_function(log_probs, advantages)
-        return clipped_surrogate(log_probs, old_log_probs, advantages, clip_range=self.config.clip_range)
 
     def _stored_steps(
         self, run: TrainingRun, trajectory: Trajectory, pairs: Pairs
@@ -168,18 +155,18 @@ class PolicyGradient:
             return self._stored_steps(run, trajectory, pairs)[1]
 
 
-def measured_by(run: TrainingRun, updates: Sequence[Update], *, kl_in_loss: bool) -> Measured:
-    """Brings together what the updates of a round measured in all processes."""
+def measured_by(run: TrainingRun, updates: Sequence[Update], *, kl_in_loss: bool) -> dict[str, float]:
+    """Returns what the updates of a round measured, over all processes, by the names in `DDPOMetrics`."""
     means = run.gather(torch.stack([update.means for update in updates])).view(-1, len(updates), 5).mean(dim=0)
     ratios = run.gather(torch.stack([update.ratio_max for update in updates])).view(-1, len(updates)).amax(dim=0)
     loss, clip_fraction, k1, k3, kl = means.mean(dim=0).tolist()
-    return Measured(
-        loss=loss,
-        grad_norm=fmean(update.grad_norm for update in updates),
-        kl=kl if kl_in_loss else float(means[0, 4]),
-        approx_kl_k1=k1,
-        approx_kl_k3=k3,
-        clip_fraction=clip_fraction,
-        ratio_max=float(ratios.max()),
-        ratio_start=float(ratios[0]),
-    )
+    return {
+        "loss": loss,
+        "grad_norm": fmean(update.grad_norm for update in updates),
+        "kl": kl if kl_in_loss else float(means[0, 4]),
+        "approx_kl_k1": k1,
+        "approx_kl_k3": k3,
+        "clip_fraction": clip_fraction,
+        "ratio_max": float(ratios.max()),
+        "ratio_start": float(ratios[0]),
+    }

@@ -30,7 +30,7 @@ from overpaint.training import (
 from overpaint.training.loop import check_batches
 from rewards import Reward
 
-from .collect import Collector, requested_again_on_failure
+from .collect import Collector, requested_again_on_failure, tagged
 from .requests import draw_requests
 from .scoring import ScoringConfig
 from .weighting import softmax_weights, sparse_weights
@@ -106,19 +106,8 @@ class RWRMetrics(NamedTuple):
 class RWRTrainer:
     """Tunes a policy by regression on its own images, weighted by their rewards.
 
-    An iteration of the run is a round: samples are drawn and scored, and trained on for some epochs.
-
-    Args:
-        policy: What is tuned, in place; needs a LoRA or `train=`.
-        reward: What is raised; differentiable or not.
-        prompts: What images are drawn for, with repetition.
-        config: Settings; those of the authors' code by default.
-        held_out: Prompts and a reward that are not trained on, for early stopping; the best weights by it remain.
-        scoring: How the reward is run beside the sampling.
-
-    Raises:
-        ValueError: There are no prompts, the policy has nothing to train, or there is patience without anything held
-            out.
+    An iteration of the run is a round: samples are drawn and scored, and trained on for some epochs. Arguments and
+    errors are those of `DDPOTrainer`, but there is no erasure constraint.
     """
 
     def __init__(
@@ -139,7 +128,7 @@ class RWRTrainer:
         self.early_stopping = EarlyStopping.of(cfg, held_out)
         self.guidance = ClassifierFree(cfg.guidance_scale)
         self.collector = Collector(
-            policy, self._finished, reward, None, batch_size=cfg.sampling_batch_size, scoring=scoring or ScoringConfig()
+            policy, self._finished, reward, None, batch_size=cfg.sampling_batch_size, scoring=scoring
         )
 
     def train(self, run_config: TrainingConfig) -> RWRMetrics | None:
@@ -154,19 +143,13 @@ class RWRTrainer:
         """
         cfg = self.config
         check_batches(run, "RWRConfig.", {"samples_per_round": cfg.samples_per_round, "batch_size": cfg.batch_size})
-        if self.early_stopping is not None:
-            check_batches(run, "", {"held_out.prompts": len(self.early_stopping.held_out.prompts)})
 
     def step(self, run: TrainingRun) -> RWRMetrics:
-        """Does one round: draws and scores samples, weighs them, and takes its updates.
-
-        Raises:
-            RewardError: The reward failed for good. A checkpoint is saved, and the samples are kept beside it.
-        """
+        """Does one round: draws and scores samples, weighs them, and takes its updates."""
         cfg = self.config
         with requested_again_on_failure(run):
             request = draw_requests(run, self.prompts, cfg.samples_per_round)
-            scored = self.collector.collect(run, request.my_prompts, request.my_seeds)
+            scored = self.collector.collect(run, [request])
         rewards = request.gathered(run, scored.rewards)
         clean = run.gather(scored.trajectory.latents[:, -1])
         if cfg.weighting == "softmax":
@@ -176,10 +159,10 @@ class RWRTrainer:
             weights = sparse_weights(rewards, percentile=cfg.percentile)
 
         start = time.perf_counter()
-        kept = weights.nonzero().flatten()
-        count = max(1, round(cfg.epochs_per_round * len(kept) / cfg.batch_size))
-        epochs = math.ceil(count * cfg.batch_size / len(kept))
-        order = torch.cat([kept[torch.randperm(len(kept), generator=run.generator)] for _ in range(epochs)])
+        weighted = weights.nonzero().flatten()
+        count = max(1, round(cfg.epochs_per_round * len(weighted) / cfg.batch_size))
+        epochs = math.ceil(count * cfg.batch_size / len(weighted))
+        order = torch.cat([weighted[torch.randperm(len(weighted), generator=run.generator)] for _ in range(epochs)])
         updates = [
             self._update(run, samples, request.prompts, clean, weights)
             for samples in order[: count * cfg.batch_size].split(cfg.batch_size)
@@ -199,21 +182,10 @@ class RWRTrainer:
 
     def tagged(self, metrics: RWRMetrics, run: TrainingRun) -> dict[str, float]:
         """Returns what was measured under the tags that docs/ddpo.md defines."""
-        samples = (run.iteration + 1) * self.config.samples_per_round
-        return {
-            "reward/mean": metrics.reward,
-            "reward/std": metrics.reward_std,
-            "reward/retries": metrics.retries,
-            "train/loss": metrics.loss,
-            "train/grad_norm": metrics.grad_norm,
-            "train/effective_samples": metrics.effective_samples,
-            "train/updates": metrics.updates,
-            "samples": samples,
-            "reward_queries": samples,
-            "seconds/sampling": metrics.seconds_sampling,
-            "seconds/reward": metrics.seconds_reward,
-            "seconds/update": metrics.seconds_update,
-        }
+        values = tagged(metrics, (run.iteration + 1) * self.config.samples_per_round)
+        values["train/effective_samples"] = metrics.effective_samples
+        values["train/updates"] = metrics.updates
+        return values
 
     def evaluate(self, run: TrainingRun) -> None:
         """Evaluates the held-out prompts, drawn as in a round."""

@@ -85,8 +85,8 @@ class RewardPool:
     A `RewardError`, like `results`, leaves the pool empty and ready for another round.
 
     Args:
-        kind: What to call the judge in a message, such as "reward".
-        judge: The reward. It runs without gradients.
+        kind: What to call the reward in a message, such as "reward".
+        score: The reward. It runs without gradients.
         config: Settings.
     """
 
@@ -96,9 +96,9 @@ class RewardPool:
     busy_seconds = 0.0
     """Seconds that all tries for the last round's batches took, added up over the workers."""
 
-    def __init__(self, kind: str, judge: ScoreFunction, config: ScoringConfig) -> None:
+    def __init__(self, kind: str, score: ScoreFunction, config: ScoringConfig) -> None:
         self.kind = kind
-        self.judge = judge
+        self.score = score
         self.config = config
         self._changed = threading.Condition()  # guards everything below and is notified of every change
         self._open = False
@@ -177,9 +177,9 @@ class RewardPool:
                 self._changed.wait_for(lambda: self._waiting or not self._open)
                 if not self._open:
                     return
-                self._score(self._waiting.popleft())
+                self._score_batch(self._waiting.popleft())
 
-    def _score(self, batch: _Batch) -> None:
+    def _score_batch(self, batch: _Batch) -> None:
         """Tries a batch until it has scores, has failed for good, or is not wanted any more."""
         self._changed.notify_all()  # there is room for another one to wait
         backoff = self.config.backoff
@@ -192,7 +192,13 @@ class RewardPool:
                 break
             self.retries += 1
             if outcome.final or attempt == self.config.attempts:
-                batch.round.failure = self._failure(batch, attempt, outcome.error)
+                error = outcome.error
+                batch.round.failure = RewardError(
+                    f"{self.kind} failed on a batch of {len(batch.images)} images, at try {attempt} of "
+                    f"{self.config.attempts}, with {type(error).__name__}: {error}; its first prompt is "
+                    f"{next(iter(batch.prompts), None)!r}"
+                )
+                batch.round.failure.__cause__ = error
                 self._waiting.clear()
                 break
             self._changed.wait_for(lambda: not self._wanted(batch), timeout=min(backoff, threading.TIMEOUT_MAX))
@@ -201,20 +207,11 @@ class RewardPool:
             backoff *= 2
         self._changed.notify_all()
 
-    def _failure(self, batch: _Batch, attempt: int, error: BaseException | None) -> RewardError:
-        """Returns the error that tells of a batch's last try."""
-        failure = RewardError(
-            f"{self.kind} failed on a batch of {len(batch.images)} images, at try {attempt} of {self.config.attempts}, "
-            f"with {type(error).__name__}: {error}; its first prompt is {next(iter(batch.prompts), None)!r}"
-        )
-        failure.__cause__ = error
-        return failure
-
     def _try(self, batch: _Batch) -> _Outcome:
         """Has a batch scored in a thread of its own, which is left behind when its time is up."""
         begin = time.perf_counter()
         outcomes: list[_Outcome] = []
-        thread = _start(self._ask, batch, outcomes)
+        thread = _start(self._score_once, batch, outcomes)
         seconds = min(self.config.timeout, threading.TIMEOUT_MAX)
         self._changed.wait_for(lambda: outcomes or not self._wanted(batch), timeout=seconds)
         batch.round.seconds += time.perf_counter() - begin
@@ -223,26 +220,26 @@ class RewardPool:
         # Popped, because an error in the list would hold itself and the images in memory through its own traceback.
         return outcomes.pop() if outcomes else _Outcome(error=TimeoutError(f"no scores within {seconds:g} s"))
 
-    def _ask(self, batch: _Batch, outcomes: list[_Outcome]) -> None:
+    def _score_once(self, batch: _Batch, outcomes: list[_Outcome]) -> None:
         """Scores a batch and appends what came of it."""
-        judged = False
+        returned = False
 
-        def judge(images: Tensor, prompts: Sequence[str]) -> Tensor:  # of any shape, which scores_of checks
-            nonlocal judged
-            scores = self.judge(images, prompts)
-            judged = True
+        def score(images: Tensor, prompts: Sequence[str]) -> Tensor:  # of any shape, which scores_of checks
+            nonlocal returned
+            scores = self.score(images, prompts)
+            returned = True
             return scores
 
         try:
             # A new thread starts with gradients, and on the first device whatever the main thread has chosen.
             with torch.no_grad(), torch.cuda.device_of(batch.images):
-                scores = scores_of(self.kind, judge, batch.images, batch.prompts).detach().float().cpu()
-            for score, prompt in zip(scores.tolist(), batch.prompts, strict=True):
-                if not math.isfinite(score):
-                    raise FloatingPointError(f"{self.kind} must be finite, got {score} for {prompt!r}")
+                scores = scores_of(self.kind, score, batch.images, batch.prompts).detach().float().cpu()
+            for number, prompt in zip(scores.tolist(), batch.prompts, strict=True):
+                if not math.isfinite(number):
+                    raise FloatingPointError(f"{self.kind} must be finite, got {number} for {prompt!r}")
             outcome = _Outcome(scores=scores)
         except BaseException as error:  # whatever it is, somebody waits to be told
-            outcome = _Outcome(error=error, final=judged and isinstance(error, ValueError))
+            outcome = _Outcome(error=error, final=returned and isinstance(error, ValueError))
         with self._changed:
             outcomes.append(outcome)
             self._changed.notify_all()

@@ -32,11 +32,10 @@ from overpaint.training import (
     evaluate_held_out,
     train,
 )
-from overpaint.training.loop import check_batches
 from rewards import Reward
 
 from .advantage import EPSILON, PromptStatistics, centred, centred_advantages, group_advantages, round_advantages
-from .collect import Collector, ScoredSamples, requested_again_on_failure
+from .collect import Collector, ScoredSamples, requested_again_on_failure, tagged
 from .config import DDPOConfig
 from .gradient import PolicyGradient, measured_by
 from .requests import SampleRequest, draw_requests, pairs_of_update
@@ -131,22 +130,14 @@ class DDPOTrainer:
             reward,
             erasure.cost if isinstance(erasure, ImageConstraint) else None,
             batch_size=cfg.sampling_batch_size,
-            scoring=scoring or ScoringConfig(),
+            scoring=scoring,
         )
 
     def train(self, run_config: TrainingConfig) -> DDPOMetrics | None:
-        """Trains, or goes on with an interrupted run.
-
-        The policy ends with the weights that the held-out reward liked best, or, where nothing is held out or the
-        constraint held at no look, with the last ones. With `ema_decay` both are averaged weights, while checkpoints
-        keep what training goes on from.
-
-        Returns:
-            What the last round measured; None where a resumed run had nothing left to do.
+        """Trains, or goes on with an interrupted run, as `overpaint.training.train` says.
 
         Raises:
-            RewardError: The reward failed for good. The samples are kept, and resuming the run grades them again.
-            ValueError: As `prepare`, or the run cannot be started or resumed.
+            RewardError: The reward failed for good. The samples are kept, and scored when the run is resumed.
         """
         state: dict[str, Stateful] = {"statistics": self.statistics}
         if self.erasure is not None:
@@ -186,17 +177,11 @@ class DDPOTrainer:
                 f"DDPOConfig.minibatch_size must divide the {pairs} pairs of sample and step that a process trains on "
                 f"in an update, got {cfg.minibatch_size}"
             )
-        if self.early_stopping is not None:
-            check_batches(run, "", {"held_out.prompts": len(self.early_stopping.held_out.prompts)})
         if isinstance(self.erasure, ObjectiveConstraint):
             self.erasure.prepare(self.policy)
 
     def step(self, run: TrainingRun) -> DDPOMetrics:
-        """Does one round: draws and scores samples, and takes its updates.
-
-        Raises:
-            RewardError: The reward failed for good. A checkpoint is saved, and the samples are kept beside it.
-        """
+        """Does one round: draws and scores samples, and takes its updates."""
         cfg = self.config
         weight = 0.0 if self.erasure is None else self.erasure.lagrangian.weight
         with requested_again_on_failure(run):
@@ -241,7 +226,7 @@ class DDPOTrainer:
             erasure_reward=float(advantages.concept_rewards.mean()),
             erasure_cost=cost,
             erasure_weight=weight,
-            **measured._asdict(),
+            **measured,
             retries=scored.retries,
             seconds_sampling=scored.seconds_sampling,
             seconds_reward=scored.seconds_reward,
@@ -250,27 +235,13 @@ class DDPOTrainer:
 
     def tagged(self, metrics: DDPOMetrics, run: TrainingRun) -> dict[str, float]:
         """Returns what was measured under the tags that docs/ddpo.md defines, without what was switched off."""
-        samples = (run.iteration + 1) * (self.config.samples_per_round + self._of_concept)
-        values = {
-            "reward/mean": metrics.reward,
-            "reward/std": metrics.reward_std,
-            "reward/retries": metrics.retries,
-            "train/loss": metrics.loss,
-            "train/grad_norm": metrics.grad_norm,
-            "policy/ratio_start": metrics.ratio_start,
-            "samples": samples,
-            "reward_queries": samples,
-            "seconds/sampling": metrics.seconds_sampling,
-            "seconds/reward": metrics.seconds_reward,
-            "seconds/update": metrics.seconds_update,
-        }
+        values = tagged(metrics, (run.iteration + 1) * (self.config.samples_per_round + self._of_concept))
+        values["policy/ratio_start"] = metrics.ratio_start
         if self.config.kl_weight or run.iteration % self.config.kl_every == 0:
             values["policy/kl"] = metrics.kl
         if self.config.estimator == "importance":
-            values["policy/ratio_max"] = metrics.ratio_max
-            values["policy/clip_fraction"] = metrics.clip_fraction
-            values["policy/approx_kl_k1"] = metrics.approx_kl_k1
-            values["policy/approx_kl_k3"] = metrics.approx_kl_k3
+            for name in ("ratio_max", "clip_fraction", "approx_kl_k1", "approx_kl_k3"):
+                values[f"policy/{name}"] = getattr(metrics, name)
         if self.erasure is not None:
             values["erasure/cost"] = metrics.erasure_cost
             values["erasure/weight"] = metrics.erasure_weight
@@ -300,9 +271,7 @@ class DDPOTrainer:
             )
             for population, count in wanted
         ]
-        prompts = [prompt for part in requests for prompt in part.my_prompts]
-        seeds = [seed for part in requests for seed in part.my_seeds]
-        return requests, self.collector.collect(run, prompts, seeds, of_concept=len(prompts) - len(requests[0].mine))
+        return requests, self.collector.collect(run, requests)
 
     def compute_advantages(
         self, run: TrainingRun, requests: list[SampleRequest], scored: ScoredSamples, weight: float

@@ -1,4 +1,4 @@
-"""What ReFL asks of a reward or of an erasure cost beyond a score: a gradient to the pixels."""
+"""What ReFL needs of a reward or of an erasure cost beyond a score: a gradient to the pixels."""
 
 from collections.abc import Sequence
 

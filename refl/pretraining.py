@@ -6,11 +6,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from PIL import Image
 
 from overpaint.policy import Conditioning, DiffusionPolicy, Guidance, SampleNoise
 from overpaint.policy.guidance import DEFAULT_GUIDANCE
 from overpaint.policy.prompts import check_prompts
 from overpaint.policy.types import Latents, PerSample
+from rewards.preprocess import pil_to_square
 
 IMAGE_ENDINGS = (".png", ".jpg", ".jpeg", ".webp")
 CAPTIONS_FILE = "metadata.jsonl"
@@ -21,20 +23,6 @@ class PretrainingPairs(NamedTuple):
 
     latents: Latents
     captions: list[str]
-
-
-def check_pretraining(pairs: PretrainingPairs) -> PretrainingPairs:
-    """Returns the pairs.
-
-    Raises:
-        ValueError: There are none, or not as many captions as latents.
-    """
-    if not pairs.captions or len(pairs.captions) != len(pairs.latents):
-        raise ValueError(
-            "pretraining must hold at least one pair and a caption for each of its latents, got "
-            f"{len(pairs.latents)} latents and {len(pairs.captions)} captions"
-        )
-    return pairs
 
 
 def pairs_from_policy(
@@ -88,10 +76,6 @@ def pairs_from_folder(policy: DiffusionPolicy, folder: str | Path, *, batch_size
     Raises:
         ValueError: The folder has no images, an image has no caption, or `metadata.jsonl` is not what it should be.
     """
-    from PIL import Image
-
-    from rewards.preprocess import pil_to_square
-
     captions = _captions(Path(folder))
     files = list(captions)
     parts = []
@@ -124,21 +108,18 @@ def _captions(folder: Path) -> dict[str, str]:
     )
     if not images:
         raise ValueError(f"folder must hold images ({', '.join(IMAGE_ENDINGS)}), got {str(folder)!r} without any")
-    listed = _listed_captions(folder / CAPTIONS_FILE)
-    if missing := sorted(listed.keys() - set(images)):
+    captions = _listed_captions(folder / CAPTIONS_FILE)
+    if missing := sorted(captions.keys() - set(images)):
         raise ValueError(f"{CAPTIONS_FILE} must name images of its folder, got {missing[0]!r}, which is not there")
-    captions = {}
     for name in images:
-        beside = (folder / name).with_suffix(".txt")
-        if name in listed:
-            captions[name] = listed[name]
-        elif beside.is_file():
-            captions[name] = beside.read_text(encoding="utf-8").strip()
-        else:
+        text_file = (folder / name).with_suffix(".txt")
+        if name not in captions and not text_file.is_file():
             raise ValueError(
                 f"every image must have a caption in {CAPTIONS_FILE} or in a .txt beside it, got none for {name!r}"
             )
-    return captions
+        if name not in captions:
+            captions[name] = text_file.read_text(encoding="utf-8").strip()
+    return {name: captions[name] for name in images}
 
 
 def _listed_captions(path: Path) -> dict[str, str]:

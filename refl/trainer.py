@@ -37,7 +37,7 @@ from .distance import distance_to_reference
 from .gradient_check import check_gradient, not_differentiable
 from .loss import hinge
 from .one_step import one_step_images
-from .pretraining import PretrainingPairs, check_pretraining, denoising_loss, pairs_from_policy
+from .pretraining import PretrainingPairs, denoising_loss, pairs_from_policy
 
 Item = TypeVar("Item", str, int)
 
@@ -97,7 +97,12 @@ class ReFLTrainer:
         self.prompts = check_prompts(prompts)
         self.config = config or ReFLConfig()
         self.erasure = erasure
-        self.pretraining = None if pretraining is None else check_pretraining(pretraining)
+        self.pretraining = pretraining
+        if pretraining is not None and not 0 < len(pretraining.captions) == len(pretraining.latents):
+            raise ValueError(
+                "pretraining must hold at least one pair and a caption for each of its latents, got "
+                f"{len(pretraining.latents)} latents and {len(pretraining.captions)} captions"
+            )
         self.early_stopping = EarlyStopping.of(self.config, held_out, constrained=erasure is not None)
         self.guidance = ClassifierFree(self.config.guidance_scale)
 
@@ -119,8 +124,6 @@ class ReFLTrainer:
             batches["pretraining_batch_size"] = cfg.pretraining_batch_size
         if self.erasure is not None:
             batches["erasure_batch_size"] = cfg.erasure_batch_size
-        if self.early_stopping is not None:
-            batches["held_out.prompts"] = len(self.early_stopping.held_out.prompts)
         check_batches(run, "", batches)
 
         size = self.policy.image_size

@@ -4,18 +4,16 @@ Source: LAION's predictor sac+logos+ava1 on CLIP ViT-L/14, christophschuhmann/im
 kvablack/ddpo-pytorch, `aesthetic_scorer.py`, which computes it without gradients. Its layers are all linear.
 """
 
-import re
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 
-import torch
 from torch import nn
-from torch.nn import functional
 
 from overpaint.policy.types import Images, PerSample
 
-from .checkpoint import frozen_with, read_tensors
+from .blip_network import in_precision_of
+from .checkpoint import frozen_with, read_tensors, renamed
 from .clip_encoder import VIT_L_14, ClipEncoder, Vectors, at_least_float32
 from .public_files import PublicFile, fetch
 from .types import check_pairs
@@ -33,8 +31,10 @@ HEAD = PublicFile(
 """The head's weights, 3.7 MB."""
 WIDTHS = (768, 1024, 128, 64, 16, 1)
 """Widths of the official head, from CLIP's embedding to the score."""
-OFFICIAL_LAYERS = ("0", "2", "4", "6", "7")
-"""Numbers of the linear layers in the official file; three dropouts have the others."""
+RENAMINGS = tuple(
+    (rf"layers\.{theirs}\.(weight|bias)", rf"layers.{ours}.\1") for ours, theirs in enumerate((0, 2, 4, 6, 7))
+)
+"""Pattern of an official name, and the name that takes its place; dropouts have the numbers between."""
 
 
 class AestheticHead(nn.Module):
@@ -51,7 +51,7 @@ class AestheticHead(nn.Module):
         if len(widths) < 2 or widths[-1] != 1:
             raise ValueError(f"widths must be at least two, the last of them 1, got {tuple(widths)}")
         self.widths = tuple(widths)
-        self.layers = nn.ModuleList(nn.Linear(*pair) for pair in pairwise(widths))
+        self.layers = nn.Sequential(*(nn.Linear(*pair) for pair in pairwise(widths)))
 
     @classmethod
     def from_official(cls, path: str | Path) -> "AestheticHead":
@@ -60,35 +60,24 @@ class AestheticHead(nn.Module):
         Raises:
             ValueError: A tensor is missing, unknown or of another shape.
         """
-        state = {}
-        for name, tensor in read_tensors(Path(path)).items():
-            match = re.fullmatch(r"layers\.(\d+)\.(weight|bias)", name)
-            if match is None or match[1] not in OFFICIAL_LAYERS:
-                raise ValueError(f"the official aesthetic head has no tensor {name!r}")
-            state[f"layers.{OFFICIAL_LAYERS.index(match[1])}.{match[2]}"] = tensor
-        return frozen_with(cls(), state)
+        state = read_tensors(Path(path))
+        what = "of the official aesthetic head"
+        return frozen_with(cls(), {renamed(name, RENAMINGS, what): tensor for name, tensor in state.items()})
 
     def collapsed(self) -> "AestheticHead":
         """Returns the same map as one frozen layer, computed in float64."""
-        weight = torch.eye(self.widths[0], dtype=torch.float64, device=self._linear()[0].weight.device)
-        bias = weight.new_zeros(self.widths[0])
-        for layer in self._linear():
-            weight = layer.weight.detach().double() @ weight
-            bias = layer.weight.detach().double() @ bias + layer.bias.detach().double()
+        state = {name: tensor.double() for name, tensor in self.state_dict().items()}
+        weight, bias = state["layers.0.weight"], state["layers.0.bias"]
+        for layer in range(1, len(self.layers)):
+            weight = state[f"layers.{layer}.weight"] @ weight
+            bias = state[f"layers.{layer}.weight"] @ bias + state[f"layers.{layer}.bias"]
         return frozen_with(
             AestheticHead((self.widths[0], 1)).to(weight), {"layers.0.weight": weight, "layers.0.bias": bias}
         )
 
     def forward(self, embeddings: Vectors) -> PerSample:
         """Returns the score of each embedding; always computed in float32 at least."""
-        with torch.autocast(embeddings.device.type, enabled=False):
-            hidden = at_least_float32(embeddings)
-            for layer in self._linear():
-                hidden = functional.linear(hidden, layer.weight.to(hidden), layer.bias.to(hidden))
-        return hidden[:, 0]
-
-    def _linear(self) -> list[nn.Linear]:
-        return [layer for layer in self.layers if isinstance(layer, nn.Linear)]
+        return in_precision_of(at_least_float32(embeddings), self.layers)[:, 0]
 
 
 class Aesthetic(nn.Module):

@@ -7,9 +7,9 @@ asked in its own chat format; in process it sees the image itself and not a JPEG
 pickled; and a prompt without questions is an error.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Literal, NamedTuple, Protocol, runtime_checkable
+from typing import Literal, NamedTuple
 
 import torch
 from torch import nn
@@ -19,7 +19,7 @@ from overpaint.settings import Field, settings
 
 from .bertscore import BertScore, BertScores
 from .types import check_pairs
-from .vlm import VisionLanguageModel, check_answers
+from .vlm import LocalVLM, VisionLanguageModel, answers_of
 
 Part = Literal["precision", "recall", "f1"]
 """Which of BERTScore's three numbers."""
@@ -37,13 +37,8 @@ class AlignmentConfig:
     """Which of BERTScore's numbers is the reward. Recall asks for all of the prompt, whatever else the answer holds."""
 
 
-@runtime_checkable
-class TextScorer(Protocol):
-    """What `BertScore` does."""
-
-    def __call__(self, candidates: Sequence[str], references: Sequence[str]) -> BertScores:
-        """Returns how alike each candidate and its reference are."""
-        ...
+TextScorer = Callable[[Sequence[str], Sequence[str]], BertScores]
+"""Says how alike each candidate and its reference are, as `BertScore` does."""
 
 
 class ScoredAnswer(NamedTuple):
@@ -88,17 +83,10 @@ class Alignment(nn.Module):
             bertscore_folder: An encoder for `BertScore.load`; deberta-xlarge-mnli from the hub if it is not given.
             bertscore_layer: The encoder's layer that is read; the 40th, that of deberta-xlarge-mnli, if not given.
         """
-        from .vlm import LocalVLM
-
         return cls(LocalVLM.load(vlm_folder), BertScore.load(bertscore_folder, bertscore_layer))
 
     def forward(self, images: Images, prompts: Sequence[str]) -> PerSample:
-        """Returns the score of each image for its prompt, in float32 on the images' device.
-
-        Raises:
-            TypeError: A prompt is not a string, or the images are not floating point.
-            ValueError: The images are not a batch of RGB images, or there is not one prompt for each.
-        """
+        """Returns the score of each image for its prompt, in float32 on the images' device."""
         return self._scored(images, prompts)[1]
 
     def describe(self, images: Images, prompts: Sequence[str]) -> list[ScoredAnswer]:
@@ -109,8 +97,7 @@ class Alignment(nn.Module):
     def _scored(self, images: Images, prompts: Sequence[str]) -> tuple[list[str], PerSample]:
         """Returns what the model says of each image, and how that compares."""
         check_pairs(images, prompts)
-        answers = self.vlm.answer(images, [self.config.question] * len(images))
-        check_answers(answers, len(images))
+        answers = answers_of(self.vlm, images, [self.config.question] * len(images))
         references = [self.config.template.replace("{prompt}", prompt) for prompt in prompts]
         scores = getattr(self.scorer(answers, references), self.config.part)
         return answers, scores.to(images.device, torch.float32)
@@ -144,30 +131,30 @@ class StrictAlignment(nn.Module):
     def __init__(self, vlm: VisionLanguageModel, questions: Mapping[str, Sequence[Question]]) -> None:
         super().__init__()
         self.vlm = vlm
-        self.questions = {prompt: tuple(asked) for prompt, asked in questions.items()}
-        for prompt, asked in self.questions.items():
-            if not asked:
+        self.questions = {prompt: tuple(its_questions) for prompt, its_questions in questions.items()}
+        for prompt, its_questions in self.questions.items():
+            if not its_questions:
                 raise ValueError(f"questions must hold at least one for each prompt, got none for {prompt!r}")
-            if not all(question.question and question.answer for question in asked):
-                raise ValueError(f"questions must have no empty question or answer, got one for {prompt!r}: {asked!r}")
+            if not all(all(question) for question in its_questions):
+                raise ValueError(
+                    f"questions must have no empty question or answer, got one for {prompt!r}: {its_questions!r}"
+                )
 
     def forward(self, images: Images, prompts: Sequence[str]) -> PerSample:
         """Returns the share for each image, in float32 on the images' device; the model is called once.
 
         Raises:
-            TypeError: A prompt is not a string, or the images are not floating point.
-            ValueError: The images are not a batch of RGB images, there is not one prompt for each, or a prompt has no
-                questions.
+            ValueError: A prompt has no questions.
         """
         check_pairs(images, prompts)
         unknown = sorted({prompt for prompt in prompts if prompt not in self.questions})
         if unknown:
             raise ValueError(f"prompts must be among those that have questions, got {unknown[0]!r}")
-        asked = [self.questions[prompt] for prompt in prompts]
-        counts = torch.tensor([len(questions) for questions in asked], dtype=torch.long, device=images.device)
-        flat = [question for questions in asked for question in questions]
-        responses = self.vlm.answer(images.repeat_interleave(counts, dim=0), [question.question for question in flat])
-        check_answers(responses, len(flat))
+        per_image = [self.questions[prompt] for prompt in prompts]
+        counts = torch.tensor([len(questions) for questions in per_image], dtype=torch.long, device=images.device)
+        flat = [question for questions in per_image for question in questions]
+        repeated = images.repeat_interleave(counts, dim=0)
+        responses = answers_of(self.vlm, repeated, [question.question for question in flat])
         right = iter([question.answer in response for question, response in zip(flat, responses, strict=True)])
-        shares = [sum(next(right) for _ in questions) / len(questions) for questions in asked]
+        shares = [sum(next(right) for _ in questions) / len(questions) for questions in per_image]
         return torch.tensor(shares, dtype=torch.float32, device=images.device)

@@ -17,23 +17,15 @@ from torch import Tensor, nn
 from overpaint.policy.types import PerSample
 from overpaint.settings import Field, settings
 
-from .checkpoint import HubFiles, check_folder
+from .checkpoint import LOCAL, HubFiles, check_folder, load_auto
 from .types import check_strings
 
 OFFICIAL = HubFiles(
     repository="microsoft/deberta-xlarge-mnli",
     revision="5b07a9086c1dbb79981ff7b05b4d1ad83b3af51c",
-    files={
-        "config.json": None,
-        "tokenizer_config.json": None,
-        "vocab.json": None,
-        "merges.txt": None,
-        "pytorch_model.bin": None,
-    },
+    files=dict.fromkeys(("config.json", "tokenizer_config.json", "vocab.json", "merges.txt", "pytorch_model.bin")),
 )
 """The encoder that follows human judgement best by bert-score's table, and that DDPO's alignment reward used; MIT."""
-VOCABULARIES = ("tokenizer.json", "vocab.json", "vocab.txt", "*.model")
-"""Files that a tokenizer's vocabulary may be in. Without any, transformers makes a tokenizer that knows no word."""
 
 
 @settings
@@ -110,31 +102,22 @@ class BertScore(nn.Module):
         from transformers import AutoConfig, AutoModel, AutoTokenizer
 
         path = OFFICIAL.fetch() if folder is None else Path(folder)
-        check_folder(path, {"config.json": None}, "an encoder for BERTScore")
-        if not any(found for pattern in VOCABULARIES for found in path.glob(pattern)):
-            wanted = ", ".join(VOCABULARIES)
-            raise FileNotFoundError(
-                f"a folder of an encoder for BERTScore must hold one of {wanted}, and {path} does not"
-            )
+        check_folder(path, ["config.json"], "an encoder for BERTScore", vocabulary=True)
         config = BertScoreConfig() if layer is None else BertScoreConfig(layer=layer)
-        settings = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+        settings = AutoConfig.from_pretrained(path, **LOCAL)
         if settings.num_hidden_layers < config.layer:
             raise ValueError(f"layer must be from 1 to {settings.num_hidden_layers} in {path}, got {config.layer}")
         settings.num_hidden_layers = config.layer
-        encoder, report = AutoModel.from_pretrained(
+        encoder = load_auto(
+            AutoModel,
             path,
+            "encoder",
+            optional="pooler.",
             config=settings,
             dtype=torch.float32,  # the file may be in half precision, which transformers would keep
             weights_only=True,
-            local_files_only=True,
-            trust_remote_code=False,
-            output_loading_info=True,
         )
-        missing = sorted(name for name in report["missing_keys"] if not name.startswith("pooler."))
-        if missing:
-            raise ValueError(f"the weights in {path} must have every tensor of the encoder, and lack {missing[0]}")
-        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
-        return cls(encoder, tokenizer, config)
+        return cls(encoder, AutoTokenizer.from_pretrained(path, **LOCAL), config)
 
     def train(self, mode: bool = True) -> "BertScore":
         """Stays in evaluation mode, also as a part of something that is trained."""
@@ -153,15 +136,14 @@ class BertScore(nn.Module):
         for name, texts in (("candidates", candidates), ("references", references)):
             if isinstance(texts, str):
                 raise TypeError(f"{name} must be a sequence of strings, got the string {texts!r}")
-            check_strings(texts)
+            check_strings(texts, name)
         if len(candidates) != len(references):
             raise ValueError(
                 f"references must hold one string for each candidate, got {len(references)} for {len(candidates)}"
             )
         embedded = self.embed([*candidates, *references])
-        device = next(self.encoder.parameters()).device
         rows = [matched(embedded[left], embedded[right]) for left, right in zip(candidates, references, strict=True)]
-        scores = torch.stack(rows) if rows else torch.zeros(0, 3, device=device)
+        scores = torch.stack(rows) if rows else torch.zeros(0, 3, device=next(self.encoder.parameters()).device)
         return BertScores(*scores.unbind(dim=1))
 
     def embed(self, texts: Sequence[str]) -> dict[str, EmbeddedText]:

@@ -10,7 +10,6 @@ refused.
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional
@@ -18,16 +17,7 @@ from torch.nn import functional
 from overpaint.policy.types import Images, PerSample
 from overpaint.settings import Field, settings
 
-from .blip_network import (
-    BlipConfig,
-    BlipNetwork,
-    BlipTokenizer,
-    from_official_names,
-    vision_tokens,
-    without_training_parts,
-)
-from .checkpoint import read_tensors
-from .preprocess import normalise, resize_and_crop
+from .blip_network import BlipConfig, BlipNetwork, BlipTokenizer, in_precision_of
 from .types import check_pairs, check_strings
 
 OFFICIAL_URL = "https://storage.googleapis.com/sfr-vision-language-research/BLIP/models/model_large.pth"
@@ -55,10 +45,16 @@ class BLIPScore(BlipNetwork):
     """
 
     config_class = BLIPScoreConfig
+    training_parts = (
+        r"(visual_encoder|text_encoder|vision_proj|text_proj)_m\..+",  # averages of the weights over time
+        r"text_decoder\..+",  # writes captions
+        r"itm_head\..+",  # says whether image and text belong together, from both at once
+        r"image_queue|text_queue|queue_ptr",  # features of earlier batches
+        r"temp",  # temperature of the contrastive loss; the score is the bare cosine
+    )
 
     def __init__(self, config: BLIPScoreConfig, tokenizer: BlipTokenizer) -> None:
         super().__init__(config, tokenizer)
-        self.config = config
         self.vision_proj = nn.Linear(config.vision_hidden_size, config.projection_size)
         self.text_proj = nn.Linear(config.hidden_size, config.projection_size)
 
@@ -83,59 +79,22 @@ class BLIPScore(BlipNetwork):
             )
         return cls.from_pretrained(path) if Path(path).is_dir() else cls.from_official(path, vocab=vocab)
 
-    @classmethod
-    def from_official(
-        cls,
-        path: str | Path,
-        config: BLIPScoreConfig | None = None,
-        vocab: str | Path | Sequence[str] | None = None,
-    ) -> "BLIPScore":
-        """Loads a checkpoint with BLIP's own names of tensors; frozen.
-
-        What serves BLIP's pretraining only is left out by name; every other tensor must fit.
-
-        Args:
-            path: A file of `torch.save` with tensors under the key `model` (nothing else is unpickled), or a
-                `.safetensors` file.
-            config: Sizes; those of BLIP large where it is not given.
-            vocab: A file with one word piece per line, or the word pieces; bert-base-uncased's from the Hugging Face
-                hub where it is not given.
-        """
-        state = without_training_parts(read_tensors(Path(path)))
-        return cls.from_state(from_official_names(state), config, vocab)
-
     def forward(self, images: Images, prompts: Sequence[str]) -> PerSample:
         """Returns the cosine between each image and its prompt, in float32; gradients flow to the images.
 
         Args:
             images: RGB in [0, 1], of any size; the short side is scaled to the network's and the centre cropped.
             prompts: One for each image; what is longer than `config.max_length` tokens is cut.
-
-        Raises:
-            TypeError: A prompt is not a string, or the images are not floating point.
-            ValueError: The images are not a batch of RGB images, or there is not one prompt for each.
         """
         check_pairs(images, prompts)
         return (self.image_embeddings(images) * self.text_embeddings(prompts)).sum(dim=1)
 
     def image_embeddings(self, images: Images) -> Float[Tensor, "batch projection"]:
         """Returns a unit vector for each image in [0, 1], in float32."""
-        squares = resize_and_crop(images.float(), self.config.image_size, antialias=self.config.antialias)
-        pixels = normalise(squares, self.config.image_mean, self.config.image_std)
-        tokens = vision_tokens(self.vision, pixels, checkpointing=self.gradient_checkpointing)
-        return _unit_vectors(tokens[:, 0], self.vision_proj)
+        tokens = self.image_tokens(self.to_squares(images))
+        return functional.normalize(in_precision_of(tokens[:, 0].float(), self.vision_proj), dim=1)
 
     def text_embeddings(self, prompts: Sequence[str]) -> Float[Tensor, "batch projection"]:
         """Returns a unit vector for each prompt, in float32."""
         check_strings(prompts)
-        device = self.text_proj.weight.device
-        tokens = self.tokenizer(prompts, self.config.max_length)
-        output = self.text(input_ids=tokens.ids.to(device), attention_mask=tokens.mask.to(device), is_decoder=False)
-        return _unit_vectors(output.last_hidden_state[:, 0], self.text_proj)
-
-
-def _unit_vectors(features: Float[Tensor, "batch hidden"], projection: nn.Linear) -> Float[Tensor, "batch projection"]:
-    """Projects and divides by the length, in float32 whatever the towers' precision."""
-    with torch.autocast(features.device.type, enabled=False):
-        projected = functional.linear(features.float(), projection.weight.float(), projection.bias.float())
-        return functional.normalize(projected, dim=1)
+        return functional.normalize(in_precision_of(self.text_features(prompts).float(), self.text_proj), dim=1)

@@ -8,32 +8,22 @@ those of transformers' BLIP classes (the fused query, key and value matrix too).
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from pathlib import Path
-from types import MappingProxyType
-from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, TypeVar
+from typing import Annotated, Any, NamedTuple, TypeVar
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
 from overpaint.policy.types import Embeddings, Images
 from overpaint.settings import Field, settings
 
-from .checkpoint import HubFiles, check_folder, frozen_with, read_tensors
-from .preprocess import CLIP_MEAN, CLIP_STD
+from .checkpoint import HubFiles, check_folder, frozen_with, read_tensors, renamed, save_weights
+from .preprocess import CLIP_MEAN, CLIP_STD, normalise, resize_and_crop
 
-if TYPE_CHECKING:
-    from transformers import BlipVisionModel
-    from transformers.models.blip.modeling_blip_text import BlipTextModel
-
-DIVISORS = (
-    ("patch_size", "image_size"),
-    ("vision_heads", "vision_hidden_size"),
-    ("text_heads", "hidden_size"),
-)
-"""Fields of which the first must divide the second."""
 Config = TypeVar("Config", bound="BlipConfig")
 Network = TypeVar("Network", bound="BlipNetwork")
 Positive = Annotated[float, Field(gt=0)]
@@ -90,7 +80,8 @@ class BlipConfig:
 
     def __post_init__(self) -> None:
         """Checks the fields that belong together."""
-        for part, whole in DIVISORS:
+        divisors = (("patch_size", "image_size"), ("vision_heads", "vision_hidden_size"), ("text_heads", "hidden_size"))
+        for part, whole in divisors:
             if getattr(self, whole) % getattr(self, part):
                 raise ValueError(f"{part} must divide {whole}, got {getattr(self, part)} and {getattr(self, whole)}")
         if self.max_length > self.max_positions:
@@ -100,12 +91,7 @@ class BlipConfig:
     def from_file(cls: type[Config], path: str | Path) -> Config:
         """Reads what `save` wrote."""
         read = json.loads(Path(path).read_text(encoding="utf-8"))
-        unknown = sorted(set(read) - {field.name for field in fields(cls)})
-        if unknown:
-            raise ValueError(f"{path} must hold fields of {cls.__name__} only, got {unknown}")
-        values: dict[str, Any] = {
-            name: tuple(value) if isinstance(value, list) else value for name, value in read.items()
-        }
+        values: Any = {name: tuple(value) if isinstance(value, list) else value for name, value in read.items()}
         return cls(**values)
 
     def save(self, path: str | Path) -> None:
@@ -168,70 +154,11 @@ class BlipTokenizer:
         return Tokens(torch.tensor(encoded["input_ids"]), torch.tensor(encoded["attention_mask"]))
 
 
-def vision_tower(config: BlipConfig) -> "BlipVisionModel":
-    """Builds the vision tower with fresh weights; no dropout."""
-    from transformers import BlipVisionConfig, BlipVisionModel
-
-    return BlipVisionModel(
-        BlipVisionConfig(
-            image_size=config.image_size,
-            patch_size=config.patch_size,
-            hidden_size=config.vision_hidden_size,
-            num_hidden_layers=config.vision_layers,
-            num_attention_heads=config.vision_heads,
-            intermediate_size=config.vision_intermediate_size,
-            layer_norm_eps=config.vision_layer_norm_eps,
-            initializer_range=config.initializer_range,
-        )
-    )
-
-
-def text_tower(config: BlipConfig) -> "BlipTextModel":
-    """Builds the text encoder with fresh weights; no dropout.
-
-    Call it with `is_decoder=False`: the words see each other both ways. With `encoder_hidden_states` they also attend
-    to the image, without they do not.
-    """
-    from transformers import BlipTextConfig
-    from transformers.models.blip.modeling_blip_text import BlipTextModel
-
-    return BlipTextModel(
-        BlipTextConfig(
-            vocab_size=config.vocab_size,
-            hidden_size=config.hidden_size,
-            encoder_hidden_size=config.vision_hidden_size,
-            num_hidden_layers=config.text_layers,
-            num_attention_heads=config.text_heads,
-            intermediate_size=config.text_intermediate_size,
-            max_position_embeddings=config.max_positions,
-            layer_norm_eps=config.text_layer_norm_eps,
-            initializer_range=config.initializer_range,
-            bos_token_id=None,  # for generation only; the defaults lie outside a small vocabulary
-            eos_token_id=None,
-            sep_token_id=None,
-            is_decoder=True,  # gives the layers their attention to the image; the call itself is not causal
-        ),
-        add_pooling_layer=False,
-    )
-
-
-def vision_tokens(tower: "BlipVisionModel", pixels: Images, *, checkpointing: bool) -> Embeddings:
-    """Returns the vision tower's output for normalised images: the class token, then one token for each patch.
-
-    The tower's `pooler_output` is something else: there transformers applies the last layer norm twice.
-
-    Args:
-        tower: The vision tower.
-        pixels: Normalised images of the tower's size.
-        checkpointing: Whether blocks are computed anew in the backward pass.
-    """
-    if not checkpointing:
-        return tower(pixels).last_hidden_state
-    # transformers' own switch acts in training mode only and was renamed within version 5; this one needs neither.
-    hidden = tower.embeddings(pixels)
-    for layer in tower.encoder.layers:
-        hidden = checkpoint(layer, hidden, use_reentrant=False, preserve_rng_state=False)  # nothing random inside
-    return tower.post_layernorm(hidden)
+def in_precision_of(features: Float[Tensor, "batch wide"], layers: nn.Module) -> Float[Tensor, "batch narrow"]:
+    """Applies layers in the precision of the features, whatever that of the weights or of autocast."""
+    weights = {name: weight.to(features) for name, weight in layers.named_parameters()}
+    with torch.autocast(features.device.type, enabled=False):
+        return functional_call(layers, weights, (features,))
 
 
 RENAMINGS = (
@@ -246,78 +173,26 @@ RENAMINGS = (
     (r"text_encoder\.(.+)", r"text.\1"),
     (r"(vision|text)_proj\.(weight|bias)", r"\1_proj.\2"),
     # The official head has dropouts between its linear layers, hence the gaps in the numbers.
-    (r"mlp\.layers\.0\.(weight|bias)", r"head.0.\1"),
-    (r"mlp\.layers\.2\.(weight|bias)", r"head.1.\1"),
-    (r"mlp\.layers\.4\.(weight|bias)", r"head.2.\1"),
-    (r"mlp\.layers\.6\.(weight|bias)", r"head.3.\1"),
-    (r"mlp\.layers\.7\.(weight|bias)", r"head.4.\1"),
+    *((rf"mlp\.layers\.{theirs}\.(weight|bias)", rf"head.{ours}.\1") for ours, theirs in enumerate((0, 2, 4, 6, 7))),
 )
 """Pattern of an official name, without the prefix `blip.`, and the name that takes its place."""
 
-TRAINING_PARTS = (
-    r"(visual_encoder|text_encoder|vision_proj|text_proj)_m\..+",  # averages of the weights over time
-    r"text_decoder\..+",  # writes captions
-    r"itm_head\..+",  # says whether image and text belong together, from both at once
-    r"image_queue|text_queue|queue_ptr",  # features of earlier batches
-    r"temp",  # temperature of the contrastive loss; the score is the bare cosine
-)
-"""Patterns of the names in BLIP's checkpoint, `model_large.pth`, that a score does not need."""
-
 POSITION_IDS = "text_encoder.embeddings.position_ids"
 """A buffer 0, 1, 2, ... that old checkpoints carry; transformers makes it anew."""
-
-
-def without_training_parts(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Leaves out what BLIP's checkpoint holds for its pretraining only, by name; every other tensor stays."""
-    left_out = re.compile("|".join(TRAINING_PARTS))
-    return {name: tensor for name, tensor in state.items() if not left_out.fullmatch(name.removeprefix("module."))}
-
-
-def from_official_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Renames an official state dict; the prefix `module.` of distributed training is dropped.
-
-    Raises:
-        ValueError: A tensor has a name that official checkpoints do not have.
-    """
-    renamed = {}
-    for name, tensor in state.items():
-        plain = name.removeprefix("module.").removeprefix("blip.")
-        if plain == POSITION_IDS:
-            continue
-        for pattern, replacement in RENAMINGS:
-            match = re.fullmatch(pattern, plain)
-            if match:
-                renamed[match.expand(replacement)] = tensor
-                break
-        else:
-            raise ValueError(f"a checkpoint in the official layout of ImageReward or BLIP has no tensor {name!r}")
-    return renamed
-
-
 VOCABULARY = HubFiles(
     repository="google-bert/bert-base-uncased",
     revision="86b5e0934494bd15c9632b12f734a8a67f723594",
     files={"vocab.txt": "07eced375cec144d27c900241f3e339478dec958f92fddbc551f295c992038a3"},
 )
 """The word pieces that BLIP and ImageReward were trained with."""
-FOLDER = MappingProxyType(
-    {"config.json": "sizes", "vocab.txt": "one word piece per line", "model.safetensors": "weights"}
-)
-"""The files of a folder that `save_pretrained` writes, and what is in them."""
 
 
 class BlipNetwork(nn.Module):
-    """BLIP's two towers and the files of a folder, which `ImageReward` and `BLIPScore` add a head to.
-
-    There is no dropout, so `train()` and `eval()` are the same. A network made by the constructor can be trained; one
-    that was loaded has frozen weights.
-
-    Args:
-        config: Sizes.
-        tokenizer: Turns prompts into ids below `config.vocab_size`.
-    """
+    """BLIP's two towers and the files of a folder, which `ImageReward` and `BLIPScore` add a head to."""
 
     config_class: type[BlipConfig] = BlipConfig
+    training_parts: tuple[str, ...] = ()
+    """Patterns of official names of tensors that serve the pretraining only."""
     differentiable = True
     gradient_checkpointing = False
     """Whether the vision tower's blocks are computed anew in the backward pass, to save memory; set it at any time.
@@ -328,32 +203,71 @@ class BlipNetwork(nn.Module):
     config: Any  # of `config_class`
 
     def __init__(self, config: BlipConfig, tokenizer: BlipTokenizer) -> None:
+        from transformers import BlipTextConfig, BlipVisionConfig, BlipVisionModel
+        from transformers.models.blip.modeling_blip_text import BlipTextModel
+
         super().__init__()
         if len(tokenizer) > config.vocab_size:
             raise ValueError(f"vocab_size must cover the tokenizer's {len(tokenizer)} ids, got {config.vocab_size}")
+        self.config = config
         self.tokenizer = tokenizer
-        self.vision = vision_tower(config)
-        self.text = text_tower(config)
+        vision_config = BlipVisionConfig(
+            image_size=config.image_size,
+            patch_size=config.patch_size,
+            hidden_size=config.vision_hidden_size,
+            num_hidden_layers=config.vision_layers,
+            num_attention_heads=config.vision_heads,
+            intermediate_size=config.vision_intermediate_size,
+            layer_norm_eps=config.vision_layer_norm_eps,
+            initializer_range=config.initializer_range,
+        )
+        text_config = BlipTextConfig(
+            vocab_size=config.vocab_size,
+            hidden_size=config.hidden_size,
+            encoder_hidden_size=config.vision_hidden_size,
+            num_hidden_layers=config.text_layers,
+            num_attention_heads=config.text_heads,
+            intermediate_size=config.text_intermediate_size,
+            max_position_embeddings=config.max_positions,
+            layer_norm_eps=config.text_layer_norm_eps,
+            initializer_range=config.initializer_range,
+            bos_token_id=None,  # for generation only; the defaults lie outside a small vocabulary
+            eos_token_id=None,
+            sep_token_id=None,
+            is_decoder=True,  # gives the layers their attention to the image; the calls are not causal
+        )
+        self.vision = BlipVisionModel(vision_config)
+        self.text = BlipTextModel(text_config, add_pooling_layer=False)
 
     @classmethod
-    def from_state(
+    def from_official(
         cls: type[Network],
-        state: Mapping[str, Tensor],
-        config: BlipConfig | None,
-        vocab: str | Path | Sequence[str] | None,
+        path: str | Path,
+        config: BlipConfig | None = None,
+        vocab: str | Path | Sequence[str] | None = None,
     ) -> Network:
-        """Makes a frozen network of weights, every one of which must be there and fit.
+        """Loads a checkpoint with the official names of tensors, every one of which must fit; frozen.
+
+        What serves BLIP's pretraining only is left out by name.
 
         Args:
-            state: Weights by our names, as `from_official_names` gives them.
+            path: A file of `torch.save` with the tensors, also under the key `model` (nothing else is unpickled), or a
+                `.safetensors` file. The prefix `module.` of distributed training is dropped.
             config: Sizes; the default ones where it is not given.
             vocab: A file with one word piece per line, or the word pieces; bert-base-uncased's from the Hugging Face
                 hub where it is not given.
+
+        Raises:
+            ValueError: A tensor is missing, unknown or of another shape.
         """
-        if vocab is None:
-            vocab = VOCABULARY.fetch() / "vocab.txt"
-        tokenizer = BlipTokenizer.from_file(vocab) if isinstance(vocab, str | Path) else BlipTokenizer(vocab)
-        return frozen_with(cls(config or cls.config_class(), tokenizer), state)
+        state = {}
+        for name, tensor in read_tensors(Path(path)).items():
+            plain = name.removeprefix("module.").removeprefix("blip.")
+            if plain != POSITION_IDS and not re.fullmatch("|".join(cls.training_parts), plain):
+                state[renamed(plain, RENAMINGS, "in the official layout of ImageReward or BLIP")] = tensor
+        return cls._from_state(
+            state, config or cls.config_class(), VOCABULARY.fetch() / "vocab.txt" if vocab is None else vocab
+        )
 
     @classmethod
     def from_pretrained(cls: type[Network], folder: str | Path) -> Network:
@@ -363,17 +277,57 @@ class BlipNetwork(nn.Module):
             FileNotFoundError: A file is missing.
         """
         folder = Path(folder)
-        check_folder(folder, FOLDER, f"{cls.__name__}.save_pretrained")
+        check_folder(folder, ("config.json", "vocab.txt", "model.safetensors"), f"{cls.__name__}.save_pretrained")
         config = cls.config_class.from_file(folder / "config.json")
-        return cls.from_state(read_tensors(folder / "model.safetensors"), config, folder / "vocab.txt")
+        return cls._from_state(read_tensors(folder / "model.safetensors"), config, folder / "vocab.txt")
+
+    @classmethod
+    def _from_state(
+        cls: type[Network], state: Mapping[str, Tensor], config: BlipConfig, vocab: str | Path | Sequence[str]
+    ) -> Network:
+        tokenizer = BlipTokenizer.from_file(vocab) if isinstance(vocab, str | Path) else BlipTokenizer(vocab)
+        return frozen_with(cls(config, tokenizer), state)
 
     def save_pretrained(self, folder: str | Path, *, dtype: torch.dtype | None = None) -> None:
         """Writes `config.json`, `vocab.txt` and `model.safetensors`, in the weights' own precision or in `dtype`."""
-        from safetensors.torch import save_file
-
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         self.config.save(folder / "config.json")
         self.tokenizer.save(folder / "vocab.txt")
-        state = {name: tensor.detach().cpu().to(dtype or tensor.dtype) for name, tensor in self.state_dict().items()}
-        save_file({name: tensor.contiguous() for name, tensor in state.items()}, folder / "model.safetensors")
+        save_weights(self, folder / "model.safetensors", dtype)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return next(self.parameters()).device
+
+    def to_squares(self, images: Images) -> Float[Tensor, "batch 3 size size"]:
+        """Returns images of any size at the network's: the short side scaled, the centre cropped; in float32."""
+        return resize_and_crop(images.float(), self.config.image_size, antialias=self.config.antialias)
+
+    def image_tokens(self, squares: Float[Tensor, "batch 3 size size"]) -> Embeddings:
+        """Returns the vision tower's output for images of its size, in [0, 1]: the class token, then all patches.
+
+        The tower's `pooler_output` is something else: there transformers applies the last layer norm twice.
+        """
+        pixels = normalise(squares, self.config.image_mean, self.config.image_std)
+        if not self.gradient_checkpointing:
+            return self.vision(pixels).last_hidden_state
+        # transformers' own switch acts in training mode only and was renamed within version 5; this needs neither.
+        hidden = self.vision.embeddings(pixels)
+        for layer in self.vision.encoder.layers:
+            hidden = checkpoint(layer, hidden, use_reentrant=False, preserve_rng_state=False)  # nothing random inside
+        return self.vision.post_layernorm(hidden)
+
+    def text_features(
+        self, prompts: Sequence[str], image_tokens: Embeddings | None = None
+    ) -> Float[Tensor, "batch hidden"]:
+        """Returns the text encoder's [CLS] position, after it has attended to the images where they are given."""
+        tokens = self.tokenizer(prompts, self.config.max_length)
+        output = self.text(
+            input_ids=tokens.ids.to(self.device),
+            attention_mask=tokens.mask.to(self.device),
+            encoder_hidden_states=image_tokens,
+            is_decoder=False,
+        )
+        return output.last_hidden_state[:, 0]

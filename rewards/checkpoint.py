@@ -1,8 +1,9 @@
 """Checkpoints: files on the Hugging Face hub at one revision, state dicts of tensors only, strict loading."""
 
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Annotated, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +13,10 @@ from overpaint.settings import Field, settings
 from .public_files import sha256_of
 
 Network = TypeVar("Network", bound=nn.Module)
+LOCAL: Any = {"local_files_only": True, "trust_remote_code": False}
+"""How transformers loads what lies in a folder."""
+VOCABULARIES = ("tokenizer.json", "vocab.json", "vocab.txt", "*.model")
+"""Files that a tokenizer's vocabulary may be in. Without any, transformers makes a tokenizer that knows no word."""
 
 
 @settings
@@ -33,13 +38,12 @@ class HubFiles:
             ValueError: A file has other content than expected.
         """
         from huggingface_hub import hf_hub_download
-        from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
         path = Path()
         for name, sha256 in self.files.items():
             try:
                 path = Path(hf_hub_download(self.repository, name, revision=self.revision))
-            except (OSError, HfHubHTTPError, LocalEntryNotFoundError) as error:
+            except OSError as error:  # huggingface_hub's own errors are of this kind
                 raise OSError(
                     f"could not get {name} of {self.repository} from the Hugging Face hub: {error}. {self.by_hand()}"
                 ) from error
@@ -60,27 +64,33 @@ class HubFiles:
         )
 
 
-def check_folder(folder: Path, names: Mapping[str, object], what: str) -> None:
+def check_folder(folder: Path, names: Iterable[str], what: str, *, vocabulary: bool = False, hint: str = "") -> None:
     """Checks that a folder holds the files of a checkpoint.
 
     Args:
         folder: The folder.
-        names: Names of the files, as keys.
+        names: Names of the files.
         what: What the files make up, for the message.
+        vocabulary: Whether there must be a tokenizer's vocabulary as well.
+        hint: How to get the files.
 
     Raises:
         FileNotFoundError: One is missing.
     """
-    missing = [name for name in names if not (folder / name).is_file()]
+    missing = ", ".join(name for name in names if not (folder / name).is_file())
+    if not missing and vocabulary and not any(found for pattern in VOCABULARIES for found in folder.glob(pattern)):
+        missing = f"one of {', '.join(VOCABULARIES)}"
     if missing:
-        raise FileNotFoundError(f"a folder of {what} must hold {', '.join(missing)}, and {folder} does not")
+        raise FileNotFoundError(f"a folder of {what} must hold {missing}, and {folder} does not. {hint}".strip())
 
 
-def read_tensors(path: Path) -> dict[str, Tensor]:
-    """Reads a state dict without unpickling anything but tensors; one under the key `model` is taken from there.
+def read_tensors(path: Path, under: str | None = None) -> dict[str, Tensor]:
+    """Reads a state dict without unpickling anything but tensors.
 
     Args:
         path: A `.safetensors` file, or a file of `torch.save`.
+        under: Key that a file of `torch.save` must have the state dict under; None takes it from `model` where it is
+            there, and else the whole file.
 
     Raises:
         FileNotFoundError: There is no such file.
@@ -93,10 +103,12 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
         return load_file(path)
     state = torch.load(path, map_location="cpu", weights_only=True)
-    if isinstance(state, dict) and isinstance(state.get("model"), dict):
-        state = state["model"]
+    inner = state.get(under or "model") if isinstance(state, dict) else None
+    if under or isinstance(inner, dict):
+        state = inner
     if not isinstance(state, dict) or not all(isinstance(tensor, Tensor) for tensor in state.values()):
-        raise ValueError(f"a checkpoint must map names to tensors, and {path} does not")
+        where = f" under {under}" if under else ""
+        raise ValueError(f"a checkpoint must map names to tensors{where}, and {path} does not")
     return state
 
 
@@ -118,3 +130,47 @@ def frozen_with(network: Network, state: Mapping[str, Tensor]) -> Network:
         raise ValueError(f"weights must fit the config, got {len(problems)} that do not: {'; '.join(problems[:4])}")
     network.load_state_dict(dict(state))
     return network.requires_grad_(False).eval()
+
+
+def renamed(name: str, renamings: Iterable[tuple[str, str]], what: str) -> str:
+    """Returns what the first pattern that matches all of a tensor's name turns it into.
+
+    Raises:
+        ValueError: None does.
+    """
+    for pattern, replacement in renamings:
+        match = re.fullmatch(pattern, name)
+        if match:
+            return match.expand(replacement)
+    raise ValueError(f"a checkpoint {what} has no tensor {name!r}")
+
+
+def load_auto(auto: Any, folder: Path, what: str, *, optional: str = "", **options: Any) -> Any:
+    """Loads a model by one of transformers' auto classes, without network and without code of the checkpoint.
+
+    Args:
+        auto: The class.
+        folder: Where the checkpoint lies.
+        what: What the model is, for the message.
+        optional: Beginning of the names of tensors that may be missing.
+        options: Further arguments of `from_pretrained`.
+
+    Raises:
+        ValueError: The file lacks weights.
+    """
+    model, report = auto.from_pretrained(folder, output_loading_info=True, **LOCAL, **options)
+    missing = sorted(name for name in report["missing_keys"] if not (optional and name.startswith(optional)))
+    if missing:
+        raise ValueError(f"the weights in {folder} must have every tensor of the {what}, and lack {missing[0]}")
+    return model
+
+
+def save_weights(network: nn.Module, path: Path, dtype: torch.dtype | None) -> None:
+    """Writes a safetensors file, which transformers reads too, in the weights' own precision or in another."""
+    from safetensors.torch import save_file
+
+    state = {
+        name: tensor.detach().cpu().to(dtype or tensor.dtype).contiguous()
+        for name, tensor in network.state_dict().items()
+    }
+    save_file(state, path, metadata={"format": "pt"})

@@ -11,6 +11,7 @@ from overpaint.policy.types import Images, PerSample
 from overpaint.settings import Field, settings
 
 from .clip_encoder import VIT_B_32, VIT_L_14, ClipEncoder
+from .types import check_pairs
 
 Checkpoint = Literal["ViT-L/14", "ViT-B/32"]
 CHECKPOINTS = MappingProxyType({"ViT-L/14": VIT_L_14, "ViT-B/32": VIT_B_32})
@@ -94,13 +95,7 @@ class CLIPScore(nn.Module):
 
     def forward(self, images: Images, prompts: Sequence[str]) -> PerSample:
         """Returns the score of each image; RGB in [0, 1], prompts are cut at 77 tokens."""
+        check_pairs(images, prompts)
         scale = self.encoder.logit_scale if self.config.scale == "logit" else self.config.scale
-        scores = scale * self.encoder.cosines(images, _prefixed(prompts, self.config.prefix))
+        scores = scale * self.encoder.cosines(images, [self.config.prefix + prompt for prompt in prompts])
         return scores.clamp(min=0) if self.config.clamp else scores
-
-
-def _prefixed(prompts: Sequence[str], prefix: str) -> Sequence[str]:
-    """Puts the prefix before each prompt; what is no list of strings is left for the check of pairs to refuse."""
-    if isinstance(prompts, str) or not all(isinstance(prompt, str) for prompt in prompts):
-        return prompts
-    return [prefix + prompt for prompt in prompts]

@@ -6,6 +6,7 @@ of OpenAI, and any other in transformers' layout, are read as they are.
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from torch.nn import functional
 from overpaint.policy.types import Images, PerSample
 
 from .blip_network import Tokens
-from .checkpoint import HubFiles, check_folder, frozen_with, read_tensors
+from .checkpoint import HubFiles, check_folder, frozen_with, read_tensors, save_weights
 from .preprocess import normalise, resize_and_crop
 from .types import check_pairs
 
@@ -30,9 +31,8 @@ BYTE_PAIRS = HubFiles(
     },
 )
 """The 49,408 pieces that CLIP was trained with; open_clip's models, those of LAION among them, have the same ones."""
-VIT_L_14 = HubFiles(
-    repository="openai/clip-vit-large-patch14",
-    revision="32bd64288804d66eefd0ccbe215aa642df71cc41",
+VIT_L_14 = replace(
+    BYTE_PAIRS,
     files={
         "config.json": "8a09b467700c58138c29d53c605b34ebc69beaadd13274a8a2af8ad2c2f4032a",
         "model.safetensors": "a2bf730a0c7debf160f7a6b50b3aaf3703e7e88ac73de7a314903141db026dcb",
@@ -89,7 +89,7 @@ class ClipTokenizer:
             raise ValueError(f"vocabulary must hold {START}, {END} and every piece of merges, got {found}")
         make: Any = CLIPTokenizer  # its annotations know merges as text only
         self.vocabulary = dict(vocabulary)
-        self.merges = [(left, right) for left, right in merges]
+        self.merges = list(merges)
         self.byte_pairs = make(vocab=self.vocabulary, merges=self.merges)
 
     @classmethod
@@ -112,7 +112,9 @@ class ClipTokenizer:
                 "a folder of a CLIP tokenizer must hold vocab.json and merges.txt, or tokenizer.json, and "
                 f"{folder} does not. {BYTE_PAIRS.by_hand()}"
             )
-        return cls(vocabulary, [_pair(merge) for merge in merges])
+        # Older files write the two pieces as one string.
+        pairs = [merge.split(" ") if isinstance(merge, str) else merge for merge in merges]
+        return cls(vocabulary, [(left, right) for left, right in pairs])
 
     def save(self, folder: str | Path) -> None:
         """Writes `vocab.json` and `merges.txt`."""
@@ -180,7 +182,7 @@ class ClipEncoder(nn.Module):
         """
         folder = Path(folder)
         weights = next((name for name in WEIGHTS if (folder / name).is_file()), WEIGHTS[0])
-        check_folder(folder, {"config.json": "sizes", weights: "weights"}, "a CLIP checkpoint")
+        check_folder(folder, ["config.json", weights], "a CLIP checkpoint")
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         return cls.with_weights(config, tokenizer or ClipTokenizer.from_folder(folder), read_tensors(folder / weights))
 
@@ -205,16 +207,10 @@ class ClipEncoder(nn.Module):
 
     def save_pretrained(self, folder: str | Path, *, dtype: torch.dtype | None = None) -> None:
         """Writes `config.json`, `model.safetensors` and the tokenizer, which `from_folder` and transformers read."""
-        from safetensors.torch import save_file
-
         folder = Path(folder)
         self.tokenizer.save(folder)
         (folder / "config.json").write_text(self.model.config.to_json_string(), encoding="utf-8")
-        state = {
-            name: tensor.detach().cpu().to(dtype or tensor.dtype) for name, tensor in self.model.state_dict().items()
-        }
-        tensors = {name: tensor.contiguous() for name, tensor in state.items()}
-        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+        save_weights(self.model, folder / "model.safetensors", dtype)
 
     def image_embeddings(self, images: Images) -> Vectors:
         """Returns a unit vector for each image; RGB in [0, 1], of any size.
@@ -243,12 +239,7 @@ class ClipEncoder(nn.Module):
         return _unit(self.model.text_projection(pooled))
 
     def cosines(self, images: Images, prompts: Sequence[str]) -> PerSample:
-        """Returns the cosine between each image and its prompt, in [-1, 1].
-
-        Raises:
-            TypeError: A prompt is not a string, or the images are not floating point.
-            ValueError: The images are not a batch of RGB images, or there is not one prompt for each.
-        """
+        """Returns the cosine between each image and its prompt, in [-1, 1]."""
         check_pairs(images, prompts)
         return (self.image_embeddings(images) * self.text_embeddings(prompts)).sum(dim=1)
 
@@ -281,9 +272,3 @@ def at_least_float32(tensor: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]
 def _unit(vectors: Vectors) -> Vectors:
     """Returns the vectors at length 1, in float32 at least."""
     return functional.normalize(at_least_float32(vectors), dim=1)
-
-
-def _pair(merge: str | Sequence[str]) -> tuple[str, str]:
-    """Returns the two pieces of a merge, which older files write as one string."""
-    left, right = merge.split(" ") if isinstance(merge, str) else merge
-    return left, right

@@ -6,7 +6,6 @@ the default here, and v2.0 in their function; an image whose long side already h
 other, where their code fails; `ClipTokenizer` says how the tokenizer differs.
 """
 
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
@@ -19,7 +18,7 @@ from torch.nn import functional
 
 from overpaint.policy.types import Images, PerSample
 
-from .checkpoint import HubFiles
+from .checkpoint import HubFiles, read_tensors, renamed
 from .clip_encoder import BYTE_PAIRS, ClipEncoder, ClipTokenizer, at_least_float32
 from .types import check_pairs
 
@@ -36,6 +35,8 @@ OFFICIAL = MappingProxyType(
     }
 )
 """The authors' checkpoints, 2.0 GB each. No hash of the older one is published outside the hub."""
+TOWER = {"num_attention_heads": 16, "hidden_act": "gelu", "projection_dim": 1024}
+"""What both towers of ViT-H-14 have; its activation is the exact GELU, and not OpenAI's approximation."""
 VIT_H_14: Mapping[str, Any] = MappingProxyType(
     {
         "model_type": "clip",
@@ -45,10 +46,8 @@ VIT_H_14: Mapping[str, Any] = MappingProxyType(
             "hidden_size": 1024,
             "intermediate_size": 4096,
             "num_hidden_layers": 24,
-            "num_attention_heads": 16,
             "max_position_embeddings": 77,
-            "hidden_act": "gelu",
-            "projection_dim": 1024,
+            **TOWER,
         },
         "vision_config": {
             "image_size": 224,
@@ -56,15 +55,19 @@ VIT_H_14: Mapping[str, Any] = MappingProxyType(
             "hidden_size": 1280,
             "intermediate_size": 5120,
             "num_hidden_layers": 32,
-            "num_attention_heads": 16,
-            "hidden_act": "gelu",
-            "projection_dim": 1024,
+            **TOWER,
         },
     }
 )
-"""Sizes of open_clip's ViT-H-14; its activation is the exact GELU, and not OpenAI's approximation."""
-BLOCK = r"(visual\.)?transformer\.resblocks\.(\d+)\."
-"""How the tensors of a block begin; those of the vision tower have the prefix."""
+"""Sizes of open_clip's ViT-H-14."""
+RENAMINGS_IN_BLOCK = (
+    (r"ln_([12])\.(weight|bias)", r"layer_norm\2.\3"),
+    (r"attn\.in_proj_(weight|bias)", r"self_attn.{}_proj.\2"),
+    (r"attn\.out_proj\.(weight|bias)", r"self_attn.out_proj.\2"),
+    (r"mlp\.c_fc\.(weight|bias)", r"mlp.fc1.\2"),
+    (r"mlp\.c_proj\.(weight|bias)", r"mlp.fc2.\2"),
+)
+"""As `RENAMINGS`, for what follows the number of a block; `{}` stands for query, key and value, which are split."""
 RENAMINGS = (
     (r"logit_scale", "logit_scale"),
     (r"token_embedding\.weight", "text_model.embeddings.token_embedding.weight"),
@@ -75,17 +78,15 @@ RENAMINGS = (
     (r"visual\.conv1\.weight", "vision_model.embeddings.patch_embedding.weight"),
     (r"visual\.ln_pre\.(weight|bias)", r"vision_model.pre_layrnorm.\1"),
     (r"visual\.ln_post\.(weight|bias)", r"vision_model.post_layernorm.\1"),
+    *(
+        (rf"{tower}transformer\.resblocks\.(\d+)\.{theirs}", rf"{model}.encoder.layers.\1.{ours}")
+        for tower, model in (("", "text_model"), (r"visual\.", "vision_model"))
+        for theirs, ours in RENAMINGS_IN_BLOCK
+    ),
 )
-"""Pattern of a name, and the name that takes its place; the tensor stays."""
+"""Pattern of a name, and the name that takes its place."""
 TRANSPOSED = {"text_projection": "text_projection.weight", "visual.proj": "visual_projection.weight"}
 """Matrices that open_clip multiplies from the right, and transformers' linear layers from the left."""
-BLOCK_RENAMINGS = (
-    (r"ln_([12])\.(weight|bias)", r"layer_norm\1.\2"),
-    (r"attn\.out_proj\.(weight|bias)", r"self_attn.out_proj.\1"),
-    (r"mlp\.c_fc\.(weight|bias)", r"mlp.fc1.\1"),
-    (r"mlp\.c_proj\.(weight|bias)", r"mlp.fc2.\1"),
-)
-"""The same within a block."""
 
 
 class HPSv2(nn.Module):
@@ -143,10 +144,7 @@ class HPSv2(nn.Module):
         Raises:
             ValueError: The file holds something else, or a tensor does not fit.
         """
-        saved = torch.load(path, map_location="cpu", weights_only=True)
-        state = saved.get("state_dict") if isinstance(saved, dict) else None
-        if not isinstance(state, dict) or not all(isinstance(tensor, Tensor) for tensor in state.values()):
-            raise ValueError(f"a checkpoint of HPS v2 must map names to tensors under state_dict, and {path} does not")
+        state = read_tensors(Path(path), "state_dict")
         return cls(ClipEncoder.with_weights(config or VIT_H_14, tokenizer, from_open_clip_names(state)))
 
     def save_pretrained(self, folder: str | Path, *, dtype: torch.dtype | None = None) -> None:
@@ -186,39 +184,15 @@ def from_open_clip_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     Raises:
         ValueError: A tensor has a name that open_clip's CLIP does not have.
     """
-    renamed: dict[str, Tensor] = {}
+    ours: dict[str, Tensor] = {}
     for name, tensor in state.items():
-        renamed |= _transposed(name, tensor) or _split(name, tensor) or _renamed(name, tensor)
-    return renamed
-
-
-def _transposed(name: str, tensor: Tensor) -> dict[str, Tensor]:
-    return {TRANSPOSED[name]: tensor.T.contiguous()} if name in TRANSPOSED else {}
-
-
-def _split(name: str, tensor: Tensor) -> dict[str, Tensor]:
-    """Cuts a fused matrix or bias of query, key and value, in this order, in three."""
-    match = re.fullmatch(BLOCK + r"attn\.in_proj_(weight|bias)", name)
-    if match is None:
-        return {}
-    begin = _block(match)
-    parts = zip(("q_proj", "k_proj", "v_proj"), tensor.chunk(3), strict=True)
-    return {f"{begin}.self_attn.{part}.{match[3]}": values.contiguous() for part, values in parts}
-
-
-def _renamed(name: str, tensor: Tensor) -> dict[str, Tensor]:
-    for pattern, replacement in RENAMINGS:
-        match = re.fullmatch(pattern, name)
-        if match:
-            return {match.expand(replacement): tensor}
-    in_block = re.fullmatch(BLOCK + "(.+)", name)
-    for pattern, replacement in BLOCK_RENAMINGS:
-        match = re.fullmatch(pattern, in_block[3]) if in_block else None
-        if in_block and match:
-            return {f"{_block(in_block)}.{match.expand(replacement)}": tensor}
-    raise ValueError(f"a checkpoint of open_clip's CLIP has no tensor {name!r}")
-
-
-def _block(match: re.Match[str]) -> str:
-    """Returns the name of the block that a name was found to be in."""
-    return f"{'vision' if match[1] else 'text'}_model.encoder.layers.{match[2]}"
+        if name in TRANSPOSED:
+            ours[TRANSPOSED[name]] = tensor.T.contiguous()
+            continue
+        new = renamed(name, RENAMINGS, "of open_clip's CLIP")
+        if "{}" in new:
+            for part, values in zip("qkv", tensor.chunk(3), strict=True):
+                ours[new.format(part)] = values.contiguous()
+        else:
+            ours[new] = tensor
+    return ours

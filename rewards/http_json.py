@@ -98,8 +98,7 @@ def http_client(url: str, config: HttpConfig, token: str | None) -> "httpx2.Clie
     """
     import httpx2
 
-    if token is not None:
-        check_token(token)
+    check_token(token)
 
     def prepare(request: httpx2.Request) -> None:
         request.extensions["end"] = time.monotonic() + config.timeout
@@ -190,13 +189,13 @@ def check_url(url: str) -> None:
         raise ValueError(f"url must be one, got {url!r}: {error}") from error
 
 
-def check_token(token: str) -> None:
-    """Checks that a token can be sent in a header; the message of the error does not show it.
+def check_token(token: str | None) -> None:
+    """Checks that a token, if there is one, can be sent in a header; the message of the error does not show it.
 
     Raises:
         ValueError: It cannot.
     """
-    if not token or not all("!" <= character <= "~" for character in token):
+    if token is not None and not (token and all("!" <= character <= "~" for character in token)):
         raise ValueError("token must be one or more printable ASCII characters without spaces")
 
 

@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from overpaint.policy.types import Images, PerSample
 from overpaint.settings import Field, settings
 
-from .blip_network import BlipConfig, BlipNetwork, BlipTokenizer, from_official_names, vision_tokens
-from .checkpoint import HubFiles, read_tensors
-from .preprocess import ImageFile, normalise, open_image, pil_to_square, resize_and_crop
+from .blip_network import BlipConfig, BlipNetwork, BlipTokenizer, in_precision_of
+from .checkpoint import HubFiles
+from .preprocess import ImageFile, open_image, pil_to_square
 from .types import check_pairs, check_strings
 
 WEIGHTS = HubFiles(
@@ -68,15 +68,15 @@ class ImageReward(BlipNetwork):
     """
 
     config_class = ImageRewardConfig
+    training_parts = (r"(vision|text)_proj\.(weight|bias)",)
 
     def __init__(self, config: ImageRewardConfig, tokenizer: BlipTokenizer) -> None:
         super().__init__(config, tokenizer)
-        self.config = config
-        widths = (config.hidden_size, *config.head_widths, 1)
-        self.head = nn.Sequential(*(nn.Linear(*pair) for pair in pairwise(widths)))
-        for layer in self._head_layers():
+        layers = [nn.Linear(*pair) for pair in pairwise((config.hidden_size, *config.head_widths, 1))]
+        for layer in layers:
             nn.init.normal_(layer.weight, std=layer.in_features**-0.5)
             nn.init.zeros_(layer.bias)
+        self.head = nn.Sequential(*layers)
 
     @classmethod
     def load(cls, name: str | Path | None = None, *, vocab: str | Path | None = None) -> "ImageReward":
@@ -100,52 +100,22 @@ class ImageReward(BlipNetwork):
             return cls.from_official(name, vocab=vocab)
         raise ValueError(f"name must be {OFFICIAL_NAME}, or a path that exists, got {str(name)!r}")
 
-    @classmethod
-    def from_official(
-        cls,
-        path: str | Path,
-        config: ImageRewardConfig | None = None,
-        vocab: str | Path | Sequence[str] | None = None,
-    ) -> "ImageReward":
-        """Loads a checkpoint with the official names of tensors, every one of which must fit; frozen.
-
-        Args:
-            path: A `.safetensors` file, or a file of `torch.save` with tensors only (nothing else is unpickled).
-            config: Sizes; those of ImageReward-v1.0 where it is not given.
-            vocab: A file with one word piece per line, or the word pieces; bert-base-uncased's from the Hugging Face
-                hub where it is not given.
-        """
-        state = from_official_names(read_tensors(Path(path)))
-        # Kept in the checkpoint from BLIP's pretraining; ImageReward does not use them.
-        state = {name: tensor for name, tensor in state.items() if not name.startswith(("vision_proj.", "text_proj."))}
-        return cls.from_state(state, config, vocab)
-
     def forward(self, images: Images, prompts: Sequence[str]) -> PerSample:
         """Returns the standardised score of each image for its prompt, in float32; gradients flow to the images.
 
-        Args:
-            images: RGB in [0, 1], of any size; the short side is scaled to the network's and the centre cropped.
-            prompts: One for each image; what is longer than `config.max_length` tokens is cut.
-
-        Raises:
-            TypeError: A prompt is not a string, or the images are not floating point.
-            ValueError: The images are not a batch of RGB images, or there is not one prompt for each.
+        Images of any size have their short side scaled to the network's and the centre cropped; prompts are cut at
+        `config.max_length` tokens.
         """
         return self.standardise(self.raw_score(self.features(images, prompts)))
 
     def features(self, images: Images, prompts: Sequence[str]) -> Float[Tensor, "batch hidden"]:
         """Returns what the head reads: the text encoder's [CLS] position after it has attended to the image."""
         check_pairs(images, prompts)
-        squares = resize_and_crop(images.float(), self.config.image_size, antialias=self.config.antialias)
-        return self._features(squares, prompts)
+        return self.text_features(prompts, self.image_tokens(self.to_squares(images)))
 
     def raw_score(self, features: Float[Tensor, "batch hidden"]) -> PerSample:
         """Returns the head's output before it is standardised; always computed in float32."""
-        with torch.autocast(features.device.type, enabled=False):
-            hidden = features.float()
-            for layer in self._head_layers():
-                hidden = nn.functional.linear(hidden, layer.weight.float(), layer.bias.float())
-        return hidden[:, 0]
+        return in_precision_of(features.float(), self.head)[:, 0]
 
     def standardise(self, raw_scores: PerSample) -> PerSample:
         """Subtracts the mean of the config and divides by its standard deviation."""
@@ -155,10 +125,6 @@ class ImageReward(BlipNetwork):
         """Returns the score of one image, or the scores of a list of images, for one prompt.
 
         Takes and returns what the method of that name does in the package image-reward.
-
-        Args:
-            prompt: What the images were drawn for.
-            image: A PIL image or a path, or a list of them.
         """
         if isinstance(image, Image.Image | str | Path):
             return self.inference_rank(prompt, [image])[1][0]
@@ -169,10 +135,6 @@ class ImageReward(BlipNetwork):
 
         Takes and returns what the method of that name does in the package image-reward, but for a list of one image,
         for which that package returns bare numbers and this returns lists of one.
-
-        Args:
-            prompt: What the images were drawn for.
-            generations_list: PIL images or paths.
         """
         check_strings([prompt])
         if len(generations_list) == 0:
@@ -182,33 +144,8 @@ class ImageReward(BlipNetwork):
             opened = [open_image(image) for image in generations_list[start : start + IMAGES_PER_CALL]]
             squares = torch.stack([pil_to_square(image, self.config.image_size) for image in opened])
             with torch.no_grad():
-                features = self._features(squares.to(self.device), [prompt] * len(opened))
+                features = self.text_features([prompt] * len(opened), self.image_tokens(squares.to(self.device)))
                 scores.append(self.standardise(self.raw_score(features)))
         rewards = torch.cat(scores).cpu()
-        best_first = rewards.argsort(descending=True, stable=True)
-        ranks = best_first.argsort() + 1
+        ranks = rewards.argsort(descending=True, stable=True).argsort() + 1
         return ranks.tolist(), rewards.tolist()
-
-    @property
-    def device(self) -> torch.device:
-        """Where the weights are."""
-        return next(self.parameters()).device
-
-    def _features(
-        self, squares: Float[Tensor, "batch 3 size size"], prompts: Sequence[str]
-    ) -> Float[Tensor, "batch hidden"]:
-        """Returns the features of images in [0, 1] that already have the network's size."""
-        pixels = normalise(squares, self.config.image_mean, self.config.image_std)
-        patches = vision_tokens(self.vision, pixels, checkpointing=self.gradient_checkpointing)
-        tokens = self.tokenizer(prompts, self.config.max_length)
-        output = self.text(
-            input_ids=tokens.ids.to(patches.device),
-            attention_mask=tokens.mask.to(patches.device),
-            encoder_hidden_states=patches,
-            is_decoder=False,
-        )
-        return output.last_hidden_state[:, 0]
-
-    def _head_layers(self) -> list[nn.Linear]:
-        """Returns the layers of the head, all linear, with nothing between them."""
-        return [layer for layer in self.head if isinstance(layer, nn.Linear)]

@@ -26,8 +26,7 @@ PUBLISHED = (0.58, 0.27, -1.41, -2.03)
 """The authors' scores of images 1 to 4, to two decimals."""
 TOLERANCE = 0.01
 """Half a unit of the last decimal for rounding, and as much for other versions of the libraries."""
-IMAGES = tuple(f"{number}.webp" for number in range(1, 5))
-"""Names of the four images."""
+IMAGES = ("1.webp", "2.webp", "3.webp", "4.webp")
 IMAGES_URL = "https://github.com/THUDM/ImageReward/tree/c1392c6dd0fd6ecd6d416c96959ab744a6d0a8fb/assets/images"
 """Where they are. No hash of them is published, so they are not fetched without being asked for."""
 
@@ -53,11 +52,6 @@ class Comparison(NamedTuple):
     published: float
     computed: float
 
-    @property
-    def difference(self) -> float:
-        """The computed score minus the published one."""
-        return self.computed - self.published
-
 
 def check(
     reward: ImageReward,
@@ -66,14 +60,7 @@ def check(
     prompt: str = PROMPT,
     expected: Sequence[float] = PUBLISHED,
 ) -> list[Comparison]:
-    """Scores the images for the prompt, each alone as the authors' code does.
-
-    Args:
-        reward: The network.
-        images: PIL images or paths.
-        prompt: What they were drawn for.
-        expected: The score that each should have.
-    """
+    """Scores the images for the prompt, each alone as the authors' code does, beside the scores that are expected."""
     if len(images) != len(expected):
         raise ValueError(f"expected must hold one score for each of {len(images)} images, got {len(expected)}")
     rows = []
@@ -85,7 +72,7 @@ def check(
 
 def agrees(rows: Sequence[Comparison], tolerance: float = TOLERANCE) -> bool:
     """Whether every score is within the tolerance of the published one; no score that is not a number is."""
-    return all(abs(row.difference) <= tolerance for row in rows)
+    return all(abs(row.computed - row.published) <= tolerance for row in rows)
 
 
 def table(rows: Sequence[Comparison], tolerance: float = TOLERANCE) -> str:
@@ -93,7 +80,8 @@ def table(rows: Sequence[Comparison], tolerance: float = TOLERANCE) -> str:
     lines = [f"{'image':10} {'published':>9} {'computed':>9} {'difference':>10}"]
     for row in rows:
         mark = "" if agrees([row], tolerance) else f"  off by more than {tolerance:g}"
-        lines.append(f"{row.image:10} {row.published:9.2f} {row.computed:9.4f} {row.difference:+10.4f}{mark}")
+        difference = row.computed - row.published
+        lines.append(f"{row.image:10} {row.published:9.2f} {row.computed:9.4f} {difference:+10.4f}{mark}")
     return "\n".join(lines)
 
 
@@ -113,12 +101,7 @@ def image_paths(folder: Path | None) -> list[Path]:
 
 
 def main(config: Config, expected: Sequence[float] = PUBLISHED) -> int:
-    """Prints the table; returns 0 if every score is as published, else 1.
-
-    Args:
-        config: Where images and weights are.
-        expected: The published scores.
-    """
+    """Prints the table; returns 0 if every score is as published, else 1."""
     paths = image_paths(config.images)  # before the weights, which may be 1.8 GB to fetch
     reward = ImageReward.load(config.weights, vocab=config.vocab).to(config.device)
     rows = check(reward, paths, expected=expected)

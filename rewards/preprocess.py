@@ -88,8 +88,13 @@ def pil_to_square(image: Image.Image, size: int) -> Float[Tensor, "3 size size"]
     if (height, width) != (image.height, image.width):
         image = image.resize((width, height), Image.Resampling.BICUBIC)
     top, left = centre_offset(height, size), centre_offset(width, size)
-    image = image.crop((left, top, left + size, top + size)).convert("RGB")
-    pixels = torch.from_numpy(numpy.array(image, dtype=numpy.uint8))
+    return from_pil(image.crop((left, top, left + size, top + size)))
+
+
+def from_pil(image: Image.Image) -> Float[Tensor, "3 H W"]:
+    """Returns an image as RGB in [0, 1], float32."""
+    # A copy, because torch takes no array that it may not write to.
+    pixels = torch.from_numpy(numpy.array(image.convert("RGB"), dtype=numpy.uint8))
     return pixels.permute(2, 0, 1).float() / 255
 
 

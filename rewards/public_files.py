@@ -43,21 +43,11 @@ def fetch(file: PublicFile, folder: Path | None = None) -> Path:
         ValueError: The file in `folder` has other content.
         OSError: The file could not be fetched, or what came has other content.
     """
-    if folder is not None:
-        return _from_folder(file, folder)
-    path = cached_path(file)
-    if not path.is_file() or sha256_of(path) != file.sha256:
-        _download(file, path)
-    return path
-
-
-def cached_path(file: PublicFile) -> Path:
-    """Returns where a fetched file is kept, whether it is there or not; versions of one name do not meet."""
-    cache = Path(os.environ.get(CACHE_VARIABLE) or DEFAULT_CACHE).expanduser()
-    return cache / file.sha256[:16] / file.name
-
-
-def _from_folder(file: PublicFile, folder: Path) -> Path:
+    if folder is None:
+        path = cached_path(file)
+        if not path.is_file() or sha256_of(path) != file.sha256:
+            _download(file, path)
+        return path
     path = folder / file.name
     if not path.is_file():
         raise FileNotFoundError(f"folder must hold {file.name}, got {folder}, which does not. {_by_hand(file)}")
@@ -65,6 +55,12 @@ def _from_folder(file: PublicFile, folder: Path) -> Path:
     if found != file.sha256:
         raise ValueError(f"{path} has other content than expected: its SHA-256 is {found}. {_by_hand(file)}")
     return path
+
+
+def cached_path(file: PublicFile) -> Path:
+    """Returns where a fetched file is kept, whether it is there or not; versions of one name do not meet."""
+    cache = Path(os.environ.get(CACHE_VARIABLE) or DEFAULT_CACHE).expanduser()
+    return cache / file.sha256[:16] / file.name
 
 
 def _download(file: PublicFile, path: Path) -> None:

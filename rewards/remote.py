@@ -68,9 +68,9 @@ class RemoteReward:
 
     def __init__(self, config: RemoteConfig, *, token: str | None = None) -> None:
         self.config = config
+        self._url = config.url.rstrip("/")
         self._token = token if config.token_variable is None else read_token(config.token_variable)
-        if self._token is not None:
-            check_token(self._token)
+        check_token(self._token)
 
     def __repr__(self) -> str:
         """Returns where the server is, without the token."""
@@ -95,7 +95,7 @@ class RemoteReward:
         Raises:
             HttpError: The server could not be reached, refused, or is another kind of server.
         """
-        url = self._url("health")
+        url = f"{self._url}/health"
         answer = request_json("GET", url, None, self.config.http, token=self._token)
         if not isinstance(answer, dict) or not isinstance(answer.get("reward"), str):
             raise HttpError(f"GET {url} got an answer that names no reward; is it a server of rewards.serve?")
@@ -111,16 +111,13 @@ class RemoteReward:
                 f"{len(images)} images take {total} bytes, and max_request_bytes is {self.config.max_request_bytes}; "
                 "lower images_per_request"
             )
-        url = self._url("score")
+        url = f"{self._url}/score"
         content = {"images": encoded, "prompts": list(prompts)}
         answer = request_json("POST", url, content, self.config.http, token=self._token)
         problem = _problem(answer, len(images))
         if problem is not None:
             raise HttpError(f"POST {url} got an answer that cannot be used: {problem}")
         return [float(score) for score in answer["scores"]]
-
-    def _url(self, path: str) -> str:
-        return f"{self.config.url.rstrip('/')}/{path}"
 
 
 def read_token(variable: str) -> str:

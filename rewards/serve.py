@@ -18,10 +18,10 @@ from typing import TYPE_CHECKING
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
-from torch import nn
 
 from overpaint.settings import settings
 
+from .combine import to_device
 from .encoded import decode_image
 from .http_json import check_token, is_loopback
 from .named import reward_named
@@ -73,13 +73,6 @@ class ScoreRequest(BaseModel):
     images: list[str]
     """Base64 of a PNG or a JPEG each."""
     prompts: list[str]
-    """One for each image."""
-
-
-class ScoreAnswer(BaseModel):
-    """What `POST /score` answers."""
-
-    scores: list[float]
     """One for each image."""
 
 
@@ -152,7 +145,7 @@ def application(reward: Reward, config: ServeConfig, token: str | None = None) -
         return {"reward": config.reward}
 
     @app.post("/score")
-    async def score(request: Request) -> ScoreAnswer:
+    async def score(request: Request) -> dict[str, list[float]]:
         # A web page cannot send this type to a server that does not allow it to.
         if request.headers.get("Content-Type", "").partition(";")[0].strip().lower() != "application/json":
             raise RefusedError(415, "Content-Type must be application/json")
@@ -161,7 +154,7 @@ def application(reward: Reward, config: ServeConfig, token: str | None = None) -
             if await request.is_disconnected():  # it has given up, and may have asked again
                 raise RefusedError(408, "the client has gone")
             try:
-                return ScoreAnswer(scores=await asyncio.to_thread(scores_for, body, reward, config))
+                return {"scores": await asyncio.to_thread(scores_for, body, reward, config)}
             except RefusedError:
                 raise
             except Exception as error:  # of the reward, whatever it is: the client is told, and others are served
@@ -186,13 +179,10 @@ def serve(config: ServeConfig) -> None:
             "a server needs fastapi and uvicorn, which the extra server brings: pip install overpaint[server]"
         ) from error
 
-    token = None
-    if config.token_variable is not None:
-        token = read_token(config.token_variable)
-        check_token(token)
+    token = None if config.token_variable is None else read_token(config.token_variable)
+    check_token(token)
     reward = reward_named(config.reward)
-    if isinstance(reward, nn.Module):
-        reward.to(config.device)
+    to_device(reward, config.device)
     options = uvicorn.Config(
         application(reward, config, token),
         host=config.host,

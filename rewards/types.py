@@ -13,7 +13,7 @@ class Reward(Protocol):
     """A score for each image, given the prompt that it was drawn for; higher is better.
 
     A detector of something unwanted is a reward as well: its score grows with what it detects, and whoever
-    uses it decides the sign. One that does not look at prompts may say so by an attribute `reads_prompts` that is
+    uses it decides the sign. One that does not read prompts may say so by an attribute `reads_prompts` that is
     False: programs then ask for none.
     """
 
@@ -21,7 +21,10 @@ class Reward(Protocol):
     """Whether gradients flow from the scores to the images."""
 
     def __call__(self, images: Images, prompts: Sequence[str]) -> PerSample:
-        """Returns one score per image, in the reward's own units; images are RGB in [0, 1]."""
+        """Returns one score per image, in the reward's own units; images are RGB in [0, 1].
+
+        Rewards of this package raise what `check_pairs` does where prompts and images are not pairs.
+        """
         ...
 
 

@@ -16,7 +16,7 @@ from torch import nn
 from overpaint.policy.types import Images
 from overpaint.settings import Field, settings
 
-from .checkpoint import HubFiles, check_folder
+from .checkpoint import LOCAL, HubFiles, check_folder, load_auto
 from .preprocess import to_pixels
 from .types import check_pairs
 
@@ -39,8 +39,6 @@ OFFICIAL = HubFiles(
     },
 )
 """LLaVA 1.5 with 7 billion weights, 14 GB in half precision; Llama 2 community licence."""
-VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json")
-"""Files that a tokenizer's vocabulary may be in. Without any, transformers makes a tokenizer that knows no word."""
 
 
 @runtime_checkable
@@ -48,7 +46,16 @@ class VisionLanguageModel(Protocol):
     """Answers questions about images; in this process (`LocalVLM`) or behind a server (`ServedVLM`)."""
 
     def answer(self, images: Images, questions: Sequence[str]) -> list[str]:
-        """Returns the answer to each question about its image, in order; images are RGB in [0, 1]."""
+        """Returns the answer to each question about its image, in order, without white space around it.
+
+        Args:
+            images: RGB in [0, 1]; rounded to 8 bits, and values outside clamped.
+            questions: One for each image.
+
+        Raises:
+            TypeError: A question is not a string, or the images are not floating point.
+            ValueError: The images are not a batch of finite RGB images, or there is not one question for each.
+        """
         ...
 
 
@@ -64,14 +71,16 @@ def check_questions(images: Images, questions: Sequence[str]) -> None:
         raise ValueError("images must be finite, got NaN or infinity")
 
 
-def check_answers(answers: Sequence[str], count: int) -> None:
-    """Checks that a model gave as many answers as it was asked questions.
+def answers_of(model: VisionLanguageModel, images: Images, questions: Sequence[str]) -> list[str]:
+    """Returns a model's answer to each question about its image.
 
     Raises:
-        ValueError: It did not, or an answer is no string.
+        ValueError: There is not one string for each question.
     """
+    answers, count = model.answer(images, questions), len(questions)
     if len(answers) != count or not all(isinstance(answer, str) for answer in answers):
         raise ValueError(f"a vision-language model must give one string for each of {count} questions, got {answers!r}")
+    return answers
 
 
 @settings
@@ -132,20 +141,9 @@ class LocalVLM(nn.Module):
         """
         from transformers import AutoModelForImageTextToText
 
-        auto: Any = AutoModelForImageTextToText  # its annotations do not know that it may report as well
         path = OFFICIAL.fetch() if folder is None else Path(folder)
         processor = load_processor(path)
-        model, report = auto.from_pretrained(
-            path,
-            dtype=dtype or "auto",
-            use_safetensors=True,
-            local_files_only=True,
-            trust_remote_code=False,
-            output_loading_info=True,
-        )
-        if report["missing_keys"]:
-            missing = sorted(report["missing_keys"])[0]
-            raise ValueError(f"the weights in {path} must have every tensor of the model, and lack {missing}")
+        model = load_auto(AutoModelForImageTextToText, path, "model", dtype=dtype or "auto", use_safetensors=True)
         return cls(model, processor, config)
 
     def train(self, mode: bool = True) -> "LocalVLM":
@@ -154,28 +152,19 @@ class LocalVLM(nn.Module):
 
     @torch.no_grad()
     def answer(self, images: Images, questions: Sequence[str]) -> list[str]:
-        """Returns the answer to each question about its image, without white space around it.
-
-        Args:
-            images: RGB in [0, 1]; rounded to 8 bits, and values outside clamped.
-            questions: One for each image.
-
-        Raises:
-            TypeError: A question is not a string, or the images are not floating point.
-            ValueError: The images are not a batch of finite RGB images, or there is not one question for each.
-        """
+        """Returns the answers, as `VisionLanguageModel.answer` says."""
         check_questions(images, questions)
         size = self.config.batch_size
-        answers: list[str] = []
-        for start in range(0, len(images), size):
-            answers += self._answer_batch(images[start : start + size], questions[start : start + size])
-        return answers
+        parts = [slice(start, start + size) for start in range(0, len(images), size)]
+        return [answer for part in parts for answer in self._answer_batch(images[part], questions[part])]
 
     def _answer_batch(self, images: Images, questions: Sequence[str]) -> list[str]:
-        """Answers what fits into one call of the model."""
         pictures = [Image.fromarray(pixels) for pixels in to_pixels(images)]
         inputs = self.processor.apply_chat_template(
-            [_conversation(picture, question) for picture, question in zip(pictures, questions, strict=True)],
+            [
+                [{"role": "user", "content": [{"type": "image", "image": picture}, {"type": "text", "text": question}]}]
+                for picture, question in zip(pictures, questions, strict=True)
+            ],
             add_generation_prompt=True,
             tokenize=True,
             return_dict=True,
@@ -203,17 +192,8 @@ def load_processor(folder: Path) -> Any:
     from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer
     from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
 
-    what = "a vision-language model"
-    try:
-        check_folder(folder, {"config.json": None}, what)
-        if not any((folder / name).is_file() for name in VOCABULARIES):
-            raise FileNotFoundError(
-                f"a folder of {what} must hold one of {', '.join(VOCABULARIES)}, and {folder} does not"
-            )
-    except FileNotFoundError as error:
-        raise FileNotFoundError(f"{error}. {OFFICIAL.by_hand()}") from None
-    local: Any = {"local_files_only": True, "trust_remote_code": False}
-    settings = AutoConfig.from_pretrained(folder, **local)
+    check_folder(folder, ["config.json"], "a vision-language model", vocabulary=True, hint=OFFICIAL.by_hand())
+    settings = AutoConfig.from_pretrained(folder, **LOCAL)
     if type(settings) not in PROCESSOR_MAPPING:
         raise ValueError(f"{folder} must hold a model of images and text, got one of type {settings.model_type!r}")
     processor_class: Any = PROCESSOR_MAPPING[type(settings)]
@@ -229,13 +209,8 @@ def load_processor(folder: Path) -> Any:
     if sorted(names) != ["image_processor", "tokenizer"]:
         raise ValueError(f"{folder} must hold a model of images and text, got one of type {settings.model_type!r}")
     parts = {
-        "image_processor": AutoImageProcessor.from_pretrained(folder, backend="pil", **local),
-        "tokenizer": AutoTokenizer.from_pretrained(folder, **local),
+        "image_processor": AutoImageProcessor.from_pretrained(folder, backend="pil", **LOCAL),
+        "tokenizer": AutoTokenizer.from_pretrained(folder, **LOCAL),
     }
     processor_settings, _ = WithoutVideos.get_processor_dict(folder, local_files_only=True)
     return WithoutVideos.from_args_and_dict([parts[name] for name in names], processor_settings)
-
-
-def _conversation(picture: Image.Image, question: str) -> list[dict[str, Any]]:
-    """Returns one turn that shows an image and asks about it."""
-    return [{"role": "user", "content": [{"type": "image", "image": picture}, {"type": "text", "text": question}]}]

@@ -5,7 +5,6 @@ computed with, takes pickled requests instead, which run whatever code they hold
 """
 
 import base64
-import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
@@ -15,6 +14,7 @@ from overpaint.settings import Field, settings
 
 from .encoded import ImageFormat, encode_images
 from .http_json import EXCERPT, HttpConfig, HttpError, check_token, check_url, http_client, json_of
+from .remote import read_token
 from .vlm import check_questions
 
 if TYPE_CHECKING:
@@ -66,25 +66,14 @@ class ServedVLM:
         except ModuleNotFoundError as error:
             raise ImportError('a served model needs the package openai: pip install "overpaint[vlm]"') from error
         self.config = config
-        if token is None and config.token_variable is not None:
-            token = os.environ.get(config.token_variable)
-            if token is None:
-                raise ValueError(f"token_variable must be set in the environment, got no {config.token_variable}")
-        if token is not None:
-            check_token(token)
-        self._token = token
+        self._token = read_token(config.token_variable) if token is None and config.token_variable else token
+        check_token(self._token)
         self._url = f"{config.url.rstrip('/')}/chat/completions"
 
     def answer(self, images: Images, questions: Sequence[str]) -> list[str]:
-        """Returns the answer to each question about its image, without white space around it.
-
-        Args:
-            images: RGB in [0, 1]; rounded to 8 bits, and values outside clamped.
-            questions: One for each image.
+        """Returns the answers, as `VisionLanguageModel.answer` says.
 
         Raises:
-            TypeError: A question is not a string, or the images are not floating point.
-            ValueError: The images are not a batch of finite RGB images, or there is not one question for each.
             HttpError: A question got no answer of use; those not yet sent are not sent any more.
         """
         check_questions(images, questions)

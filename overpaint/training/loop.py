@@ -67,13 +67,16 @@ def train(
         What the last iteration measured; None where a resumed run had nothing left to do.
 
     Raises:
-        ValueError: The run cannot be started or resumed, or as the trainer's `prepare`.
+        ValueError: The run cannot be started or resumed, the held-out prompts do not divide evenly among the
+            processes, or as the trainer's `prepare`.
     """
     policy, stopping = trainer.policy, trainer.early_stopping
     if stopping is not None:
         state = {**state, "early_stopping": stopping}
     metrics = None
     with TrainingRun(policy, run_config, state=state, configs=configs) as run:
+        if stopping is not None:
+            check_batches(run, "", {"held_out.prompts": len(stopping.held_out.prompts)})
         trainer.prepare(run)
         for iteration in run.iterations():
             if iteration % trainer.config.evaluate_every == 0:

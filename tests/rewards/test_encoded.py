@@ -108,7 +108,7 @@ def test_damaged_files_are_refused() -> None:
             decode_image(content[: len(content) // 2], 10**6)
         with pytest.raises(ValueError, match="whole"):
             decode_image(content[:8], 10**6)
-    with pytest.raises(ValueError, match="whole PNG"):
+    with pytest.raises(ValueError, match="whole"):
         decode_image(png_that_claims(10, 10), 10**6)
 
 

@@ -105,7 +105,7 @@ def test_checkpoint_with_a_foreign_tensor_is_refused(
 ) -> None:
     state = load_file(golden_weights) | {"blip.itm_head.weight": torch.zeros(2)}
     save_file(state, tmp_path / "foreign.safetensors")
-    with pytest.raises(ValueError, match=r"no tensor 'blip\.itm_head\.weight'"):
+    with pytest.raises(ValueError, match=r"no tensor 'itm_head\.weight'"):
         ImageReward.from_official(tmp_path / "foreign.safetensors", golden_config, golden_case["vocab"])
 
 
@@ -133,7 +133,7 @@ def test_folder_with_an_unknown_field_is_refused(reward: ImageReward, tmp_path: 
     reward.save_pretrained(tmp_path)
     values = json.loads((tmp_path / "config.json").read_text(encoding="utf-8"))
     (tmp_path / "config.json").write_text(json.dumps(values | {"num_heads": 3}), encoding="utf-8")
-    with pytest.raises(ValueError, match=r"fields of ImageRewardConfig only, got \['num_heads'\]"):
+    with pytest.raises(ValueError, match=r"ImageRewardConfig\.num_heads must be one of .*, got num_heads=3"):
         ImageReward.from_pretrained(tmp_path)
 
 
