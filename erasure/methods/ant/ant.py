@@ -29,7 +29,7 @@ from erasure.descend import DescentConfig, erase_by_descent
 from erasure.erased import Erasure
 from erasure.phrases import check_words
 from erasure.protocols import ConceptBatch, UNetCalls, check_trainable
-from erasure.rollout import erased_target, latents_before, random_stops
+from erasure.rollout import erased_target, latents_before, random_stops, rollout_calls
 from overpaint.policy import ClassifierFree, Conditioning, DiffusionPolicy
 from overpaint.policy.types import PerSample
 from overpaint.settings import Field, settings
@@ -142,9 +142,6 @@ class ANT:
 
     As an objective in a trainer it is the loss alone, without a mask: there it moves what the policy trains, such as a
     LoRA, and a mask over the gradients would be one over the reward's gradient too. `erase` masks.
-
-    Args:
-        config: Settings.
     """
 
     name = "ANT"
@@ -180,19 +177,14 @@ class ANT:
 
         The saliency maps, which come before, are not counted; each of their updates takes as many for its one sample.
         """
-        branches = 2 if self.config.guidance_scale != 1 else 1
         last = max(self.config.stages(), key=lambda stage: stage.start)
-        way = branches * (last[0] + last[-1]) / 2
+        way = rollout_calls(last[0], last[-1], self.config.guidance_scale)
         if self.config.behaviour().uncond_grad:
             return UNetCalls(forward=way + 4, backward=4)
         return UNetCalls(forward=way + 6, backward=2)
 
     def prepare(self, policy: DiffusionPolicy, concept: Concept) -> None:
-        """Checks the concept's words and that there is something to train.
-
-        Raises:
-            ValueError: The tokenizer cuts a text off, or nothing in the policy is trainable.
-        """
+        """Raises a `ValueError` where the text encoder would cut a text off, or nothing is trainable."""
         check_words(policy, concept)
         check_trainable(policy, f"erasing {concept.name!r} by ANT", "load it with lora=LoRAConfig() or train='full'")
 
@@ -242,12 +234,8 @@ class ANT:
             with torch.no_grad():
                 (without,) = predictions(empty)
         eta = self.config.negative_guidance
-        targets = torch.stack(
-            [
-                erased_target(conditional[0], unconditional[0], negative_guidance=-eta),
-                erased_target(conditional[1], unconditional[1], negative_guidance=eta),
-            ]
-        )
+        pairs = zip(conditional, unconditional, (-eta, eta), strict=True)
+        targets = torch.stack([erased_target(*pair, negative_guidance=scale) for *pair, scale in pairs])
         keep, reverse = (with_prompt - targets).square().flatten(2).mean(dim=2)
         keep_empty, reverse_empty = (without - unconditional).square().flatten(2).mean(dim=2)
         return Terms(keep, keep_empty, reverse, reverse_empty)
