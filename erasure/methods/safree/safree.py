@@ -6,6 +6,7 @@ stored numbers (tests/golden/safree.json). See docs/erasure.md for each departur
 """
 
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -89,11 +90,7 @@ class SAFREEConfig:
 
 
 class SAFREE:
-    """Keeps a concept out of pictures by what it does to prompts while sampling.
-
-    Args:
-        config: Settings; the authors' for nudity by default.
-    """
+    """Keeps a concept out of pictures by what it does to prompts while sampling."""
 
     name = "SAFREE"
 
@@ -129,11 +126,7 @@ class SAFREEChange(GuardChange):
     config_type: ClassVar[Any] = SAFREEConfig
 
     def guard(self, prompts: PromptEncoder, unet: UNet) -> "SAFREEGuard":
-        """Returns the guard.
-
-        Raises:
-            ValueError: The UNet is compiled and latents are to be re-attended.
-        """
+        """Returns the guard; a `ValueError` refuses latent re-attention in a compiled UNet."""
         return SAFREEGuard(self.config, self.strength, prompts, unet)
 
     def in_pipeline(self, pipeline: Pipeline, prompts: PromptEncoder) -> "PipelineSAFREE":
@@ -148,19 +141,15 @@ class SAFREEGuard:
         config: Settings, concepts included.
         strength: See `SAFREE.erase`.
         prompts: Encodes the concepts, and prompts with tokens left out.
-        unet: What predictions are made with.
+        unet: What predicts.
     """
 
     def __init__(self, config: SAFREEConfig, strength: float, prompts: PromptEncoder, unet: UNet) -> None:
         self.config = config
         self.strength = strength
         self.prompts = prompts
-        self.filter = PromptFilter(
-            prompts,
-            config.concepts or (),
-            alpha=config.alpha,
-            last_step=lambda change: config.last_step(change, strength),
-        )
+        last_step = partial(config.last_step, strength=strength)
+        self.filter = PromptFilter(prompts, config.concepts or (), alpha=config.alpha, last_step=last_step)
         self.reattention: Reattention | None = None
         if config.latent_reattention and config.variant == "paper" and strength > 0:
             share = min(strength, 1.0)
@@ -185,10 +174,8 @@ class SAFREEGuard:
         SAFREEChange(self.config, self.strength).apply_to_pipeline(pipeline)
 
     def filtered(self, prompt: Conditioning) -> tuple[Embeddings, Int[Tensor, " batch"]]:
-        """Returns filtered embeddings and the last of 50 steps that sees each, on the embeddings' device.
-
-        The last answer is cached: a sampling loop wants the same prompts at every step.
-        """
+        """Returns filtered embeddings and the last of 50 steps that sees each, on the embeddings' device."""
+        # The last answer is cached: a sampling loop wants the same prompts at every step.
         wanted = prompt.texts, prompt.tokens.device, prompt.tokens.dtype
         if self._seen is None or self._seen[0] != wanted:
             filtered = [self.filter(text) for text in prompt.texts]
@@ -206,12 +193,7 @@ class SAFREEGuard:
 class SAFREEGuidance:
     """Classifier-free guidance away from the concepts, towards prompts that are filtered in the first steps.
 
-    Args:
-        guard: What filters.
-        guidance: Its scale is kept.
-
-    Raises:
-        ValueError: Both bring a negative prompt.
+    A `ValueError` refuses a guard and a guidance that both bring a negative prompt.
     """
 
     def __init__(self, guard: SAFREEGuard, guidance: ClassifierFree) -> None:
@@ -242,8 +224,7 @@ class SAFREEGuidance:
     ) -> Float[Tensor, "batch 4 h w"]:
         """Returns the guided prediction; that for the original prompts was only compared with.
 
-        Raises:
-            ValueError: Predictions are not of the UNet that the guard was applied with.
+        A `ValueError` refuses predictions of another UNet than the guard was applied with.
         """
         if self.guard.reattention is not None and not self.guard.reattention.stop():
             raise ValueError(
@@ -254,12 +235,7 @@ class SAFREEGuidance:
 
 
 class PipelineSAFREE:
-    """SAFREE in a plain diffusers pipeline: it stands before the text encoder, and around the UNet.
-
-    Args:
-        pipeline: What is changed.
-        guard: What acts.
-    """
+    """SAFREE in a plain diffusers pipeline: it stands before the text encoder, and around the UNet."""
 
     def __init__(self, pipeline: Pipeline, guard: SAFREEGuard) -> None:
         self.pipeline = pipeline
@@ -296,11 +272,7 @@ class PipelineSAFREE:
         lora_scale: float | None = None,
         clip_skip: int | None = None,
     ) -> tuple[Tensor, Tensor | None]:
-        """Returns what the pipeline's own method returns, and notes the words.
-
-        Raises:
-            ValueError: Prompts come as embeddings, or as other embeddings than the encoder's last.
-        """
+        """Returns what the pipeline's own method returns, and notes the words; a `ValueError` refuses embeddings."""
         self._rows = None
         acts = self.guard.strength > 0
         if acts and (prompt_embeds is not None or clip_skip is not None):
