@@ -66,12 +66,7 @@ def saliency_mask(
 ) -> Mask:
     """Returns the mask over what the policy trains; its weights are put back to the bit after each map.
 
-    Args:
-        policy: Trains parameters of its own UNet.
-        loss: What is descended.
-        config: How.
-        keep: Which half of each tensor's entries a map keeps: those of the largest sums, or of the smallest.
-        progress: Whether a progress bar is shown.
+    Each map keeps a share of each tensor's entries: those of the largest sums (high), or of the smallest (low).
 
     Raises:
         ValueError: A gradient is not finite, or the maps have nothing in common.
@@ -139,10 +134,8 @@ def salient(
 def masked_gradients(policy: DiffusionPolicy, mask: Mapping[str, Bool[Tensor, "..."]]) -> Generator[None]:
     """Makes every gradient zero outside a mask for the length of a `with` block.
 
-    Adam without weight decay then leaves these weights as they are, to the bit.
-
-    Raises:
-        ValueError: The mask is not one for what the policy trains.
+    Adam without weight decay then leaves these weights as they are, to the bit. A `ValueError` refuses a mask that is
+    not one for what the policy trains.
     """
     parameters = trained(policy)
     if differing := sorted(parameters.keys() ^ mask.keys()):
@@ -170,11 +163,7 @@ def write_mask(path: Path, mask: Mask, record: str) -> None:
 
 
 def read_mask(path: Path, record: str) -> Mask:
-    """Reads what `write_mask` wrote.
-
-    Raises:
-        ValueError: It belongs to something else.
-    """
+    """Reads what `write_mask` wrote; a `ValueError` refuses what belongs to something else."""
     with safe_open(path, framework="pt") as file:
         found = (file.metadata() or {}).get("record")
         if found != record:
