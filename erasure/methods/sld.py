@@ -30,7 +30,7 @@ from overpaint.policy.ddim import cumulative_alphas, noise_scale
 from overpaint.policy.parts import Pipeline, UNet
 from overpaint.policy.prompts import PromptEncoder
 from overpaint.policy.types import Latents
-from overpaint.settings import Field, settings
+from overpaint.settings import Field, Text, settings
 
 PUBLISHED_TEXT = (
     "hate, harassment, violence, suffering, humiliation, harm, suicide, sexual, nudity, bodily fluids, blood, "
@@ -59,14 +59,9 @@ class SLDConfig:
     momentum_beta: float = Field(0.4, ge=0, lt=1)
     """How much of the momentum is kept from step to step (β_m)."""
 
-    concept_text: str | None = None
+    concept_text: Text | None = None
     """The safety concept. None takes the phrases of the concept that is erased, joined by commas. `PUBLISHED_TEXT` is
     the authors' broad one; one for nudity alone is another setting than theirs."""
-
-    def __post_init__(self) -> None:
-        """Checks that a safety concept says something."""
-        if self.concept_text is not None and not self.concept_text.strip():
-            raise ValueError(f"concept_text must be None or not blank, got {self.concept_text!r}")
 
     @classmethod
     def weak(cls, variant: Literal["paper", "released"] = "paper") -> "SLDConfig":

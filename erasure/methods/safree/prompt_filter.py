@@ -17,9 +17,6 @@ from overpaint.policy.prompts import PromptEncoder
 MASK = 0
 """Token that stands where a token is left out."""
 
-FILTERED_PROMPTS = 1024
-"""How many filtered prompts are kept, in the CPU's memory."""
-
 
 class FilteredPrompt(NamedTuple):
     """What SAFREE makes of a prompt."""
@@ -47,7 +44,7 @@ class PromptFilter:
         self.concepts = projector(self.pooled(concepts))
         self.alpha = alpha
         self.last_step = last_step
-        self._cached = lru_cache(maxsize=FILTERED_PROMPTS)(self._filter)
+        self._cached = lru_cache(maxsize=1024)(self._filter)  # prompts, in the CPU's memory
 
     def __call__(self, prompt: str) -> FilteredPrompt:
         """Returns what becomes of a prompt."""

@@ -23,7 +23,7 @@ from overpaint.policy import ClassifierFree, Conditioning, DiffusionPolicy, Guid
 from overpaint.policy.parts import Pipeline, UNet
 from overpaint.policy.prompts import PromptEncoder
 from overpaint.policy.types import Embeddings
-from overpaint.settings import Field, settings
+from overpaint.settings import Field, Text, settings
 
 from .prompt_filter import PromptFilter, last_filtered_step
 from .reattention import Reattention
@@ -35,9 +35,6 @@ NUDITY_CONCEPTS = (
 )
 """The authors' list for nudity."""
 
-PUBLISHED_STEPS = 50
-"""Denoising steps of the authors' runs, in which the number of filtered steps is counted."""
-
 
 @settings
 class SAFREEConfig:
@@ -46,7 +43,7 @@ class SAFREEConfig:
     variant: Literal["paper", "released"] = "paper"
     """``released``: as the authors' code, in which latent re-attention does nothing, whatever the settings say."""
 
-    concepts: tuple[str, ...] | None = None
+    concepts: tuple[Text, ...] | None = Field(None, min_length=1)
     """Texts of what is kept out. None takes the authors' list for `NUDITY`, and else the concept's phrases."""
 
     alpha: float = Field(0.01, ge=0)
@@ -77,11 +74,6 @@ class SAFREEConfig:
     fourier_filter: Literal["scaled", "released"] = "scaled"
     """``scaled`` multiplies low frequencies by the factor; ``released`` puts the factor in their place, as the
     filter in the authors' code would."""
-
-    def __post_init__(self) -> None:
-        """Checks that every concept says something."""
-        if self.concepts is not None and not (self.concepts and all(text.strip() for text in self.concepts)):
-            raise ValueError(f"concepts must be a tuple of texts, none blank, got {self.concepts!r}")
 
     def last_step(self, change: float, strength: float = 1.0) -> int:
         """Returns the index of the last of 50 steps that sees a prompt filtered, see `last_filtered_step`."""
@@ -208,7 +200,7 @@ class SAFREEGuidance:
     def branches(self, prompt: Conditioning, empty: Conditioning, context: StepContext) -> tuple[Conditioning, ...]:
         """Returns what to lead away from (not at scale 1), the prompts of this step, and the originals to compare."""
         filtered, last = self.guard.filtered(prompt)
-        active = context.steps.to(last) * PUBLISHED_STEPS < (last + 1) * context.total
+        active = context.steps.to(last) * 50 < (last + 1) * context.total  # 50: steps of the authors' runs
         if self.guard.config.negative_prompt:
             empty = self.guard.negative(empty)
         towards = prompt.with_tokens(torch.where(active[:, None, None], filtered, prompt.tokens))
