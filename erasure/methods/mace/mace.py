@@ -59,9 +59,6 @@ TARGETS = ("attn2.to_k", "attn2.to_v")
 DOWN, UP = f".lora_A.{ADAPTER}", f".lora_B.{ADAPTER}"
 """What peft puts into the names of the two factors of an update."""
 
-COCO_CAPTIONS = 616_767
-"""Captions of COCO 2014, training and validation: what the authors' prior is."""
-
 TEMPLATES = tuple(
     f"{picture} {SLOT}{where}"
     for picture in ("a photo of", "a picture of", "an image of", "a drawing of", "a painting of", "a close view of")
@@ -106,9 +103,9 @@ class MACEConfig:
     fusion_prior_weight: float = Field(7e-7, ge=0)
     """Weight of each prior text in the fusion."""
 
-    prior_size: int | None = Field(COCO_CAPTIONS, ge=1)
-    """How many texts the prior stands for: those that there are weigh as much together as that many. None counts them
-    as they are."""
+    prior_size: int | None = Field(616_767, ge=1)
+    """How many texts the prior stands for: those that there are weigh as much together as that many; by default the
+    captions of COCO 2014, training and validation, which are the authors' prior. None counts them as they are."""
 
     prompts: tuple[str, ...] = Field((f"a photo of the {SLOT}",), min_length=1)
     """Prompts of the pictures of a phrase; they take turns."""

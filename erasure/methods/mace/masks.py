@@ -19,9 +19,6 @@ MASK_ENDING = ".mask.png"
 
 IMAGE_ENDINGS = (".png", ".jpg", ".jpeg")
 
-MAX_PIXELS = 1 << 24
-"""Largest image that is read."""
-
 
 class MaskedImages(NamedTuple):
     """Images of a concept, all of one size."""
@@ -83,7 +80,7 @@ def masked_images(folder: str | Path) -> dict[str, MaskedImages]:
 def read_image(path: Path) -> Float[Tensor, "3 H W"]:
     """Reads an image file as RGB in [0, 1]; a `ValueError` refuses what is no PNG or JPEG, RGB or grey."""
     try:
-        return decode_image(path.read_bytes(), MAX_PIXELS)
+        return decode_image(path.read_bytes(), max_pixels=1 << 24)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
 
