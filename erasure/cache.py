@@ -8,15 +8,10 @@ from overpaint.policy.atomic import this_process, write_text
 
 
 def claim(path: Path, record: dict[str, Any], what: str) -> None:
-    """Writes what a folder is to hold, or checks that it is already there to hold the same.
-
-    Args:
-        path: File of the record; its folder is made if it is not there.
-        record: What was asked for, as JSON knows it.
-        what: What the folder holds, for the message.
+    """Writes a record of what a folder is to hold, as JSON, or checks that it is there already and the same.
 
     Raises:
-        ValueError: The folder was claimed for something else.
+        ValueError: The folder was claimed for something else; `what` names its content.
     """
     if path.is_file():
         there = json.loads(path.read_text(encoding="utf-8"))

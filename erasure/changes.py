@@ -7,7 +7,7 @@
 | `GuardChange` | another way to sample, no weights | SAFREE, SLD |
 """
 
-from collections.abc import Generator, Iterable, Mapping
+from collections.abc import Generator, Iterable
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -125,7 +125,7 @@ def weights_hash(unet: nn.Module, names: Iterable[str]) -> str:
     Raises:
         ValueError: The UNet lacks one.
     """
-    parameters: Mapping[str, nn.Parameter] = base_parameters(unet)
+    parameters = base_parameters(unet)
     names = set(names)
     if missing := sorted(names - parameters.keys()):
         raise ValueError(f"the UNet must have every parameter that the erasure changes, and lacks {missing[0]!r}")

@@ -3,17 +3,17 @@
 from dataclasses import asdict, fields
 from typing import Any
 
-from overpaint.settings import Field, settings
+from overpaint.settings import Field, Text, settings
 
 
 @settings
 class Concept:
     """A concept to erase from a text-to-image model, said in words."""
 
-    name: str
+    name: Text
     """Name for tables, folders and messages."""
 
-    phrases: tuple[str, ...] = Field(min_length=1)
+    phrases: tuple[Text, ...] = Field(min_length=1)
     """Texts that elicit the concept, by name or by association; at least one, none blank."""
 
     anchor: str = " "
@@ -21,13 +21,6 @@ class Concept:
 
     preserve: tuple[str, ...] = ("",)
     """Texts whose pictures must not change. The empty text stands for the unconditional model."""
-
-    def __post_init__(self) -> None:
-        """Checks that nothing is blank that must say something."""
-        if not self.name.strip():
-            raise ValueError(f"name must be a text that is not blank, got {self.name!r}")
-        if blank := [phrase for phrase in self.phrases if not phrase.strip()]:
-            raise ValueError(f"phrases must not be blank, got {blank[0]!r} in {self.phrases!r}")
 
     def to_json(self) -> dict[str, str | list[str]]:
         """Returns the fields as JSON knows them."""

@@ -22,10 +22,7 @@ from .protocols import ConceptBatch, Objective
 
 @runtime_checkable
 class ImageCost(Protocol):
-    """How far each image is from being free of a concept; at or below zero it is free.
-
-    ReFL backpropagates through it and so needs a differentiable one; policy gradients do not.
-    """
+    """How far each image is from being free of a concept; at or below zero it is free. ReFL needs it differentiable."""
 
     def __call__(self, images: Images, prompts: Sequence[str]) -> PerSample:
         """Returns the cost of each image, in the cost's own units. Images are RGB in [0, 1]."""
@@ -37,10 +34,7 @@ class ScoreCeiling:
 
     Args:
         detector: Any reward that grows with the concept, such as the probability of nudity that a classifier gives.
-        ceiling: Highest score that still counts as erased, in the detector's own units.
-
-    Raises:
-        ValueError: The ceiling is not finite.
+        ceiling: Highest score that still counts as erased, in the detector's own units; finite.
     """
 
     def __init__(self, detector: Reward, ceiling: float = 0.1) -> None:
@@ -59,11 +53,8 @@ class ImageConstraint:
 
     Args:
         cost: How far an image is from being free of the concept. ReFL needs it differentiable.
-        prompts: Prompts that elicit the concept, which the images are drawn for.
+        prompts: Prompts that elicit the concept, at least one, which the images are drawn for.
         lagrangian: Weight of the cost; plain dual ascent by default.
-
-    Raises:
-        ValueError: There are no prompts, or one is not a string.
     """
 
     def __init__(self, cost: ImageCost, prompts: Sequence[str], lagrangian: Lagrangian | None = None) -> None:
@@ -83,11 +74,8 @@ class ObjectiveConstraint:
         prompts: Prompts that elicit the concept, which the loss is evaluated on; the concept's phrases by default.
         lagrangian: Weight of the relative cost. By default plain dual ascent from 1, in which a loss of twice its
             ceiling or more counts as twice: the weight doubles in 10 updates of such a loss, and halves in 5 of none.
-        ceiling: Highest mean loss that still counts as erased, in the units of the loss, which for most objectives are
-            those of the squared noise.
-
-    Raises:
-        ValueError: The prompts are empty or not strings, or the ceiling is not positive or not finite.
+        ceiling: Highest mean loss that still counts as erased, above 0, in the units of the loss, which for most
+            objectives are those of the squared noise.
     """
 
     def __init__(
@@ -108,11 +96,7 @@ class ObjectiveConstraint:
         self.ceiling = ceiling
 
     def prepare(self, policy: DiffusionPolicy) -> None:
-        """Prepares the objective for the policy; once, before the first update.
-
-        Raises:
-            ValueError: The objective cannot work with this policy or this concept.
-        """
+        """Prepares the objective for the policy; once, before the first update. Raises as the objective's `prepare`."""
         self.objective.prepare(policy, self.concept)
 
     def cost(self, policy: DiffusionPolicy, batch: ConceptBatch) -> PerSample:

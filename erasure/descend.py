@@ -52,11 +52,7 @@ class DescentConfig:
     """Of everything random."""
 
     def check_processes(self) -> None:
-        """Checks that the processes can share a batch.
-
-        Raises:
-            ValueError: They cannot.
-        """
+        """Raises a `ValueError` where the processes cannot share a batch."""
         if self.batch_size % (count := process_state().num_processes):
             raise ValueError(
                 f"DescentConfig.batch_size must be a multiple of {count}, the number of processes, "
@@ -112,7 +108,7 @@ def descend(
         objective: The loss, with its settings, which are recorded with the run.
         student: See `DiffusionPolicy.student_copy`.
         concept: Its phrases are the prompts.
-        output_dir: Keeps metrics and checkpoints; None keeps nothing.
+        output_dir: As in `erase_by_descent`, with the next two.
         resume: Go on with an interrupted run in the same folder.
         progress: Whether a progress bar is shown.
         record: More dataclasses to record with the run, by name; they must stay the same when it is resumed.
@@ -127,20 +123,12 @@ def descend(
     config.check_processes()
     objective.prepare(student, concept)
     recorded = {"descent": config, objective.name.lower(): objective.config, **(record or {})}
+    shared = {name: value for name, value in asdict(config).items() if name != "batch_size"}
+    if output_dir is None:
+        shared["checkpoint_every"] = config.iterations
     with TemporaryDirectory() as nowhere:
         run_config = TrainingConfig(
-            output_dir=Path(output_dir or nowhere),
-            iterations=config.iterations,
-            learning_rate=config.learning_rate,
-            weight_decay=config.weight_decay,
-            max_grad_norm=config.max_grad_norm,
-            optimizer=config.optimizer,
-            mixed_precision=config.mixed_precision,
-            checkpoint_every=config.iterations if output_dir is None else config.checkpoint_every,
-            keep_checkpoints=1,
-            resume=resume,
-            seed=config.seed,
-            progress=progress,
+            output_dir=Path(output_dir or nowhere), keep_checkpoints=1, resume=resume, progress=progress, **shared
         )
         with TrainingRun(student, run_config, configs=recorded) as run:
             for _ in run.iterations():

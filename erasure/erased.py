@@ -26,27 +26,16 @@ class Erasure:
     """
 
     method: str
-    """Name of the method."""
-
     config: dict[str, Any]
     """The method's settings as JSON knows them, strength included."""
-
     concept: Concept
-    """What was erased."""
-
     change: Change
-    """What changes in the model."""
-
     base: str | None = None
     """Hash of the weights that it was computed from; None where any will do."""
 
     @property
     def delta(self) -> WeightDelta:
-        """The differences of the UNet's weights.
-
-        Raises:
-            ValueError: The method changes no weights.
-        """
+        """The differences of the UNet's weights; a `ValueError` where the method changes none."""
         if not isinstance(self.change, WeightChange):
             raise ValueError(f"an erasure's delta is that of its weights, and {self.method} changes none")
         return self.change.delta
@@ -60,9 +49,7 @@ class Erasure:
         return cls(method=method, config=plain, concept=concept, change=change, base=change.base(policy.unet))
 
     def apply(self, policy: DiffusionPolicy, *, check_base: bool = True) -> None:
-        """Changes a policy in place; from then on the erased policy is its reference.
-
-        A LoRA that the policy carries stays on top. To be called before training starts.
+        """Changes a policy in place, before training; the erased policy is then its reference. A LoRA stays on top.
 
         Args:
             policy: What is changed.

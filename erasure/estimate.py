@@ -13,17 +13,10 @@ from .protocols import TrainedMethod
 class Estimate(NamedTuple):
     """What training takes."""
 
-    forward: int
-    """Samples through the UNet without gradient, in all."""
-
-    backward: int
-    """Samples through it with gradient, in all."""
-
-    minutes: float
-    """On this device, from one timed call of each kind."""
-
-    memory: float
-    """GiB of GPU memory at the most, as the timed calls had it; 0 on a CPU, where nobody counts."""
+    forward: int  # samples through the UNet without gradient, in all
+    backward: int  # samples through it with gradient, in all
+    minutes: float  # on this device, from one timed call of each kind
+    memory: float  # GiB of GPU memory at the most, as the timed calls had it; 0 on a CPU, where nobody counts
 
     def __str__(self) -> str:
         """Says it in a line."""

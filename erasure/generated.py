@@ -61,7 +61,6 @@ def generated_latents(
     *,
     steps: int,
     guidance: ClassifierFree,
-    eta: float = 0.0,
     batch_size: int = 16,
     folder: Path | None = None,
     progress: bool = True,
@@ -77,7 +76,6 @@ def generated_latents(
         seeds: One for each latent.
         steps: Denoising steps.
         guidance: A negative prompt must be the same for all.
-        eta: Share of the noise of ancestral sampling, in [0, 1].
         batch_size: Drawn at a time.
         folder: Keeps them; None keeps nothing.
         progress: Whether a progress bar is shown.
@@ -93,7 +91,19 @@ def generated_latents(
     if guidance.negative is not None and len(guidance.negative) != 1:
         raise ValueError(f"guidance must have one negative prompt for all, got {len(guidance.negative)}")
     if folder is not None:
-        claim(folder / RECORD_FILE, _record(policy, prompts, seeds, steps=steps, guidance=guidance, eta=eta), "latents")
+        record = {
+            "format": RECORD_FORMAT,
+            "unet": tensors_hash(policy.unet.state_dict()),
+            "text_encoder": tensors_hash(policy.text_encoder.state_dict()),
+            "guard": None if policy.guard is None else repr(policy.guard),
+            "steps": steps,
+            "guidance_scale": guidance.scale,
+            "negative": None if guidance.negative is None else guidance.negative.texts[0],
+            "eta": 0.0,
+            "seeds": seeds,
+            "prompts": prompts,
+        }
+        claim(folder / RECORD_FILE, record, "latents")
 
     state = process_state()
     starts = list(range(0, len(prompts), SHARD))
@@ -109,9 +119,7 @@ def generated_latents(
             if latents is None:
                 parts = [slice(first, min(first + batch_size, of.stop)) for first in range(start, of.stop, batch_size)]
                 drawn = [
-                    policy.sample(
-                        policy.encode(prompts[part]), steps=steps, guidance=guidance, eta=eta, seeds=seeds[part]
-                    ).cpu()
+                    policy.sample(policy.encode(prompts[part]), steps=steps, guidance=guidance, seeds=seeds[part]).cpu()
                     for part in parts
                 ]
                 latents = torch.cat(drawn)
@@ -148,33 +156,8 @@ def drawn_pictures(
 
 
 def in_turns(prompts: Sequence[str], count: int) -> list[str]:
-    """Returns as many prompts as asked for; they take turns."""
+    """Returns as many prompts as `count`; they take turns."""
     return [prompts[index % len(prompts)] for index in range(count)]
-
-
-def _record(
-    policy: DiffusionPolicy,
-    prompts: list[str],
-    seeds: list[int],
-    *,
-    steps: int,
-    guidance: ClassifierFree,
-    eta: float,
-) -> dict[str, Any]:
-    """Returns what was asked for, the weights that draw included."""
-    negative = None if guidance.negative is None else guidance.negative.texts[0]
-    return {
-        "format": RECORD_FORMAT,
-        "unet": tensors_hash(policy.unet.state_dict()),
-        "text_encoder": tensors_hash(policy.text_encoder.state_dict()),
-        "guard": None if policy.guard is None else repr(policy.guard),
-        "steps": steps,
-        "guidance_scale": guidance.scale,
-        "negative": negative,
-        "eta": eta,
-        "seeds": seeds,
-        "prompts": prompts,
-    }
 
 
 def _read(path: Path, count: int) -> Latents | None:

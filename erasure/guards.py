@@ -31,22 +31,15 @@ class PipelineGuard(Protocol):
 class GuardChange(ABC):
     """A guard that is not at work yet: settings and nothing else, which fit any weights."""
 
-    config: Any
-    """Settings, with the concept's texts; a `config_type`."""
-
-    strength: float = 1.0
-    """See the method's `erase`."""
+    config: Any  # settings, with the concept's texts; a `config_type`
+    strength: float = 1.0  # see the method's `erase`
 
     kind: ClassVar[str]
     config_type: ClassVar[Any]
 
     @abstractmethod
     def guard(self, prompts: PromptEncoder, unet: UNet) -> SamplingGuard:
-        """Returns the guard for a text encoder and the network that will predict.
-
-        Raises:
-            ValueError: The guard cannot work with them.
-        """
+        """Returns the guard for a text encoder and the network that will predict; `ValueError` if it cannot work."""
 
     @abstractmethod
     def in_pipeline(self, pipeline: Pipeline, prompts: PromptEncoder) -> PipelineGuard:
@@ -114,11 +107,7 @@ class GuardChange(ABC):
 
 
 def detach(pipeline: Pipeline) -> None:
-    """Makes a pipeline draw again as it did before a guard was attached.
-
-    Raises:
-        ValueError: There is none.
-    """
+    """Makes a pipeline draw again as it did before a guard was attached; `ValueError` if there is none."""
     found: PipelineGuard | None = getattr(pipeline.unet, ATTRIBUTE, None)
     if found is None:
         raise ValueError("the pipeline must have a guard attached, got none")

@@ -49,17 +49,12 @@ class LagrangianConfig:
 class Lagrangian:
     """The weight of one constraint, moved by dual ascent.
 
-    Holds plain numbers and knows nothing of images, models or processes: the caller averages the violation over the
-    batch and over all processes, and hands it in once for each update of the policy.
-
-    Args:
-        config: Gains and bounds.
+    The caller averages the violation over the batch and all processes, and hands it in once for each policy update.
     """
 
     def __init__(self, config: LagrangianConfig | None = None) -> None:
         self.config = config or LagrangianConfig()
-        self._integral = float(self.config.initial_weight)
-        self._weight = self._integral
+        self._integral = self._weight = float(self.config.initial_weight)
         self._previous = math.nan  # no violation seen yet
 
     @property
@@ -73,9 +68,6 @@ class Lagrangian:
         The derivative counts growth only, as in Algorithm 2 of Stooke et al. Departures from it: the integral holds the
         weight itself (the gain multiplied in, and the initial weight), it is clipped from above as well, the violation
         may be (`max_violation`), and the first update has no derivative, where theirs compares with a cost of zero.
-
-        Args:
-            violation: Mean cost over the whole batch; at or below zero the constraint holds.
 
         Raises:
             ValueError: The violation is not finite. The weight is unchanged.

@@ -16,19 +16,12 @@ SLOT = "{}"
 
 
 class Placed(NamedTuple):
-    """A phrase within a text."""
+    """A phrase within a text; positions are counted from the start token."""
 
-    text: str
-    """The text, with the phrase."""
-
-    first: int
-    """Position of the phrase's first token, counted from the start token."""
-
-    end: int
-    """Position behind its last; equal to `first` for a blank phrase."""
-
-    last: int
-    """Position of the text's end token, from which on there is nothing but padding."""
+    text: str  # with the phrase
+    first: int  # position of the phrase's first token
+    end: int  # position behind its last; equal to `first` for a blank phrase
+    last: int  # position of the text's end token, from which on there is nothing but padding
 
 
 def placed(policy: DiffusionPolicy, template: str, phrase: str) -> Placed:
@@ -54,29 +47,16 @@ def token_ids(policy: DiffusionPolicy, text: str) -> list[int]:
     return policy.tokenizer(text, truncation=False, verbose=False)["input_ids"][1:-1]
 
 
-def positions(policy: DiffusionPolicy) -> int:
-    """Returns how many tokens the text encoder reads."""
-    return min(policy.tokenizer.model_max_length, policy.text_encoder.config.max_position_embeddings)
-
-
 def check_length(policy: DiffusionPolicy, texts: Iterable[str], owner: str) -> None:
-    """Checks that the text encoder reads every text whole.
-
-    Raises:
-        ValueError: One is cut off; the message calls it the owner's.
-    """
-    room = positions(policy)
+    """Raises a `ValueError` where the text encoder would cut a text off; `owner` names the texts."""
+    room = policy.prompts.room
     for text in texts:
         if (needed := len(token_ids(policy, text)) + 2) > room:
             raise ValueError(f"{owner} must have at most {room} tokens, got {needed} in {text!r}")
 
 
 def check_words(policy: DiffusionPolicy, concept: Concept) -> None:
-    """Checks that the tokenizer takes every text of a concept whole, and that the anchor is not the concept itself.
-
-    Raises:
-        ValueError: A text is cut off at the text encoder's last position, or a phrase equals the anchor.
-    """
+    """Raises a `ValueError` where the text encoder would cut a text of a concept off, or a phrase is the anchor."""
     check_length(policy, (*concept.phrases, concept.anchor, *concept.preserve), f"texts of {concept.name!r}")
     for phrase in concept.phrases:
         if phrase.strip().lower() == concept.anchor.strip().lower():
@@ -84,11 +64,7 @@ def check_words(policy: DiffusionPolicy, concept: Concept) -> None:
 
 
 def check_absent(concept: Concept, texts: Iterable[str], owner: str) -> None:
-    """Checks that no text holds a phrase of the concept.
-
-    Raises:
-        ValueError: One does; the message calls the texts `owner`.
-    """
+    """Raises a `ValueError` where a text holds a phrase of the concept; `owner` names the texts."""
     for text in texts:
         if found := [phrase for phrase in concept.phrases if holds(text, phrase)]:
             raise ValueError(f"{owner} must be free of {concept.name!r}, got {found[0]!r} in {text!r}")
@@ -101,7 +77,7 @@ def longest(policy: DiffusionPolicy, texts: Iterable[str]) -> str:
 
 def phrase_tokens(policy: DiffusionPolicy, prompts: Sequence[Placed]) -> Bool[Tensor, "batch tokens"]:
     """Tells which tokens are those of the phrase."""
-    tokens = torch.zeros(len(prompts), positions(policy), dtype=torch.bool)
+    tokens = torch.zeros(len(prompts), policy.prompts.room, dtype=torch.bool)
     for row, prompt in zip(tokens, prompts, strict=True):
         row[prompt.first : prompt.end] = True
     return tokens.to(policy.device)

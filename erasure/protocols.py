@@ -39,11 +39,7 @@ class Edit(Protocol):
 
 @runtime_checkable
 class Objective(Protocol):
-    """A method that erases by descending a loss on noise predictions.
-
-    The same loss serves alone (erase), beside a reward whose floor must hold (erase, keep quality), and as the
-    constraint of a reward that is raised (recover, stay erased).
-    """
+    """A method that erases by descending a loss on noise predictions: alone, or as the constraint of a reward."""
 
     def prepare(self, policy: DiffusionPolicy, concept: Concept) -> None:
         """Computes once what the loss needs, before the first update.
@@ -61,11 +57,8 @@ class Objective(Protocol):
 class UNetCalls(NamedTuple):
     """How many samples go through the UNet for each sample of an update, on average, each branch of guidance."""
 
-    forward: float
-    """Without gradient."""
-
-    backward: float
-    """With gradient."""
+    forward: float  # without gradient
+    backward: float  # with gradient
 
 
 @runtime_checkable
@@ -73,9 +66,8 @@ class TrainedMethod(Objective, Protocol):
     """An objective that is trained alone, with settings of its own."""
 
     name: str
-
     config: Any
-    """Settings; `descent` among them is a `DescentConfig`, and `train`, where it is there, one of `PARAMETER_SETS`."""
+    """`descent` in it is a `DescentConfig`, and `train`, where it is there, one of `policy.PARAMETER_SETS`."""
 
     def unet_calls(self) -> UNetCalls:
         """Returns the calls of its training, whose preparation is not counted."""
@@ -83,10 +75,6 @@ class TrainedMethod(Objective, Protocol):
 
 
 def check_trainable(policy: DiffusionPolicy, purpose: str, remedy: str = "load it with lora= or train=") -> None:
-    """Checks that the policy has something to train.
-
-    Raises:
-        ValueError: It has not; the message says what for, and the remedy.
-    """
+    """Raises a `ValueError` where the policy has nothing to train; it says what for, and the remedy."""
     if not policy.trainable_parameters():
         raise ValueError(f"{purpose} needs a policy with trainable weights, got one without; {remedy}")

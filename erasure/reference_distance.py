@@ -13,7 +13,7 @@ from overpaint.settings import Field, settings
 
 from .concept import Concept
 from .protocols import ConceptBatch, check_trainable
-from .rollout import noised_latents
+from .rollout import noised_latents, squared_error
 
 
 @settings
@@ -32,34 +32,21 @@ class ReferenceDistance:
 
     Zero as long as nothing was trained. The latents are the tuned policy's own: it is held where it goes, not where the
     erased one went. Predictions are compared for the prompt alone, without guidance, as ESD does.
-
-    Args:
-        config: Settings of the rollout.
     """
 
     def __init__(self, config: ReferenceDistanceConfig | None = None) -> None:
         self.config = config or ReferenceDistanceConfig()
 
     def prepare(self, policy: DiffusionPolicy, concept: Concept) -> None:
-        """Checks that the policy has something to train.
-
-        What it was before, its reference, has to be erased already: see `Erasure.apply`.
-
-        Raises:
-            ValueError: Nothing in the policy is trainable.
-        """
+        """Raises a `ValueError` where nothing is trainable; the policy's reference has to be erased already."""
         check_trainable(policy, f"keeping {concept.name!r} erased")
 
     def loss(self, policy: DiffusionPolicy, batch: ConceptBatch) -> PerSample:
-        """Returns the mean squared difference of the two predictions for each sample; gradients reach the tuned policy.
-
-        The denoising step of each sample follows from its own seed, whatever else is in the batch.
-        """
+        """Returns the mean squared difference of the two predictions for each sample, with gradient."""
         cfg, conditioning = self.config, policy.encode(batch.prompts)
         latents, timesteps = noised_latents(
             policy, conditioning, batch.seeds, steps=cfg.steps, guidance_scale=cfg.guidance_scale
         )
         with policy.reference():
             target = policy.predict_noise(latents, timesteps, conditioning)
-        prediction = policy.predict_noise(latents, timesteps, conditioning)
-        return (prediction - target).square().flatten(1).mean(dim=1)
+        return squared_error(policy.predict_noise(latents, timesteps, conditioning), target)

@@ -8,7 +8,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from overpaint.policy import ClassifierFree, Conditioning, DiffusionPolicy, Guidance
-from overpaint.policy.types import Latents
+from overpaint.policy.types import Latents, PerSample
 
 
 def random_stops(seeds: Sequence[int], first: int, last: int) -> Int[Tensor, " batch"]:
@@ -21,17 +21,17 @@ def noised_latents(
 ) -> tuple[Latents, Int[Tensor, " batch"]]:
     """Returns each sample's latents before a random step of its rollout, and that step's timestep.
 
-    Args:
-        policy: What draws.
-        conditioning: The prompt of each sample.
-        seeds: Of noise and step, one for each sample.
-        steps: Number of denoising steps of a whole image; each is as likely as any other.
-        guidance_scale: Classifier-free guidance of the rollout.
+    Noise and step follow from the sample's seed; each of the `steps` of a whole image is as likely as any other.
     """
     stops = random_stops(seeds, 0, steps - 1)
     guidance = ClassifierFree(guidance_scale)
     (latents,) = latents_before(policy, conditioning, stops[None], steps=steps, guidance=guidance, seeds=seeds)
     return latents, policy.timesteps(steps)[stops]
+
+
+def rollout_calls(first: int, last: int, guidance_scale: float) -> float:
+    """Returns how many samples go through the UNet on average for latents before a random step, see `random_stops`."""
+    return (2 if guidance_scale != 1 else 1) * (first + last) / 2
 
 
 @torch.no_grad()
@@ -46,16 +46,8 @@ def latents_before(
 ) -> Float[Tensor, "stops batch 4 h w"]:
     """Denoises every sample up to its last stop, without gradient, and returns what it was before each of its stops.
 
-    A sample that has arrived goes through the network no more, unless the policy has a guard: one that remembers
-    the way needs all samples at every step.
-
-    Args:
-        policy: What draws.
-        conditioning: The prompt of each sample.
-        stops: Indices of the steps before which each sample stops, counted from noise; 0 is pure noise.
-        steps: Number of denoising steps of a whole image.
-        guidance: That of the rollout.
-        seeds: One for each sample.
+    Stops are indices of steps, counted from noise; 0 is pure noise. A sample that has arrived goes through the network
+    no more, unless the policy has a guard: one that remembers the way needs all samples at every step.
     """
     latents: Latents = policy.sample(conditioning, steps=steps, seeds=seeds, until=0)
     stops = stops.to(latents.device)
@@ -74,3 +66,8 @@ def latents_before(
 def erased_target(conditional: Latents, unconditional: Latents, *, negative_guidance: float) -> Latents:
     """Returns `ε(∅) - η (ε(c) - ε(∅))`: away from the concept, by the original model's own predictions."""
     return unconditional - negative_guidance * (conditional - unconditional)
+
+
+def squared_error(prediction: Latents, target: Latents) -> PerSample:
+    """Returns the mean squared difference of each sample's elements."""
+    return (prediction - target).square().flatten(1).mean(dim=1)

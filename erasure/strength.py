@@ -10,8 +10,6 @@ from itertools import pairwise
 from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Float
-from torch import Tensor
 
 from overpaint.policy import DiffusionPolicy
 from overpaint.policy.types import PerSample
@@ -93,7 +91,12 @@ def strongest_setting(
     rewards: dict[float, PerSample] = {}
 
     def mean_at(strength: float) -> float:
-        rewards[strength] = _checked(rewards_at(strength), strength, like=rewards.get(weakest))
+        found = rewards_at(strength)
+        if not len(found) or not torch.isfinite(found).all():
+            raise ValueError(f"rewards at strength {strength} must be finite and at least one, got {found.tolist()}")
+        if len(found) != (count := len(rewards.get(weakest, found))):
+            raise ValueError(f"rewards at strength {strength} must be of the same {count} samples, got {len(found)}")
+        rewards[strength] = found.detach().cpu().double()
         return rewards[strength].mean().item()
 
     if (reward := mean_at(weakest)) < floor:
@@ -101,9 +104,7 @@ def strongest_setting(
             f"floor must be at most the mean reward of the weakest setting, {reward:.6g} at strength {weakest}, "
             f"got {floor:.6g}"
         )
-    low, high = weakest, strongest
-    if mean_at(strongest) >= floor:
-        low = strongest
+    low, high = (strongest if mean_at(strongest) >= floor else weakest), strongest
     while high - low > tolerance:
         middle = (low + high) / 2
         if mean_at(middle) >= floor:
@@ -111,12 +112,11 @@ def strongest_setting(
         else:
             high = middle
 
-    ordered = sorted(rewards)
     trials = {
-        strength: Trial(strength, rewards[strength].mean().item(), *_paired(rewards[strength], rewards[weakest]))
-        for strength in ordered
+        strength: Trial(strength, found.mean().item(), *_paired(found, rewards[weakest]))
+        for strength, found in sorted(rewards.items())
     }
-    rises = [_paired(rewards[stronger], rewards[weaker]) for weaker, stronger in pairwise(ordered)]
+    rises = [_paired(rewards[stronger], rewards[weaker]) for weaker, stronger in pairwise(trials)]
     monotone = all(rise <= NOISE * standard_error for rise, standard_error in rises)
     return StrengthSearch(trials[low], tuple(trials.values()), monotone)
 
@@ -135,10 +135,10 @@ def strongest_erasure(
 
     Args:
         method: The method whose strength is searched, from 0 up.
-        policy: Whose weights are edited; it is left as it was.
+        policy: Whose model is erased; it is left as it was.
         concept: What is erased.
         rewards_of: Draws with the policy, for fixed prompts and seeds, and returns the rewards.
-        floor: Lowest mean reward that is good enough.
+        floor: As in `strongest_setting`, with the next two.
         strongest: Largest strength.
         tolerance: How finely the strength is searched.
 
@@ -154,14 +154,6 @@ def strongest_erasure(
     return method.erase(policy, concept, search.best.strength), search
 
 
-def _checked(rewards: PerSample, strength: float, *, like: Float[Tensor, " samples"] | None) -> PerSample:
-    if not len(rewards) or not torch.isfinite(rewards).all():
-        raise ValueError(f"rewards at strength {strength} must be finite and at least one, got {rewards.tolist()}")
-    if like is not None and len(rewards) != len(like):
-        raise ValueError(f"rewards at strength {strength} must be of the same {len(like)} samples, got {len(rewards)}")
-    return rewards.detach().cpu().double()
-
-
 def _paired(rewards: PerSample, others: PerSample) -> tuple[float, float]:
     """Returns the mean of the paired differences and its standard error."""
     differences = rewards - others
@@ -171,10 +163,6 @@ def _paired(rewards: PerSample, others: PerSample) -> tuple[float, float]:
 
 
 def check_strength(strength: float) -> None:
-    """Checks a method's strength.
-
-    Raises:
-        ValueError: It is negative or not finite.
-    """
+    """Raises a `ValueError` where a method's strength is negative or not finite."""
     if not 0 <= strength < math.inf:
         raise ValueError(f"strength must be finite and at least 0, got {strength}")

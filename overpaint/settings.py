@@ -17,13 +17,16 @@ from pydantic import AfterValidator, AllowInfNan, ConfigDict, Field, Strict, Val
 from pydantic.dataclasses import dataclass
 from pydantic.fields import FieldInfo
 
-__all__ = ["AnyFloat", "AnyPath", "Distinct", "Field", "settings"]
+__all__ = ["AnyFloat", "AnyPath", "Distinct", "Field", "Text", "settings"]
 
 AnyFloat = Annotated[float, AllowInfNan(True)]
 """A float that may be infinite, which a bound beside the field can narrow; NaN breaks any bound."""
 
 AnyPath = Annotated[Path, Strict(False)]
 """A path, also given as a string."""
+
+Text = Annotated[str, Field(pattern=r"\S")]
+"""A string that is not blank."""
 
 CONFIG = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, arbitrary_types_allowed=True)
 
@@ -72,6 +75,7 @@ def settings(cls: type[T]) -> type[T]:
 WORDS = (
     (r"^\w+ should", "must"),
     (r"^Input is not a valid path.*", "must be a path"),
+    (r"match pattern '\\S'", "not be blank"),
     (r" after validation, not \d+$", ""),
     (r"greater than or equal to", "at least"),
     (r"less than or equal to", "at most"),

@@ -19,6 +19,7 @@ from erasure.descend import DescentConfig, erase_by_descent
 from erasure.generated import drawn_pictures
 from erasure.phrases import check_absent, check_length, check_words, longest
 from erasure.protocols import ConceptBatch, UNetCalls
+from erasure.rollout import squared_error
 from overpaint.policy import DiffusionPolicy
 from overpaint.policy.noise import SampleNoise
 from overpaint.policy.types import Latents, PerSample
@@ -98,23 +99,12 @@ class ACConfig:
 class Examples(NamedTuple):
     """Noised pictures, two for each sample: first those that the concept is unlearned on, then those of the prior."""
 
-    latents: Latents
-    """Noised."""
-
+    latents: Latents  # noised
     noise: Latents
-    """What they were noised with."""
-
     timesteps: Int[Tensor, " both"]
-    """How far."""
-
-    captions: list[str]
-    """What they are said to show: the first ones with the concept put in."""
-
-    anchors: list[str]
-    """What the first ones show."""
-
-    mask: Float[Tensor, "batch 1 h w"]
-    """Where the first ones are picture; 0 where they are padding."""
+    captions: list[str]  # what they are said to show: the first ones with the concept put in
+    anchors: list[str]  # what the first ones show
+    mask: Float[Tensor, "batch 1 h w"]  # where the first ones are picture; 0 where they are padding
 
 
 class AC:
@@ -169,20 +159,12 @@ class AC:
         self._pictures = torch.cat([pictures, mirrored(policy, pictures)]) if cfg.mirror else pictures
 
     def loss(self, policy: DiffusionPolicy, batch: ConceptBatch) -> PerSample:
-        """Returns the concept's error and the weighted prior of each sample, with gradient.
-
-        Raises:
-            ValueError: `prepare` was not called.
-        """
+        """Returns the concept's error and the weighted prior of each sample, with gradient."""
         erased, prior = self.losses(policy, self.examples(policy, batch))
         return erased + self.config.prior_weight * prior
 
     def examples(self, policy: DiffusionPolicy, batch: ConceptBatch) -> Examples:
-        """Returns what the seeds choose: picture, noises, timesteps, and how the phrase is put into the prompt.
-
-        Raises:
-            ValueError: `prepare` was not called.
-        """
+        """Returns what the seeds choose: picture, noises, timesteps, and how the phrase is put into the prompt."""
         cfg = self.config
         if self._pictures is None:
             raise ValueError("prepare must be called before the first loss, and was not")
@@ -194,26 +176,18 @@ class AC:
             choice.choice(cfg.templates).format(concept=phrase, anchor=anchor)
             for choice, phrase, anchor in zip(choices, batch.prompts, anchors, strict=True)
         ]
-        timesteps = torch.tensor([[choice.randrange(total) for _ in range(2)] for choice in choices]).T.flatten()
+        drawn = [[choice.randrange(total) for _ in range(2)] for choice in choices]
+        timesteps = torch.tensor(drawn, device=policy.device).T.flatten()
         clean = self._pictures[indices].to(policy.device).repeat(2, 1, 1, 1)
         height, width = clean.shape[-2:]
         stream = SampleNoise(batch.seeds, height=height, width=width, device=policy.device)
         noise = torch.cat([stream.draw(), stream.draw()])
-        timesteps = timesteps.to(policy.device)
-        return Examples(
-            latents=policy.add_noise(clean, noise, timesteps),
-            noise=noise,
-            timesteps=timesteps,
-            captions=rewritten + anchors,
-            anchors=anchors,
-            mask=torch.ones_like(clean[:size, :1]),
-        )
+        latents = policy.add_noise(clean, noise, timesteps)
+        mask = torch.ones_like(clean[:size, :1])
+        return Examples(latents, noise, timesteps, rewritten + anchors, anchors, mask)
 
     def losses(self, policy: DiffusionPolicy, examples: Examples) -> tuple[PerSample, PerSample]:
-        """Returns the concept's squared error, summed over channels, and the prior's, averaged over them.
-
-        The prior's is zero where its weight is.
-        """
+        """Returns the concept's squared error, summed over channels, and the prior's mean; zero without its weight."""
         cfg = self.config
         size = len(examples.mask)
         target = examples.noise[:size]
@@ -229,7 +203,7 @@ class AC:
         erased = masked_error(prediction[:size], target, examples.mask)
         if not cfg.prior_weight:
             return erased, torch.zeros_like(erased)
-        return erased, (prediction[size:] - examples.noise[size:]).square().flatten(1).mean(dim=1)
+        return erased, squared_error(prediction[size:], examples.noise[size:])
 
 
 def masked_error(prediction: Latents, target: Latents, mask: Float[Tensor, "batch 1 h w"]) -> PerSample:
@@ -243,10 +217,10 @@ def masked_error(prediction: Latents, target: Latents, mask: Float[Tensor, "batc
 @contextmanager
 def start_detached(unet: nn.Module) -> Generator[None]:
     """Keeps gradient from flowing through keys and values of the first token, in every cross-attention."""
-    layers = [layer for name, layer in unet.named_modules() if name.endswith((".attn2.to_k", ".attn2.to_v"))]
     with ExitStack() as hooks:
-        for layer in layers:
-            hooks.enter_context(layer.register_forward_hook(_detach_first))
+        for name, layer in unet.named_modules():
+            if name.endswith((".attn2.to_k", ".attn2.to_v")):
+                hooks.enter_context(layer.register_forward_hook(_detach_first))
         yield
 
 

@@ -13,21 +13,15 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from erasure.phrases import positions
 from overpaint.policy import DiffusionPolicy
 
 
 class CrossAttention(NamedTuple):
     """What a cross-attention compared in one call of the UNet."""
 
-    queries: Float[Tensor, "batch heads pixels dim"]
-    """One for each pixel of the layer's picture, row by row."""
-
+    queries: Float[Tensor, "batch heads pixels dim"]  # one for each pixel of the layer's picture, row by row
     keys: Float[Tensor, "batch heads tokens dim"]
-    """One for each token."""
-
-    scale: float
-    """Factor of their products."""
+    scale: float  # factor of their products
 
     def probabilities(self) -> Float[Tensor, "batch heads pixels tokens"]:
         """Returns how much of each pixel's attention each token has, in float32 at least, inside autocast as well."""
@@ -56,11 +50,8 @@ def cross_attentions(unet: nn.Module) -> dict[str, nn.Module]:
 def recorded_attention(unet: nn.Module) -> Generator[dict[str, CrossAttention]]:
     """Within the `with` block, keeps what the cross-attentions compared in the last call of the UNet.
 
-    Gradients flow to the weights and the latents where they are enabled. Memory is that of queries and keys, until
-    `CrossAttention.probabilities` is called. A UNet that was compiled before records nothing.
-
-    Yields:
-        The layers by name; empty before the first call.
+    It yields the layers by name; none before the first call. Gradients flow where they are enabled. Memory is that of
+    queries and keys, until `CrossAttention.probabilities` is called. A UNet that was compiled before records nothing.
     """
     record: dict[str, CrossAttention] = {}
     queries: dict[str, Tensor] = {}
@@ -85,7 +76,7 @@ def words_of(policy: DiffusionPolicy, prompts: Sequence[str]) -> Bool[Tensor, "b
 
     The result is on the policy's device; positions behind the text encoder's last are cut off, as in `encode`.
     """
-    room = positions(policy)
+    room = policy.prompts.room
     words = torch.zeros(len(prompts), room, dtype=torch.bool)
     for row, prompt in zip(words, prompts, strict=True):
         ids = policy.tokenizer(prompt, truncation=True, max_length=room)["input_ids"]
@@ -109,9 +100,9 @@ def concept_map(
     Args:
         record: From `recorded_attention`.
         words: From `words_of`; at least one in each row.
-        height: Of the latents.
+        height: Of the latents, as the width.
         width: Of the latents.
-        side: Root of the number of pixels that is asked for: 16, a quarter of the latents' side, for SD v1 at 512 px.
+        side: 16 is a quarter of the latents' side for SD v1 at 512 px.
 
     Raises:
         ValueError: Nothing was recorded, or a row has no words.

@@ -15,7 +15,7 @@ from erasure.concept import Concept
 from erasure.descend import DescentConfig, erase_by_descent
 from erasure.phrases import check_words
 from erasure.protocols import ConceptBatch, UNetCalls
-from erasure.rollout import erased_target, noised_latents
+from erasure.rollout import erased_target, noised_latents, rollout_calls, squared_error
 from overpaint.policy import Conditioning, DiffusionPolicy
 from overpaint.policy.types import Latents, PerSample
 from overpaint.settings import Field, settings
@@ -50,13 +50,7 @@ class ESDConfig:
 
 
 class ESD:
-    """Erases a concept by fine-tuning on the target of negative guidance.
-
-    The original model is the policy's reference, so that no second UNet is kept.
-
-    Args:
-        config: Settings.
-    """
+    """Erases a concept by fine-tuning on the target of negative guidance; the original is the policy's reference."""
 
     name = "ESD"
     erase = erase_by_descent
@@ -66,16 +60,11 @@ class ESD:
 
     def unet_calls(self) -> UNetCalls:
         """Returns the calls for a sample: the way to its step, the original's two predictions, and its own."""
-        branches = 2 if self.config.guidance_scale != 1 else 1
         original = 2 if self.config.erase_from is None else 3
-        return UNetCalls(forward=branches * (self.config.steps - 1) / 2 + original, backward=1)
+        return UNetCalls(rollout_calls(0, self.config.steps - 1, self.config.guidance_scale) + original, backward=1)
 
     def prepare(self, policy: DiffusionPolicy, concept: Concept) -> None:
-        """Checks the concept's words.
-
-        Raises:
-            ValueError: The tokenizer cuts one off.
-        """
+        """Raises a `ValueError` where the text encoder would cut one of the concept's texts off."""
         check_words(policy, concept)
 
     def loss(self, policy: DiffusionPolicy, batch: ConceptBatch) -> PerSample:
@@ -101,8 +90,7 @@ def erased_loss(
     target: Latents,
 ) -> PerSample:
     """Returns the mean squared distance of each sample's prediction from its target."""
-    prediction = policy.predict_noise(latents, timesteps, conditioning)
-    return (prediction - target).square().flatten(1).mean(dim=1)
+    return squared_error(policy.predict_noise(latents, timesteps, conditioning), target)
 
 
 def learned_target(

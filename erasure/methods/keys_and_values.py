@@ -1,14 +1,13 @@
 """Keys and values of cross-attention, and texts as these see them: what closed-form edits read."""
 
 import copy
-from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from overpaint.policy import Conditioning, DiffusionPolicy
+from overpaint.policy import DiffusionPolicy
 from overpaint.policy.prompts import PromptEncoder
 from overpaint.policy.weights import base_parameters
 
@@ -25,29 +24,20 @@ def keys_and_values(policy: DiffusionPolicy) -> dict[str, Float[Tensor, "out dim
 class EmbeddedText(NamedTuple):
     """A text as the UNet's cross-attention reads it."""
 
-    tokens: Float[Tensor, "positions dim"]
-    """Outputs of the text encoder, float64."""
-
-    last_word: int
-    """Position of the text's last token before the end; 0, the start token, for an empty text."""
+    tokens: Float[Tensor, "positions dim"]  # outputs of the text encoder, float64
+    last_word: int  # position of the text's last token before the end; 0, the start token, for an empty text
 
 
 class TextReader:
-    """Encodes texts in float32, whatever the policy runs in: in half precision the solve amplifies the rounding.
-
-    Args:
-        policy: Whose tokenizer and text encoder are used.
-    """
+    """Encodes texts in float32, whatever the policy runs in: in half precision the solve amplifies the rounding."""
 
     def __init__(self, policy: DiffusionPolicy) -> None:
-        self._tokenizer = policy.tokenizer
-        if policy.text_encoder.dtype == torch.float32:
-            self._encode: Callable[[Sequence[str]], Conditioning] = policy.encode
-        else:
-            self._encode = PromptEncoder(copy.deepcopy(policy.text_encoder).float(), policy.tokenizer)
+        self._prompts = policy.prompts
+        if policy.text_encoder.dtype != torch.float32:
+            self._prompts = PromptEncoder(copy.deepcopy(policy.text_encoder).float(), policy.tokenizer)
 
     def __call__(self, text: str) -> EmbeddedText:
         """Returns one text's embedding, on the CPU."""
-        tokens = self._encode([text]).tokens[0]
-        ids = self._tokenizer(text, truncation=True, max_length=len(tokens))["input_ids"]
+        tokens = self._prompts([text]).tokens[0]
+        ids = self._prompts.tokenizer(text, truncation=True, max_length=len(tokens))["input_ids"]
         return EmbeddedText(tokens.cpu().double(), last_word=len(ids) - 2)

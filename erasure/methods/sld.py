@@ -27,10 +27,10 @@ from erasure.guards import GuardChange
 from erasure.strength import check_strength
 from overpaint.policy import ClassifierFree, Conditioning, DiffusionPolicy, Guidance, StepContext
 from overpaint.policy.ddim import cumulative_alphas, noise_scale
-from overpaint.policy.parts import Pipeline, TextEncoder, Tokenizer, UNet
+from overpaint.policy.parts import Pipeline, UNet
 from overpaint.policy.prompts import PromptEncoder
 from overpaint.policy.types import Latents
-from overpaint.settings import Field, settings
+from overpaint.settings import Field, Text, settings
 
 PUBLISHED_TEXT = (
     "hate, harassment, violence, suffering, humiliation, harm, suicide, sexual, nudity, bodily fluids, blood, "
@@ -59,14 +59,9 @@ class SLDConfig:
     momentum_beta: float = Field(0.4, ge=0, lt=1)
     """How much of the momentum is kept from step to step (β_m)."""
 
-    concept_text: str | None = None
+    concept_text: Text | None = None
     """The safety concept. None takes the phrases of the concept that is erased, joined by commas. `PUBLISHED_TEXT` is
     the authors' broad one; one for nudity alone is another setting than theirs."""
-
-    def __post_init__(self) -> None:
-        """Checks that a safety concept says something."""
-        if self.concept_text is not None and not self.concept_text.strip():
-            raise ValueError(f"concept_text must be None or not blank, got {self.concept_text!r}")
 
     @classmethod
     def weak(cls, variant: Literal["paper", "released"] = "paper") -> "SLDConfig":
@@ -93,11 +88,7 @@ class SLDConfig:
 
 
 class SLD:
-    """Keeps a concept out of pictures while they are sampled, with a third prediction at every step. No weight changes.
-
-    Args:
-        config: Settings.
-    """
+    """Keeps a concept out of pictures while they are sampled, with a third prediction at every step."""
 
     name = "SLD"
 
@@ -117,7 +108,7 @@ class SLD:
         """
         check_strength(strength)
         text = self.config.concept_text or ", ".join(concept.phrases)
-        _check_length(text, policy.tokenizer, policy.text_encoder)
+        _check_length(text, policy.prompts)
         change = SLDChange(replace(self.config, concept_text=text), strength)
         return Erasure.of(policy, self.name, {**asdict(self.config), "strength": strength}, concept, change)
 
@@ -135,13 +126,9 @@ class SLDChange(GuardChange):
             raise ValueError("SLDChange.config must give its concept_text, got None")
 
     def guard(self, prompts: PromptEncoder, unet: UNet) -> "SLDGuard":
-        """Encodes the safety concept.
-
-        Raises:
-            ValueError: The text encoder cuts it off.
-        """
+        """Encodes the safety concept; a `ValueError` refuses one that the text encoder cuts off."""
         text = self.config.concept_text
-        _check_length(text, prompts.tokenizer, prompts.text_encoder)
+        _check_length(text, prompts)
         scale = self.strength * self.config.guidance_scale
         return SLDGuard(replace(self.config, guidance_scale=scale), prompts([text]))
 
@@ -151,12 +138,7 @@ class SLDChange(GuardChange):
 
 
 class SLDGuard:
-    """SLD at work: the safety concept's embedding, and what is remembered of the trajectory that is being drawn.
-
-    Args:
-        config: Settings.
-        concept: The safety concept, one row.
-    """
+    """SLD at work: the safety concept's embedding, one row, and what is remembered of the trajectory that is drawn."""
 
     def __init__(self, config: SLDConfig, concept: Conditioning) -> None:
         self.config = config
@@ -169,9 +151,7 @@ class SLDGuard:
 
     def guided(self, guidance: ClassifierFree) -> Guidance:
         """Returns guidance with the safety concept as third branch, or the given one where there is nothing to do."""
-        if self.config.guidance_scale == 0:
-            return guidance
-        return SLDGuidance(self, guidance)
+        return guidance if self.config.guidance_scale == 0 else SLDGuidance(self, guidance)
 
     def attach(self, pipeline: Pipeline) -> None:
         """Makes a plain diffusers pipeline draw in the same way, with its own text encoder's safety concept."""
@@ -191,11 +171,8 @@ class SLDGuard:
 
         Args:
             predictions: For the empty or negative prompt, the prompt and the safety concept; of the network's kind.
-            context: Where on the way each sample is.
+            context: Where on the way each sample is; with momentum, at a step of the latest trajectory.
             trajectory: The same number at every step of one trajectory, see `Conditioning.key`.
-
-        Raises:
-            ValueError: Momentum is asked for, and this is no step of the latest trajectory.
         """
         scale = context.noise_scale.view(-1, 1, 1, 1)
         away, prompt, safety = scale * predictions
@@ -243,10 +220,9 @@ class MomentumHistory:
         self._step = 0
 
     def before(self, steps: Tensor, trajectory: int, like: Latents) -> Latents:
-        """Returns the momentum before a step; step 0 begins a trajectory.
+        """Returns the momentum before a step, the same for all samples; step 0 begins a trajectory.
 
-        Raises:
-            ValueError: Samples are at different steps, or the trajectory's earlier steps were not the latest taken.
+        A `ValueError` refuses a step whose earlier steps were not the latest taken.
         """
         first, last = int(steps.min()), int(steps.max())
         if first == last == 0:
@@ -283,10 +259,9 @@ def safety_term(
     return term, beta * momentum + (1 - beta) * term.detach()
 
 
-def _check_length(text: str, tokenizer: Tokenizer, text_encoder: TextEncoder) -> None:
-    """Checks that no word of a text is beyond what the text encoder reads."""
-    room = min(tokenizer.model_max_length, text_encoder.config.max_position_embeddings) - 2
-    tokens = tokenizer.tokenize(text)
+def _check_length(text: str, prompts: PromptEncoder) -> None:
+    """Raises a `ValueError` with the words of a text that are beyond what the text encoder reads."""
+    room, tokens = prompts.room - 2, prompts.tokenizer.tokenize(text)
     if len(tokens) > room:
         lost = " ".join(token.removesuffix("</w>") for token in tokens[room:])
         raise ValueError(f"the safety concept must have at most {room} tokens, got {len(tokens)}; {lost!r} is cut off")
@@ -308,9 +283,8 @@ class PipelineSLD:
     def __init__(self, pipeline: Pipeline, guard: SLDGuard, prompts: PromptEncoder) -> None:
         self.guard = guard
         self._prompts = prompts
-        self._guided = False
         self._pipeline = weakref.ref(pipeline)
-        self._step = -1
+        self._guided, self._step = False, -1
         self._context: StepContext | None = None
         self._handles = (
             pipeline.unet.register_forward_pre_hook(self._before, with_kwargs=True),

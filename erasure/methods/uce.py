@@ -42,9 +42,6 @@ class UCE:
     """Erases a concept by editing the keys and values of cross-attention.
 
     Each phrase's text embeddings are made to attend as the anchor's do, while those of the preserved texts stay.
-
-    Args:
-        config: Settings; those of the paper's code by default.
     """
 
     name = "UCE"
@@ -73,8 +70,7 @@ class UCE:
 
     def __call__(self, policy: DiffusionPolicy, concept: Concept) -> WeightDelta:
         """Returns the change of weights that erases a concept at the authors' strength."""
-        pairs = [(phrase, concept.anchor) for phrase in concept.phrases]
-        return self.edit(policy, pairs, preserve=concept.preserve)
+        return self.erase(policy, concept).delta
 
     def edit(
         self,
@@ -102,8 +98,7 @@ class UCE:
         check_strength(strength)
         paper = self.config.variant == "paper"
         texts = list(dict.fromkeys(["", *preserve] if paper else preserve))
-        preserve_scale = self.config.preserve_scale
-        if preserve_scale is None:
+        if (preserve_scale := self.config.preserve_scale) is None:
             preserve_scale = max(0.1, 1 / len(texts)) if paper else 1.0
 
         embed = TextReader(policy)
@@ -130,10 +125,7 @@ def aligned_spans(
 ) -> tuple[Float[Tensor, "span dim"], Float[Tensor, "span dim"]]:
     """Pairs the token vectors of a text with those of its replacement.
 
-    Args:
-        old: The text.
-        new: Its replacement.
-        whole: From each text's last word on, to the end of the longer one; otherwise the two last words alone.
+    Whole: from each text's last word on, to the end of the longer one; otherwise the two last words alone.
     """
     span = len(old.tokens) - max(old.last_word, new.last_word) if whole else 1
     return old.tokens[old.last_word :][:span], new.tokens[new.last_word :][:span]

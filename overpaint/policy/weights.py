@@ -21,9 +21,7 @@ from .parts import UNet
 ADAPTER = "default"
 """Name of the one LoRA adapter."""
 
-TENSOR_FILE = "weight_delta.safetensors"
-RECORD_FILE = "weight_delta.json"
-RECORD_FORMAT = "overpaint.WeightDelta/1"
+DELTA_NAME, DELTA_FORMAT = "weight_delta", "overpaint.WeightDelta/1"
 
 
 @settings
@@ -211,14 +209,7 @@ class WeightDelta:
 
     def save(self, folder: str | Path) -> None:
         """Writes the differences as safetensors, and their names and shapes as JSON."""
-        from safetensors.torch import save_file
-
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        save_file({name: tensor.contiguous() for name, tensor in self.tensors.items()}, folder / TENSOR_FILE)
-        shapes = {name: list(tensor.shape) for name, tensor in sorted(self.tensors.items())}
-        record = {"format": RECORD_FORMAT, "parameters": shapes}
-        (folder / RECORD_FILE).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        save_parameters(Path(folder), DELTA_NAME, self.tensors, DELTA_FORMAT)
 
     @classmethod
     def load(cls, folder: str | Path) -> "WeightDelta":
@@ -227,16 +218,39 @@ class WeightDelta:
         Raises:
             ValueError: The folder holds no weight delta, or its two files disagree.
         """
-        from safetensors.torch import load_file
+        return cls(load_parameters(Path(folder), DELTA_NAME, DELTA_FORMAT))
 
-        folder = Path(folder)
-        for name in (TENSOR_FILE, RECORD_FILE):
-            if not (folder / name).is_file():
-                raise ValueError(f"a weight delta's folder must hold {name}, and {folder} does not")
-        record = json.loads((folder / RECORD_FILE).read_text(encoding="utf-8"))
-        if record.get("format") != RECORD_FORMAT:
-            raise ValueError(f"{RECORD_FILE} must be of format {RECORD_FORMAT!r}, got {record.get('format')!r}")
-        tensors = load_file(folder / TENSOR_FILE)
-        if {name: list(tensor.shape) for name, tensor in tensors.items()} != record["parameters"]:
-            raise ValueError(f"{TENSOR_FILE} must hold the parameters that {RECORD_FILE} lists, in {folder}")
-        return cls(tensors)
+
+def save_parameters(folder: Path, name: str, tensors: Mapping[str, Tensor], record_format: str) -> None:
+    """Writes parameters into a folder: `<name>.safetensors`, and their names and shapes in `<name>.json`."""
+    from safetensors.torch import save_file
+
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, folder / f"{name}.safetensors")
+    record = {"format": record_format, "parameters": _shapes(tensors)}
+    (folder / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+
+
+def load_parameters(folder: Path, name: str, record_format: str) -> dict[str, Tensor]:
+    """Reads what `save_parameters` wrote.
+
+    Raises:
+        ValueError: A file is missing or of another format, or the two disagree.
+    """
+    from safetensors.torch import load_file
+
+    tensor_file, record_file = f"{name}.safetensors", f"{name}.json"
+    for file in (tensor_file, record_file):
+        if not (folder / file).is_file():
+            raise ValueError(f"the folder must hold {file}, and {folder} does not")
+    record = json.loads((folder / record_file).read_text(encoding="utf-8"))
+    if record.get("format") != record_format:
+        raise ValueError(f"{record_file} must be of format {record_format!r}, got {record.get('format')!r}")
+    tensors = load_file(folder / tensor_file)
+    if _shapes(tensors) != record["parameters"]:
+        raise ValueError(f"{tensor_file} must hold the parameters that {record_file} lists, in {folder}")
+    return tensors
+
+
+def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, list[int]]:
+    return {name: list(tensor.shape) for name, tensor in sorted(tensors.items())}

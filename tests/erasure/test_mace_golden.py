@@ -8,7 +8,7 @@ from torch import Tensor
 
 from erasure.methods.keys_and_values import TextReader, keys_and_values
 from erasure.methods.mace.fusion import LowRank, around, fused, refining_factor
-from erasure.phrases import placed, positions
+from erasure.phrases import placed
 from overpaint.policy import DiffusionPolicy
 from tests.erasure.erasure_case import TINY_SD, ErasureCase
 
@@ -103,7 +103,7 @@ def test_tokens_around_the_concept_are_those_that_are_stored(golden_policy: Diff
 
 
 def test_tokens_are_paired_by_their_places_in_both_texts(golden_policy: DiffusionPolicy) -> None:
-    numbers = torch.arange(float(positions(golden_policy))).unsqueeze(1)
+    numbers = torch.arange(float(golden_policy.prompts.room)).unsqueeze(1)
     places = [(template, *words) for words in WORDS for template in HYPER["templates"]]
     for pair, (template, *phrases) in zip(CASE.record["prompt_pairs"], places, strict=True):
         old, new = (placed(golden_policy, template, phrase) for phrase in phrases)

@@ -320,7 +320,7 @@ def test_negative_prompt_of_ones_own_is_refused_or_kept(bare: DiffusionPolicy) -
 )
 def test_impossible_setting_is_refused(field: str, value: object) -> None:
     settings: dict[str, Any] = {field: value}
-    with pytest.raises(ValueError, match=rf"SAFREEConfig(\.|: ){field} must be .* got"):
+    with pytest.raises(ValueError, match=rf"SAFREEConfig\.{field}(\[1\])? must .* got"):
         SAFREEConfig(**settings)
 
 

@@ -108,7 +108,7 @@ def test_presets_are_the_papers(config: SLDConfig, numbers: tuple[float, ...]) -
         ({"threshold": float("nan")}, "SLDConfig.threshold must be a finite number, got nan"),
         ({"momentum_scale": -0.1}, "SLDConfig.momentum_scale must be at least 0, got -0.1"),
         ({"momentum_beta": 1.0}, "SLDConfig.momentum_beta must be below 1, got 1.0"),
-        ({"concept_text": " "}, "SLDConfig.concept_text must be None or not blank, got ' '"),
+        ({"concept_text": " "}, "SLDConfig.concept_text must not be blank, got ' '"),
     ],
 )
 def test_settings_that_make_no_sense_are_refused(change: dict[str, Any], message: str) -> None:

@@ -17,7 +17,7 @@ from contextlib import nullcontext
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
@@ -29,16 +29,13 @@ from erasure.descend import DescentConfig, erase_by_descent
 from erasure.erased import Erasure
 from erasure.phrases import check_words
 from erasure.protocols import ConceptBatch, UNetCalls, check_trainable
-from erasure.rollout import erased_target, latents_before, random_stops
+from erasure.rollout import erased_target, latents_before, random_stops, rollout_calls
 from overpaint.policy import ClassifierFree, Conditioning, DiffusionPolicy
 from overpaint.policy.types import PerSample
 from overpaint.settings import Field, settings
 from overpaint.training import TrainingConfig, check_output_dir, from_main
 
 from .saliency import Mask, SaliencyConfig, masked_gradients, read_mask, saliency_mask, write_mask
-
-MASK_FILE = "saliency.safetensors"
-"""Where a run keeps its saliency mask, in its folder."""
 
 
 class Behaviour(NamedTuple):
@@ -75,7 +72,7 @@ class ANTConfig:
 
     kept_share: float = Field(0.14, gt=0, lt=1)
     """Share of the denoising steps that are kept. The paper counts 50 steps from 50 down to 1 and keeps those above
-    t' = 43, which are 7 of 50: index 0 to 6 from noise. See `kept_steps`."""
+    t' = 43, which are 7 of 50: index 0 to 6 from noise. At least one step is kept, and not all."""
 
     negative_guidance: float = Field(1.0, gt=0)
     """How far from the unconditional prediction both targets lie (η)."""
@@ -112,20 +109,12 @@ class ANTConfig:
         chosen = {name: getattr(self, name) for name in Behaviour._fields}
         return BEHAVIOURS[self.variant]._replace(**{name: value for name, value in chosen.items() if value is not None})
 
-    def kept_steps(self) -> int:
-        """Returns how many steps are kept: the share of all, at least one, and not all."""
-        return min(max(round(self.kept_share * self.steps), 1), self.steps - 1)
-
     def stages(self) -> tuple[range, range]:
         """Returns the steps that are kept and those that are reversed, by their index from noise."""
-        kept = self.kept_steps()
+        kept = min(max(round(self.kept_share * self.steps), 1), self.steps - 1)
         if self.behaviour().stage_orientation == "keep_early":
             return range(kept), range(kept, self.steps)
         return range(self.steps - kept, self.steps), range(self.steps - kept)
-
-    def settings(self) -> dict[str, Any]:
-        """Returns everything, with the behaviour that the variant stands for."""
-        return asdict(self) | self.behaviour()._asdict()
 
 
 class Terms(NamedTuple):
@@ -142,9 +131,6 @@ class ANT:
 
     As an objective in a trainer it is the loss alone, without a mask: there it moves what the policy trains, such as a
     LoRA, and a mask over the gradients would be one over the reward's gradient too. `erase` masks.
-
-    Args:
-        config: Settings.
     """
 
     name = "ANT"
@@ -180,19 +166,14 @@ class ANT:
 
         The saliency maps, which come before, are not counted; each of their updates takes as many for its one sample.
         """
-        branches = 2 if self.config.guidance_scale != 1 else 1
         last = max(self.config.stages(), key=lambda stage: stage.start)
-        way = branches * (last[0] + last[-1]) / 2
+        way = rollout_calls(last[0], last[-1], self.config.guidance_scale)
         if self.config.behaviour().uncond_grad:
             return UNetCalls(forward=way + 4, backward=4)
         return UNetCalls(forward=way + 6, backward=2)
 
     def prepare(self, policy: DiffusionPolicy, concept: Concept) -> None:
-        """Checks the concept's words and that there is something to train.
-
-        Raises:
-            ValueError: The tokenizer cuts a text off, or nothing in the policy is trainable.
-        """
+        """Raises a `ValueError` where the text encoder would cut a text off, or nothing is trainable."""
         check_words(policy, concept)
         check_trainable(policy, f"erasing {concept.name!r} by ANT", "load it with lora=LoRAConfig() or train='full'")
 
@@ -242,12 +223,8 @@ class ANT:
             with torch.no_grad():
                 (without,) = predictions(empty)
         eta = self.config.negative_guidance
-        targets = torch.stack(
-            [
-                erased_target(conditional[0], unconditional[0], negative_guidance=-eta),
-                erased_target(conditional[1], unconditional[1], negative_guidance=eta),
-            ]
-        )
+        pairs = zip(conditional, unconditional, (-eta, eta), strict=True)
+        targets = torch.stack([erased_target(*pair, negative_guidance=scale) for *pair, scale in pairs])
         keep, reverse = (with_prompt - targets).square().flatten(2).mean(dim=2)
         keep_empty, reverse_empty = (without - unconditional).square().flatten(2).mean(dim=2)
         return Terms(keep, keep_empty, reverse, reverse_empty)
@@ -267,10 +244,9 @@ class ANT:
                 f"saliency.prompts must be {concept.name!r}'s, one of them part of a phrase that elicits it, got "
                 f"{', '.join(cfg.saliency.prompts)}"
             )
-        record = json.dumps(
-            cfg.settings() | {"descent": None, "base": weights_hash(student.unet, student.trainable_state())}
-        )
-        path = None if output_dir is None else Path(output_dir) / MASK_FILE
+        base = weights_hash(student.unet, student.trainable_state())
+        record = json.dumps(asdict(cfg) | cfg.behaviour()._asdict() | {"descent": None, "base": base})
+        path = None if output_dir is None else Path(output_dir) / "saliency.safetensors"
         if resume and path is not None and path.is_file():
             return read_mask(path, record)
         mask = saliency_mask(student, self.loss, cfg.saliency, keep=cfg.behaviour().mask_keep, progress=progress)

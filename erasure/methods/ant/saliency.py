@@ -25,7 +25,7 @@ from overpaint.policy import DiffusionPolicy
 from overpaint.policy.atomic import atomic_file, this_process
 from overpaint.policy.types import PerSample
 from overpaint.policy.weights import base_parameters
-from overpaint.settings import Field, settings
+from overpaint.settings import Field, Text, settings
 
 Mask = dict[str, Bool[Tensor, "..."]]
 """For each parameter, by its plain name, the entries that are kept."""
@@ -35,7 +35,7 @@ Mask = dict[str, Bool[Tensor, "..."]]
 class SaliencyConfig:
     """How the mask is found; as in the paper for nudity by default: 20 maps of 10 updates."""
 
-    prompts: tuple[str, ...] = Field(("nudity", "naked", "erotic", "sexual"), min_length=1)
+    prompts: tuple[Text, ...] = Field(("nudity", "naked", "erotic", "sexual"), min_length=1)
     """Texts that elicit the concept; each gives a map with each seed."""
 
     seeds: tuple[int, ...] = Field((24, 42, 98, 403, 3407), min_length=1)
@@ -50,11 +50,6 @@ class SaliencyConfig:
     kept: float = Field(0.5, gt=0, le=1)
     """Share of each tensor's entries in a map."""
 
-    def __post_init__(self) -> None:
-        """Checks that every prompt says something."""
-        if blank := [prompt for prompt in self.prompts if not prompt.strip()]:
-            raise ValueError(f"prompts must not be blank, got {blank[0]!r}")
-
 
 def saliency_mask(
     policy: DiffusionPolicy,
@@ -66,12 +61,7 @@ def saliency_mask(
 ) -> Mask:
     """Returns the mask over what the policy trains; its weights are put back to the bit after each map.
 
-    Args:
-        policy: Trains parameters of its own UNet.
-        loss: What is descended.
-        config: How.
-        keep: Which half of each tensor's entries a map keeps: those of the largest sums, or of the smallest.
-        progress: Whether a progress bar is shown.
+    Each map keeps a share of each tensor's entries: those of the largest sums (high), or of the smallest (low).
 
     Raises:
         ValueError: A gradient is not finite, or the maps have nothing in common.
@@ -139,10 +129,8 @@ def salient(
 def masked_gradients(policy: DiffusionPolicy, mask: Mapping[str, Bool[Tensor, "..."]]) -> Generator[None]:
     """Makes every gradient zero outside a mask for the length of a `with` block.
 
-    Adam without weight decay then leaves these weights as they are, to the bit.
-
-    Raises:
-        ValueError: The mask is not one for what the policy trains.
+    Adam without weight decay then leaves these weights as they are, to the bit. A `ValueError` refuses a mask that is
+    not one for what the policy trains.
     """
     parameters = trained(policy)
     if differing := sorted(parameters.keys() ^ mask.keys()):
@@ -170,11 +158,7 @@ def write_mask(path: Path, mask: Mask, record: str) -> None:
 
 
 def read_mask(path: Path, record: str) -> Mask:
-    """Reads what `write_mask` wrote.
-
-    Raises:
-        ValueError: It belongs to something else.
-    """
+    """Reads what `write_mask` wrote; a `ValueError` refuses what belongs to something else."""
     with safe_open(path, framework="pt") as file:
         found = (file.metadata() or {}).get("record")
         if found != record:

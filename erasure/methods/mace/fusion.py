@@ -5,6 +5,7 @@ leave a direction open, it stays as it was.
 """
 
 from collections.abc import Mapping, Sequence
+from functools import reduce
 from typing import NamedTuple
 
 import torch
@@ -20,41 +21,24 @@ class LowRank(NamedTuple):
     """A low-rank update of a weight, `up @ down`."""
 
     up: Float[Tensor, "out rank"]
-    """Its columns."""
-
     down: Float[Tensor, "rank dim"]
-    """Its rows."""
 
 
 class Texts(NamedTuple):
     """What the closed forms read, in float64."""
 
-    old: Float[Tensor, "pairs dim"]
-    """Tokens around the phrases."""
-
-    new: Float[Tensor, "pairs dim"]
-    """Tokens around the anchor in their place."""
-
-    prompts: list[Float[Tensor, "dim dim"]]
-    """Second moment of all tokens of each phrase's prompts."""
-
-    prior: Float[Tensor, "dim dim"]
-    """Second moment of the prior's tokens."""
+    old: Float[Tensor, "pairs dim"]  # tokens around the phrases
+    new: Float[Tensor, "pairs dim"]  # tokens around the anchor in their place
+    prompts: list[Float[Tensor, "dim dim"]]  # second moment of all tokens of each phrase's prompts
+    prior: Float[Tensor, "dim dim"]  # second moment of the prior's tokens
 
 
 def read_texts(
     policy: DiffusionPolicy, phrases: Mapping[str, Sequence[str]], anchor: str, prior: Sequence[str]
 ) -> Texts:
-    """Returns what the closed forms read.
+    """Returns what the closed forms read: `phrases` with the templates that each is put into, and the `anchor` in them.
 
-    Args:
-        policy: Whose text encoder reads.
-        phrases: What is erased, each with the templates that it is put into.
-        anchor: What takes their place.
-        prior: Texts whose keys and values are to stay.
-
-    Raises:
-        ValueError: A template cannot be used.
+    A `ValueError` refuses a template that cannot be used.
     """
     read = TextReader(policy)
     old, new, prompts = [], [], []
@@ -72,13 +56,8 @@ def read_texts(
 
 def second_moment(read: TextReader, texts: Sequence[str]) -> Float[Tensor, "dim dim"]:
     """Returns Σ e eᵀ over all tokens of some texts, at least one."""
-    first, *others = texts
-    tokens = read(first).tokens
-    moment = tokens.T @ tokens
-    for text in others:  # added up one by one: there may be hundreds of thousands
-        tokens = read(text).tokens
-        moment += tokens.T @ tokens
-    return moment
+    moments = (tokens.T @ tokens for tokens in (read(text).tokens for text in texts))
+    return reduce(torch.add, moments)  # one by one: there may be hundreds of thousands
 
 
 def around(
@@ -90,11 +69,10 @@ def around(
     that, its end is left out.
     """
     behind = len(old_tokens) - max(old.end, new.end)
-    pairs = [
-        torch.cat([tokens[: each.first], tokens[each.end : each.end + behind]])
-        for each, tokens in ((old, old_tokens), (new, new_tokens))
-    ]
-    return pairs[0], pairs[1]
+    return (
+        torch.cat([old_tokens[: old.first], old_tokens[old.end : old.end + behind]]),
+        torch.cat([new_tokens[: new.first], new_tokens[new.end : new.end + behind]]),
+    )
 
 
 def least_squares(target: Float[Tensor, "rows dim"], system: Float[Tensor, "dim dim"]) -> Float[Tensor, "rows dim"]:
@@ -115,13 +93,7 @@ def refining_factor(
     """Returns the matrix E for which the refined weights are W + W E, whatever the original W.
 
     The solution of min Σ ‖W' f_old - W f_new‖² + p Σ ‖W' e - W e‖², that is
-    `W' = W (Σ f_new f_oldᵀ + p Σ e eᵀ) (Σ f_old f_oldᵀ + p Σ e eᵀ)⁻¹`.
-
-    Args:
-        old: Tokens around the concept.
-        new: Tokens around what takes its place.
-        prior: Second moment of the tokens whose keys and values are to stay.
-        prior_weight: p.
+    `W' = W (Σ f_new f_oldᵀ + p Σ e eᵀ) (Σ f_old f_oldᵀ + p Σ e eᵀ)⁻¹`; `prior_weight` is p, the rest as in `Texts`.
     """
     return least_squares((new - old).T @ old, old.T @ old + prior_weight * prior)
 
@@ -141,10 +113,10 @@ def fused(
 
     Args:
         weights: The original weights W, float64.
-        refinement: E.
+        refinement: E, of `refining_factor`.
         updates: ΔW_i for each word and weight.
         moments: Second moment of the tokens f of each word's prompts.
-        prior: As for `refining_factor`.
+        prior: That of the tokens e.
         prior_weight: p.
     """
     system = sum(moments[1:], moments[0]) + prior_weight * prior

@@ -59,9 +59,6 @@ TARGETS = ("attn2.to_k", "attn2.to_v")
 DOWN, UP = f".lora_A.{ADAPTER}", f".lora_B.{ADAPTER}"
 """What peft puts into the names of the two factors of an update."""
 
-COCO_CAPTIONS = 616_767
-"""Captions of COCO 2014, training and validation: what the authors' prior is."""
-
 TEMPLATES = tuple(
     f"{picture} {SLOT}{where}"
     for picture in ("a photo of", "a picture of", "an image of", "a drawing of", "a painting of", "a close view of")
@@ -106,9 +103,9 @@ class MACEConfig:
     fusion_prior_weight: float = Field(7e-7, ge=0)
     """Weight of each prior text in the fusion."""
 
-    prior_size: int | None = Field(COCO_CAPTIONS, ge=1)
-    """How many texts the prior stands for: those that there are weigh as much together as that many. None counts them
-    as they are."""
+    prior_size: int | None = Field(616_767, ge=1)
+    """How many texts the prior stands for: those that there are weigh as much together as that many; by default the
+    captions of COCO 2014, training and validation, which are the authors' prior. None counts them as they are."""
 
     prompts: tuple[str, ...] = Field((f"a photo of the {SLOT}",), min_length=1)
     """Prompts of the pictures of a phrase; they take turns."""
@@ -155,14 +152,9 @@ class MACEConfig:
 class Pictures(NamedTuple):
     """Pictures of a phrase, and where it is in them."""
 
-    prompts: tuple[Placed, ...]
-    """The prompt of each."""
-
-    latents: Latents
-    """Clean, on the CPU."""
-
-    masks: Bool[Tensor, "batch mask_h mask_w"]
-    """Pixels of the concept, in the images' size or that of a map of attention."""
+    prompts: list[Placed]  # the prompt of each
+    latents: Latents  # clean, on the CPU
+    masks: Bool[Tensor, "batch mask_h mask_w"]  # pixels of the concept, in the images' size or that of an attention map
 
 
 class MACE:
@@ -176,8 +168,8 @@ class MACE:
 
     Args:
         config: Settings.
-        images: Images of some phrases, with or without masks; `masked_images` reads them from a folder.
-            Pictures of other phrases are drawn by the model itself.
+        images: Images of some phrases, with or without masks; `masked_images` reads them from a folder. Pictures of
+            other phrases are drawn by the model itself.
         segment: Finds the phrase in images that have no masks. Without it cross-attention does, a variant of ours.
         folder: Keeps drawn pictures; by default `erase` keeps them in its own folder, if it has one.
         progress: Whether a progress bar is shown while they are drawn.
@@ -267,11 +259,7 @@ class MACE:
         return UNetCalls(forward=0.0, backward=1.0)
 
     def prepare(self, policy: DiffusionPolicy, concept: Concept) -> None:
-        """Draws pictures of each phrase with the policy's reference, and finds the phrase in them.
-
-        Raises:
-            ValueError: A text, an image or a mask cannot be used.
-        """
+        """Draws pictures of each phrase with the policy's reference and finds the phrase in them; raises as `erase`."""
         check_words(policy, concept)
         phrases = own_phrases(concept.phrases)
         if not self._drawn:
@@ -281,11 +269,8 @@ class MACE:
     def loss(self, policy: DiffusionPolicy, batch: ConceptBatch) -> PerSample:
         """Returns the attention that each sample pays to its phrase and to the end where the concept is, with gradient.
 
-        A prompt that is a phrase stands for the prompts of its pictures; any other must hold a phrase, and is taken
-        for the prompt of one of that phrase's pictures.
-
-        Raises:
-            ValueError: `prepare` was not called, or a prompt holds none of the phrases.
+        A prompt that is a phrase stands for the prompts of its pictures; any other must hold a phrase, else a
+        `ValueError` refuses it, and is taken for the prompt of one of that phrase's pictures.
         """
         cfg = self.config
         choices = [random.Random(f"mace {seed}") for seed in batch.seeds]
@@ -294,9 +279,8 @@ class MACE:
             phrase = self._phrase_in(text)
             pictures = self._pictures[phrase]
             index = choice.randrange(len(pictures.latents))
-            prompts.append(
-                pictures.prompts[index] if text == phrase else placed(policy, template_of(phrase, text), phrase)
-            )
+            own = text == phrase
+            prompts.append(pictures.prompts[index] if own else placed(policy, template_of(phrase, text), phrase))
             latents.append(pictures.latents[index])
             masks.append(pictures.masks[index])
         total = len(policy.alphas)
@@ -315,11 +299,7 @@ class MACE:
         return norm + 0 * sum(weight.sum() for weight in values.parameters() if weight.requires_grad)
 
     def pictures(self, policy: DiffusionPolicy, phrases: Collection[str]) -> dict[str, Pictures]:
-        """Returns pictures of each phrase, given or drawn by the policy as it is, and where the phrase is in them.
-
-        Raises:
-            ValueError: A prompt, an image or a mask cannot be used.
-        """
+        """Returns pictures of each phrase, given or drawn by the policy as it is, and where the phrase is in them."""
         cfg = self.config
         if unknown := sorted(self.images.keys() - set(phrases)):
             raise ValueError(f"images must be of the phrases {', '.join(map(repr, phrases))}, got {unknown[0]!r}")
@@ -350,17 +330,13 @@ class MACE:
                     policy, latents, texts, phrase_tokens(policy, prompts),
                     timesteps=cfg.mask_timesteps, threshold=cfg.mask_threshold, side=cfg.mask_side, seeds=seeds,
                 )  # fmt: skip
-            found[phrase] = Pictures(tuple(prompts), latents, masks.cpu())
+            found[phrase] = Pictures(prompts, latents, masks.cpu())
         if len(sizes := {tuple(pictures.latents.shape[-2:]) for pictures in found.values()}) > 1:
             raise ValueError(f"pictures of all phrases must be of one size, got latents of {sorted(sizes)}")
         return found
 
     def prior(self, concept: Concept) -> tuple[list[str], float]:
-        """Returns the texts whose keys and values are to stay, and how many each of them stands for.
-
-        Raises:
-            ValueError: There is none, or a preserved text holds a phrase.
-        """
+        """Returns the texts whose keys and values are to stay, and how many each of them stands for."""
         cfg = self.config
         check_absent(concept, concept.preserve, "Concept.preserve")
         allowed = [text for text in cfg.prior if not any(holds(text, phrase) for phrase in concept.phrases)]
@@ -370,11 +346,7 @@ class MACE:
         return texts, 1.0 if cfg.prior_size is None else cfg.prior_size / len(texts)
 
     def _phrase_in(self, prompt: str) -> str:
-        """Returns the phrase that a prompt is or holds.
-
-        Raises:
-            ValueError: It holds none, or `prepare` was not called.
-        """
+        """Returns the phrase that a prompt is or holds."""
         if not self._pictures:
             raise ValueError("prepare must be called before the first loss, and was not")
         held = [phrase for phrase in self._pictures if holds(prompt, phrase)]

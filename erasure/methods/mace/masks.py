@@ -19,16 +19,11 @@ MASK_ENDING = ".mask.png"
 
 IMAGE_ENDINGS = (".png", ".jpg", ".jpeg")
 
-MAX_PIXELS = 1 << 24
-"""Largest image that is read."""
-
 
 class MaskedImages(NamedTuple):
-    """Images of a concept."""
+    """Images of a concept, all of one size."""
 
     images: Images
-    """All of one size."""
-
     masks: Shaped[Tensor, "batch H W"] | None
     """True, or above a half, where an image shows the concept, in the images' size; None has them found."""
 
@@ -43,11 +38,7 @@ class Segmenter(Protocol):
 
 
 def checked_masks(masks: Shaped[Tensor, "..."], images: Images, phrase: str) -> Bool[Tensor, "batch H W"]:
-    """Returns masks as truth values.
-
-    Raises:
-        ValueError: They are not one for each image, of another size, or one marks nothing.
-    """
+    """Returns masks as bools; a `ValueError` refuses a number or size other than the images', and an empty one."""
     expected = (len(images), *images.shape[-2:])
     if tuple(masks.shape) != expected:
         raise ValueError(f"masks of {phrase!r} must have the images' shape {expected}, got {tuple(masks.shape)}")
@@ -75,26 +66,21 @@ def masked_images(folder: str | Path) -> dict[str, MaskedImages]:
             raise ValueError(f"a folder of a phrase must hold images, and {place} holds none")
         if missing and len(missing) < len(images):
             raise ValueError(f"all images of {place.name!r} must have a mask or none, and {missing[0]} is not there")
-        sizes = {path.name: read_image(path).shape[-2:] for path in images}
+        read = [read_image(path) for path in images]
+        sizes = {path.name: image.shape[-2:] for path, image in zip(images, read, strict=True)}
         if len(set(sizes.values())) > 1:
             raise ValueError(f"images of {place.name!r} must be of one size, got {sizes}")
-        found[place.name] = MaskedImages(
-            torch.stack([read_image(path) for path in images]),
-            None if missing else torch.stack([read_image(path).mean(dim=0) for path in masks]),
-        )
+        marked = None if missing else torch.stack([read_image(path).mean(dim=0) for path in masks])
+        found[place.name] = MaskedImages(torch.stack(read), marked)
     if not found:
         raise ValueError(f"a folder of images must hold a folder for each phrase, and {folder} holds none")
     return found
 
 
 def read_image(path: Path) -> Float[Tensor, "3 H W"]:
-    """Reads an image file as RGB in [0, 1].
-
-    Raises:
-        ValueError: It is not a PNG or JPEG, RGB or grey.
-    """
+    """Reads an image file as RGB in [0, 1]; a `ValueError` refuses what is no PNG or JPEG, RGB or grey."""
     try:
-        return decode_image(path.read_bytes(), MAX_PIXELS)
+        return decode_image(path.read_bytes(), max_pixels=1 << 24)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
 
@@ -113,15 +99,8 @@ def attention_masks(
 ) -> Bool[Tensor, "batch mask_h mask_w"]:
     """Returns where pictures attend to words: the mean map over some timesteps, from a share of its highest value on.
 
-    Args:
-        policy: Whose attention is read.
-        latents: Clean, of the pictures.
-        prompts: Of each.
-        words: Which tokens of each.
-        timesteps: To which the pictures are noised.
-        threshold: Share of the highest value.
-        side: See `concept_map`.
-        seeds: Of the noise, one for each picture.
+    The latents are clean, and noised to each timestep with the seeds, one for each picture; for `side` see
+    `concept_map`, and `threshold` is the share.
     """
     height, width = latents.shape[-2:]
     stream = SampleNoise(seeds, height=height, width=width, device=policy.device)

@@ -1,7 +1,6 @@
 """Adapters on cross-attentions ("erasers"): residual networks that are trained, saved and applied on their own."""
 
-import json
-from collections.abc import Generator, Mapping
+from collections.abc import Generator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -17,20 +16,13 @@ from erasure.methods.attention_maps import cross_attentions
 from overpaint.policy import DiffusionPolicy
 from overpaint.policy.added import add_networks, added_networks, remove_networks
 from overpaint.policy.parts import Pipeline, UNet
-from overpaint.policy.weights import base_parameters
+from overpaint.policy.weights import base_parameters, load_parameters, save_parameters
 
-TENSOR_FILE = "erasers.safetensors"
-RECORD_FILE = "erasers.json"
-RECORD_FORMAT = "overpaint.Erasers/1"
+FILE_NAME, FILE_FORMAT = "erasers", "overpaint.Erasers/1"
 
 
 class Eraser(nn.Module):
-    """Adds `up(GELU(down(x)))` to what a cross-attention gives; nothing at all before it is trained.
-
-    Args:
-        width: Channels of the layer.
-        rank: Channels in between.
-    """
+    """Adds `up(GELU(down(x)))` to what a cross-attention gives, of `width` channels; nothing before it is trained."""
 
     def __init__(self, width: int, rank: int) -> None:
         super().__init__()
@@ -52,11 +44,7 @@ def fresh_erasers(unet: nn.Module, rank: int, seed: int) -> dict[str, Eraser]:
 
 
 def check_free(unet: nn.Module) -> None:
-    """Checks that nothing was added to a UNet yet.
-
-    Raises:
-        ValueError: Something was.
-    """
+    """Raises a `ValueError` where something was added to a UNet already."""
     if added := added_networks(unet):
         raise ValueError(
             f"erasers must be the first networks that are added to a UNet, and this one has {len(added)}; to erase a "
@@ -123,11 +111,7 @@ class AddedNetworks:
 
     def save(self, folder: Path) -> None:
         """Writes the weights as safetensors, and their names and shapes as JSON."""
-        from safetensors.torch import save_file
-
-        save_file({name: value.contiguous() for name, value in self.tensors.items()}, folder / TENSOR_FILE)
-        record = {"format": RECORD_FORMAT, "parameters": _shapes(self.tensors)}
-        (folder / RECORD_FILE).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        save_parameters(folder, FILE_NAME, self.tensors, FILE_FORMAT)
 
     @classmethod
     def load(cls, folder: Path) -> "AddedNetworks":
@@ -136,18 +120,7 @@ class AddedNetworks:
         Raises:
             ValueError: The folder holds no erasers, or its two files disagree.
         """
-        from safetensors.torch import load_file
-
-        for name in (TENSOR_FILE, RECORD_FILE):
-            if not (folder / name).is_file():
-                raise ValueError(f"a folder of erasers must hold {name}, and {folder} does not")
-        record = json.loads((folder / RECORD_FILE).read_text(encoding="utf-8"))
-        if record.get("format") != RECORD_FORMAT:
-            raise ValueError(f"{RECORD_FILE} must be of format {RECORD_FORMAT!r}, got {record.get('format')!r}")
-        tensors = load_file(folder / TENSOR_FILE)
-        if _shapes(tensors) != record["parameters"]:
-            raise ValueError(f"{TENSOR_FILE} must hold the parameters that {RECORD_FILE} lists, in {folder}")
-        return cls(tensors)
+        return cls(load_parameters(folder, FILE_NAME, FILE_FORMAT))
 
     def _layers(self) -> list[str]:
         return sorted({name.rsplit(".", 2)[0] for name in self.tensors})
@@ -164,24 +137,18 @@ class AddedNetworks:
         for name in self._layers():
             if name not in found:
                 raise ValueError(f"the UNet must have every cross-attention that an eraser is for, and lacks {name!r}")
-            prefix = f"{name}."
-            # Copied, so that training the model's erasers would not change the erasure.
-            state = {key.removeprefix(prefix): v.clone() for key, v in self.tensors.items() if key.startswith(prefix)}
-            rank, width = state["down.weight"].shape
+            rank, width = self.tensors[f"{name}.down.weight"].shape
             if width != _width(found[name]):
                 raise ValueError(f"{name!r} must have the eraser's {width} channels, got {_width(found[name])}")
             with torch.device("meta"):
                 eraser = Eraser(width, rank)
+            # Copied, so that training the model's erasers would not change the erasure.
+            state = {key: self.tensors[f"{name}.{key}"].clone() for key in eraser.state_dict()}
             eraser.load_state_dict(state, assign=True)
-            weight = unet.conv_in.weight
-            networks[name] = eraser.to(device=weight.device, dtype=weight.dtype).requires_grad_(False).eval()
+            networks[name] = eraser.to(unet.conv_in.weight).requires_grad_(False).eval()
         return networks
 
 
 def _width(layer: Any) -> int:
     """Returns the channels of what a cross-attention gives."""
     return layer.to_out[0].out_features
-
-
-def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, list[int]]:
-    return {name: list(tensor.shape) for name, tensor in sorted(tensors.items())}

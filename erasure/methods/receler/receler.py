@@ -29,7 +29,7 @@ from erasure.erased import Erasure
 from erasure.methods.attention_maps import concept_map, layer_shape, recorded_attention, words_of
 from erasure.phrases import check_words, own_phrases
 from erasure.protocols import ConceptBatch, UNetCalls, check_trainable
-from erasure.rollout import erased_target, noised_latents
+from erasure.rollout import erased_target, noised_latents, rollout_calls, squared_error
 from overpaint.policy import Conditioning, DiffusionPolicy
 from overpaint.policy.added import add_networks, remove_networks
 from overpaint.policy.types import Latents, PerSample
@@ -90,11 +90,8 @@ class RecelerConfig:
 class Terms(NamedTuple):
     """The parts of a loss, for each sample."""
 
-    erased: PerSample
-    """Squared distance from what is to be predicted for the concept."""
-
-    outside: PerSample
-    """What the erasers add outside of the concept; zero where there are none."""
+    erased: PerSample  # squared distance from what is to be predicted for the concept
+    outside: PerSample  # what the erasers add outside of the concept; zero where there are none
 
 
 class Receler:
@@ -102,9 +99,6 @@ class Receler:
 
     As an objective it takes a policy with whatever trained: erasers (see `student`), or a LoRA or a parameter set of a
     model that has or has not been erased with erasers. Where there are no erasers, there is no regularisation.
-
-    Args:
-        config: Settings.
     """
 
     name = "Receler"
@@ -137,10 +131,7 @@ class Receler:
     def student(self, policy: DiffusionPolicy) -> DiffusionPolicy:
         """Returns a policy that draws the same, with fresh erasers beside a UNet of its own; they are what it trains.
 
-        Its reference is the original model, as fresh erasers add zero.
-
-        Raises:
-            ValueError: The policy has erasers already.
+        Its reference is the original model, as fresh erasers add zero. A `ValueError` refuses a policy with erasers.
         """
         check_free(policy.unet)
         # The student copies what the UNet has, so the erasers are put there for that long.
@@ -155,16 +146,11 @@ class Receler:
 
         All inner steps but the last want a gradient for the soft tokens only.
         """
-        branches = 2 if self.config.guidance_scale != 1 else 1
         inner = self.config.inner_steps if self.config.variant == "paper" else 1
-        return UNetCalls(forward=branches * (self.config.steps - 1) / 2 + 2, backward=inner)
+        return UNetCalls(rollout_calls(0, self.config.steps - 1, self.config.guidance_scale) + 2, backward=inner)
 
     def prepare(self, policy: DiffusionPolicy, concept: Concept) -> None:
-        """Checks the concept's words and that there is something to train.
-
-        Raises:
-            ValueError: The tokenizer cuts a text off, or nothing in the policy is trainable.
-        """
+        """Raises a `ValueError` where the text encoder would cut a text off, or nothing is trainable."""
         check_words(policy, concept)
         check_trainable(policy, f"erasing {concept.name!r} by Receler", "see Receler.student")
 
@@ -206,7 +192,7 @@ class Receler:
             conditioning = with_tokens(conditioning, words, tokens)
         with recorded_erasers(policy.unet) as added:
             prediction = policy.predict_noise(latents, timesteps, conditioning)
-        erased = (prediction - target).square().flatten(1).mean(dim=1)
+        erased = squared_error(prediction, target)
         if not added:
             return Terms(erased, torch.zeros_like(erased))
         return Terms(erased, outside(added, where >= cfg.mask_threshold, height=height, width=width))

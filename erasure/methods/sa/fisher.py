@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from erasure.cache import claim
+from erasure.rollout import squared_error
 from overpaint.policy import Conditioning, DiffusionPolicy
 from overpaint.policy.atomic import atomic_file, this_process
 from overpaint.policy.digest import tensors_hash
@@ -57,14 +58,9 @@ class FisherConfig:
 class Sums(NamedTuple):
     """What is added up over pictures."""
 
-    squares: dict[str, Tensor]
-    """Of each weight: squared gradients, scaled to all timesteps."""
-
-    plain: Float[Tensor, " tensors"]
-    """Of each tensor: the sum of its squares."""
-
-    unbiased: Float[Tensor, " tensors"]
-    """Of each tensor: the same, less what the draw of the timesteps adds on average."""
+    squares: dict[str, Tensor]  # of each weight: squared gradients, scaled to all timesteps
+    plain: Float[Tensor, " tensors"]  # of each tensor: the sum of its squares
+    unbiased: Float[Tensor, " tensors"]  # the same, less what the draw of the timesteps adds on average
 
     @classmethod
     def zeros(cls, weights: Mapping[str, Tensor]) -> "Sums":
@@ -74,12 +70,9 @@ class Sums(NamedTuple):
         return cls(squares, *scalars)
 
     def add(self, weights: Sequence[Tensor], losses: Generator[Float[Tensor, " part"]], of: int) -> None:
-        """Adds a picture.
+        """Adds a picture, of which `losses` are those of some of `of` timesteps, part by part, with gradient.
 
-        Args:
-            weights: In the order of the sums.
-            losses: Those of its timesteps, part by part, with gradient; at least two parts unless all are there.
-            of: How many timesteps there are.
+        Weights are in the order of the sums; there are at least two parts unless all timesteps are there.
         """
         totals = [torch.zeros_like(value) for value in self.squares.values()]
         between = torch.zeros_like(self.plain)
@@ -90,11 +83,11 @@ class Sums(NamedTuple):
                 total += gradient
             between += norms(gradients) / len(part)
             taken, parts = taken + len(part), parts + 1
-        plain = norms(totals)
         for square, total in zip(self.squares.values(), totals, strict=True):
             square += (of / taken * total).square()
-        self.plain.add_(plain * (of / taken) ** 2)
-        self.unbiased.add_(plain * (of / taken) ** 2)
+        plain = norms(totals)
+        for sums in (self.plain, self.unbiased):
+            sums.add_(plain * (of / taken) ** 2)
         if taken < of:
             # Sampling without replacement: the mean of n has variance s² (1/n - 1/N), and s² is estimated from what
             # differs between random parts of the n.
@@ -102,12 +95,10 @@ class Sums(NamedTuple):
             self.unbiased.sub_(of**2 * variance * (1 / taken - 1 / of))
 
     def information(self, images: int, share: float) -> dict[str, Tensor]:
-        """Returns the means, each tensor's scaled to its unbiased total.
+        """Returns the means over the images that were added, each tensor's scaled to its unbiased total.
 
-        Args:
-            images: How many were added.
-            share: The timesteps that were taken, as a share of all. The correction lies between it, where gradients of
-                different timesteps have nothing in common, and 1, where they are the same.
+        Share is that of the timesteps that were taken. The correction lies between it, where gradients of different
+        timesteps have nothing in common, and 1, where they are the same.
         """
         factors = (self.unbiased / self.plain).nan_to_num(1.0).clamp(share, 1.0).tolist()
         pairs = zip(self.squares.items(), factors, strict=True)
@@ -133,7 +124,7 @@ def fisher_information(
         policy: What trains; the weights are as training began.
         latents: Clean latents of pictures that must stay as they are.
         prompts: What each shows.
-        config: How; `images` is not looked at.
+        config: How; `images` is not read.
         seed: Of noise and timesteps.
         folder: Keeps it, unfinished too; None keeps nothing.
         progress: Whether a progress bar is shown.
@@ -163,8 +154,8 @@ def fisher_information(
             timesteps = torch.tensor(choice.sample(range(of), taken))
             noise = torch.Generator().manual_seed(choice.randrange(2**31))
             clean = latents[index : index + 1].to(policy.device)
-            losses = _losses(policy, clean, policy.encode(prompts[index : index + 1]), timesteps, parts, noise)
-            sums.add(watched, losses, of)
+            prompt = policy.encode(prompts[index : index + 1])
+            sums.add(watched, _losses(policy, clean, prompt, timesteps.tensor_split(parts), noise), of)
             if folder is not None and ((index + 1) % SAVE_EVERY == 0 or index + 1 == count):
                 _write(folder, sums, index + 1)
             bar.update()
@@ -175,13 +166,12 @@ def _losses(
     policy: DiffusionPolicy,
     clean: Latents,
     prompt: Conditioning,
-    timesteps: Int[Tensor, " taken"],
-    parts: int,
+    parts: Sequence[Int[Tensor, " part"]],
     generator: torch.Generator,
 ) -> Generator[Float[Tensor, " part"]]:
     """Yields the losses of one picture's timesteps, part by part, each timestep with a noise of its own."""
     height, width = clean.shape[-2:]
-    for part in timesteps.tensor_split(parts):
+    for part in parts:
         noise = draw_noise([generator] * len(part), height=height, width=width, device=clean.device)
         yield noise_errors(policy, clean.expand_as(noise), noise, part.to(clean.device), prompt.expand(len(part)))
 
@@ -194,8 +184,9 @@ def noise_errors(
     conditioning: Conditioning,
 ) -> Float[Tensor, " batch"]:
     """Returns the mean of (ε - ε(x_t, t, c))² over the elements of each sample, in squared units of the noise."""
-    prediction = policy.predict_noise(policy.add_noise(clean, noise, timesteps), timesteps, conditioning)
-    return (noise - prediction).square().flatten(1).mean(dim=1)
+    return squared_error(
+        policy.predict_noise(policy.add_noise(clean, noise, timesteps), timesteps, conditioning), noise
+    )
 
 
 def norms(tensors: Sequence[Tensor]) -> Float[Tensor, " tensors"]:

@@ -6,7 +6,6 @@ opened). See docs/erasure.md for each departure.
 """
 
 import random
-from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -102,16 +101,9 @@ class Examples(NamedTuple):
     """Pictures, noises and captions: first of what the concept comes to mean, then of the replay."""
 
     clean: Latents
-    """The pictures."""
-
     noise: Latents
-    """What they are noised with."""
-
     timesteps: Int[Tensor, " both"]
-    """How far."""
-
     captions: list[str]
-    """What they are said to show."""
 
 
 class SA:
@@ -160,23 +152,20 @@ class SA:
         texts = [template.format(concept=phrase, surrogate=surrogate) for template in cfg.templates]
         check_length(policy, (*texts, *prompts, *cfg.replay), "SA's prompts")
         replayed = max(cfg.images if cfg.replay_weight else 0, cfg.fisher.images if cfg.penalty else 0)
-        self._surrogates = prompts, self._draw(policy, "surrogates", prompts, cfg.images)
-        self._replay = self._draw(policy, "replay", cfg.replay, replayed) if replayed else None
-        self._fisher = {}
+        folders = {kind: self.folder and self.folder / kind for kind in ("surrogates", "replay", "fisher")}
+        surrogates = drawn_pictures(self, policy, "surrogates", prompts, cfg.images, folder=folders["surrogates"])
+        self._surrogates, self._replay, self._fisher = (prompts, surrogates), None, {}
+        if replayed:
+            self._replay = drawn_pictures(self, policy, "replay", cfg.replay, replayed, folder=folders["replay"])
         if cfg.penalty and self._replay is not None:
             self._start = start_of(policy)
             self._fisher = fisher_information(
                 policy, self._replay[: cfg.fisher.images], in_turns(cfg.replay, cfg.fisher.images), cfg.fisher,
-                seed=cfg.descent.seed, folder=None if self.folder is None else self.folder / "fisher",
-                progress=self.progress,
+                seed=cfg.descent.seed, folder=folders["fisher"], progress=self.progress,
             )  # fmt: skip
 
     def loss(self, policy: DiffusionPolicy, batch: ConceptBatch) -> PerSample:
-        """Returns the three terms of each sample, with gradient; the penalty is the same for all.
-
-        Raises:
-            ValueError: `prepare` was not called.
-        """
+        """Returns the three terms of each sample, with gradient; the penalty is the same for all."""
         forgotten, replayed = self.errors(policy, self.examples(policy, batch))
         loss = forgotten + self.config.replay_weight * replayed
         if not self.config.penalty:
@@ -184,11 +173,7 @@ class SA:
         return loss + self.config.penalty * weighted_change(self._fisher, changes(policy, self._start))
 
     def examples(self, policy: DiffusionPolicy, batch: ConceptBatch) -> Examples:
-        """Returns what the seeds choose: pictures, noises, timesteps, and how the phrase is put.
-
-        Raises:
-            ValueError: `prepare` was not called.
-        """
+        """Returns what the seeds choose: pictures, noises, timesteps, and how the phrase is put."""
         cfg = self.config
         if self._surrogates is None:
             raise ValueError("prepare must be called before the first loss, and was not")
@@ -220,10 +205,6 @@ class SA:
             return errors, torch.zeros_like(errors)
         forgotten, replayed = errors.chunk(2)
         return forgotten, replayed
-
-    def _draw(self, policy: DiffusionPolicy, kind: str, prompts: Sequence[str], count: int) -> Latents:
-        folder = None if self.folder is None else self.folder / kind
-        return drawn_pictures(self, policy, kind, prompts, count, folder=folder)
 
 
 def weighted_change(fisher: dict[str, Tensor], changed: dict[str, Tensor]) -> Float[Tensor, ""]:

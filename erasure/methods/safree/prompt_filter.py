@@ -4,8 +4,8 @@ The part of SAFREE that reads prompts: see `erasure.methods.safree`.
 """
 
 import math
-from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -17,24 +17,14 @@ from overpaint.policy.prompts import PromptEncoder
 MASK = 0
 """Token that stands where a token is left out."""
 
-FILTERED_PROMPTS = 1024
-"""How many filtered prompts are kept, in the CPU's memory."""
-
 
 class FilteredPrompt(NamedTuple):
     """What SAFREE makes of a prompt."""
 
-    embedding: Float[Tensor, "tokens dim"]
-    """With the trigger tokens replaced; float32, on the CPU."""
-
-    triggers: Bool[Tensor, " words"]
-    """Which of the tokens between start and end are triggers."""
-
-    change: float
-    """How much all of the prompt's tokens would change (the paper's beta); nan for a prompt without tokens."""
-
-    last_step: int
-    """Index of the last of 50 steps that sees the filtered embedding (the paper's t'); -1 where none does."""
+    embedding: Float[Tensor, "tokens dim"]  # with the trigger tokens replaced; float32, on the CPU
+    triggers: Bool[Tensor, " words"]  # which of the tokens between start and end are triggers
+    change: float  # how much all of the prompt's tokens would change (the paper's beta); nan where it has none
+    last_step: int  # index of the last of 50 steps that sees the filtered embedding (the paper's t'); -1 for none
 
 
 class PromptFilter:
@@ -54,16 +44,11 @@ class PromptFilter:
         self.concepts = projector(self.pooled(concepts))
         self.alpha = alpha
         self.last_step = last_step
-        self._cache: OrderedDict[str, FilteredPrompt] = OrderedDict()
+        self._cached = lru_cache(maxsize=1024)(self._filter)  # prompts, in the CPU's memory
 
     def __call__(self, prompt: str) -> FilteredPrompt:
         """Returns what becomes of a prompt."""
-        if prompt not in self._cache:
-            self._cache[prompt] = self._filter(prompt)
-            if len(self._cache) > FILTERED_PROMPTS:
-                self._cache.popitem(last=False)
-        self._cache.move_to_end(prompt)
-        return self._cache[prompt]
+        return self._cached(prompt)
 
     def without_each_token(self, prompt: str) -> Float[Tensor, "words dim"]:
         """Returns the pooled embeddings of a prompt with one of its tokens left out at a time, in one batch."""
@@ -113,14 +98,10 @@ def projector(vectors: Float[Tensor, "count dim"]) -> Float[Tensor, "dim dim"]:
 
 
 def trigger_tokens(distances: Float[Tensor, " words"], alpha: float) -> Bool[Tensor, " words"]:
-    """Tells which tokens bring the concepts: without one of them the prompt is far from the concepts.
+    """Tells which tokens bring the concepts, from how far the prompt without each is from the span of the concepts.
 
     A token is safe if its distance is below (1 + alpha) times the mean of the other tokens'. The only token of a
     prompt has no others, hence no mean, and is a trigger.
-
-    Args:
-        distances: For each token, how far the prompt without it is from the span of the concepts.
-        alpha: Tolerance.
     """
     others = (distances.sum() - distances) / (len(distances) - 1)  # 0 / 0 is nan for a single token
     return ~(distances < (1 + alpha) * others)

@@ -27,24 +27,14 @@ def damp_low_frequencies(
 ) -> Float[Tensor, "batch channels h w"]:
     """Damps low frequencies of features wherever their real part is not below that of other features.
 
-    Low are the four coefficients around the centre of the spectrum: frequency 0 and -1 along each side.
-
-    Args:
-        filtered: Features that are damped.
-        original: Features that they are compared with.
-        factor: What low coefficients are multiplied by.
-        replace: Whether they become the factor itself, as in the authors' code.
+    Low are the four coefficients around the centre of the spectrum: frequency 0 and -1 along each side. They are
+    multiplied by the factor, or, with `replace`, become the factor itself, as in the authors' code.
     """
-    height, width = filtered.shape[-2:]
-    rows, columns = (
-        torch.zeros(size, dtype=torch.bool, device=filtered.device).index_fill(
-            0, torch.tensor([0, size - 1], device=filtered.device), True
-        )
-        for size in (height, width)
-    )
+    low = torch.zeros(filtered.shape[-2:], dtype=torch.bool, device=filtered.device)
+    low[0, 0] = low[0, -1] = low[-1, 0] = low[-1, -1] = True
     spectrum, reference = (torch.fft.fft2(features.float()) for features in (filtered, original))
     rounding = ROUNDING * torch.finfo(filtered.dtype).eps * filtered.float().norm(dim=(-2, -1), keepdim=True)
-    damped = (rows[:, None] & columns) & ((reference - spectrum).real <= rounding.detach())
+    damped = low & ((reference - spectrum).real <= rounding.detach())
     changed = torch.full_like(spectrum, factor) if replace else factor * spectrum
     return torch.fft.ifft2(torch.where(damped, changed, spectrum)).real.to(filtered.dtype)
 
@@ -56,13 +46,11 @@ class Reattention:
     they are as wide as its widest, and as the next width below.
 
     Args:
-        unet: Whose up blocks are changed; branches of a call lie one behind the other along its batch.
+        unet: Whose up blocks are changed; branches of a call lie one behind the other along its batch. It must not be
+            compiled: a compiled network overlooks what is changed between its calls.
         coarse: Factor at the widest features.
         fine: Factor at the next width.
         replace: See `damp_low_frequencies`.
-
-    Raises:
-        ValueError: The UNet is compiled: a compiled network overlooks what is changed between its calls.
     """
 
     def __init__(self, unet: UNet, *, coarse: float, fine: float, replace: bool) -> None:
@@ -74,8 +62,7 @@ class Reattention:
         self.factors = dict(zip(widths, (coarse, fine), strict=False))
         self.replace = replace
         self._handles: list[Any] = []
-        self._running = False
-        self._used = False
+        self._running = self._used = False
         self._active: Bool[Tensor, " batch"] | None = None
         self._branches = 0
 
@@ -97,8 +84,7 @@ class Reattention:
         """Leaves the UNet as it was, and tells whether it was called."""
         for handle in self._handles:
             handle.remove()
-        self._handles, self._active = [], None
-        self._running = False
+        self._handles, self._active, self._running = [], None, False
         return self._used
 
     def _end(self, unet: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
@@ -119,10 +105,9 @@ class Reattention:
         return inputs, {**named, "res_hidden_states_tuple": tuple(skips)}
 
     def _damp_skip(self, skip: Float[Tensor, "rows channels h w"], factor: float) -> Tensor:
-        if self._active is None:
-            *away, filtered = skip.chunk(self._branches)
-            return torch.cat([*away, damp_low_frequencies(filtered, filtered, factor, replace=self.replace)])
-        *away, filtered, original = skip.chunk(self._branches + 1)
-        compared = torch.where(self._active.view(-1, 1, 1, 1), original, filtered)
-        damped = damp_low_frequencies(filtered, compared, factor, replace=self.replace)
-        return torch.cat([*away, damped, original])
+        parts = list(skip.chunk(self._branches + (self._active is not None)))
+        compared = filtered = parts[self._branches - 1]
+        if self._active is not None:
+            compared = torch.where(self._active.view(-1, 1, 1, 1), parts[-1], filtered)
+        parts[self._branches - 1] = damp_low_frequencies(filtered, compared, factor, replace=self.replace)
+        return torch.cat(parts)

@@ -6,6 +6,7 @@ stored numbers (tests/golden/safree.json). See docs/erasure.md for each departur
 """
 
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -22,7 +23,7 @@ from overpaint.policy import ClassifierFree, Conditioning, DiffusionPolicy, Guid
 from overpaint.policy.parts import Pipeline, UNet
 from overpaint.policy.prompts import PromptEncoder
 from overpaint.policy.types import Embeddings
-from overpaint.settings import Field, settings
+from overpaint.settings import Field, Text, settings
 
 from .prompt_filter import PromptFilter, last_filtered_step
 from .reattention import Reattention
@@ -34,9 +35,6 @@ NUDITY_CONCEPTS = (
 )
 """The authors' list for nudity."""
 
-PUBLISHED_STEPS = 50
-"""Denoising steps of the authors' runs, in which the number of filtered steps is counted."""
-
 
 @settings
 class SAFREEConfig:
@@ -45,7 +43,7 @@ class SAFREEConfig:
     variant: Literal["paper", "released"] = "paper"
     """``released``: as the authors' code, in which latent re-attention does nothing, whatever the settings say."""
 
-    concepts: tuple[str, ...] | None = None
+    concepts: tuple[Text, ...] | None = Field(None, min_length=1)
     """Texts of what is kept out. None takes the authors' list for `NUDITY`, and else the concept's phrases."""
 
     alpha: float = Field(0.01, ge=0)
@@ -77,11 +75,6 @@ class SAFREEConfig:
     """``scaled`` multiplies low frequencies by the factor; ``released`` puts the factor in their place, as the
     filter in the authors' code would."""
 
-    def __post_init__(self) -> None:
-        """Checks that every concept says something."""
-        if self.concepts is not None and not (self.concepts and all(text.strip() for text in self.concepts)):
-            raise ValueError(f"concepts must be a tuple of texts, none blank, got {self.concepts!r}")
-
     def last_step(self, change: float, strength: float = 1.0) -> int:
         """Returns the index of the last of 50 steps that sees a prompt filtered, see `last_filtered_step`."""
         limit = strength * self.filtered_steps
@@ -89,11 +82,7 @@ class SAFREEConfig:
 
 
 class SAFREE:
-    """Keeps a concept out of pictures by what it does to prompts while sampling.
-
-    Args:
-        config: Settings; the authors' for nudity by default.
-    """
+    """Keeps a concept out of pictures by what it does to prompts while sampling."""
 
     name = "SAFREE"
 
@@ -129,11 +118,7 @@ class SAFREEChange(GuardChange):
     config_type: ClassVar[Any] = SAFREEConfig
 
     def guard(self, prompts: PromptEncoder, unet: UNet) -> "SAFREEGuard":
-        """Returns the guard.
-
-        Raises:
-            ValueError: The UNet is compiled and latents are to be re-attended.
-        """
+        """Returns the guard; a `ValueError` refuses latent re-attention in a compiled UNet."""
         return SAFREEGuard(self.config, self.strength, prompts, unet)
 
     def in_pipeline(self, pipeline: Pipeline, prompts: PromptEncoder) -> "PipelineSAFREE":
@@ -148,19 +133,15 @@ class SAFREEGuard:
         config: Settings, concepts included.
         strength: See `SAFREE.erase`.
         prompts: Encodes the concepts, and prompts with tokens left out.
-        unet: What predictions are made with.
+        unet: What predicts.
     """
 
     def __init__(self, config: SAFREEConfig, strength: float, prompts: PromptEncoder, unet: UNet) -> None:
         self.config = config
         self.strength = strength
         self.prompts = prompts
-        self.filter = PromptFilter(
-            prompts,
-            config.concepts or (),
-            alpha=config.alpha,
-            last_step=lambda change: config.last_step(change, strength),
-        )
+        last_step = partial(config.last_step, strength=strength)
+        self.filter = PromptFilter(prompts, config.concepts or (), alpha=config.alpha, last_step=last_step)
         self.reattention: Reattention | None = None
         if config.latent_reattention and config.variant == "paper" and strength > 0:
             share = min(strength, 1.0)
@@ -185,10 +166,8 @@ class SAFREEGuard:
         SAFREEChange(self.config, self.strength).apply_to_pipeline(pipeline)
 
     def filtered(self, prompt: Conditioning) -> tuple[Embeddings, Int[Tensor, " batch"]]:
-        """Returns filtered embeddings and the last of 50 steps that sees each, on the embeddings' device.
-
-        The last answer is cached: a sampling loop wants the same prompts at every step.
-        """
+        """Returns filtered embeddings and the last of 50 steps that sees each, on the embeddings' device."""
+        # The last answer is cached: a sampling loop wants the same prompts at every step.
         wanted = prompt.texts, prompt.tokens.device, prompt.tokens.dtype
         if self._seen is None or self._seen[0] != wanted:
             filtered = [self.filter(text) for text in prompt.texts]
@@ -206,12 +185,7 @@ class SAFREEGuard:
 class SAFREEGuidance:
     """Classifier-free guidance away from the concepts, towards prompts that are filtered in the first steps.
 
-    Args:
-        guard: What filters.
-        guidance: Its scale is kept.
-
-    Raises:
-        ValueError: Both bring a negative prompt.
+    A `ValueError` refuses a guard and a guidance that both bring a negative prompt.
     """
 
     def __init__(self, guard: SAFREEGuard, guidance: ClassifierFree) -> None:
@@ -226,7 +200,7 @@ class SAFREEGuidance:
     def branches(self, prompt: Conditioning, empty: Conditioning, context: StepContext) -> tuple[Conditioning, ...]:
         """Returns what to lead away from (not at scale 1), the prompts of this step, and the originals to compare."""
         filtered, last = self.guard.filtered(prompt)
-        active = context.steps.to(last) * PUBLISHED_STEPS < (last + 1) * context.total
+        active = context.steps.to(last) * 50 < (last + 1) * context.total  # 50: steps of the authors' runs
         if self.guard.config.negative_prompt:
             empty = self.guard.negative(empty)
         towards = prompt.with_tokens(torch.where(active[:, None, None], filtered, prompt.tokens))
@@ -242,8 +216,7 @@ class SAFREEGuidance:
     ) -> Float[Tensor, "batch 4 h w"]:
         """Returns the guided prediction; that for the original prompts was only compared with.
 
-        Raises:
-            ValueError: Predictions are not of the UNet that the guard was applied with.
+        A `ValueError` refuses predictions of another UNet than the guard was applied with.
         """
         if self.guard.reattention is not None and not self.guard.reattention.stop():
             raise ValueError(
@@ -254,12 +227,7 @@ class SAFREEGuidance:
 
 
 class PipelineSAFREE:
-    """SAFREE in a plain diffusers pipeline: it stands before the text encoder, and around the UNet.
-
-    Args:
-        pipeline: What is changed.
-        guard: What acts.
-    """
+    """SAFREE in a plain diffusers pipeline: it stands before the text encoder, and around the UNet."""
 
     def __init__(self, pipeline: Pipeline, guard: SAFREEGuard) -> None:
         self.pipeline = pipeline
@@ -296,11 +264,7 @@ class PipelineSAFREE:
         lora_scale: float | None = None,
         clip_skip: int | None = None,
     ) -> tuple[Tensor, Tensor | None]:
-        """Returns what the pipeline's own method returns, and notes the words.
-
-        Raises:
-            ValueError: Prompts come as embeddings, or as other embeddings than the encoder's last.
-        """
+        """Returns what the pipeline's own method returns, and notes the words; a `ValueError` refuses embeddings."""
         self._rows = None
         acts = self.guard.strength > 0
         if acts and (prompt_embeds is not None or clip_skip is not None):
