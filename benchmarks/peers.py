@@ -35,7 +35,7 @@ from benchmarks.peers_race import Judge, Record, Side, race, reward_after, secon
 from benchmarks.peers_settings import NEVER, Settings, our_job, own_settings, trl_job
 from ddpo import DDPOConfig
 from overpaint import tinyworld
-from overpaint.evaluation.report.charts import band_chart, band_of, svg
+from overpaint.evaluation.report.charts import band_of, series_chart, svg
 from overpaint.settings import AnyPath, Field, settings
 
 TRL, SAME, OWN = "TRL", "same", "own"
@@ -223,17 +223,16 @@ def figures(records: Mapping[int, Records]) -> dict[str, str]:
     common = min(side.total for sides in records.values() for side in sides.values())
     times = [common * k / 20 for k in range(21)]
     for name, label in (("queries", "reward queries"), ("seconds", "CPU-seconds")):
-        bands = []
+        bands = {}
         for side in (TRL, SAME, OWN):
             looks = [sides[side].looks for sides in records.values()]
             if name == "queries":
                 points = [[(float(look.queries), look.reward) for look in some] for some in looks]
             else:
                 points = [[(time, reward_after(time, some)) for time in times] for some in looks]
-            bands.append(band_of(side, points))
-        charts[f"peers-{name}.svg"] = svg(
-            band_chart(bands, title="Held-out reward", x_label=label, y_label="held-out reward").spec
-        )
+            bands[side] = band_of(points)
+        chart = series_chart(bands, title="Held-out reward", x_label=label, y_label="held-out reward", bands=True)
+        charts[f"peers-{name}.svg"] = svg(chart.spec)
     return charts
 
 
