@@ -36,7 +36,7 @@ from overpaint.evaluation.experiments.published import (
     tables_html,
 )
 from overpaint.evaluation.experiments.study import CHECKPOINTS, MethodLine, line_of, methods_table
-from overpaint.evaluation.prompts.prompt_sets import prompt_set
+from overpaint.evaluation.prompts import prompt_set
 from overpaint.evaluation.report.page import Section, chart_section
 from overpaint.evaluation.report.pareto import Point, pareto_chart
 from overpaint.policy import LoRAConfig

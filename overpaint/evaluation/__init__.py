@@ -14,7 +14,7 @@ from .metrics.statistics import (
     rate_estimate,
     spearman,
 )
-from .prompts.prompt_sets import Prompt, PromptSet, prompt_set
+from .prompts import Prompt, PromptSet, prompt_set
 from .report.charts import Chart, Curve, Panel, series_chart
 from .report.page import Report, Section, chart_section
 from .report.pareto import Point, pareto_chart

@@ -19,7 +19,7 @@ from erasure.reference_distance import ReferenceDistance, ReferenceDistanceConfi
 from overpaint.evaluation.images.drawing import draw
 from overpaint.evaluation.images.files import DrawnImages
 from overpaint.evaluation.images.plan import KINDS, DrawConfig, plan, shard
-from overpaint.evaluation.prompts.concept_prompts import (
+from overpaint.evaluation.prompts import (
     activity_splits,
     animal_activities,
     common_animals,
