@@ -15,7 +15,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from overpaint.evaluation.tables import read_prompt_rows
 from rewards.public_files import PublicFile, fetch
@@ -113,6 +113,9 @@ ID_COLUMNS = ("id", "case_number", "image_id", "image")
 """What a column that names the prompt may be called, in any case; without any, the number of the row names it."""
 SEED_COLUMNS = ("evaluation_seed", "sd_seed", "seed")
 """What a column with the seed to draw it from may be called, in any case."""
+
+
+Item = TypeVar("Item")
 
 
 class Prompt(NamedTuple):
@@ -255,13 +258,20 @@ def _part(prompts: Sequence[Prompt], limit: int | None, seed: int | None) -> tup
     if limit is None or limit >= len(prompts):
         return tuple(prompts)
     if seed is None:
-        return tuple(prompts[k * len(prompts) // limit] for k in range(limit))
+        return tuple(evenly(prompts, limit))
 
     # By a hash rather than by a generator: equal on every version of Python, and a smaller choice is part of a larger.
     def chance(place: int) -> bytes:
         return hashlib.sha256(f"{seed}/{prompts[place].id}".encode()).digest()
 
     return tuple(prompts[place] for place in sorted(sorted(range(len(prompts)), key=chance)[:limit]))
+
+
+def evenly(items: Sequence[Item], count: int) -> list[Item]:
+    """Returns the first of each of `count` equal stretches; all where there are not more."""
+    if len(items) <= count:
+        return list(items)
+    return [items[k * len(items) // count] for k in range(count)]
 
 
 # Nudity.

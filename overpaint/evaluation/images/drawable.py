@@ -10,7 +10,7 @@ import platform
 import re
 import warnings
 from collections.abc import Generator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -53,6 +53,7 @@ class Drawable(Protocol):
 
 RECORD = "model.json"
 LIBRARIES = ("overpaint", "torch", "diffusers", "transformers", "peft", "pillow")
+"""Distributions whose versions a record names."""
 
 
 @runtime_checkable
@@ -70,19 +71,29 @@ def model_record(drawable: object, config: DrawConfig) -> dict[str, Any]:
     Whatever is neither a `DiffusionPolicy` nor `Described` is known by its class alone.
     """
     if isinstance(drawable, DiffusionPolicy):
-        description = _describe_policy(drawable)
+        networks = {"unet": drawable.unet, "vae": drawable.vae, "text_encoder": drawable.text_encoder}
+        description: Mapping[str, Any] = {
+            "class": class_name(drawable),
+            "weights": weights_digest(networks),
+            "scheduler": {"class": "DDIM", **_settings_of(drawable.scheduler)},
+            "guard": _guard_of(drawable),
+            "safety_checker": "none",
+        }
     elif isinstance(drawable, Described):
-        description = dict(drawable.description())
+        description = drawable.description()
     else:
         description = {"class": class_name(drawable), "weights": None}
-    libraries = {"python": platform.python_version()}
-    for name in LIBRARIES:
-        try:
-            libraries[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    record = {"format": 1, **description, "drawing": asdict(config), "libraries": libraries}
+    record = {"format": 1, **description, "drawing": asdict(config), "libraries": library_versions(LIBRARIES)}
     return json.loads(json.dumps(record, default=str))
+
+
+def library_versions(libraries: Sequence[str]) -> dict[str, str]:
+    """Returns the versions of Python and of those of the libraries that are installed."""
+    versions = {"python": platform.python_version()}
+    for name in libraries:
+        with suppress(PackageNotFoundError):
+            versions[name] = version(name)
+    return versions
 
 
 def write_record(folder: Path, record: Mapping[str, Any], *, writer: str = "") -> None:
@@ -147,35 +158,21 @@ def weights_digest(networks: Mapping[str, nn.Module]) -> str:
     return tensors_hash(tensors, adapters)
 
 
-def settings_of(scheduler: Any) -> dict[str, Any]:
-    """Returns the settings of a scheduler of diffusers, without those about its file."""
-    return {name: value for name, value in sorted(scheduler.config.items()) if not name.startswith("_")}
-
-
 def class_name(thing: object) -> str:
     """Returns the name of something's class, with its package."""
     package = re.match(r"(overpaint\.)?\w+", type(thing).__module__)
     return f"{package[0] if package else ''}.{type(thing).__qualname__}"
 
 
-def guard_of(holder: object) -> str | None:
+def _settings_of(scheduler: Any) -> dict[str, Any]:
+    """Returns the settings of a scheduler of diffusers, without those about its file."""
+    return {name: value for name, value in sorted(scheduler.config.items()) if not name.startswith("_")}
+
+
+def _guard_of(holder: object) -> str | None:
     """Returns what keeps something out of a policy's pictures or a UNet's, with its settings; None for nothing."""
     guard = getattr(holder, "guard", None)
-    if guard is None:
-        return None
-    inner = getattr(guard, "guard", guard)  # what is attached to a pipeline wraps it
-    return repr(inner)
-
-
-def _describe_policy(policy: DiffusionPolicy) -> dict[str, Any]:
-    networks = {"unet": policy.unet, "vae": policy.vae, "text_encoder": policy.text_encoder}
-    return {
-        "class": class_name(policy),
-        "weights": weights_digest(networks),
-        "scheduler": {"class": "DDIM", **settings_of(policy.scheduler)},
-        "guard": guard_of(policy),
-        "safety_checker": "none",
-    }
+    return None if guard is None else repr(getattr(guard, "guard", guard))  # what is attached to a pipeline wraps it
 
 
 def _adapters(network: nn.Module) -> list[tuple[str, str]]:
@@ -271,27 +268,25 @@ class PipelineDrawable:
         return {
             "class": class_name(self.pipeline),
             "weights": weights_digest(networks),
-            "scheduler": {"class": type(scheduler).__name__, **settings_of(scheduler)},
-            "guard": guard_of(parts.get("unet")),
+            "scheduler": {"class": type(scheduler).__name__, **_settings_of(scheduler)},
+            "guard": _guard_of(parts.get("unet")),
             "safety_checker": "none" if checker is None else "on" if self.keep_safety_checker else "put aside",
         }
 
     def _options(self, guidance: Guidance, eta: float, height: int | None, width: int | None) -> dict[str, Any]:
         """Returns what is asked of the pipeline besides prompts, seeds and steps; the rest it decides itself."""
-        name = type(self.pipeline).__name__
         if not isinstance(guidance, ClassifierFree) or guidance.negative is not None:
             raise ValueError(f"guidance must be ClassifierFree without a negative prompt, got {guidance!r}")
         if guidance.scale < 1:
             raise ValueError(f"guidance_scale must be at least 1, which is none, for a pipeline, got {guidance.scale}")
-        options: dict[str, Any] = {"guidance_scale": guidance.scale, "height": height, "width": width}
-        options = {key: value for key, value in options.items() if value is not None}
-        if eta > 0:
-            options["eta"] = eta
-            if "eta" not in inspect.signature(self.pipeline.scheduler.step).parameters:
-                scheduler = type(self.pipeline.scheduler).__name__
-                raise ValueError(f"eta must be 0 with a scheduler that has none, got {eta} with {scheduler}")
+        wanted = {"guidance_scale": guidance.scale, "height": height, "width": width, "eta": eta if eta > 0 else None}
+        options = {key: value for key, value in wanted.items() if value is not None}
+        if "eta" in options and "eta" not in inspect.signature(self.pipeline.scheduler.step).parameters:
+            scheduler = type(self.pipeline.scheduler).__name__
+            raise ValueError(f"eta must be 0 with a scheduler that has none, got {eta} with {scheduler}")
         for key, value in options.items():
             if key not in self._arguments:
+                name = type(self.pipeline).__name__
                 raise ValueError(f"{key} must be something that the pipeline takes, got {value} for a {name}")
         return options
 

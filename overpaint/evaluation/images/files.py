@@ -12,12 +12,11 @@ file that was cut short or changed all lead to the same: the image is drawn agai
 """
 
 import base64
-import hashlib
 import io
 import json
 import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -31,6 +30,7 @@ from torch import Tensor
 
 from overpaint.policy.atomic import write_bytes, write_text
 from overpaint.policy.types import Images
+from rewards.public_files import sha256_of
 
 from .plan import DrawConfig, PlannedImage, check_plan
 
@@ -47,18 +47,14 @@ def is_whole(path: Path) -> bool:
 
 def png_bytes(pixels: UInt8[Tensor, "3 H W"]) -> bytes:
     """Returns what a PNG of the image holds; the same image always gives the same bytes."""
-    file = io.BytesIO()
-    _picture(pixels).save(file, format="PNG")
-    return file.getvalue()
+    return _png(_picture(pixels))
 
 
 def data_uri(pixels: UInt8[Tensor, "3 H W"], *, largest: int = 256) -> str:
     """Returns an image as a PNG in text, reduced to `largest` pixels a side if it is larger."""
     shown = _picture(pixels)
     shown.thumbnail((largest, largest), Image.Resampling.LANCZOS)
-    file = io.BytesIO()
-    shown.save(file, format="PNG", optimize=True)
-    return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode("ascii")
+    return "data:image/png;base64," + base64.b64encode(_png(shown, optimize=True)).decode("ascii")
 
 
 def write_png(pixels: UInt8[Tensor, "3 H W"], path: Path) -> None:
@@ -70,6 +66,12 @@ def read_png(path: Path) -> UInt8[Tensor, "3 H W"]:
     """Reads one image as bytes."""
     with Image.open(path) as image:
         return torch.from_numpy(numpy.array(image.convert("RGB"))).permute(2, 0, 1)
+
+
+def _png(picture: Image.Image, **options: bool) -> bytes:
+    file = io.BytesIO()
+    picture.save(file, format="PNG", **options)
+    return file.getvalue()
 
 
 def _picture(pixels: UInt8[Tensor, "3 H W"]) -> Image.Image:
@@ -208,29 +210,19 @@ def write_manifest(root: Path | str, planned: Sequence[PlannedImage], config: Dr
     """
     check_plan(planned)
     root = Path(root)
-    if (root / MANIFEST).exists():
-        check_manifest(root, planned, config)
+    if not (root / MANIFEST).exists():
+        images = [{"file": image.file_name, **image._asdict()} for image in planned]
+        content = {"format": 1, **asdict(config), "images": images}
+        write_text(root / MANIFEST, json.dumps(content, indent=1, ensure_ascii=False) + "\n", writer=writer)
         return
-    images = [{"file": image.file_name, **image._asdict()} for image in planned]
-    content = {"format": 1, **asdict(config), "images": images}
-    write_text(root / MANIFEST, json.dumps(content, indent=1, ensure_ascii=False) + "\n", writer=writer)
-
-
-def check_manifest(root: Path, planned: Sequence[PlannedImage], config: DrawConfig) -> None:
-    """Checks that a folder holds these images, drawn in this way, and no others.
-
-    Raises:
-        ValueError: It does not; the message names the first difference.
-    """
     there, drawn = read_manifest(root)
-    if drawn != config:
-        raise ValueError(f"root: {root} holds another run, drawn with {drawn}, got {config}; choose another folder")
-    for old, new in zip(there, planned, strict=False):
-        if old != new:
-            raise ValueError(f"root: {root} holds another run, with {old}, got {new}; choose another folder")
+    others: list[tuple[str, object]] = [(f"drawn with {drawn}", config)] if drawn != config else []
+    others += [(f"with {old}", new) for old, new in zip(there, planned, strict=False) if old != new]
     if len(there) != len(planned):
-        counts = f"of {len(there)} images, got {len(planned)}"
-        raise ValueError(f"root: {root} holds another run, {counts}; choose another folder")
+        others.append((f"of {len(there)} images", len(planned)))
+    if others:
+        held, got = others[0]
+        raise ValueError(f"root: {root} holds another run, {held}, got {got}; choose another folder")
 
 
 def read_manifest(root: Path) -> tuple[tuple[PlannedImage, ...], DrawConfig]:
@@ -303,16 +295,11 @@ def known_rows(folder: Path) -> dict[str, list[ImageRow]]:
     return rows
 
 
-def drawn_row(path: Path, rows: Iterable[ImageRow]) -> ImageRow | None:
+def drawn_row(path: Path, rows: Sequence[ImageRow]) -> ImageRow | None:
     """Returns the row that tells of an image's file as it is; None if the image is missing or damaged or has none."""
-    rows = tuple(rows)
-    if not rows:
+    if not rows or not path.is_file():
         return None
-    try:
-        with path.open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-    except FileNotFoundError:
-        return None
+    digest = sha256_of(path)
     return next((row for row in rows if row.sha256 == digest), None)
 
 
@@ -324,10 +311,12 @@ def append_row(folder: Path, rank: int, row: ImageRow) -> None:
     """
     path = folder / f".drawn-{rank}.jsonl"
     line = json.dumps(row._asdict(), ensure_ascii=False).encode() + b"\n"
-    with path.open("ab", buffering=0) as file:
+    with path.open("ab+", buffering=0) as file:
         begin = file.tell()
-        if begin and not _ends_a_line(path):
-            line = b"\n" + line
+        if begin:
+            file.seek(-1, os.SEEK_END)
+            if file.read() != b"\n":
+                line = b"\n" + line
         try:
             written = 0
             while written < len(line):  # an unbuffered file may take a part, and complain about the rest only
@@ -366,9 +355,3 @@ def _read(path: Path) -> list[ImageRow]:
             with suppress(ValueError, TypeError):
                 rows.append(ImageRow(**json.loads(line)))
     return rows
-
-
-def _ends_a_line(path: Path) -> bool:
-    with path.open("rb") as file:
-        file.seek(-1, os.SEEK_END)
-        return file.read() == b"\n"

@@ -68,10 +68,6 @@ def read_pairs(
         return _of_folder(source, prompt, prompts, image_column, prompt_column)
     if prompts is not None:
         raise ValueError(f"prompts must not be given with a table, got {prompts}; they are a column of {source}")
-    return _of_table(source, prompt, image_column, prompt_column)
-
-
-def _of_table(source: Path, prompt: str | None, image_column: str, prompt_column: str) -> list[Pair]:
     rows = read_table(source)
     _check_columns(source, rows, image_column)
     if prompt is not None and prompt_column in rows[0]:
@@ -83,8 +79,7 @@ def _of_table(source: Path, prompt: str | None, image_column: str, prompt_column
             raise ValueError(f"{source} must name a file in column {image_column!r}, got {name!r} in row {number}")
         if prompt is not None:
             row = {**row, prompt_column: prompt}
-        text = _prompt(source, row.get(prompt_column), number)
-        pairs.append(Pair(name, source.parent / name, text, row))
+        pairs.append(Pair(name, source.parent / name, _prompt(source, row.get(prompt_column), number), row))
     return pairs
 
 
@@ -92,17 +87,16 @@ def _of_folder(
     folder: Path, prompt: str | None, prompts: Path | None, image_column: str, prompt_column: str
 ) -> list[Pair]:
     paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file())
-    names = [path.relative_to(folder).as_posix() for path in paths]
-    shown = [k for k, name in enumerate(names) if not any(part.startswith(".") for part in name.split("/"))]
-    if not shown:
+    named = [(path.relative_to(folder).as_posix(), path) for path in paths]
+    named = [(name, path) for name, path in named if not any(part.startswith(".") for part in name.split("/"))]
+    if not named:
         raise ValueError(f"{folder} must hold images ({', '.join(IMAGE_SUFFIXES)}), got none")
-    paths, names = [paths[k] for k in shown], [names[k] for k in shown]
-    texts: Sequence[str | None] = [prompt] * len(names)
+    texts: Sequence[str | None] = [prompt] * len(named)
     if prompts is not None:
-        texts = _prompts_of(names, prompts, image_column, prompt_column)
+        texts = _prompts_of([name for name, _ in named], prompts, image_column, prompt_column)
     return [
         Pair(name, path, text, {image_column: name} | ({} if text is None else {prompt_column: text}))
-        for name, path, text in zip(names, paths, texts, strict=True)
+        for (name, path), text in zip(named, texts, strict=True)
     ]
 
 
@@ -114,7 +108,7 @@ def _prompts_of(names: Sequence[str], file: Path, image_column: str, prompt_colu
         entries = [(row[image_column], row[prompt_column]) for row in rows]
         keys = list(names)
     elif file.suffix == ".json":
-        entries = _image_reward_prompts(file)
+        entries = [(entry["id"], entry["prompt"]) for entry in _prompt_entries(file)]
         keys = [_prompt_id(name, file) for name in names]
     else:
         known = ", ".join(f"*{suffix}" for suffix in (*TABLE_SUFFIXES, ".json"))
@@ -131,12 +125,12 @@ def _prompts_of(names: Sequence[str], file: Path, image_column: str, prompt_colu
     return [found[key] for key in keys]
 
 
-def _image_reward_prompts(file: Path) -> list[tuple[str, Any]]:
+def _prompt_entries(file: Path) -> list[dict[str, Any]]:
     """Reads a list of {"id", "prompt"}, or the `prompts.json` of drawn images, whose list is called images."""
     try:
         content: Any = json.loads(file.read_text(encoding="utf-8"))
         entries = content["images"] if isinstance(content, dict) else content
-        return [(str(entry["id"]), entry["prompt"]) for entry in entries]
+        return [{**entry, "id": str(entry["id"]), "prompt": entry["prompt"]} for entry in entries]
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f'{file} must be a list of {{"id", "prompt"}}, got {error!r}') from error
 
@@ -216,15 +210,12 @@ def read_ahead(
         batches: The indices of each batch, by its number.
         read: Reads what has an index; called by several threads at once.
     """
-
-    def submit(batch: Sequence[int]) -> list[Future[Item]]:
-        return [pool.submit(read, index) for index in batch]
-
     numbers = list(batches)
     with ThreadPoolExecutor() as pool:
-        reading = [submit(batches[number]) for number in numbers[:1]]
+        reading: list[list[Future[Item]]] = []
         for place, number in enumerate(numbers):
-            reading += [submit(batches[later]) for later in numbers[place + 1 : place + 2]]
+            soon = numbers[place + len(reading) : place + 2]
+            reading += [[pool.submit(read, index) for index in batches[later]] for later in soon]
             yield number, batches[number], [future.result() for future in reading.pop(0)]
 
 
@@ -320,9 +311,11 @@ class OtherImages:
         """
         folder, prompts = Path(folder), Path(prompts)
         check_model_name(model)
-        kinds = _kinds(prompts)
         planned = []
-        for pair in read_pairs(folder, prompts=prompts):
+        pairs = read_pairs(folder, prompts=prompts)
+        entries = _prompt_entries(prompts) if prompts.suffix == ".json" else []
+        kinds = {entry["id"]: entry["kind"] for entry in entries if "kind" in entry}
+        for pair in pairs:
             match = re.fullmatch(r"([^/]+)_(0|[1-9]\d*)\.png", pair.name)
             if match is None or pair.prompt is None:
                 raise ValueError(f"images in {folder} must be named <id>_<k>.png and have a prompt, got {pair.name}")
@@ -338,18 +331,6 @@ class OtherImages:
             ValueError: They are not, or one cannot be read.
         """
         return torch.stack([_whole_image(self.folder / self.planned[k].file_name) for k in positions])
-
-
-def _kinds(prompts: Path) -> dict[str, str]:
-    """Returns the kind of each prompt, where the file is JSON and says it; `read_pairs` has more to say about it."""
-    if prompts.suffix != ".json":
-        return {}
-    try:
-        content: Any = json.loads(prompts.read_text(encoding="utf-8"))
-        entries = content["images"] if isinstance(content, dict) else content
-        return {str(entry["id"]): entry["kind"] for entry in entries if "kind" in entry}
-    except (KeyError, TypeError, ValueError, OSError):
-        return {}
 
 
 def _natural(name: str) -> list[tuple[int, int, str]]:

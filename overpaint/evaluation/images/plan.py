@@ -9,7 +9,6 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from overpaint.settings import Field, settings
-from overpaint.training import process_state
 
 KINDS = {
     "explicit": "name the concept",
@@ -134,12 +133,6 @@ def check_plan(planned: Sequence[PlannedImage]) -> None:
 def kinds_of(planned: Sequence[PlannedImage]) -> tuple[str, ...]:
     """Returns the kinds that occur, in the order in which they first do."""
     return tuple(dict.fromkeys(image.kind for image in planned))
-
-
-def process_rank_and_count() -> tuple[int, int]:
-    """Asks accelerate which process this is, and of how many."""
-    state = process_state()
-    return state.process_index, state.num_processes
 
 
 def shard(planned: Sequence[PlannedImage], rank: int, world_size: int) -> tuple[PlannedImage, ...]:
