@@ -20,43 +20,52 @@ from typing import Any, NamedTuple, TypeVar
 from overpaint.evaluation.tables import read_prompt_rows
 from rewards.public_files import PublicFile, fetch
 
-_ERASING = "https://raw.githubusercontent.com/rohitgandikota/erasing/3d10dd1b2df4ec4e74edcadac4200c7401585138/data"
-_IMAGE_REWARD = "https://raw.githubusercontent.com/THUDM/ImageReward/1beb4e4de0932acbe7fc090c51208048b6269b58"
-_IMAGE_REWARD_SOURCE = "THUDM/ImageReward, beside Xu et al. (2023), https://arxiv.org/abs/2304.05977"
+_ERASING = "3d10dd1b2df4ec4e74edcadac4200c7401585138/data"
 
-_DIFFUSIONDB_LICENCE = "Apache-2.0 (DiffusionDB CC0)"
 
-IMAGE_REWARD_TEST = PublicFile(
-    name="imagereward_test.json",
-    url="https://raw.githubusercontent.com/THUDM/ImageReward/c1392c6dd0fd6ecd6d416c96959ab744a6d0a8fb/data/test.json",
-    sha256="77cff6c2d0522006f52f0b637ef8302db1782b2b761e378c124a012a3c7fc58e",
+def _github(repository: str, path: str, name: str, sha256: str, licence: str, source: str) -> PublicFile:
+    url = f"https://raw.githubusercontent.com/{repository}/{path}"
+    return PublicFile(name=name, url=url, sha256=sha256, licence=licence, source=f"{repository}, {source}")
+
+
+def _image_reward(path: str, name: str, sha256: str, licence: str = "Apache-2.0 (DiffusionDB CC0)") -> PublicFile:
+    source = "beside Xu et al. (2023), https://arxiv.org/abs/2304.05977"
+    return _github("THUDM/ImageReward", path, name, sha256, licence, source)
+
+
+def _ddpo(name: str, sha256: str) -> PublicFile:
+    path = f"1958463f020112c9a7bc85768d296daacc2e1b4b/ddpo_pytorch/assets/{name}"
+    source = "beside Black et al. (2023), https://arxiv.org/abs/2305.13301"
+    return _github("kvablack/ddpo-pytorch", path, name, sha256, "MIT", source)
+
+
+IMAGE_REWARD_TEST = _image_reward(
+    "c1392c6dd0fd6ecd6d416c96959ab744a6d0a8fb/data/test.json",
+    "imagereward_test.json",
+    "77cff6c2d0522006f52f0b637ef8302db1782b2b761e378c124a012a3c7fc58e",
     licence="Apache-2.0",
-    source=_IMAGE_REWARD_SOURCE,
 )
 """466 prompts with 2,720 ranked images and 6,399 pairs; the images themselves are published elsewhere."""
 
 FETCHED: Mapping[str, PublicFile] = {
-    "coco-30k": PublicFile(
-        name="coco_30k.csv",
-        url=f"{_ERASING}/coco_30k.csv",
-        sha256="42c57b188c8f1f8a77cddfa11cde89e83fcbdd4dcd4fc6c840fb4e046d395383",
+    "coco-30k": _github(
+        "rohitgandikota/erasing",
+        f"{_ERASING}/coco_30k.csv",
+        "coco_30k.csv",
+        "42c57b188c8f1f8a77cddfa11cde89e83fcbdd4dcd4fc6c840fb4e046d395383",
         licence="MIT, captions CC BY 4.0",
-        source="rohitgandikota/erasing, captions of MS-COCO's validation set of 2014",
+        source="captions of MS-COCO's validation set of 2014",
     ),
-    "imagereward-100": PublicFile(
-        name="imagereward_benchmark_prompts.json",
-        url=f"{_IMAGE_REWARD}/benchmark/benchmark-prompts.json",
-        sha256="34682e824ebb3ad8e2531b3cde1b362dc72e1e29946ff6fab77bb49e9edb4b21",
-        licence=_DIFFUSIONDB_LICENCE,
-        source=_IMAGE_REWARD_SOURCE,
+    "imagereward-100": _image_reward(
+        "1beb4e4de0932acbe7fc090c51208048b6269b58/benchmark/benchmark-prompts.json",
+        "imagereward_benchmark_prompts.json",
+        "34682e824ebb3ad8e2531b3cde1b362dc72e1e29946ff6fab77bb49e9edb4b21",
     ),
     "imagereward-test": IMAGE_REWARD_TEST,
-    "diffusiondb": PublicFile(
-        name="imagereward_refl_prompts.json",
-        url=f"{_IMAGE_REWARD}/data/refl_data.json",
-        sha256="47cc5f5c0faa36167c5bd10cdc3aee0b1072147b44d3ae18f77bd98f377ecbb8",
-        licence=_DIFFUSIONDB_LICENCE,
-        source=_IMAGE_REWARD_SOURCE,
+    "diffusiondb": _image_reward(
+        "1beb4e4de0932acbe7fc090c51208048b6269b58/data/refl_data.json",
+        "imagereward_refl_prompts.json",
+        "47cc5f5c0faa36167c5bd10cdc3aee0b1072147b44d3ae18f77bd98f377ecbb8",
     ),
 }
 """Sets that are fetched when first used."""
@@ -89,7 +98,7 @@ BY_HAND: Mapping[str, ByHand] = {
         licence="Apache-2.0",
     ),
     "i2p": ByHand(
-        url=f"{_ERASING}/unsafe-prompts4703.csv",
+        url=f"https://raw.githubusercontent.com/rohitgandikota/erasing/{_ERASING}/unsafe-prompts4703.csv",
         file="unsafe-prompts4703.csv",
         columns=("case_number", "prompt", "categories", "evaluation_seed"),
         licence="MIT",
@@ -324,20 +333,9 @@ def nudity_prompts(kind: str, count: int, seed: int = 0) -> list[str]:
 # Animals. The lists are other people's files.
 
 
-def _asset(name: str, sha256: str) -> PublicFile:
-    commit = "1958463f020112c9a7bc85768d296daacc2e1b4b"
-    return PublicFile(
-        name=name,
-        url=f"https://raw.githubusercontent.com/kvablack/ddpo-pytorch/{commit}/ddpo_pytorch/assets/{name}",
-        sha256=sha256,
-        licence="MIT",
-        source="kvablack/ddpo-pytorch, beside Black et al. (2023), https://arxiv.org/abs/2305.13301",
-    )
-
-
-IMAGENET_CLASSES = _asset("imagenet_classes.txt", "a40d9be82eb4738becd1dd69991b89f87f309975e860a6f3f45395d8c06a7e0d")
-COMMON_ANIMALS = _asset("simple_animals.txt", "ee3d9b638ce2a40e896a34319af85709d3c1c3188da0b8feda739dcb7363188d")
-ACTIVITIES = _asset("activities.txt", "00adcf51a3d74cfd180f9b389f57ea83dca4c5191911328b7b9c714952ad7558")
+IMAGENET_CLASSES = _ddpo("imagenet_classes.txt", "a40d9be82eb4738becd1dd69991b89f87f309975e860a6f3f45395d8c06a7e0d")
+COMMON_ANIMALS = _ddpo("simple_animals.txt", "ee3d9b638ce2a40e896a34319af85709d3c1c3188da0b8feda739dcb7363188d")
+ACTIVITIES = _ddpo("activities.txt", "00adcf51a3d74cfd180f9b389f57ea83dca4c5191911328b7b9c714952ad7558")
 
 NUM_IMAGENET_ANIMALS = 398
 """The first lines of ImageNet's classes are the animals."""

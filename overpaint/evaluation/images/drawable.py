@@ -103,7 +103,6 @@ def write_record(folder: Path, record: Mapping[str, Any], *, writer: str = "") -
 
     Raises:
         ValueError: The folder holds images of another model, or images of which nothing is known.
-        OSError: The file cannot be written.
     """
     path = folder / RECORD
     # Looked at before the record: another process may be writing that and the first images just now.
@@ -126,11 +125,7 @@ def write_record(folder: Path, record: Mapping[str, Any], *, writer: str = "") -
 
 
 def read_record(folder: Path | str) -> dict[str, Any]:
-    """Reads which model drew the images of a folder.
-
-    Raises:
-        ValueError: The folder does not say, or not in a way that can be read.
-    """
+    """Reads which model drew the images of a folder; a ValueError where it does not say so readably."""
     path = Path(folder) / RECORD
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
@@ -144,8 +139,7 @@ def read_record(folder: Path | str) -> dict[str, Any]:
 def weights_digest(networks: Mapping[str, nn.Module]) -> str:
     """Returns the SHA-256 of all weights of networks, adapters and how strongly they act included.
 
-    Raises:
-        ValueError: Weights are not in memory, as with diffusers' sequential offloading.
+    A ValueError says that weights are not in memory, as with diffusers' sequential offloading.
     """
     tensors: dict[str, Tensor] = {}
     adapters: list[str] = []

@@ -34,15 +34,10 @@ from rewards.public_files import sha256_of
 
 from .plan import DrawConfig, PlannedImage, check_plan
 
-
-def is_whole(path: Path) -> bool:
-    """Says whether a file is a PNG that decodes to its end."""
-    try:
-        with Image.open(path) as image:
-            image.load()
-    except (OSError, SyntaxError):  # Pillow raises SyntaxError for a damaged PNG chunk
-        return False
-    return True
+Pixels = UInt8[Tensor, "batch 3 H W"]
+"""RGB in 0..255."""
+Read = UInt8[Tensor, "3 H W"] | str
+"""An image, or why it cannot be read."""
 
 
 def png_bytes(pixels: UInt8[Tensor, "3 H W"]) -> bytes:
@@ -68,6 +63,14 @@ def read_png(path: Path) -> UInt8[Tensor, "3 H W"]:
         return torch.from_numpy(numpy.array(image.convert("RGB"))).permute(2, 0, 1)
 
 
+def read_image(path: Path) -> Read:
+    """Returns an image, or why it cannot be read."""
+    try:
+        return read_png(path)
+    except Exception as error:  # Pillow's readers raise almost anything for a damaged file
+        return f"it cannot be read: {error}"
+
+
 def _png(picture: Image.Image, **options: bool) -> bytes:
     file = io.BytesIO()
     picture.save(file, format="PNG", **options)
@@ -76,10 +79,6 @@ def _png(picture: Image.Image, **options: bool) -> bytes:
 
 def _picture(pixels: UInt8[Tensor, "3 H W"]) -> Image.Image:
     return Image.fromarray(pixels.permute(1, 2, 0).contiguous().numpy())
-
-
-Pixels = UInt8[Tensor, "batch 3 H W"]
-"""RGB in 0..255."""
 
 
 @runtime_checkable
@@ -163,7 +162,7 @@ class ImageFolder:
         """
         root = Path(root)
         planned, config = read_manifest(root)
-        missing = [image.file_name for image in planned if not is_whole(root / model / image.file_name)]
+        missing = [one.file_name for one in planned if isinstance(read_image(root / model / one.file_name), str)]
         if missing:
             raise ValueError(
                 f"root: {root / model} must hold all {len(planned)} images of {MANIFEST}, "
@@ -197,13 +196,7 @@ def write_folder(images: ImageSource, root: Path | str, *, chunk: int = 64) -> I
 
 
 def write_manifest(root: Path | str, planned: Sequence[PlannedImage], config: DrawConfig, *, writer: str = "") -> None:
-    """Writes `prompts.json`, or checks that the one that is there says the same.
-
-    Args:
-        root: The folder of all models compared.
-        planned: What is drawn.
-        config: How images are drawn.
-        writer: Tells processes apart that may write it at the same time.
+    """Writes `prompts.json`, or checks that the one that is there says the same; `writer` tells processes apart.
 
     Raises:
         ValueError: The folder's manifest tells of other prompts, seeds or settings, or two images have one name.
@@ -226,11 +219,7 @@ def write_manifest(root: Path | str, planned: Sequence[PlannedImage], config: Dr
 
 
 def read_manifest(root: Path) -> tuple[tuple[PlannedImage, ...], DrawConfig]:
-    """Reads what the images of a folder show and how they were drawn.
-
-    Raises:
-        ValueError: There is no manifest, or it is not one.
-    """
+    """Reads what the images of a folder show and how they were drawn; a ValueError where no manifest says so."""
     path = root / MANIFEST
     if not path.is_file():
         raise ValueError(f"root must hold {MANIFEST}, got {root}, which does not")

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from overpaint.evaluation.tables import TABLE_SUFFIXES, Row, read_table
 
-from .files import Pixels, check_model_name, read_png
+from .files import Pixels, check_model_name, read_image
 from .plan import PlannedImage
 
 IMAGE_SUFFIXES = (".avif", ".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
@@ -158,8 +158,6 @@ def _check_columns(path: Path, rows: Sequence[Row], *columns: str) -> None:
 
 Size = tuple[int, int]
 """Width and height in pixels."""
-Read = UInt8[Tensor, "3 H W"] | str
-"""An image, or why it cannot be read."""
 Item = TypeVar("Item")
 
 
@@ -204,11 +202,7 @@ def read_ahead(
 ) -> Iterator[tuple[int, Sequence[int], list[Item]]]:
     """Yields the number of each batch, its indices and what was read of each, while the next batch is being read.
 
-    Two batches at most are in memory, however many there are.
-
-    Args:
-        batches: The indices of each batch, by its number.
-        read: Reads what has an index; called by several threads at once.
+    Two batches at most are in memory, however many there are. `read` is called by several threads at once.
     """
     numbers = list(batches)
     with ThreadPoolExecutor() as pool:
@@ -220,12 +214,7 @@ def read_ahead(
 
 
 def image_files(folder: Path | str) -> list[Path]:
-    """Returns the images of a folder and its subfolders, sorted by name.
-
-    Raises:
-        FileNotFoundError: There is no such folder.
-        ValueError: There are no images.
-    """
+    """Returns the images of a folder and its subfolders, sorted by name; raises as `read_pairs`."""
     return [pair.path for pair in read_pairs(Path(folder))]
 
 
@@ -240,20 +229,12 @@ def in_batches(paths: Sequence[Path], batch_size: int) -> Iterator[tuple[list[in
     if not paths:
         raise ValueError("paths must hold at least one image, got none")
     sizes = [_size(path) for path in paths]
-    for path, size in zip(paths, sizes, strict=True):
-        if isinstance(size, str):
-            raise ValueError(f"{path}: {size}")
+    broken = [f"{path}: {size}" for path, size in zip(paths, sizes, strict=True) if isinstance(size, str)]
+    if broken:
+        raise ValueError(broken[0])
     batches = dict(enumerate(batches_by_size(sizes, batch_size)))
     for _, places, images in read_ahead(batches, lambda place: _whole_image(paths[place])):
         yield list(places), torch.stack(images)
-
-
-def read_image(path: Path) -> Read:
-    """Returns an image, or why it cannot be read."""
-    try:
-        return read_png(path)
-    except Exception as error:  # Pillow's readers raise almost anything for a damaged file
-        return f"it cannot be read: {error}"
 
 
 def _whole_image(path: Path) -> UInt8[Tensor, "3 H W"]:
@@ -325,11 +306,7 @@ class OtherImages:
         return cls(folder=folder, model=model, planned=tuple(planned))
 
     def pixels(self, positions: Sequence[int]) -> Pixels:
-        """Reads the images at these places of `planned`; they have to be of one size.
-
-        Raises:
-            ValueError: They are not, or one cannot be read.
-        """
+        """Reads the images at these places of `planned`; they have to be of one size."""
         return torch.stack([_whole_image(self.folder / self.planned[k].file_name) for k in positions])
 
 

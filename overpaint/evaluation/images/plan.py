@@ -67,13 +67,11 @@ def plan(
     Raises:
         ValueError: There are no prompts, a prompt is not a string, or a kind cannot be part of a file name.
     """
-    if images_per_prompt < 1:
-        raise ValueError(f"images_per_prompt must be at least 1, got {images_per_prompt}")
     if not prompts:
         raise ValueError("prompts must hold at least one kind, got none")
     planned: list[PlannedImage] = []
     for kind, texts in prompts.items():
-        _check_kind(kind, texts)
+        _check_kind(kind, texts, images_per_prompt)
         for number, prompt in enumerate(texts):
             planned.extend(
                 PlannedImage(kind, f"{kind}-{number:04d}", copy, prompt, _image_seed(seed, kind, number, copy))
@@ -98,9 +96,7 @@ def plan_named(
     Raises:
         ValueError: There are no prompts, or a name cannot be part of a file name.
     """
-    if images_per_prompt < 1:
-        raise ValueError(f"images_per_prompt must be at least 1, got {images_per_prompt}")
-    _check_kind(kind, list(prompts.values()))
+    _check_kind(kind, list(prompts.values()), images_per_prompt)
     planned = tuple(
         PlannedImage(kind, name, copy, prompt, _image_seed(seed, kind, name, copy))
         for name, prompt in prompts.items()
@@ -111,11 +107,7 @@ def plan_named(
 
 
 def check_plan(planned: Sequence[PlannedImage]) -> None:
-    """Checks that every image can have a file of its own.
-
-    Raises:
-        ValueError: There is no image, two have one name, or a name cannot be that of a file.
-    """
+    """Raises a ValueError unless there are images, and each can have a file of its own."""
     if not planned:
         raise ValueError("planned must hold at least one image, got none")
     seen: dict[str, PlannedImage] = {}
@@ -146,13 +138,9 @@ def shard(planned: Sequence[PlannedImage], rank: int, world_size: int) -> tuple[
 
 
 def batches_of(planned: Sequence[PlannedImage], batch_size: int) -> list[tuple[PlannedImage, ...]]:
-    """Cuts a plan into batches.
+    """Cuts a plan into batches, which processes that share a folder share out whole.
 
-    Processes that share a folder share out whole batches, so that the batches, and with them the last bit of every
-    image, do not depend on the number of processes.
-
-    Raises:
-        ValueError: `batch_size` is below 1.
+    So the batches, and with them the last bit of every image, do not depend on the number of processes.
     """
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
@@ -171,7 +159,9 @@ def _image_seed(seed: int, kind: str, number: int | str, copy: int) -> int:
     return int.from_bytes(digest[:4], "big")
 
 
-def _check_kind(kind: str, prompts: Sequence[str]) -> None:
+def _check_kind(kind: str, prompts: Sequence[str], images_per_prompt: int) -> None:
+    if images_per_prompt < 1:
+        raise ValueError(f"images_per_prompt must be at least 1, got {images_per_prompt}")
     if not re.fullmatch(r"[a-z0-9][a-z0-9-]*", kind):
         raise ValueError(f"prompts: a kind must be lower-case letters, digits and dashes, got {kind!r}")
     if isinstance(prompts, str) or not prompts:

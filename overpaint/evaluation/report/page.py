@@ -186,10 +186,7 @@ def learning_curves(path: Path, panels: Sequence[Panel]) -> Any:
 def contact_sheets(pictures: Sequence[ImageSource], *, per_kind: int, scores: Sequence[Scores] = ()) -> Any:
     """Shows the images of every model, prompt by prompt within each kind, with what each image scored.
 
-    Args:
-        pictures: Of every model, on the same prompts and seeds.
-        per_kind: Prompts shown of each kind.
-        scores: Of any of the models; their values stand under the images.
+    The pictures are of every model, on the same prompts and seeds; `per_kind` prompts of each kind are shown.
     """
     planned = pictures[0].planned
     values = values_by_image(scores)

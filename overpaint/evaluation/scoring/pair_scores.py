@@ -16,8 +16,8 @@ from typing import Any, NamedTuple, cast
 import torch
 from tqdm import tqdm
 
-from overpaint.evaluation.images.files import to_images
-from overpaint.evaluation.images.pairs import Pair, Read, Size, batches_by_size, image_sizes, read_ahead, read_image
+from overpaint.evaluation.images.files import Read, read_image, to_images
+from overpaint.evaluation.images.pairs import Pair, Size, batches_by_size, image_sizes, read_ahead
 from overpaint.evaluation.metrics.statistics import mean_estimate
 from overpaint.evaluation.prompts import IMAGE_REWARD_TEST
 from rewards import Reward
@@ -177,11 +177,7 @@ def score_pairs(
 
 
 def check_prompts(pairs: Sequence[Pair], rewards: Mapping[str, Reward]) -> None:
-    """Checks that every pair has a prompt if a reward reads them.
-
-    Raises:
-        ValueError: One has none.
-    """
+    """Raises a ValueError unless every pair has a prompt, or no reward reads them."""
     missing = [pair.name for pair in pairs if pair.prompt is None]
     readers = [name for name, reward in rewards.items() if reads_prompts(reward)]
     if missing and readers:
@@ -359,8 +355,7 @@ def score_ranked(
         reward: Scores the images, as they are stored, for their prompt.
         ranked: Which images.
         folder: Where their paths begin.
-        journal: File of what is finished, with which a killed run goes on; it is left there, so that a repeated call
-            scores nothing anew.
+        journal: As for `score_pairs`; a repeated call scores nothing anew.
         name: What the reward is called in the journal, which is of one reward only.
         device: Where the reward wants its images.
         batch_size: Images that are scored at once; they are of one size.
@@ -370,9 +365,7 @@ def score_ranked(
         For each prompt the score of each of its images.
 
     Raises:
-        ValueError: Images are missing or cannot be read, of which those that show at once are found before any is
-            scored; `batch_size` is not positive; the journal is of another reward or of other images; or the reward
-            gave not one finite number for each image.
+        ValueError: As `score_pairs`; images that are missing are found before any is scored.
     """
     pairs = [
         Pair(image, folder / image, images.prompt, {"image": image, "prompt": images.prompt})

@@ -285,10 +285,8 @@ COLUMNS = ("model", "file", "kind", "id", "copy", "prompt", "seed")
 def score_rows(scores: Sequence[Scores]) -> list[Row]:
     """Returns one row for each image of each model, with `COLUMNS` and every measure.
 
-    A measure that was not taken of an image is None, and so is a seed that is not known.
-
-    Raises:
-        ValueError: Two models share a name, or a measure is named like one of `COLUMNS`.
+    A measure that was not taken of an image is None, and so is a seed that is not known. A ValueError says that two
+    models share a name, or that a measure is named like one of `COLUMNS`.
     """
     model_names(scores)
     measures = list(dict.fromkeys(column.measure for one in scores for column in one.columns))
