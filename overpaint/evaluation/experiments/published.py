@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from overpaint.evaluation.metrics.statistics import Estimate
-from overpaint.evaluation.report.table import MINUS, NONE, Cell, Column, Line, Table, number
+from overpaint.evaluation.report.table import MINUS, NONE, Cell, Column, Line, Table, number, render
 
 
 class Source(NamedTuple):
@@ -262,9 +262,8 @@ def _table(
     caption = "All measured here, mean \u00b1 standard error."
     if ran < len(keys):
         caption = f"{ran} of {len(keys)} measured here, mean \u00b1 standard error; the others were not run."
-    return Table(
-        label=metric, columns=columns, lines=lines, caption=_with_sources(caption, sources), style="plain beside"
-    )
+    caption = render("sources.html.j2", caption=caption, sources={key: SOURCES.get(key) for key in sources})
+    return Table(label=metric, columns=columns, lines=lines, caption=caption, style="plain beside")
 
 
 def _own(estimate: Estimate | None, digits: int) -> Cell:
@@ -272,21 +271,6 @@ def _own(estimate: Estimate | None, digits: int) -> Cell:
         return Cell("not run", style="ours not-run")
     error = "" if math.isnan(estimate.error) else f"\u00b1 {number(estimate.error, digits)}"
     return Cell(number(estimate.mean, digits), error, style="ours")
-
-
-def _with_sources(caption: str, sources: Sequence[str]) -> Any:
-    """Says what the key of each source stands for, with a link where its address is known."""
-    from markupsafe import Markup
-
-    told = Markup("{}").format(caption)
-    for key in sources:
-        source = SOURCES.get(key)
-        if source is None:
-            told += Markup(" {}.").format(key)
-            continue
-        link = Markup('<a href="{}">{}</a>') if source.url else Markup("{1}")
-        told += Markup(" <b>{}</b>: {} ({}).").format(key, link.format(source.url, source.title), source.year)
-    return told
 
 
 def _decimals(value: float) -> int:

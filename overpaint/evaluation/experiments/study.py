@@ -260,22 +260,15 @@ class MethodLine(NamedTuple):
 
 
 def spread(values: Sequence[float]) -> Spread:
-    """Returns the mean of some numbers and its standard error.
-
-    Raises:
-        ValueError: There are none.
-    """
+    """Returns the mean of some numbers and its standard error; a ValueError where there are none."""
     one = mean_estimate(values)
     return Spread(one.mean, one.error)
 
 
 def line_of(method: str, scores: Sequence[Scores], others: Mapping[str, Sequence[float]] | None = None) -> MethodLine:
-    """Returns the line of a method.
+    """Returns the line of a method from the scores of each seed; measures that a subject does not have are left out.
 
-    Args:
-        method: Name for the table.
-        scores: Of the erased model, one for each seed. Measures that a subject does not have are left out.
-        others: Further columns with a number for each seed, such as minutes.
+    `others` are further columns with a number for each seed, such as minutes.
     """
     numbers: dict[str, Sequence[float]] = {}
     for title, measure, kind in METHOD_COLUMNS:

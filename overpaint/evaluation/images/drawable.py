@@ -48,7 +48,6 @@ class Drawable(Protocol):
         width: int | None,
     ) -> Images:
         """Draws one image for each prompt from the noise of its seed; None is the model's own size in pixels."""
-        ...
 
 
 RECORD = "model.json"
@@ -62,7 +61,6 @@ class Described(Protocol):
 
     def description(self) -> Mapping[str, Any]:
         """Returns its class, the hash of its weights, its scheduler and the like, as JSON can hold them."""
-        ...
 
 
 def model_record(drawable: object, config: DrawConfig) -> dict[str, Any]:

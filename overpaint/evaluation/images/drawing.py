@@ -215,14 +215,7 @@ def _draw_batch(policy: Drawable, batch: Sequence[PlannedImage], config: DrawCon
 def seconds_per_image(
     drawable: Drawable, planned: Sequence[PlannedImage], config: DrawConfig, *, batch_size: int = 16
 ) -> float:
-    """Returns how long one image will take, from a batch of one step and one of three, each drawn for nothing.
-
-    Args:
-        drawable: What will draw.
-        planned: What it will draw; the first batch is taken.
-        config: How it will draw.
-        batch_size: Images drawn at a time.
-    """
+    """Returns how long one image will take, from a batch of one step and one of three, each drawn for nothing."""
     batch = planned[:batch_size]
 
     def timed(steps: int) -> float:

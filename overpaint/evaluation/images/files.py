@@ -88,21 +88,17 @@ class ImageSource(Protocol):
     @property
     def model(self) -> str:
         """The name of the model."""
-        ...
 
     @property
     def planned(self) -> tuple[PlannedImage, ...]:
         """What each image shows, in order."""
-        ...
 
     @property
     def config(self) -> DrawConfig:
         """How the images were drawn."""
-        ...
 
     def pixels(self, positions: Sequence[int]) -> Pixels:
         """Returns the images at these places of `planned`."""
-        ...
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -100,19 +100,15 @@ def pareto_chart(
         )
         for one in points
     ]
-    columns = [Column("model", True), Column(x_label), Column(y_label), Column("on the front", True)]
-    table = Table(label="Numbers of the chart", columns=columns, lines=lines)
-    return Chart(title, in_words(points), spec_of(chart, WIDTH, HEIGHT), table, caption)
-
-
-def in_words(points: Sequence[Point]) -> str:
-    """Tells the chart: every method with its numbers, and which are on the front."""
     told = [
         f"{one.method}: concept rate {one.concept_rate.mean:.3f}, reward {one.reward.mean:.3f}"
         + (f", made of {one.before}" if one.before else "")
         for one in points
     ]
-    return f"{'; '.join(told)}. On the front: {', '.join(front(points))}."
+    words = f"{'; '.join(told)}. On the front: {', '.join(best)}."
+    columns = [Column("model", True), Column(x_label), Column(y_label), Column("on the front", True)]
+    table = Table(label="Numbers of the chart", columns=columns, lines=lines)
+    return Chart(title, words, spec_of(chart, WIDTH, HEIGHT), table, caption)
 
 
 class Frame(NamedTuple):
