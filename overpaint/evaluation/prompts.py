@@ -305,12 +305,9 @@ SCENES = ("at sunset", "in the rain", "in the snow", "under a starry sky", "on a
 
 
 def nudity_prompts(kind: str, count: int, seed: int = 0) -> list[str]:
-    """Draws prompts of one kind without repetition, as far as there are enough.
+    """Draws prompts of one kind without repetition, as far as there are enough; equal seeds give equal prompts.
 
-    Args:
-        kind: ``explicit``, ``implicit``, ``neighbour`` (dressed people) or ``benign`` (things).
-        count: How many.
-        seed: Equal seeds give equal prompts.
+    The kinds are ``explicit``, ``implicit``, ``neighbour`` (dressed people) and ``benign`` (things).
 
     Raises:
         ValueError: The kind is unknown or the count is not positive.

@@ -88,17 +88,14 @@ class Experiment:
     held_out: Reward | None = None
     """A reward that is not trained on, for early stopping and the evaluation."""
 
-    def evaluation_prompts(self, count: int, seed: int) -> dict[str, list[str]]:
-        """Returns prompts of every kind."""
-        return {kind: list(self.prompts(kind, count, seed)) for kind in KINDS}
-
     def measured_on(self, captions: Sequence[str]) -> "Experiment":
         """Returns the same experiment with other benign prompts; what is trained on is the same."""
-
-        def prompts(kind: str, count: int, seed: int) -> Sequence[str]:
-            return _taken(captions, count, seed) if kind == "benign" else self.prompts(kind, count, seed)
-
-        return replace(self, prompts=prompts)
+        return replace(
+            self,
+            prompts=lambda kind, count, seed: (
+                _taken(captions, count, seed) if kind == "benign" else self.prompts(kind, count, seed)
+            ),
+        )
 
 
 def experiment(policy: str, *, prompts_file: Path | None = None) -> Experiment:
@@ -207,14 +204,10 @@ class Task:
 def tiny_task(name: TaskName, *, count: int = 200, held_out_count: int = 96, seed: int = 0) -> Task:
     """Returns a task of the tiny world; held-out pairs of colour and shape tell how far it carries.
 
-    Args:
-        name: Any but aesthetics and alignment.
-        count: Prompts of each split.
-        held_out_count: Prompts for early stopping.
-        seed: Chooses the captions.
+    There are `count` prompts in each split and `held_out_count` for early stopping, chosen by the seed.
 
     Raises:
-        ValueError: The task is not one of the tiny world's.
+        ValueError: The task is one of real models, aesthetics or alignment.
     """
     from overpaint import tinyworld
 
@@ -298,22 +291,14 @@ def evaluate(
     seed: int,
     progress: bool = True,
 ) -> Evaluation:
-    """Draws prompts of every kind with a policy and measures them; under several processes each does its part.
+    """Draws an experiment's prompts of every kind with a policy and measures them, each process its part.
 
-    Policies that are evaluated with the same numbers are compared on the same prompts and seeds.
-
-    Args:
-        policy: What draws.
-        about: Whose prompts and measures.
-        drawing: How.
-        model: Name for tables and pictures.
-        prompts_per_kind: Prompts of each kind.
-        seed: Chooses the prompts and their seeds.
-        progress: Whether progress bars are shown, by the main process.
+    The seed chooses the prompts and their seeds: policies that are evaluated with the same numbers are compared on the
+    same. The main process shows progress bars.
     """
     state = process_state()
     progress = progress and state.is_main_process
-    planned = plan(about.evaluation_prompts(prompts_per_kind, seed + 100), seed=seed)
+    planned = plan({kind: about.prompts(kind, prompts_per_kind, seed + 100) for kind in KINDS}, seed=seed)
     mine = shard(planned, state.process_index, state.num_processes)
     images = draw(policy, mine, drawing, model=model, progress=progress)
     scores = score(images, about.measures, device=policy.device, progress=progress)

@@ -163,12 +163,7 @@ PUBLISHED = tuple(
 
 
 def published(experiment: str, metric: str | None = None, source: str | None = None) -> tuple[Published, ...]:
-    """Returns the numbers of an experiment, in the order of `PUBLISHED`.
-
-    Args:
-        experiment: One of `EXPERIMENTS`.
-        metric: Only numbers of this metric.
-        source: Only numbers of this source, a key of `SOURCES`.
+    """Returns the numbers of an experiment, or only those of one metric or source, in the order of `PUBLISHED`.
 
     Raises:
         ValueError: The experiment has no numbers of that name, metric or source.

@@ -158,12 +158,7 @@ def measured(experiment: str, results: Sequence[Result], *, name_settings: bool 
     """Returns the means under the names that they are published with.
 
     Where images of each model's own size were scored at 256² with all guidance scales of ImageReward's paper, the
-    best of them is told as well, as that paper does.
-
-    Args:
-        experiment: One of `published.EXPERIMENTS`.
-        results: Of any models and settings.
-        name_settings: Whether a setting has a name; without one there must be one for each model.
+    best of them is told as well, as that paper does. Without `name_settings` there must be one setting for each model.
     """
     found = []
     best: dict[tuple[str, str], Measured] = {}
@@ -217,16 +212,11 @@ def guidance_curves(results: Sequence[Result]) -> list[Section]:
 
 def _like_the_paper(results: Sequence[Result]) -> set[str]:
     """Returns the models that were drawn and scored as in ImageReward's paper, at no other size and scale besides."""
-    wanted = {float(scale) for scale in GUIDANCE_SCALES}
-    by_model: dict[str, list[Result]] = {}
-    for result in results:
-        by_model.setdefault(result.cell.model, []).append(result)
-    return {
-        model
-        for model, own in by_model.items()
-        if {one.cell.scale for one in own} == wanted
-        and all(one.cell.size is None and one.scored_size == 256 for one in own)
-    }
+    wanted = {(None, 256, float(scale)) for scale in GUIDANCE_SCALES}
+    settings: dict[str, set[tuple[int | None, int | None, float | None]]] = {}
+    for one in results:
+        settings.setdefault(one.cell.model, set()).add((one.cell.size, one.scored_size, one.cell.scale))
+    return {model for model, own in settings.items() if own == wanted}
 
 
 METHOD_COLUMNS: tuple[tuple[str, str, str], ...] = (

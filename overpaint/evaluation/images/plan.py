@@ -85,13 +85,8 @@ def plan_named(
 ) -> tuple[PlannedImage, ...]:
     """Lists the images to draw for prompts that have names of their own, such as those of a benchmark.
 
-    As in `plan`, the seed of an image follows from `seed`, `kind`, the name of its prompt and its copy alone.
-
-    Args:
-        prompts: The text of each prompt by its name, which becomes part of file names.
-        kind: The kind of all.
-        images_per_prompt: Images drawn for each prompt, each with its own noise.
-        seed: Chooses the noise of all images.
+    As in `plan`, the seed of an image follows from `seed`, `kind`, the name of its prompt and its copy alone. A name
+    becomes part of file names.
 
     Raises:
         ValueError: There are no prompts, or a name cannot be part of a file name.
@@ -128,11 +123,7 @@ def kinds_of(planned: Sequence[PlannedImage]) -> tuple[str, ...]:
 
 
 def shard(planned: Sequence[PlannedImage], rank: int, world_size: int) -> tuple[PlannedImage, ...]:
-    """Returns the images that one of several processes draws into memory: every `world_size`-th.
-
-    Raises:
-        ValueError: The process is not one of the processes.
-    """
+    """Returns the images that one of several processes draws into memory: every `world_size`-th, from `rank` on."""
     check_rank(rank, world_size)
     return tuple(planned[rank::world_size])
 

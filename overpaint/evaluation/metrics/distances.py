@@ -92,10 +92,10 @@ class Inception(nn.Module):
 
     @classmethod
     def from_file(cls, path: Path | str, sha256: str | None = WEIGHTS_SHA256) -> "Inception":
-        """Loads frozen weights.
+        """Loads frozen weights from their file.
 
         Args:
-            path: The file of weights.
+            path: The file.
             sha256: What its content must have as SHA-256; None leaves it unchecked.
 
         Raises:

@@ -143,11 +143,7 @@ def joined_rates(after: Estimate, before: Estimate, change: Estimate, correlatio
 
 
 def sums_by_cluster(values: Sequence[float], clusters: Sequence[str]) -> dict[str, float]:
-    """Adds up the values of each cluster, in the order in which clusters first occur.
-
-    Raises:
-        ValueError: There is not one cluster for each value.
-    """
+    """Adds up the values of each cluster, in the order in which clusters first occur."""
     if len(values) != len(clusters):
         raise ValueError(f"clusters must hold one for each of {len(values)} values, got {len(clusters)}")
     members: dict[str, list[float]] = {}
@@ -157,11 +153,7 @@ def sums_by_cluster(values: Sequence[float], clusters: Sequence[str]) -> dict[st
 
 
 def means_by_cluster(values: Sequence[float], clusters: Sequence[str]) -> dict[str, float]:
-    """Returns the mean of the values of each cluster, in the order in which clusters first occur.
-
-    Raises:
-        ValueError: There is not one cluster for each value.
-    """
+    """Returns the mean of the values of each cluster, in the order in which clusters first occur."""
     sizes = sums_by_cluster([1.0] * len(values), clusters)
     return {cluster: total / sizes[cluster] for cluster, total in sums_by_cluster(values, clusters).items()}
 
@@ -286,10 +278,6 @@ def _mean(sums: numpy.ndarray, sizes: numpy.ndarray, axis: int) -> numpy.ndarray
 
 def ranks(values: Sequence[float], higher_is_better: bool = True) -> list[float]:
     """Returns the rank of each value: 1 is best, and equal values share the mean of the ranks that they take up.
-
-    Args:
-        values: What is ranked.
-        higher_is_better: Whether the highest is best, or the lowest.
 
     Raises:
         ValueError: A value is not finite.

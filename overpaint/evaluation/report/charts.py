@@ -25,7 +25,7 @@ DASHES = ([1, 0], [7, 4], [1.5, 4], [9, 3, 2, 3], [4, 3], [12, 3])
 """Of series, so that no one has to tell colours apart."""
 SERIES = len(COLOURS)
 """How many series a chart can tell apart."""
-INK, SOFT, FAINT, RULE, PAPER = "#22252a", "#555a62", "#696e76", "#e2dfd8", "#fdfcfa"
+INK, SOFT, FAINT, RULE = "#22252a", "#555a62", "#696e76", "#e2dfd8"
 WIDTH, HEIGHT = 700, 400
 """Of the plot of a wide chart, in pixels."""
 RAW_POINTS = 30
@@ -136,11 +136,7 @@ def smoothed(values: Sequence[float], window: int) -> tuple[float, ...]:
 
 
 def learning_chart(panel: Panel, curves: Sequence[Curve]) -> Chart:
-    """Draws curves over iterations; where values are many, smoothed and as logged.
-
-    Raises:
-        ValueError: There are no curves, or more than can be told apart.
-    """
+    """Draws one to six curves over iterations; where values are many, smoothed and as logged."""
     import altair as alt
 
     colour_and_dash = _series("curve", [curve.label for curve in curves])
@@ -245,12 +241,9 @@ def series_chart(
 
 
 def band_of(runs: Sequence[Sequence[tuple[float, float]]]) -> list[tuple[float, Estimate]]:
-    """Returns the mean over runs at the points that all of them have, as a series for `series_chart`.
+    """Returns the mean over runs at the points (x, value) that all of them have, as a series for `series_chart`.
 
     The ends of an estimate are one standard deviation away; its error is the standard error over the runs.
-
-    Args:
-        runs: The points (x, value) of each run.
 
     Raises:
         ValueError: There are no runs, or they have no point in common.

@@ -45,12 +45,6 @@ def pareto_chart(
 ) -> Chart:
     """Draws methods as points with error bars, the Pareto front, and arrows from a model to what was made of it.
 
-    Args:
-        points: One for each method, at least one.
-        title: What is seen.
-        x_label: Of the concept rate.
-        y_label: Of the reward.
-
     Raises:
         ValueError: There are no points, two share a name, a mean is not finite, or `before` names none of them.
     """

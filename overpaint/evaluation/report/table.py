@@ -240,9 +240,7 @@ Means = Mapping[str, Mapping[str, float]]
 def agreement(means: Means, people: Mapping[str, float]) -> dict[str, float]:
     """Returns Spearman's correlation of each metric's ranking with that of people, in [-1, 1].
 
-    Args:
-        means: By metric, of any of the models; more is better.
-        people: The rank of each model; 1 is best.
+    Of means, which may be of any of the models, more is better; of the ranks that people gave them 1 is best.
 
     Raises:
         ValueError: A metric has fewer than two of the models, or gives all the same.
@@ -257,11 +255,7 @@ def agreement(means: Means, people: Mapping[str, float]) -> dict[str, float]:
 def rank_table(means: Means, people: Mapping[str, float], *, ranked_by: str, caption: str = "") -> Table:
     """Lays models out in the order of people, with the mean and rank of each by each metric, and the correlations.
 
-    Args:
-        means: As for `agreement`.
-        people: As for `agreement`.
-        ranked_by: Who gave the ranks, such as "people".
-        caption: What to know of the ranks.
+    Means and ranks are those of `agreement`; `ranked_by` says who gave the ranks, such as "people".
     """
     known = {metric: {m: v for m, v in values.items() if m in people} for metric, values in means.items()}
     places = {metric: dict(zip(own, ranks(list(own.values())), strict=True)) for metric, own in known.items() if own}

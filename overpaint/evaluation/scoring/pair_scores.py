@@ -29,12 +29,8 @@ from rewards.types import scores_of
 class Journal:
     """Records of one job, each on a line of its own and flushed when it is written; use it in a `with` statement.
 
-    The first line says which job it is. The last may be torn, if the job was killed while it was written: it is cut off
-    and counts as not written.
-
-    Args:
-        path: The file; begun if it is not there.
-        job: What has to be the same for the records to be of use, by name.
+    The first line says which job it is: what has to be the same for the records to be of use, by name. The last may be
+    torn, if the job was killed while it was written: it is cut off and counts as not written.
 
     Raises:
         ValueError: The file tells of another job, or is damaged before its last line.

@@ -325,12 +325,7 @@ def write_scores(scores: Sequence[Scores], path: Path | str) -> None:
 
 
 def gather(scores: Scores, planned: Sequence[PlannedImage]) -> Scores:
-    """Brings the scores of all processes together, on every process.
-
-    Args:
-        scores: Scores of this process's shard.
-        planned: The whole plan, which gives the order.
-    """
+    """Brings the scores of all processes' shards together, on every process, in the order of the whole plan."""
     from accelerate.utils import gather_object
 
     if process_state().num_processes == 1:
