@@ -4,7 +4,7 @@ No text of a public set is part of this package: a named set is fetched once by 
 `rewards.public_files`), or read from a file that somebody has got, and checked as a whole before any work is done with
 it. See docs/evaluation.md for rows, sources and licences.
 
-The prompts of nudity were made for this project. They serve to train and to compare; numbers to set beside published
+The prompts of nudity were made for this project. They serve to train and to compare; numbers to compare with published
 ones need the public sets (I2P, MS-COCO), which a JSON file of prompts by kind brings in.
 """
 

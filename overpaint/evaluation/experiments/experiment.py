@@ -176,7 +176,7 @@ def stable_diffusion(path: str) -> Experiment:
 
 
 def _taken(texts: Sequence[str], count: int, seed: int) -> list[str]:
-    """Returns as many texts as asked for, from one on that the seed chooses, and around."""
+    """Returns `count` texts, from one on that the seed chooses, and around."""
     return [texts[(seed + k) % len(texts)] for k in range(count)]
 
 

@@ -1,4 +1,4 @@
-"""Numbers that others published, as data, and measurements of our own beside them.
+"""Numbers that others published, as data, and comparisons with measurements of our own.
 
 A published number never stands in for a measurement: where nothing ran, a table says *not run*.
 

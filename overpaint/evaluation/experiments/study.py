@@ -28,7 +28,7 @@ class Checkpoint(NamedTuple):
 
     hub_id: str
     published_as: str
-    """Its name beside published numbers."""
+    """Its name among published numbers."""
 
 
 CHECKPOINTS: Mapping[str, Checkpoint] = {
@@ -39,7 +39,7 @@ CHECKPOINTS: Mapping[str, Checkpoint] = {
 """Models that have a short name."""
 
 GIVEN: Mapping[str, str] = {"dalle2": DALLE2, "versatile-diffusion": VERSATILE, "cogview2": COGVIEW2}
-"""Systems whose images others drew, and their names beside published numbers."""
+"""Systems whose images others drew, and their names among published numbers."""
 
 
 def checkpoint_of(name: str) -> str:
@@ -48,7 +48,7 @@ def checkpoint_of(name: str) -> str:
 
 
 def published_as(name: str) -> str:
-    """Returns a model's name beside published numbers; one that is not published keeps its own."""
+    """Returns a model's name among published numbers; one that is not published keeps its own."""
     if name == TINY_WORLD:
         return "tiny world"
     return CHECKPOINTS[name].published_as if name in CHECKPOINTS else GIVEN.get(name, name)
@@ -97,8 +97,8 @@ def load_drawable(
 
 def file_name_of(name: str) -> str:
     """Returns a model's name as a folder can have it: `sd1.4`, or the last part of a path or hub id."""
-    kept = "".join(letter if letter.isalnum() or letter in "._-" else "-" for letter in Path(name).name)
-    return kept.lstrip(".-") or "model"
+    safe = "".join(letter if letter.isalnum() or letter in "._-" else "-" for letter in Path(name).name)
+    return safe.lstrip(".-") or "model"
 
 
 USUAL_SCALE = 7.5

@@ -1,1 +1,1 @@
-"""Images to judge: what to draw, drawing it, other systems' pictures, one reader of image files."""
+"""Images: what to draw, drawing it, images of other systems, and their files."""

@@ -1,4 +1,4 @@
-"""What draws: any text-to-image pipeline of diffusers beside `DiffusionPolicy`, and the record of which model it is.
+"""What draws: `DiffusionPolicy` or any text-to-image pipeline of diffusers, and the record of which model it is.
 
 A folder of images holds the record as `<root>/<model>/model.json`, written before the first image. One that another
 model began is refused, so that no folder ever holds images of two.
@@ -226,7 +226,7 @@ class PipelineDrawable:
         """Draws an image for each prompt, on the CPU.
 
         Raises:
-            ValueError: The pipeline cannot be asked for this guidance, eta or size, or gives no RGB images.
+            ValueError: The pipeline does not take this guidance, eta or size, or gives no RGB images.
         """
         options = self._options(guidance, eta, height, width)
         images = []
@@ -266,7 +266,7 @@ class PipelineDrawable:
         }
 
     def _options(self, guidance: Guidance, eta: float, height: int | None, width: int | None) -> dict[str, Any]:
-        """Returns what is asked of the pipeline besides prompts, seeds and steps; the rest it decides itself."""
+        """Returns the pipeline's arguments besides prompts, seeds and steps; the rest are its own defaults."""
         if not isinstance(guidance, ClassifierFree) or guidance.negative is not None:
             raise ValueError(f"guidance must be ClassifierFree without a negative prompt, got {guidance!r}")
         if guidance.scale < 1:

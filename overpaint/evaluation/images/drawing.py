@@ -96,10 +96,9 @@ def generate(
         config: How images are drawn.
         model: Name of the folder within `root`.
         batch_size: Images drawn at a time.
-        rank: Which process this is; asked of accelerate when not given.
-        world_size: How many processes there are; asked of accelerate when not given.
-        progress: Whether the first process shows a progress bar with the time left, and tells beforehand if the
-            images will take long.
+        rank: Which process this is; accelerate's answer when not given.
+        world_size: How many processes there are; accelerate's answer when not given.
+        progress: Whether the first process shows a progress bar, and tells beforehand if the images will take long.
 
     Returns:
         How many images this process drew.
@@ -179,7 +178,7 @@ def _draw_into(
 
 @contextmanager
 def _with_what_stays(folder: Path, total: int) -> Generator[None]:
-    """Adds to an error of writing what of the work is kept."""
+    """Adds to an error of writing how many images stay."""
     try:
         yield
     except OSError as error:

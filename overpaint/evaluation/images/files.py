@@ -142,7 +142,7 @@ MANIFEST = "prompts.json"
 
 @dataclass(frozen=True, kw_only=True)
 class ImageFolder:
-    """Images of one model on disk, read when asked for."""
+    """Images of one model on disk, read when needed."""
 
     root: Path
     model: str
@@ -260,11 +260,7 @@ class ImageRow(NamedTuple):
 
 
 def read_image_rows(folder: Path | str) -> tuple[ImageRow, ...]:
-    """Reads the rows of a finished folder, in the order of the plan.
-
-    Raises:
-        ValueError: The folder has none, as one that another system filled, or one that is not finished.
-    """
+    """Reads the rows of a folder in the order of the plan; a ValueError where `generate` has not finished one."""
     path = Path(folder) / ROWS
     if not path.is_file():
         raise ValueError(f"folder must hold {ROWS}, got {folder}, which does not: `generate` has not finished it")

@@ -34,7 +34,7 @@ class Pair(NamedTuple):
     prompt: str | None
     """None where there is none, which only rewards that do not read prompts can do with."""
     row: Row
-    """All that is kept of it: the image's name, the prompt if there is one, and the table's other columns."""
+    """What output tables say of it: the image's name, the prompt if there is one, and the table's other columns."""
 
 
 def read_pairs(
@@ -162,7 +162,7 @@ Item = TypeVar("Item")
 
 
 def image_sizes(pairs: Sequence[Pair], *, skip_broken: bool = False) -> list[Size | str]:
-    """Looks into the header of every image, which takes little time and finds most broken ones before any work.
+    """Reads the header of every image, which takes little time and finds most broken ones before any work.
 
     Returns:
         For each pair the size of its image, or why it cannot be read if broken ones are skipped.

@@ -132,20 +132,16 @@ def compare(scores: Sequence[Scores], *, by: Pairing = "image", intervals: Inter
                 is_rate=column.is_rate,
                 better=column.better,
                 note=column.note,
-                estimates=tuple(_estimate(one, intervals) for one in (column, *rest)),
+                estimates=tuple(
+                    one.estimate if one.is_rate else _interval(one.estimate, one.values, one.prompts, intervals)
+                    for one in (column, *rest)
+                ),
                 differences=tuple(_difference(one, column, by, intervals) for one in rest),
             )
         )
     known = {one.config for one in scores if one.config is not None}
     config = known.pop() if len(known) == 1 else None
     return Comparison(models=models, config=config, rows=tuple(rows), by=by, intervals=intervals)
-
-
-def _estimate(column: Column, intervals: Intervals) -> Estimate:
-    """Returns the mean of a column."""
-    if column.is_rate:
-        return column.estimate
-    return _interval(column.estimate, column.values, column.prompts, intervals)
 
 
 def _difference(after: Column, before: Column, by: Pairing, intervals: Intervals) -> Estimate:

@@ -94,7 +94,7 @@ def _apply(measure: Measure, images: Images, prompts: Sequence[str]) -> tuple[li
 
 
 def _check_measures(measures: Sequence[Measure], kinds: Sequence[str]) -> None:
-    """Checks that measures can be told apart and are of kinds that exist."""
+    """Raises a ValueError unless measures can be told apart and are of kinds that exist."""
     names = [measure.name for measure in measures]
     if not names:
         raise ValueError("measures must hold at least one, got none")
