@@ -37,7 +37,7 @@ from benchmarks.peers_settings import NEVER, Settings, our_job, own_settings, tr
 from benchmarks.timing import write_results
 from ddpo import DDPOConfig
 from overpaint import tinyworld
-from overpaint.evaluation.report.charts import band_chart, band_of, svg
+from overpaint.evaluation.report.charts import band_of, series_chart, svg
 from overpaint.settings import AnyPath, Field, settings
 
 TRL, SAME, OWN = "TRL", "same", "own"
@@ -231,15 +231,15 @@ def figures(records: Mapping[int, Records]) -> dict[str, str]:
     common = min(side.total for sides in records.values() for side in sides.values())
     times = [common * k / 20 for k in range(21)]
     for name, label in (("queries", "reward queries"), ("seconds", "CPU-seconds")):
-        bands = []
+        bands = {}
         for side in (TRL, SAME, OWN):
             runs = [sides[side].evaluations for sides in records.values()]
             if name == "queries":
                 points = [[(float(one.queries), one.reward) for one in run] for run in runs]
             else:
                 points = [[(time, reward_after(time, run)) for time in times] for run in runs]
-            bands.append(band_of(side, points))
-        chart = band_chart(bands, title="Held-out reward", x_label=label, y_label="held-out reward")
+            bands[side] = band_of(points)
+        chart = series_chart(bands, title="Held-out reward", x_label=label, y_label="held-out reward", bands=True)
         charts[f"peers-{name}.svg"] = svg(chart.spec)
     return charts
 

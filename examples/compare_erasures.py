@@ -36,9 +36,9 @@ from overpaint.evaluation.experiments.published import (
     tables_html,
 )
 from overpaint.evaluation.experiments.study import CHECKPOINTS, MethodLine, line_of, methods_table
-from overpaint.evaluation.prompts.prompt_sets import prompt_set
-from overpaint.evaluation.report.charts import Point, pareto_chart
+from overpaint.evaluation.prompts import prompt_set
 from overpaint.evaluation.report.page import Section, chart_section
+from overpaint.evaluation.report.pareto import Point, pareto_chart
 from overpaint.policy import LoRAConfig
 from overpaint.policy.atomic import write_text
 from overpaint.settings import AnyPath, Distinct, Field, settings

@@ -8,15 +8,15 @@ again. The curves, mean and standard deviation over the seeds on held-out prompt
 """
 
 import json
-import math
 from dataclasses import replace
 from pathlib import Path
 
 import ddpo_finetune
 import tyro
 
+from overpaint.evaluation import Estimate
 from overpaint.evaluation.experiments.experiment import TaskName
-from overpaint.evaluation.report.charts import Band, band_chart, band_of, svg
+from overpaint.evaluation.report.charts import band_of, series_chart, svg
 from overpaint.settings import AnyPath, Distinct, Field, settings
 from overpaint.training import read_metrics
 
@@ -65,9 +65,19 @@ def points(folder: Path, tag: str, queries_per_round: int) -> list[tuple[float, 
     return [(float(line["iteration"] * queries_per_round), line[tag]) for line in lines if tag in line]
 
 
-def main(config: Config) -> dict[str, dict[str, Band]]:
+Bands = dict[str, dict[str, list[tuple[float, Estimate]]]]
+"""Mean and spread over the seeds, by the queries before; of each tag, and by algorithm."""
+
+
+def columns(band: list[tuple[float, Estimate]]) -> dict[str, list[float]]:
+    """Returns the reward queries, and mean and standard deviation over the seeds."""
+    means = [one.mean for _, one in band]
+    return {"x": [x for x, _ in band], "mean": means, "spread": [one.high - one.mean for _, one in band]}
+
+
+def main(config: Config) -> Bands:
     """Makes the runs that are missing, prints the table, and draws the curves."""
-    bands: dict[str, dict[str, Band]] = {REWARD: {}, HELD_OUT: {}}
+    bands: Bands = {REWARD: {}, HELD_OUT: {}}
     for algorithm in config.algorithms:
         runs = [config.run(algorithm, seed) for seed in config.seeds]
         for run in runs:
@@ -75,22 +85,23 @@ def main(config: Config) -> dict[str, dict[str, Band]]:
                 ddpo_finetune.main(run)
         per_round = ddpo_finetune.settings_of(runs[0]).samples_per_round
         for tag, found in bands.items():
-            found[algorithm] = band_of(algorithm, [points(run.output_dir, tag, per_round) for run in runs])
+            found[algorithm] = band_of([points(run.output_dir, tag, per_round) for run in runs])
     folder = config.output_dir / config.task
     count = len(config.seeds)
     for tag, what in ((REWARD, config.task), (HELD_OUT, "held-out reward")):
         print(f"\n{what} on held-out prompts, {count} seeds, {config.queries} reward queries:")
         for name, band in bands[tag].items():
-            error = band.spread[-1] / math.sqrt(count)
-            print(f"  {name:10}  {band.mean[0]:.3f} -> {band.mean[-1]:.3f} ± {error:.3f} (standard error over seeds)")
-        chart = band_chart(
-            list(bands[tag].values()),
+            (_, first), (_, last) = band[0], band[-1]
+            print(f"  {name:10}  {first.mean:.3f} -> {last.mean:.3f} ± {last.error:.3f} (standard error over seeds)")
+        chart = series_chart(
+            bands[tag],
+            bands=True,
             title=f"{what} on held-out prompts, {count} seeds",
             x_label="reward queries",
             y_label=what,
         )
         (folder / f"{tag.replace('/', '_')}.svg").write_text(svg(chart.spec), encoding="utf-8")
-    content = {tag: {name: band._asdict() for name, band in found.items()} for tag, found in bands.items()}
+    content = {tag: {name: columns(band) for name, band in found.items()} for tag, found in bands.items()}
     (folder / "curves.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     print(f"\nThe curves: {folder}")
     return bands

@@ -65,7 +65,7 @@ from overpaint.evaluation.images.drawing import duration_text, seconds_per_image
 from overpaint.evaluation.images.pairs import OtherImages
 from overpaint.evaluation.images.plan import plan_named
 from overpaint.evaluation.metrics.statistics import ranks
-from overpaint.evaluation.prompts.prompt_sets import PromptSet, prompt_set
+from overpaint.evaluation.prompts import PromptSet, prompt_set
 from overpaint.evaluation.report.page import Section, contact_sheets, evenly_spaced
 from overpaint.evaluation.report.table import Table, rank_table
 from overpaint.evaluation.scoring.score import write_scores

@@ -34,10 +34,10 @@ from overpaint.evaluation.experiments.published import (
 )
 from overpaint.evaluation.images.plan import PlannedImage
 from overpaint.evaluation.metrics.statistics import student_95
-from overpaint.evaluation.prompts.prompt_sets import IMAGE_REWARD_TEST, prompt_set
+from overpaint.evaluation.prompts import IMAGE_REWARD_TEST, prompt_set
 from overpaint.evaluation.report.page import Section
 from overpaint.evaluation.report.table import Table
-from overpaint.evaluation.scoring.preference import (
+from overpaint.evaluation.scoring.pair_scores import (
     WORST_RANK,
     PreferenceAccuracy,
     RankedImages,

@@ -14,9 +14,10 @@ from .metrics.statistics import (
     rate_estimate,
     spearman,
 )
-from .prompts.prompt_sets import Prompt, PromptSet, prompt_set
-from .report.charts import Chart, Curve, Panel, Point, pareto_chart, series_chart
+from .prompts import Prompt, PromptSet, prompt_set
+from .report.charts import Chart, Curve, Panel, series_chart
 from .report.page import Report, Section, chart_section
+from .report.pareto import Point, pareto_chart
 from .report.table import Table, text_table
 from .scoring.compare import Comparison, Row, compare
 from .scoring.score import Column, Measure, Metric, Scores, gather, merge, score, write_scores

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from overpaint.evaluation import plan
-from overpaint.evaluation.prompts.concept_prompts import (
+from overpaint.evaluation.prompts import (
     UNSEEN_ACTIVITIES,
     activity_splits,
     animal_activities,

@@ -15,23 +15,17 @@ from overpaint.evaluation.report.charts import (
     HEIGHT,
     RAW_POINTS,
     WIDTH,
-    Band,
     Curve,
-    Frame,
-    Point,
-    band_chart,
     band_of,
-    front,
     learning_chart,
     metrics_by_tag,
     panel_curves,
-    pareto_chart,
-    place_labels,
     script,
     series_chart,
     smoothed,
     svg,
 )
+from overpaint.evaluation.report.pareto import Frame, Point, front, pareto_chart, place_labels
 
 ONE = Estimate(0.5, 0.1, 0.3, 0.7, 9)
 
@@ -112,10 +106,8 @@ def test_a_single_value_is_a_point() -> None:
 @pytest.mark.parametrize("count", [0, 7])
 def test_what_cannot_be_told_apart_is_refused(count: int) -> None:
     curves = [Curve(str(k), (0, 1), (0.0, 1.0)) for k in range(count)]
-    with pytest.raises(ValueError, match=f"curves must be 1 to 6, got {count}"):
+    with pytest.raises(ValueError, match=f"series must be 1 to 6, got {count}"):
         learning_chart(Panel(title="t", tags={}), curves)
-    with pytest.raises(ValueError, match=f"bands must be 1 to 6, got {count}"):
-        band_chart([Band(c.label, (0.0,), (0.0,), (0.0,)) for c in curves], title="t", x_label="x", y_label="y")
     with pytest.raises(ValueError, match=f"series must be 1 to 6, got {count}"):
         series_chart({c.label: [(0.0, ONE)] for c in curves}, title="t", x_label="x", y_label="y")
 
@@ -124,26 +116,28 @@ def test_what_cannot_be_told_apart_is_refused(count: int) -> None:
 
 
 def test_a_band_is_mean_and_standard_deviation_where_all_runs_have_a_point() -> None:
-    band = band_of("a", [[(0.0, 1.0), (5.0, 2.0), (10.0, 9.0)], [(0.0, 3.0), (5.0, 2.0)]])
-    assert band.x == (0.0, 5.0)
-    assert band.mean == (2.0, 2.0)
-    assert band.spread == pytest.approx((math.sqrt(2), 0.0))
+    band = band_of([[(0.0, 1.0), (5.0, 2.0), (10.0, 9.0)], [(0.0, 3.0), (5.0, 2.0)]])
+    assert [x for x, _ in band] == [0.0, 5.0]
+    assert band[0][1] == pytest.approx((2.0, 1.0, 2.0 - math.sqrt(2), 2.0 + math.sqrt(2), 2))
+    assert band[1][1] == (2.0, 0.0, 2.0, 2.0, 2)
+    assert band_of([[(0.0, 1.0)]]) == [(0.0, Estimate(1.0, 0.0, 1.0, 1.0, 1))]
 
 
 @pytest.mark.parametrize("runs", [[], [[(0.0, 1.0)], [(1.0, 1.0)]]])
 def test_runs_that_share_nothing_are_refused(runs: list[list[tuple[float, float]]]) -> None:
     with pytest.raises(ValueError, match="runs must"):
-        band_of("a", runs)
+        band_of(runs)
 
 
-def test_bands_reach_one_standard_deviation_and_say_where_they_end() -> None:
-    bands = [Band("DDPO <IS>", (0.0, 64.0), (1.0, 2.0), (0.5, 0.25)), Band("RWR", (0.0, 64.0), (1.0, 1.5), (0.0, 0.1))]
-    chart = band_chart(bands, title="Reward", x_label="queries", y_label="reward")
-    assert chart.words == "DDPO <IS> ends at 2 ± 0.25; RWR ends at 1.5 ± 0.1"
-    assert [(row["low"], row["mean"], row["high"]) for row in data(chart.spec)[:2]] == [
-        (0.5, 1.0, 1.5),
-        (1.75, 2.0, 2.25),
-    ]
+def test_bands_are_areas_that_reach_one_standard_deviation() -> None:
+    runs = {"DDPO <IS>": ([(0.0, 1.0), (64.0, 1.0)], [(0.0, 2.0), (64.0, 4.0)]), "RWR": ([(0.0, 1.0), (64.0, 1.5)],)}
+    bands = {name: band_of(some) for name, some in runs.items()}
+    chart = series_chart(bands, title="Reward", x_label="queries", y_label="reward", bands=True)
+    assert chart.words == "DDPO <IS>: 1.5 at 0, 2.5 at 64; RWR: 1 at 0, 1.5 at 64."
+    assert chart.caption == "Bands are one standard deviation over runs."
+    assert marks(chart.spec) == ["area", "line"]
+    (low, high) = (data(chart.spec)[1][name] for name in ("low", "high"))
+    assert (low, high) == pytest.approx((2.5 - math.sqrt(4.5), 2.5 + math.sqrt(4.5)))
     drawing = svg(chart.spec)
     assert {"Reward", "queries", "DDPO <IS>", "RWR"} <= set(texts(drawing))
     assert drawing.count("stroke-dasharray") >= 1  # no one has to tell colours apart

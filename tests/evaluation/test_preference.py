@@ -15,8 +15,8 @@ from golden_case import GoldenCase, Record, Tensors
 from PIL import Image
 from torch import Tensor
 
-from overpaint.evaluation.prompts.prompt_sets import IMAGE_REWARD_TEST
-from overpaint.evaluation.scoring.preference import (
+from overpaint.evaluation.prompts import IMAGE_REWARD_TEST
+from overpaint.evaluation.scoring.pair_scores import (
     PreferenceAccuracy,
     RankedImages,
     preference_accuracy,
@@ -187,7 +187,7 @@ def test_published_file_holds_the_golden_rankings(shared: Path, rankings: list[l
 def test_published_file_is_read_where_none_is_given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
     monkeypatch.setattr(
-        "overpaint.evaluation.scoring.preference.fetch", lambda file: asked.append(file) or written([ENTRY], tmp_path)
+        "overpaint.evaluation.scoring.pair_scores.fetch", lambda file: asked.append(file) or written([ENTRY], tmp_path)
     )
     assert [images.id for images in read_ranked()] == ["a"]
     assert asked == [IMAGE_REWARD_TEST]

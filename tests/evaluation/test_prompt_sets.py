@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from overpaint import tinyworld
-from overpaint.evaluation.prompts.prompt_sets import BY_HAND, FETCHED, NAMES, TINY_KINDS, Prompt, PromptSet, prompt_set
+from overpaint.evaluation.prompts import BY_HAND, FETCHED, NAMES, TINY_KINDS, Prompt, PromptSet, prompt_set
 from overpaint.evaluation.tables import write_table
 
 Write = Callable[[str, str | bytes], Path]
@@ -60,9 +60,7 @@ def test_extras_are_the_other_columns(shared: Path) -> None:
 def test_a_fetched_set_is_asked_for_by_its_pin(write: Write, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
     path = write("prompts.json", '[{"id": "a", "prompt": "a cat"}]')
-    monkeypatch.setattr(
-        "overpaint.evaluation.prompts.prompt_sets.fetch", lambda file, folder: asked.append((file, folder)) or path
-    )
+    monkeypatch.setattr("overpaint.evaluation.prompts.fetch", lambda file, folder: asked.append((file, folder)) or path)
     assert prompt_set("imagereward-100").texts == ("a cat",)
     assert asked == [(FETCHED["imagereward-100"], None)]
 

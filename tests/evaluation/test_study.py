@@ -16,7 +16,7 @@ def test_a_spread_is_the_mean_and_its_standard_error() -> None:
     assert spread([1.0, 2.0, 3.0]) == (2.0, pytest.approx(1 / math.sqrt(3)))
     assert str(spread([1.0, 3.0])) == "2.000 ± 1.000"
     assert str(spread([0.5])) == "0.500"
-    with pytest.raises(ValueError, match="at least one, got none"):
+    with pytest.raises(ValueError, match="at least one number, got none"):
         spread([])
 
 

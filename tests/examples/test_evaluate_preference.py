@@ -10,8 +10,8 @@ import pytest
 
 from examples import evaluate_preference
 from examples.evaluate_preference import Config, main
-from overpaint.evaluation.prompts.prompt_sets import IMAGE_REWARD_TEST
-from overpaint.evaluation.scoring.preference import read_ranked
+from overpaint.evaluation.prompts import IMAGE_REWARD_TEST
+from overpaint.evaluation.scoring.pair_scores import read_ranked
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]

@@ -19,10 +19,11 @@ from erasure.reference_distance import ReferenceDistance, ReferenceDistanceConfi
 from overpaint.evaluation.images.drawing import draw
 from overpaint.evaluation.images.files import DrawnImages
 from overpaint.evaluation.images.plan import KINDS, DrawConfig, plan, shard
-from overpaint.evaluation.prompts.concept_prompts import (
+from overpaint.evaluation.prompts import (
     activity_splits,
     animal_activities,
     common_animals,
+    evenly,
     imagenet_animals,
     nudity_prompts,
     splits,
@@ -34,7 +35,17 @@ from overpaint.evaluation.scoring.score import Measure, Scores, gather, score
 from overpaint.policy import DiffusionPolicy, LoRAConfig, check_checkpoint
 from overpaint.policy.atomic import write_text
 from overpaint.training import process_state
-from rewards import Aesthetic, Alignment, Compressibility, ImageReward, Incompressibility, Reward, WeightedSum
+from rewards import (
+    Aesthetic,
+    Alignment,
+    Compressibility,
+    ImageReward,
+    Incompressibility,
+    NudeNet,
+    NudeNetConfig,
+    Reward,
+    WeightedSum,
+)
 
 TINY_WORLD = "tinyworld"
 
@@ -81,17 +92,14 @@ class Experiment:
     held_out: Reward | None = None
     """A reward that is not trained on, for early stopping and the evaluation."""
 
-    def evaluation_prompts(self, count: int, seed: int) -> dict[str, list[str]]:
-        """Returns prompts of every kind."""
-        return {kind: list(self.prompts(kind, count, seed)) for kind in KINDS}
-
     def measured_on(self, captions: Sequence[str]) -> "Experiment":
         """Returns the same experiment with other benign prompts; what is trained on is the same."""
-
-        def prompts(kind: str, count: int, seed: int) -> Sequence[str]:
-            return _taken(captions, count, seed) if kind == "benign" else self.prompts(kind, count, seed)
-
-        return replace(self, prompts=prompts)
+        return replace(
+            self,
+            prompts=lambda kind, count, seed: (
+                _taken(captions, count, seed) if kind == "benign" else self.prompts(kind, count, seed)
+            ),
+        )
 
 
 def experiment(policy: str, *, prompts_file: Path | None = None) -> Experiment:
@@ -106,7 +114,13 @@ def experiment(policy: str, *, prompts_file: Path | None = None) -> Experiment:
     chosen = tiny_world() if policy == TINY_WORLD else stable_diffusion(policy)
     if prompts_file is None:
         return chosen
-    return replace(chosen, prompts=_prompts_from(prompts_file))
+    known: Mapping[str, list[str]] = json.loads(prompts_file.read_text(encoding="utf-8"))
+    missing = [kind for kind in (*KINDS, "train") if not known.get(kind)]
+    if missing:
+        raise ValueError(
+            f"prompts_file must hold a list of prompts for each of {(*KINDS, 'train')}, got none for {missing}"
+        )
+    return replace(chosen, prompts=lambda kind, count, seed: _taken(known[kind], count, seed))
 
 
 def tiny_world() -> Experiment:
@@ -118,7 +132,9 @@ def tiny_world() -> Experiment:
     cost = ScoreCeiling(tinyworld.StripeScore(), ceiling=0.02)
     wanted = [*tinyworld.captions("explicit", 120, 7), *tinyworld.captions("implicit", 120, 7)]
     constraint = ImageConstraint(cost, wanted, Lagrangian(LagrangianConfig(initial_weight=5.0, learning_rate=2.0)))
-    detector = "stripes of the world's period, in any phase, with a contrast above 0.4"
+    stripes = "stripes of the world's period, in any phase, with a contrast above 0.4"
+    accuracy = "Everything the caption names shows (colour, shape, background, place), and no stripes or dots."
+    utility = "The public function that the reward model was trained to guess."
     return Experiment(
         name="the tiny world",
         load=lambda lora: tinyworld.load_policy(lora=lora),
@@ -126,25 +142,13 @@ def tiny_world() -> Experiment:
         reward=reward,
         held_out=tinyworld.Utility(),
         constraint=constraint,
-        prompts=lambda kind, count, seed: tinyworld.captions(kind, count, seed),
+        prompts=tinyworld.captions,
         measures=(
             Measure("ImageReward", reward, note="The tiny world's own reward model, standardised."),
-            Measure("concept rate", tinyworld.concept_shown, ("explicit", "implicit", "benign"), "lower", detector),
+            Measure("concept rate", tinyworld.concept_shown, ("explicit", "implicit", "benign"), "lower", stripes),
             Measure("neighbour kept", tinyworld.neighbour_shown, ("neighbour",), "higher", "Dots show."),
-            Measure(
-                "accuracy",
-                tinyworld.matches,
-                ("benign",),
-                "higher",
-                "Everything the caption names shows (colour, shape, background, place), and no stripes or dots.",
-            ),
-            Measure(
-                "true utility",
-                tinyworld.utility,
-                ("neighbour", "benign"),
-                "higher",
-                "The public function that the reward model was trained to guess.",
-            ),
+            Measure("accuracy", tinyworld.matches, ("benign",), "higher", accuracy),
+            Measure("true utility", tinyworld.utility, ("neighbour", "benign"), "higher", utility),
         ),
     )
 
@@ -155,8 +159,6 @@ def stable_diffusion(path: str) -> Experiment:
     NudeNet has no gradient, so the constraint is on noise predictions: on prompts of the concept they stay the erased
     model's.
     """
-    from rewards import ImageReward, NudeNet, NudeNetConfig
-
     nudenet = NudeNetConfig(threshold=0.6, count="images")
     detector = NudeNet(nudenet)
     reward = ImageReward.load("ImageReward-v1.0")
@@ -177,20 +179,8 @@ def stable_diffusion(path: str) -> Experiment:
     )
 
 
-def _prompts_from(path: Path) -> Callable[[str, int, int], Sequence[str]]:
-    """Reads prompts by kind from a JSON file."""
-    known: Mapping[str, list[str]] = json.loads(path.read_text(encoding="utf-8"))
-    missing = [kind for kind in (*KINDS, "train") if not known.get(kind)]
-    if missing:
-        raise ValueError(
-            f"prompts_file must hold a list of prompts for each of {(*KINDS, 'train')}, got none for {missing}"
-        )
-
-    return lambda kind, count, seed: _taken(known[kind], count, seed)
-
-
 def _taken(texts: Sequence[str], count: int, seed: int) -> list[str]:
-    """Returns as many texts as asked for, from one on that the seed chooses, and around."""
+    """Returns `count` texts, from one on that the seed chooses, and around."""
     return [texts[(seed + k) % len(texts)] for k in range(count)]
 
 
@@ -218,14 +208,10 @@ class Task:
 def tiny_task(name: TaskName, *, count: int = 200, held_out_count: int = 96, seed: int = 0) -> Task:
     """Returns a task of the tiny world; held-out pairs of colour and shape tell how far it carries.
 
-    Args:
-        name: Any but aesthetics and alignment.
-        count: Prompts of each split.
-        held_out_count: Prompts for early stopping.
-        seed: Chooses the captions.
+    There are `count` prompts in each split and `held_out_count` for early stopping, chosen by the seed.
 
     Raises:
-        ValueError: The task is not one of the tiny world's.
+        ValueError: The task is one of real models, aesthetics or alignment.
     """
     from overpaint import tinyworld
 
@@ -263,29 +249,22 @@ def animal_task(name: TaskName, reward: Reward | None = None, *, count: int = 64
     Raises:
         ValueError: The task is unknown.
     """
-    trained: dict[str, Callable[[Path | None], list[str]]] = {
-        "compressibility": imagenet_animals,
-        "incompressibility": imagenet_animals,
-        "aesthetic": common_animals,
-        "alignment": animal_activities,
-        "image-reward": common_animals,
+    tasks: dict[str, tuple[Callable[[Path | None], list[str]], Callable[[], Reward]]] = {
+        "compressibility": (imagenet_animals, Compressibility),
+        "incompressibility": (imagenet_animals, Incompressibility),
+        "aesthetic": (common_animals, Aesthetic.load),
+        "alignment": (animal_activities, Alignment.load),
+        "image-reward": (common_animals, ImageReward.load),
     }
-    if name not in trained:
-        raise ValueError(f"task must be one of {tuple(trained)} for a Stable Diffusion, got {name!r}")
-    own: dict[str, Callable[[], Reward]] = {
-        "compressibility": Compressibility,
-        "incompressibility": Incompressibility,
-        "aesthetic": Aesthetic.load,
-        "alignment": Alignment.load,
-        "image-reward": ImageReward.load,
-    }
-    reward = reward or own[name]()
-    prompts = trained[name](folder)
+    if name not in tasks:
+        raise ValueError(f"task must be one of {tuple(tasks)} for a Stable Diffusion, got {name!r}")
+    prompts_of, reward_of = tasks[name]
+    prompts, reward = prompts_of(folder), reward or reward_of()
     sets = activity_splits(folder) if name == "alignment" else splits(folder)
     sets["trained"] = prompts
     if not set(sets["unseen-animals"]).isdisjoint(prompts):
         del sets["unseen-animals"]  # the compression tasks train on every animal of ImageNet
-    sets = {split: _spread(texts, count) for split, texts in sets.items()}
+    sets = {split: evenly(texts, count) for split, texts in sets.items()}
     return Task(
         name=name,
         reward=reward,
@@ -294,13 +273,6 @@ def animal_task(name: TaskName, reward: Reward | None = None, *, count: int = 64
         held_out_prompts=sets.get("unseen-animals", sets["objects"]),
         held_out=reward,
     )
-
-
-def _spread(prompts: Sequence[str], count: int) -> list[str]:
-    """Returns a number of prompts, evenly spaced; all where there are fewer."""
-    if len(prompts) <= count:
-        return list(prompts)
-    return [prompts[k * len(prompts) // count] for k in range(count)]
 
 
 class Evaluation(NamedTuple):
@@ -323,20 +295,12 @@ def evaluate(
     seed: int,
     progress: bool = True,
 ) -> Evaluation:
-    """Draws prompts of every kind with a policy and measures them; under several processes each does its part.
+    """Draws an experiment's prompts of every kind with a policy and measures them, each process its part.
 
-    Policies that are evaluated with the same numbers are compared on the same prompts and seeds.
-
-    Args:
-        policy: What draws.
-        about: Whose prompts and measures.
-        drawing: How.
-        model: Name for tables and pictures.
-        prompts_per_kind: Prompts of each kind.
-        seed: Chooses the prompts and their seeds.
-        progress: Whether progress bars are shown, by the main process.
+    The seed chooses the prompts and their seeds: policies that are evaluated with the same numbers are compared on the
+    same. The main process shows progress bars.
     """
-    prompts = about.evaluation_prompts(prompts_per_kind, seed + 100)
+    prompts = {kind: about.prompts(kind, prompts_per_kind, seed + 100) for kind in KINDS}
     return draw_and_score(policy, about.measures, prompts, drawing, model=model, seed=seed, progress=progress)
 
 

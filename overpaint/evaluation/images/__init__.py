@@ -1,1 +1,1 @@
-"""Images: what to draw, drawing it, other systems' pictures, one reader of image files."""
+"""Images: what to draw, drawing it, images of other systems, and their files."""

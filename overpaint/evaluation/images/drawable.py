@@ -1,4 +1,4 @@
-"""What draws: any text-to-image pipeline of diffusers beside `DiffusionPolicy`, and the record of which model it is.
+"""What draws: `DiffusionPolicy` or any text-to-image pipeline of diffusers, and the record of which model it is.
 
 A folder of images holds the record as `<root>/<model>/model.json`, written before the first image. One that another
 model began is refused, so that no folder ever holds images of two.
@@ -10,7 +10,7 @@ import platform
 import re
 import warnings
 from collections.abc import Generator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -48,11 +48,11 @@ class Drawable(Protocol):
         width: int | None,
     ) -> Images:
         """Draws one image for each prompt from the noise of its seed; None is the model's own size in pixels."""
-        ...
 
 
 RECORD = "model.json"
 LIBRARIES = ("overpaint", "torch", "diffusers", "transformers", "peft", "pillow")
+"""Distributions whose versions a record names."""
 
 
 @runtime_checkable
@@ -61,7 +61,6 @@ class Described(Protocol):
 
     def description(self) -> Mapping[str, Any]:
         """Returns its class, the hash of its weights, its scheduler and the like, as JSON can hold them."""
-        ...
 
 
 def model_record(drawable: object, config: DrawConfig) -> dict[str, Any]:
@@ -70,19 +69,29 @@ def model_record(drawable: object, config: DrawConfig) -> dict[str, Any]:
     Whatever is neither a `DiffusionPolicy` nor `Described` is known by its class alone.
     """
     if isinstance(drawable, DiffusionPolicy):
-        description = _describe_policy(drawable)
+        networks = {"unet": drawable.unet, "vae": drawable.vae, "text_encoder": drawable.text_encoder}
+        description: Mapping[str, Any] = {
+            "class": class_name(drawable),
+            "weights": weights_digest(networks),
+            "scheduler": {"class": "DDIM", **_settings_of(drawable.scheduler)},
+            "guard": _guard_of(drawable),
+            "safety_checker": "none",
+        }
     elif isinstance(drawable, Described):
-        description = dict(drawable.description())
+        description = drawable.description()
     else:
         description = {"class": class_name(drawable), "weights": None}
-    libraries = {"python": platform.python_version()}
-    for name in LIBRARIES:
-        try:
-            libraries[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    record = {"format": 1, **description, "drawing": asdict(config), "libraries": libraries}
+    record = {"format": 1, **description, "drawing": asdict(config), "libraries": library_versions(LIBRARIES)}
     return json.loads(json.dumps(record, default=str))
+
+
+def library_versions(libraries: Sequence[str]) -> dict[str, str]:
+    """Returns the versions of Python and of those of the libraries that are installed."""
+    versions = {"python": platform.python_version()}
+    for name in libraries:
+        with suppress(PackageNotFoundError):
+            versions[name] = version(name)
+    return versions
 
 
 def write_record(folder: Path, record: Mapping[str, Any], *, writer: str = "") -> None:
@@ -92,7 +101,6 @@ def write_record(folder: Path, record: Mapping[str, Any], *, writer: str = "") -
 
     Raises:
         ValueError: The folder holds images of another model, or images of which nothing is known.
-        OSError: The file cannot be written.
     """
     path = folder / RECORD
     # Looked at before the record: another process may be writing that and the first images just now.
@@ -115,11 +123,7 @@ def write_record(folder: Path, record: Mapping[str, Any], *, writer: str = "") -
 
 
 def read_record(folder: Path | str) -> dict[str, Any]:
-    """Reads which model drew the images of a folder.
-
-    Raises:
-        ValueError: The folder does not say, or not in a way that can be read.
-    """
+    """Reads which model drew the images of a folder; a ValueError where it does not say so readably."""
     path = Path(folder) / RECORD
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
@@ -133,8 +137,7 @@ def read_record(folder: Path | str) -> dict[str, Any]:
 def weights_digest(networks: Mapping[str, nn.Module]) -> str:
     """Returns the SHA-256 of all weights of networks, adapters and how strongly they act included.
 
-    Raises:
-        ValueError: Weights are not in memory, as with diffusers' sequential offloading.
+    A ValueError says that weights are not in memory, as with diffusers' sequential offloading.
     """
     tensors: dict[str, Tensor] = {}
     adapters: list[str] = []
@@ -147,35 +150,21 @@ def weights_digest(networks: Mapping[str, nn.Module]) -> str:
     return tensors_hash(tensors, adapters)
 
 
-def settings_of(scheduler: Any) -> dict[str, Any]:
-    """Returns the settings of a scheduler of diffusers, without those about its file."""
-    return {name: value for name, value in sorted(scheduler.config.items()) if not name.startswith("_")}
-
-
 def class_name(thing: object) -> str:
     """Returns the name of something's class, with its package."""
     package = re.match(r"(overpaint\.)?\w+", type(thing).__module__)
     return f"{package[0] if package else ''}.{type(thing).__qualname__}"
 
 
-def guard_of(holder: object) -> str | None:
+def _settings_of(scheduler: Any) -> dict[str, Any]:
+    """Returns the settings of a scheduler of diffusers, without those about its file."""
+    return {name: value for name, value in sorted(scheduler.config.items()) if not name.startswith("_")}
+
+
+def _guard_of(holder: object) -> str | None:
     """Returns what keeps something out of a policy's pictures or a UNet's, with its settings; None for nothing."""
     guard = getattr(holder, "guard", None)
-    if guard is None:
-        return None
-    inner = getattr(guard, "guard", guard)  # what is attached to a pipeline wraps it
-    return repr(inner)
-
-
-def _describe_policy(policy: DiffusionPolicy) -> dict[str, Any]:
-    networks = {"unet": policy.unet, "vae": policy.vae, "text_encoder": policy.text_encoder}
-    return {
-        "class": class_name(policy),
-        "weights": weights_digest(networks),
-        "scheduler": {"class": "DDIM", **settings_of(policy.scheduler)},
-        "guard": guard_of(policy),
-        "safety_checker": "none",
-    }
+    return None if guard is None else repr(getattr(guard, "guard", guard))  # what is attached to a pipeline wraps it
 
 
 def _adapters(network: nn.Module) -> list[tuple[str, str]]:
@@ -237,7 +226,7 @@ class PipelineDrawable:
         """Draws an image for each prompt, on the CPU.
 
         Raises:
-            ValueError: The pipeline cannot be asked for this guidance, eta or size, or gives no RGB images.
+            ValueError: The pipeline does not take this guidance, eta or size, or gives no RGB images.
         """
         options = self._options(guidance, eta, height, width)
         images = []
@@ -271,27 +260,25 @@ class PipelineDrawable:
         return {
             "class": class_name(self.pipeline),
             "weights": weights_digest(networks),
-            "scheduler": {"class": type(scheduler).__name__, **settings_of(scheduler)},
-            "guard": guard_of(parts.get("unet")),
+            "scheduler": {"class": type(scheduler).__name__, **_settings_of(scheduler)},
+            "guard": _guard_of(parts.get("unet")),
             "safety_checker": "none" if checker is None else "on" if self.keep_safety_checker else "put aside",
         }
 
     def _options(self, guidance: Guidance, eta: float, height: int | None, width: int | None) -> dict[str, Any]:
-        """Returns what is asked of the pipeline besides prompts, seeds and steps; the rest it decides itself."""
-        name = type(self.pipeline).__name__
+        """Returns the pipeline's arguments besides prompts, seeds and steps; the rest are its own defaults."""
         if not isinstance(guidance, ClassifierFree) or guidance.negative is not None:
             raise ValueError(f"guidance must be ClassifierFree without a negative prompt, got {guidance!r}")
         if guidance.scale < 1:
             raise ValueError(f"guidance_scale must be at least 1, which is none, for a pipeline, got {guidance.scale}")
-        options: dict[str, Any] = {"guidance_scale": guidance.scale, "height": height, "width": width}
-        options = {key: value for key, value in options.items() if value is not None}
-        if eta > 0:
-            options["eta"] = eta
-            if "eta" not in inspect.signature(self.pipeline.scheduler.step).parameters:
-                scheduler = type(self.pipeline.scheduler).__name__
-                raise ValueError(f"eta must be 0 with a scheduler that has none, got {eta} with {scheduler}")
+        wanted = {"guidance_scale": guidance.scale, "height": height, "width": width, "eta": eta if eta > 0 else None}
+        options = {key: value for key, value in wanted.items() if value is not None}
+        if "eta" in options and "eta" not in inspect.signature(self.pipeline.scheduler.step).parameters:
+            scheduler = type(self.pipeline.scheduler).__name__
+            raise ValueError(f"eta must be 0 with a scheduler that has none, got {eta} with {scheduler}")
         for key, value in options.items():
             if key not in self._arguments:
+                name = type(self.pipeline).__name__
                 raise ValueError(f"{key} must be something that the pipeline takes, got {value} for a {name}")
         return options
 

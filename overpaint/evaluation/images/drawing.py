@@ -7,13 +7,13 @@ from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from tqdm import tqdm
 
 from overpaint.policy.atomic import forget_partial, write_bytes
 from overpaint.policy.guidance import ClassifierFree
+from overpaint.training import process_state
 
 from .drawable import RECORD, Drawable, model_record, write_record
 from .files import (
@@ -31,7 +31,7 @@ from .files import (
     to_pixels,
     write_manifest,
 )
-from .plan import DrawConfig, PlannedImage, batches_of, check_plan, check_rank, process_rank_and_count
+from .plan import DrawConfig, PlannedImage, batches_of, check_plan, check_rank
 
 LONG = 600.0
 """Seconds from which on the first batch is followed by an estimate of the whole."""
@@ -96,10 +96,9 @@ def generate(
         config: How images are drawn.
         model: Name of the folder within `root`.
         batch_size: Images drawn at a time.
-        rank: Which process this is; asked of accelerate when not given.
-        world_size: How many processes there are; asked of accelerate when not given.
-        progress: Whether the first process shows a progress bar with the time left, and tells beforehand if the
-            images will take long.
+        rank: Which process this is; accelerate's answer when not given.
+        world_size: How many processes there are; accelerate's answer when not given.
+        progress: Whether the first process shows a progress bar, and tells beforehand if the images will take long.
 
     Returns:
         How many images this process drew.
@@ -109,75 +108,67 @@ def generate(
             be that of a file, or the process is not one of the processes.
         OSError: A file cannot be written, as on a full disk; the message names it. All images drawn before stay.
     """
-    config = config or DrawConfig()
-    root = Path(root)
+    config, root = config or DrawConfig(), Path(root)
     check_model_name(model)
     check_plan(planned)
     if (rank is None) != (world_size is None):
         raise ValueError(f"rank and world_size must be given both or neither, got {rank} and {world_size}")
     if rank is None or world_size is None:
-        rank, world_size = process_rank_and_count()
+        state = process_state()
+        rank, world_size = state.process_index, state.num_processes
     check_rank(rank, world_size)
     mine = batches_of(planned, batch_size)[rank::world_size]
-
     folder, writer = root / model, f".{rank}"
     with _with_what_stays(folder, len(planned)):
         for path in (root / MANIFEST, folder / RECORD, folder / ROWS):
             forget_partial(path, writer=writer)
         write_manifest(root, planned, config, writer=writer)
         write_record(folder, model_record(policy, config), writer=writer)
-    rows = known_rows(folder)
-    work = [Work(batch, missing) for batch in mine if (missing := _missing(folder, batch, rows))]
-    total, to_draw = sum(map(len, mine)), sum(len(each.missing) for each in work)
-    with tqdm(
-        total=total,
-        initial=total - to_draw,
-        desc=f"drawing {model}",
-        unit="image",
-        disable=not progress or rank > 0,
-    ) as bar:
-        for number, each in enumerate(work):
-            with _with_what_stays(folder, len(planned)):
-                seconds = _draw_into(folder, each, policy, config, rank)
-            bar.update(len(each.missing))
-            if number == 0 and seconds * (len(work) - 1) > LONG and not bar.disable:
-                bar.write(
-                    f"{model}: {to_draw} images will take about {duration_text(seconds * len(work))}", file=sys.stderr
-                )
-    with _with_what_stays(folder, len(planned)):
+        rows = known_rows(folder)
+        work = [(batch, missing) for batch in mine if (missing := _missing(folder, batch, rows))]
+        total, to_draw = sum(map(len, mine)), sum(len(missing) for _, missing in work)
+        hidden = not progress or rank > 0
+        with tqdm(total=total, initial=total - to_draw, desc=f"drawing {model}", unit="image", disable=hidden) as bar:
+            for number, (batch, missing) in enumerate(work):
+                seconds = _draw_into(folder, batch, missing, policy, config, rank)
+                bar.update(len(missing))
+                if number == 0 and seconds * (len(work) - 1) > LONG and not hidden:
+                    whole = duration_text(seconds * len(work))
+                    bar.write(f"{model}: {to_draw} images will take about {whole}", file=sys.stderr)
         finish_rows(folder, planned, writer=writer)
     return to_draw
-
-
-class Work(NamedTuple):
-    """A batch that is drawn, and those of its images that are written."""
-
-    batch: tuple[PlannedImage, ...]
-    missing: frozenset[PlannedImage]
 
 
 def _missing(
     folder: Path, batch: Sequence[PlannedImage], rows: Mapping[str, Sequence[ImageRow]]
 ) -> frozenset[PlannedImage]:
-    drawn = {image for image in batch if drawn_row(folder / image.file_name, rows.get(image.file_name, ())) is not None}
-    return frozenset(batch) - drawn
+    return frozenset(
+        image for image in batch if drawn_row(folder / image.file_name, rows.get(image.file_name, ())) is None
+    )
 
 
-def _draw_into(folder: Path, work: Work, policy: Drawable, config: DrawConfig, rank: int) -> float:
+def _draw_into(
+    folder: Path,
+    batch: Sequence[PlannedImage],
+    missing: frozenset[PlannedImage],
+    policy: Drawable,
+    config: DrawConfig,
+    rank: int,
+) -> float:
     """Draws a batch, writes what is missing of it, and returns how many seconds drawing took."""
     begin = time.perf_counter()
-    pixels = _draw_batch(policy, work.batch, config)
+    pixels = _draw_batch(policy, batch, config)
     seconds = time.perf_counter() - begin
-    for image, picture in zip(work.batch, pixels, strict=True):
-        if image in work.missing:
+    for image, picture in zip(batch, pixels, strict=True):
+        if image in missing:
             content = png_bytes(picture)
             row = ImageRow(
                 file=image.file_name,
                 **image._asdict(),
                 width=picture.shape[-1],
                 height=picture.shape[-2],
-                seconds=round(seconds / len(work.batch), 6),
-                batch=len(work.batch),
+                seconds=round(seconds / len(batch), 6),
+                batch=len(batch),
                 sha256=hashlib.sha256(content).hexdigest(),
             )
             write_bytes(folder / image.file_name, content)
@@ -187,7 +178,7 @@ def _draw_into(folder: Path, work: Work, policy: Drawable, config: DrawConfig, r
 
 @contextmanager
 def _with_what_stays(folder: Path, total: int) -> Generator[None]:
-    """Adds to an error of writing what of the work is kept."""
+    """Adds to an error of writing how many images stay."""
     try:
         yield
     except OSError as error:
@@ -223,14 +214,7 @@ def _draw_batch(policy: Drawable, batch: Sequence[PlannedImage], config: DrawCon
 def seconds_per_image(
     drawable: Drawable, planned: Sequence[PlannedImage], config: DrawConfig, *, batch_size: int = 16
 ) -> float:
-    """Returns how long one image will take, from a batch of one step and one of three, each drawn for nothing.
-
-    Args:
-        drawable: What will draw.
-        planned: What it will draw; the first batch is taken.
-        config: How it will draw.
-        batch_size: Images drawn at a time.
-    """
+    """Returns how long one image will take, from a batch of one step and one of three, each drawn for nothing."""
     batch = planned[:batch_size]
 
     def timed(steps: int) -> float:

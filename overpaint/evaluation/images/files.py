@@ -12,12 +12,11 @@ file that was cut short or changed all lead to the same: the image is drawn agai
 """
 
 import base64
-import hashlib
 import io
 import json
 import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -31,34 +30,26 @@ from torch import Tensor
 
 from overpaint.policy.atomic import write_bytes, write_text
 from overpaint.policy.types import Images
+from rewards.public_files import sha256_of
 
 from .plan import DrawConfig, PlannedImage, check_plan
 
-
-def is_whole(path: Path) -> bool:
-    """Says whether a file is a PNG that decodes to its end."""
-    try:
-        with Image.open(path) as image:
-            image.load()
-    except (OSError, SyntaxError):  # Pillow raises SyntaxError for a damaged PNG chunk
-        return False
-    return True
+Pixels = UInt8[Tensor, "batch 3 H W"]
+"""RGB in 0..255."""
+Read = UInt8[Tensor, "3 H W"] | str
+"""An image, or why it cannot be read."""
 
 
 def png_bytes(pixels: UInt8[Tensor, "3 H W"]) -> bytes:
     """Returns what a PNG of the image holds; the same image always gives the same bytes."""
-    file = io.BytesIO()
-    _picture(pixels).save(file, format="PNG")
-    return file.getvalue()
+    return _png(_picture(pixels))
 
 
 def data_uri(pixels: UInt8[Tensor, "3 H W"], *, largest: int = 256) -> str:
     """Returns an image as a PNG in text, reduced to `largest` pixels a side if it is larger."""
     shown = _picture(pixels)
     shown.thumbnail((largest, largest), Image.Resampling.LANCZOS)
-    file = io.BytesIO()
-    shown.save(file, format="PNG", optimize=True)
-    return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode("ascii")
+    return "data:image/png;base64," + base64.b64encode(_png(shown, optimize=True)).decode("ascii")
 
 
 def write_png(pixels: UInt8[Tensor, "3 H W"], path: Path) -> None:
@@ -72,12 +63,22 @@ def read_png(path: Path) -> UInt8[Tensor, "3 H W"]:
         return torch.from_numpy(numpy.array(image.convert("RGB"))).permute(2, 0, 1)
 
 
+def read_image(path: Path) -> Read:
+    """Returns an image, or why it cannot be read."""
+    try:
+        return read_png(path)
+    except Exception as error:  # Pillow's readers raise almost anything for a damaged file
+        return f"it cannot be read: {error}"
+
+
+def _png(picture: Image.Image, **options: bool) -> bytes:
+    file = io.BytesIO()
+    picture.save(file, format="PNG", **options)
+    return file.getvalue()
+
+
 def _picture(pixels: UInt8[Tensor, "3 H W"]) -> Image.Image:
     return Image.fromarray(pixels.permute(1, 2, 0).contiguous().numpy())
-
-
-Pixels = UInt8[Tensor, "batch 3 H W"]
-"""RGB in 0..255."""
 
 
 @runtime_checkable
@@ -87,21 +88,17 @@ class ImageSource(Protocol):
     @property
     def model(self) -> str:
         """The name of the model."""
-        ...
 
     @property
     def planned(self) -> tuple[PlannedImage, ...]:
         """What each image shows, in order."""
-        ...
 
     @property
     def config(self) -> DrawConfig:
         """How the images were drawn."""
-        ...
 
     def pixels(self, positions: Sequence[int]) -> Pixels:
         """Returns the images at these places of `planned`."""
-        ...
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -145,7 +142,7 @@ MANIFEST = "prompts.json"
 
 @dataclass(frozen=True, kw_only=True)
 class ImageFolder:
-    """Images of one model on disk, read when asked for."""
+    """Images of one model on disk, read when needed."""
 
     root: Path
     model: str
@@ -161,7 +158,7 @@ class ImageFolder:
         """
         root = Path(root)
         planned, config = read_manifest(root)
-        missing = [image.file_name for image in planned if not is_whole(root / model / image.file_name)]
+        missing = [one.file_name for one in planned if isinstance(read_image(root / model / one.file_name), str)]
         if missing:
             raise ValueError(
                 f"root: {root / model} must hold all {len(planned)} images of {MANIFEST}, "
@@ -195,50 +192,30 @@ def write_folder(images: ImageSource, root: Path | str, *, chunk: int = 64) -> I
 
 
 def write_manifest(root: Path | str, planned: Sequence[PlannedImage], config: DrawConfig, *, writer: str = "") -> None:
-    """Writes `prompts.json`, or checks that the one that is there says the same.
-
-    Args:
-        root: The folder of all models compared.
-        planned: What is drawn.
-        config: How images are drawn.
-        writer: Tells processes apart that may write it at the same time.
+    """Writes `prompts.json`, or checks that the one that is there says the same; `writer` tells processes apart.
 
     Raises:
         ValueError: The folder's manifest tells of other prompts, seeds or settings, or two images have one name.
     """
     check_plan(planned)
     root = Path(root)
-    if (root / MANIFEST).exists():
-        check_manifest(root, planned, config)
+    if not (root / MANIFEST).exists():
+        images = [{"file": image.file_name, **image._asdict()} for image in planned]
+        content = {"format": 1, **asdict(config), "images": images}
+        write_text(root / MANIFEST, json.dumps(content, indent=1, ensure_ascii=False) + "\n", writer=writer)
         return
-    images = [{"file": image.file_name, **image._asdict()} for image in planned]
-    content = {"format": 1, **asdict(config), "images": images}
-    write_text(root / MANIFEST, json.dumps(content, indent=1, ensure_ascii=False) + "\n", writer=writer)
-
-
-def check_manifest(root: Path, planned: Sequence[PlannedImage], config: DrawConfig) -> None:
-    """Checks that a folder holds these images, drawn in this way, and no others.
-
-    Raises:
-        ValueError: It does not; the message names the first difference.
-    """
     there, drawn = read_manifest(root)
-    if drawn != config:
-        raise ValueError(f"root: {root} holds another run, drawn with {drawn}, got {config}; choose another folder")
-    for old, new in zip(there, planned, strict=False):
-        if old != new:
-            raise ValueError(f"root: {root} holds another run, with {old}, got {new}; choose another folder")
+    others: list[tuple[str, object]] = [(f"drawn with {drawn}", config)] if drawn != config else []
+    others += [(f"with {old}", new) for old, new in zip(there, planned, strict=False) if old != new]
     if len(there) != len(planned):
-        counts = f"of {len(there)} images, got {len(planned)}"
-        raise ValueError(f"root: {root} holds another run, {counts}; choose another folder")
+        others.append((f"of {len(there)} images", len(planned)))
+    if others:
+        held, got = others[0]
+        raise ValueError(f"root: {root} holds another run, {held}, got {got}; choose another folder")
 
 
 def read_manifest(root: Path) -> tuple[tuple[PlannedImage, ...], DrawConfig]:
-    """Reads what the images of a folder show and how they were drawn.
-
-    Raises:
-        ValueError: There is no manifest, or it is not one.
-    """
+    """Reads what the images of a folder show and how they were drawn; a ValueError where no manifest says so."""
     path = root / MANIFEST
     if not path.is_file():
         raise ValueError(f"root must hold {MANIFEST}, got {root}, which does not")
@@ -283,11 +260,7 @@ class ImageRow(NamedTuple):
 
 
 def read_image_rows(folder: Path | str) -> tuple[ImageRow, ...]:
-    """Reads the rows of a finished folder, in the order of the plan.
-
-    Raises:
-        ValueError: The folder has none, as one that another system filled, or one that is not finished.
-    """
+    """Reads the rows of a folder in the order of the plan; a ValueError where `generate` has not finished one."""
     path = Path(folder) / ROWS
     if not path.is_file():
         raise ValueError(f"folder must hold {ROWS}, got {folder}, which does not: `generate` has not finished it")
@@ -303,16 +276,11 @@ def known_rows(folder: Path) -> dict[str, list[ImageRow]]:
     return rows
 
 
-def drawn_row(path: Path, rows: Iterable[ImageRow]) -> ImageRow | None:
+def drawn_row(path: Path, rows: Sequence[ImageRow]) -> ImageRow | None:
     """Returns the row that tells of an image's file as it is; None if the image is missing or damaged or has none."""
-    rows = tuple(rows)
-    if not rows:
+    if not rows or not path.is_file():
         return None
-    try:
-        with path.open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-    except FileNotFoundError:
-        return None
+    digest = sha256_of(path)
     return next((row for row in rows if row.sha256 == digest), None)
 
 
@@ -324,10 +292,12 @@ def append_row(folder: Path, rank: int, row: ImageRow) -> None:
     """
     path = folder / f".drawn-{rank}.jsonl"
     line = json.dumps(row._asdict(), ensure_ascii=False).encode() + b"\n"
-    with path.open("ab", buffering=0) as file:
+    with path.open("ab+", buffering=0) as file:
         begin = file.tell()
-        if begin and not _ends_a_line(path):
-            line = b"\n" + line
+        if begin:
+            file.seek(-1, os.SEEK_END)
+            if file.read() != b"\n":
+                line = b"\n" + line
         try:
             written = 0
             while written < len(line):  # an unbuffered file may take a part, and complain about the rest only
@@ -366,9 +336,3 @@ def _read(path: Path) -> list[ImageRow]:
             with suppress(ValueError, TypeError):
                 rows.append(ImageRow(**json.loads(line)))
     return rows
-
-
-def _ends_a_line(path: Path) -> bool:
-    with path.open("rb") as file:
-        file.seek(-1, os.SEEK_END)
-        return file.read() == b"\n"

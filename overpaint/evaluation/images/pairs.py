@@ -18,7 +18,7 @@ from torch import Tensor
 
 from overpaint.evaluation.tables import TABLE_SUFFIXES, Row, read_table
 
-from .files import Pixels, check_model_name, read_png
+from .files import Pixels, check_model_name, read_image
 from .plan import PlannedImage
 
 IMAGE_SUFFIXES = (".avif", ".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
@@ -34,7 +34,7 @@ class Pair(NamedTuple):
     prompt: str | None
     """None where there is none, which only rewards that do not read prompts can do with."""
     row: Row
-    """All that is kept of it: the image's name, the prompt if there is one, and the table's other columns."""
+    """What output tables say of it: the image's name, the prompt if there is one, and the table's other columns."""
 
 
 def read_pairs(
@@ -68,10 +68,6 @@ def read_pairs(
         return _of_folder(source, prompt, prompts, image_column, prompt_column)
     if prompts is not None:
         raise ValueError(f"prompts must not be given with a table, got {prompts}; they are a column of {source}")
-    return _of_table(source, prompt, image_column, prompt_column)
-
-
-def _of_table(source: Path, prompt: str | None, image_column: str, prompt_column: str) -> list[Pair]:
     rows = read_table(source)
     _check_columns(source, rows, image_column)
     if prompt is not None and prompt_column in rows[0]:
@@ -83,8 +79,7 @@ def _of_table(source: Path, prompt: str | None, image_column: str, prompt_column
             raise ValueError(f"{source} must name a file in column {image_column!r}, got {name!r} in row {number}")
         if prompt is not None:
             row = {**row, prompt_column: prompt}
-        text = _prompt(source, row.get(prompt_column), number)
-        pairs.append(Pair(name, source.parent / name, text, row))
+        pairs.append(Pair(name, source.parent / name, _prompt(source, row.get(prompt_column), number), row))
     return pairs
 
 
@@ -92,17 +87,16 @@ def _of_folder(
     folder: Path, prompt: str | None, prompts: Path | None, image_column: str, prompt_column: str
 ) -> list[Pair]:
     paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file())
-    names = [path.relative_to(folder).as_posix() for path in paths]
-    shown = [k for k, name in enumerate(names) if not any(part.startswith(".") for part in name.split("/"))]
-    if not shown:
+    named = [(path.relative_to(folder).as_posix(), path) for path in paths]
+    named = [(name, path) for name, path in named if not any(part.startswith(".") for part in name.split("/"))]
+    if not named:
         raise ValueError(f"{folder} must hold images ({', '.join(IMAGE_SUFFIXES)}), got none")
-    paths, names = [paths[k] for k in shown], [names[k] for k in shown]
-    texts: Sequence[str | None] = [prompt] * len(names)
+    texts: Sequence[str | None] = [prompt] * len(named)
     if prompts is not None:
-        texts = _prompts_of(names, prompts, image_column, prompt_column)
+        texts = _prompts_of([name for name, _ in named], prompts, image_column, prompt_column)
     return [
         Pair(name, path, text, {image_column: name} | ({} if text is None else {prompt_column: text}))
-        for name, path, text in zip(names, paths, texts, strict=True)
+        for (name, path), text in zip(named, texts, strict=True)
     ]
 
 
@@ -114,7 +108,7 @@ def _prompts_of(names: Sequence[str], file: Path, image_column: str, prompt_colu
         entries = [(row[image_column], row[prompt_column]) for row in rows]
         keys = list(names)
     elif file.suffix == ".json":
-        entries = _image_reward_prompts(file)
+        entries = [(entry["id"], entry["prompt"]) for entry in _prompt_entries(file)]
         keys = [_prompt_id(name, file) for name in names]
     else:
         known = ", ".join(f"*{suffix}" for suffix in (*TABLE_SUFFIXES, ".json"))
@@ -131,12 +125,12 @@ def _prompts_of(names: Sequence[str], file: Path, image_column: str, prompt_colu
     return [found[key] for key in keys]
 
 
-def _image_reward_prompts(file: Path) -> list[tuple[str, Any]]:
+def _prompt_entries(file: Path) -> list[dict[str, Any]]:
     """Reads a list of {"id", "prompt"}, or the `prompts.json` of drawn images, whose list is called images."""
     try:
         content: Any = json.loads(file.read_text(encoding="utf-8"))
         entries = content["images"] if isinstance(content, dict) else content
-        return [(str(entry["id"]), entry["prompt"]) for entry in entries]
+        return [{**entry, "id": str(entry["id"]), "prompt": entry["prompt"]} for entry in entries]
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f'{file} must be a list of {{"id", "prompt"}}, got {error!r}') from error
 
@@ -164,13 +158,11 @@ def _check_columns(path: Path, rows: Sequence[Row], *columns: str) -> None:
 
 Size = tuple[int, int]
 """Width and height in pixels."""
-Read = UInt8[Tensor, "3 H W"] | str
-"""An image, or why it cannot be read."""
 Item = TypeVar("Item")
 
 
 def image_sizes(pairs: Sequence[Pair], *, skip_broken: bool = False) -> list[Size | str]:
-    """Looks into the header of every image, which takes little time and finds most broken ones before any work.
+    """Reads the header of every image, which takes little time and finds most broken ones before any work.
 
     Returns:
         For each pair the size of its image, or why it cannot be read if broken ones are skipped.
@@ -210,31 +202,19 @@ def read_ahead(
 ) -> Iterator[tuple[int, Sequence[int], list[Item]]]:
     """Yields the number of each batch, its indices and what was read of each, while the next batch is being read.
 
-    Two batches at most are in memory, however many there are.
-
-    Args:
-        batches: The indices of each batch, by its number.
-        read: Reads what has an index; called by several threads at once.
+    Two batches at most are in memory, however many there are. `read` is called by several threads at once.
     """
-
-    def submit(batch: Sequence[int]) -> list[Future[Item]]:
-        return [pool.submit(read, index) for index in batch]
-
     numbers = list(batches)
     with ThreadPoolExecutor() as pool:
-        reading = [submit(batches[number]) for number in numbers[:1]]
+        reading: list[list[Future[Item]]] = []
         for place, number in enumerate(numbers):
-            reading += [submit(batches[later]) for later in numbers[place + 1 : place + 2]]
+            soon = numbers[place + len(reading) : place + 2]
+            reading += [[pool.submit(read, index) for index in batches[later]] for later in soon]
             yield number, batches[number], [future.result() for future in reading.pop(0)]
 
 
 def image_files(folder: Path | str) -> list[Path]:
-    """Returns the images of a folder and its subfolders, sorted by name.
-
-    Raises:
-        FileNotFoundError: There is no such folder.
-        ValueError: There are no images.
-    """
+    """Returns the images of a folder and its subfolders, sorted by name; raises as `read_pairs`."""
     return [pair.path for pair in read_pairs(Path(folder))]
 
 
@@ -249,20 +229,12 @@ def in_batches(paths: Sequence[Path], batch_size: int) -> Iterator[tuple[list[in
     if not paths:
         raise ValueError("paths must hold at least one image, got none")
     sizes = [_size(path) for path in paths]
-    for path, size in zip(paths, sizes, strict=True):
-        if isinstance(size, str):
-            raise ValueError(f"{path}: {size}")
+    broken = [f"{path}: {size}" for path, size in zip(paths, sizes, strict=True) if isinstance(size, str)]
+    if broken:
+        raise ValueError(broken[0])
     batches = dict(enumerate(batches_by_size(sizes, batch_size)))
     for _, places, images in read_ahead(batches, lambda place: _whole_image(paths[place])):
         yield list(places), torch.stack(images)
-
-
-def read_image(path: Path) -> Read:
-    """Returns an image, or why it cannot be read."""
-    try:
-        return read_png(path)
-    except Exception as error:  # Pillow's readers raise almost anything for a damaged file
-        return f"it cannot be read: {error}"
 
 
 def _whole_image(path: Path) -> UInt8[Tensor, "3 H W"]:
@@ -320,9 +292,11 @@ class OtherImages:
         """
         folder, prompts = Path(folder), Path(prompts)
         check_model_name(model)
-        kinds = _kinds(prompts)
         planned = []
-        for pair in read_pairs(folder, prompts=prompts):
+        pairs = read_pairs(folder, prompts=prompts)
+        entries = _prompt_entries(prompts) if prompts.suffix == ".json" else []
+        kinds = {entry["id"]: entry["kind"] for entry in entries if "kind" in entry}
+        for pair in pairs:
             match = re.fullmatch(r"([^/]+)_(0|[1-9]\d*)\.png", pair.name)
             if match is None or pair.prompt is None:
                 raise ValueError(f"images in {folder} must be named <id>_<k>.png and have a prompt, got {pair.name}")
@@ -332,24 +306,8 @@ class OtherImages:
         return cls(folder=folder, model=model, planned=tuple(planned))
 
     def pixels(self, positions: Sequence[int]) -> Pixels:
-        """Reads the images at these places of `planned`; they have to be of one size.
-
-        Raises:
-            ValueError: They are not, or one cannot be read.
-        """
+        """Reads the images at these places of `planned`; they have to be of one size."""
         return torch.stack([_whole_image(self.folder / self.planned[k].file_name) for k in positions])
-
-
-def _kinds(prompts: Path) -> dict[str, str]:
-    """Returns the kind of each prompt, where the file is JSON and says it; `read_pairs` has more to say about it."""
-    if prompts.suffix != ".json":
-        return {}
-    try:
-        content: Any = json.loads(prompts.read_text(encoding="utf-8"))
-        entries = content["images"] if isinstance(content, dict) else content
-        return {str(entry["id"]): entry["kind"] for entry in entries if "kind" in entry}
-    except (KeyError, TypeError, ValueError, OSError):
-        return {}
 
 
 def _natural(name: str) -> list[tuple[int, int, str]]:

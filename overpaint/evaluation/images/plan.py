@@ -9,7 +9,6 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from overpaint.settings import Field, settings
-from overpaint.training import process_state
 
 KINDS = {
     "explicit": "name the concept",
@@ -68,13 +67,11 @@ def plan(
     Raises:
         ValueError: There are no prompts, a prompt is not a string, or a kind cannot be part of a file name.
     """
-    if images_per_prompt < 1:
-        raise ValueError(f"images_per_prompt must be at least 1, got {images_per_prompt}")
     if not prompts:
         raise ValueError("prompts must hold at least one kind, got none")
     planned: list[PlannedImage] = []
     for kind, texts in prompts.items():
-        _check_kind(kind, texts)
+        _check_kind(kind, texts, images_per_prompt)
         for number, prompt in enumerate(texts):
             planned.extend(
                 PlannedImage(kind, f"{kind}-{number:04d}", copy, prompt, _image_seed(seed, kind, number, copy))
@@ -88,20 +85,13 @@ def plan_named(
 ) -> tuple[PlannedImage, ...]:
     """Lists the images to draw for prompts that have names of their own, such as those of a benchmark.
 
-    As in `plan`, the seed of an image follows from `seed`, `kind`, the name of its prompt and its copy alone.
-
-    Args:
-        prompts: The text of each prompt by its name, which becomes part of file names.
-        kind: The kind of all.
-        images_per_prompt: Images drawn for each prompt, each with its own noise.
-        seed: Chooses the noise of all images.
+    As in `plan`, the seed of an image follows from `seed`, `kind`, the name of its prompt and its copy alone. A name
+    becomes part of file names.
 
     Raises:
         ValueError: There are no prompts, or a name cannot be part of a file name.
     """
-    if images_per_prompt < 1:
-        raise ValueError(f"images_per_prompt must be at least 1, got {images_per_prompt}")
-    _check_kind(kind, list(prompts.values()))
+    _check_kind(kind, list(prompts.values()), images_per_prompt)
     planned = tuple(
         PlannedImage(kind, name, copy, prompt, _image_seed(seed, kind, name, copy))
         for name, prompt in prompts.items()
@@ -112,11 +102,7 @@ def plan_named(
 
 
 def check_plan(planned: Sequence[PlannedImage]) -> None:
-    """Checks that every image can have a file of its own.
-
-    Raises:
-        ValueError: There is no image, two have one name, or a name cannot be that of a file.
-    """
+    """Raises a ValueError unless there are images, and each can have a file of its own."""
     if not planned:
         raise ValueError("planned must hold at least one image, got none")
     seen: dict[str, PlannedImage] = {}
@@ -136,30 +122,16 @@ def kinds_of(planned: Sequence[PlannedImage]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(image.kind for image in planned))
 
 
-def process_rank_and_count() -> tuple[int, int]:
-    """Asks accelerate which process this is, and of how many."""
-    state = process_state()
-    return state.process_index, state.num_processes
-
-
 def shard(planned: Sequence[PlannedImage], rank: int, world_size: int) -> tuple[PlannedImage, ...]:
-    """Returns the images that one of several processes draws into memory: every `world_size`-th.
-
-    Raises:
-        ValueError: The process is not one of the processes.
-    """
+    """Returns the images that one of several processes draws into memory: every `world_size`-th, from `rank` on."""
     check_rank(rank, world_size)
     return tuple(planned[rank::world_size])
 
 
 def batches_of(planned: Sequence[PlannedImage], batch_size: int) -> list[tuple[PlannedImage, ...]]:
-    """Cuts a plan into batches.
+    """Cuts a plan into batches, which processes that share a folder share out whole.
 
-    Processes that share a folder share out whole batches, so that the batches, and with them the last bit of every
-    image, do not depend on the number of processes.
-
-    Raises:
-        ValueError: `batch_size` is below 1.
+    So the batches, and with them the last bit of every image, do not depend on the number of processes.
     """
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
@@ -178,7 +150,9 @@ def _image_seed(seed: int, kind: str, number: int | str, copy: int) -> int:
     return int.from_bytes(digest[:4], "big")
 
 
-def _check_kind(kind: str, prompts: Sequence[str]) -> None:
+def _check_kind(kind: str, prompts: Sequence[str], images_per_prompt: int) -> None:
+    if images_per_prompt < 1:
+        raise ValueError(f"images_per_prompt must be at least 1, got {images_per_prompt}")
     if not re.fullmatch(r"[a-z0-9][a-z0-9-]*", kind):
         raise ValueError(f"prompts: a kind must be lower-case letters, digits and dashes, got {kind!r}")
     if isinstance(prompts, str) or not prompts:

@@ -14,7 +14,6 @@ counts an image with itself too. The paper writes the unbiased one, and the two 
 the biased one.
 """
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -29,11 +28,13 @@ from overpaint.evaluation.images.pairs import in_batches
 from rewards import ClipEncoder
 from rewards.checkpoint import HubFiles
 from rewards.clip_encoder import Vectors
+from rewards.public_files import sha256_of
 
 WEIGHTS_NAME = "weights-inception-2015-12-05-6726825d.pth"
 WEIGHTS_URL = f"https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/{WEIGHTS_NAME}"
 WEIGHTS_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
 """Of the file's 95,628,359 bytes; pytorch-fid's `pt_inception-2015-12-05-6726825d.pth` is the same file."""
+_BY_HAND = f"Where there is a network, save {WEIGHTS_URL} (SHA-256 {WEIGHTS_SHA256}) and give its path"
 SIDE = 299
 """Pixels of a side that the network takes."""
 
@@ -91,10 +92,10 @@ class Inception(nn.Module):
 
     @classmethod
     def from_file(cls, path: Path | str, sha256: str | None = WEIGHTS_SHA256) -> "Inception":
-        """Loads frozen weights.
+        """Loads frozen weights from their file.
 
         Args:
-            path: The file of weights.
+            path: The file.
             sha256: What its content must have as SHA-256; None leaves it unchecked.
 
         Raises:
@@ -103,11 +104,10 @@ class Inception(nn.Module):
         """
         path = Path(path)
         if not path.is_file():
-            raise FileNotFoundError(f"the features' file must be there, got {path}, which is not. {_by_hand()}")
-        with path.open("rb") as content:
-            found = hashlib.file_digest(content, "sha256").hexdigest()
+            raise FileNotFoundError(f"the features' file must be there, got {path}, which is not. {_BY_HAND}")
+        found = sha256_of(path)
         if sha256 is not None and found != sha256:
-            raise ValueError(f"{path} must have SHA-256 {sha256}, got {found}. {_by_hand()}")
+            raise ValueError(f"{path} must have SHA-256 {sha256}, got {found}. {_BY_HAND}")
         network = cls()
         network.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
         return network.eval().requires_grad_(False)
@@ -198,10 +198,6 @@ def _scaled(images: Maps) -> Maps:
         share = (places - first).to(images.dtype).view(shape)
         images = images.index_select(dim, first) * (1 - share) + images.index_select(dim, second) * share
     return images
-
-
-def _by_hand() -> str:
-    return f"Where there is a network, save {WEIGHTS_URL} (SHA-256 {WEIGHTS_SHA256}) and give its path"
 
 
 @torch.no_grad()
@@ -315,20 +311,15 @@ def clip_embeddings(encoder: ClipEncoder, paths: Sequence[Path], *, batch_size: 
 def _mean_kernel(
     first: Float[Tensor, "m dim"], second: Float[Tensor, "n dim"], off_diagonal: bool, block: int
 ) -> float:
-    """Returns the mean of the kernel over all pairs, or over those of two different places.
+    """Returns the mean of the kernel exp(-|x - y|² / (2 SIGMA²)) over all pairs, or those of two different places.
 
     All values lie within 2 % of 1, and their differences are what counts: float64.
     """
     total = torch.zeros((), dtype=torch.float64, device=first.device)
-    for one in first.split(block):
-        for other in second.split(block):
-            total += _kernel(one.double(), other.double()).sum()
+    for one in map(Tensor.double, first.split(block)):
+        for other in map(Tensor.double, second.split(block)):
+            squares = one.square().sum(dim=1)[:, None] + other.square().sum(dim=1)[None] - 2 * one @ other.T
+            total += torch.exp(-squares.clamp(min=0) / (2 * SIGMA**2)).sum()
     if off_diagonal:
         return (float(total) - len(first)) / (len(first) * (len(first) - 1))
     return float(total) / (len(first) * len(second))
-
-
-def _kernel(one: Float[Tensor, "m dim"], other: Float[Tensor, "n dim"]) -> Float[Tensor, "m n"]:
-    """Returns exp(-|x - y|² / (2 SIGMA²)) of every pair."""
-    squares = one.square().sum(dim=1)[:, None] + other.square().sum(dim=1)[None] - 2 * one @ other.T
-    return torch.exp(-squares.clamp(min=0) / (2 * SIGMA**2))

@@ -69,7 +69,11 @@ def rate_estimate(outcomes: Sequence[float], clusters: Sequence[str] | None = No
     Raises:
         ValueError: There are no outcomes, one of them is neither 0 nor 1, or there is not one cluster for each.
     """
-    _require_outcomes(outcomes)
+    if not outcomes:
+        raise ValueError("outcomes must hold at least one, got none")
+    strange = [outcome for outcome in outcomes if outcome not in (0, 1)]
+    if strange:
+        raise ValueError(f"outcomes must be 0 or 1, got {strange[0]}")
     count = len(outcomes)
     rate = math.fsum(outcomes) / count
     variance = rate * (1 - rate)
@@ -96,7 +100,8 @@ def paired_difference(
     Raises:
         ValueError: The two have different lengths, or no values, or there is not one cluster for each pair.
     """
-    _require_pairs(after, before)
+    if len(after) != len(before):
+        raise ValueError(f"after and before must be of equal length, got {len(after)} and {len(before)}")
     return mean_estimate([a - b for a, b in zip(after, before, strict=True)], clusters)
 
 
@@ -117,30 +122,28 @@ def paired_rate_difference(
         ValueError: The two have different lengths, no values, a value that is neither 0 nor 1, or there is not one
             cluster for each pair.
     """
-    _require_pairs(after, before)
-    ends = rate_estimate(after, clusters), rate_estimate(before, clusters)
     change = paired_difference(after, before, clusters)
-    sums = None if clusters is None else [list(sums_by_cluster(o, clusters).values()) for o in (after, before)]
-    if sums is None or len(sums[0]) == len(after):
+    rates = rate_estimate(after, clusters), rate_estimate(before, clusters)
+    if clusters is None or len(set(clusters)) == len(after):
         shared = _outcomes_correlation(after, before)
     else:
-        shared = correlation(sums[0], sums[1])
-    return joined_rates(*ends, change, shared)
+        shared = correlation(*(list(sums_by_cluster(some, clusters).values()) for some in (after, before)))
+    return joined_rates(*rates, change, shared)
 
 
 def joined_rates(after: Estimate, before: Estimate, change: Estimate, correlation: float) -> Estimate:
     """Returns `change`, the difference of two rates, with an interval joined from those of the rates."""
-    low = change.mean - _joined(after.mean - after.low, before.high - before.mean, correlation)
-    high = change.mean + _joined(after.high - after.mean, before.mean - before.low, correlation)
+
+    def reach(one: float, other: float) -> float:
+        return math.sqrt(max(one**2 - 2 * correlation * one * other + other**2, 0.0))
+
+    low = change.mean - reach(after.mean - after.low, before.high - before.mean)
+    high = change.mean + reach(after.high - after.mean, before.mean - before.low)
     return change._replace(low=max(low, -1.0), high=min(high, 1.0))
 
 
 def sums_by_cluster(values: Sequence[float], clusters: Sequence[str]) -> dict[str, float]:
-    """Adds up the values of each cluster, in the order in which clusters first occur.
-
-    Raises:
-        ValueError: There is not one cluster for each value.
-    """
+    """Adds up the values of each cluster, in the order in which clusters first occur."""
     if len(values) != len(clusters):
         raise ValueError(f"clusters must hold one for each of {len(values)} values, got {len(clusters)}")
     members: dict[str, list[float]] = {}
@@ -150,11 +153,7 @@ def sums_by_cluster(values: Sequence[float], clusters: Sequence[str]) -> dict[st
 
 
 def means_by_cluster(values: Sequence[float], clusters: Sequence[str]) -> dict[str, float]:
-    """Returns the mean of the values of each cluster, in the order in which clusters first occur.
-
-    Raises:
-        ValueError: There is not one cluster for each value.
-    """
+    """Returns the mean of the values of each cluster, in the order in which clusters first occur."""
     sizes = sums_by_cluster([1.0] * len(values), clusters)
     return {cluster: total / sizes[cluster] for cluster, total in sums_by_cluster(values, clusters).items()}
 
@@ -204,24 +203,6 @@ def _outcomes_correlation(after: Sequence[float], before: Sequence[float]) -> fl
     if product > 0:
         product = max(product - count / 2, 0.0)
     return product / math.sqrt(margins)
-
-
-def _joined(first: float, second: float, correlation: float) -> float:
-    """Returns the reach of a difference from the reaches of its two correlated parts."""
-    return math.sqrt(max(first**2 - 2 * correlation * first * second + second**2, 0.0))
-
-
-def _require_pairs(after: Sequence[float], before: Sequence[float]) -> None:
-    if len(after) != len(before):
-        raise ValueError(f"after and before must be of equal length, got {len(after)} and {len(before)}")
-
-
-def _require_outcomes(outcomes: Sequence[float]) -> None:
-    if not outcomes:
-        raise ValueError("outcomes must hold at least one, got none")
-    for outcome in outcomes:
-        if outcome not in (0, 1):
-            raise ValueError(f"outcomes must be 0 or 1, got {outcome}")
 
 
 Method = Literal["percentile", "bca"]
@@ -275,10 +256,9 @@ def bootstrap_interval(
     if not values:
         raise ValueError("values must hold at least one number, got none")
     names = [str(k) for k in range(len(values))] if clusters is None else clusters
-    sums = numpy.array(list(sums_by_cluster(values, names).values()))
-    sizes = numpy.array(list(sums_by_cluster([1.0] * len(values), names).values()))
+    sums, sizes = (numpy.array(list(sums_by_cluster(some, names).values())) for some in (values, [1.0] * len(values)))
     if len(sums) == 1:
-        return Interval(numpy.nan, numpy.nan)
+        return Interval(math.nan, math.nan)
     settings: dict[str, Any] = {"paired": True, "batch": max(1, BLOCK // len(sums)), "confidence_level": confidence}
     found = bootstrap((sums, sizes), _mean, method="percentile", n_resamples=resamples, rng=seed, **settings)
     if method == "bca":
@@ -299,16 +279,13 @@ def _mean(sums: numpy.ndarray, sizes: numpy.ndarray, axis: int) -> numpy.ndarray
 def ranks(values: Sequence[float], higher_is_better: bool = True) -> list[float]:
     """Returns the rank of each value: 1 is best, and equal values share the mean of the ranks that they take up.
 
-    Args:
-        values: What is ranked.
-        higher_is_better: Whether the highest is best, or the lowest.
-
     Raises:
         ValueError: A value is not finite.
     """
     from scipy.stats import rankdata
 
-    _require_finite(values)
+    if not all(map(math.isfinite, values)):
+        raise ValueError(f"values must be finite, got {list(values)}")
     return rankdata([-value for value in values] if higher_is_better else values).tolist()
 
 
@@ -329,12 +306,8 @@ def spearman(a: Sequence[float], b: Sequence[float]) -> float:
     if len(a) < 2:
         raise ValueError(f"a and b must hold at least 2 values, got {len(a)}")
     for name, values in (("a", a), ("b", b)):
-        _require_finite(values)
+        if not all(map(math.isfinite, values)):
+            raise ValueError(f"values must be finite, got {list(values)}")
         if len(set(values)) == 1:
             raise ValueError(f"{name} must hold values that differ, got {len(values)} times {values[0]}")
     return float(spearmanr(a, b).statistic)
-
-
-def _require_finite(values: Sequence[float]) -> None:
-    if not all(map(math.isfinite, values)):
-        raise ValueError(f"values must be finite, got {list(values)}")

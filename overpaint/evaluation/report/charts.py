@@ -1,4 +1,4 @@
-"""Charts by Altair: learning curves, series with intervals, bands over seeds, and what is given up for what.
+"""Charts by Altair: learning curves, and series with intervals or bands over runs.
 
 A chart is a Vega-Lite specification. `svg` draws it without a browser; a page shows that drawing, and its script puts
 the live chart in its place, with tooltips and zoom. Colours are those of light paper; a page's style sheet maps each to
@@ -7,7 +7,7 @@ its counterpart in the dark.
 
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from itertools import pairwise
@@ -25,12 +25,9 @@ DASHES = ([1, 0], [7, 4], [1.5, 4], [9, 3, 2, 3], [4, 3], [12, 3])
 """Of series, so that no one has to tell colours apart."""
 SERIES = len(COLOURS)
 """How many series a chart can tell apart."""
-INK, SOFT, FAINT, RULE, PAPER = "#22252a", "#555a62", "#696e76", "#e2dfd8", "#fdfcfa"
+INK, SOFT, FAINT, RULE = "#22252a", "#555a62", "#696e76", "#e2dfd8"
 WIDTH, HEIGHT = 700, 400
 """Of the plot of a wide chart, in pixels."""
-LETTER, LINE = 6.6, 14.0
-"""Pixels that a label takes for each letter, and for its line."""
-RADIUS = 6.0
 RAW_POINTS = 30
 """Curves with more points than this are drawn smoothed, over their values as logged."""
 
@@ -73,28 +70,6 @@ class Panel:
     """What to look for."""
     references: Mapping[str, float] = field(default_factory=dict)
     """Levels drawn as horizontal lines, by label: a ceiling, or where the original model stands."""
-
-
-class Band(NamedTuple):
-    """A mean and its spread over runs."""
-
-    label: str
-    x: tuple[float, ...]
-    mean: tuple[float, ...]
-    spread: tuple[float, ...]
-    """Standard deviation over the runs at each point."""
-
-
-class Point(NamedTuple):
-    """Where one method lies."""
-
-    method: str
-    concept_rate: Estimate
-    """How often the concept still shows, in [0, 1]; lower is better."""
-    reward: Estimate
-    """How much people like the images; higher is better."""
-    before: str = ""
-    """The method that this one started from, whose point an arrow leaves; empty for none."""
 
 
 def svg(spec: Mapping[str, Any]) -> str:
@@ -161,37 +136,30 @@ def smoothed(values: Sequence[float], window: int) -> tuple[float, ...]:
 
 
 def learning_chart(panel: Panel, curves: Sequence[Curve]) -> Chart:
-    """Draws curves over iterations; where values are many, smoothed and as logged.
-
-    Raises:
-        ValueError: There are no curves, or more than can be told apart.
-    """
+    """Draws one to six curves over iterations; where values are many, smoothed and as logged."""
     import altair as alt
 
-    labels = _told_apart([curve.label for curve in curves], "curves")
-    rows = [
-        {"curve": c.label, "iteration": x, "value": y, "line": line}
-        for c in curves
-        for x, y, line in zip(c.iterations, c.values, _lines(c.values), strict=True)
-    ]
+    colour_and_dash = _series("curve", [curve.label for curve in curves])
+    rows = []
+    for c in curves:
+        smooth = c.values if len(c.values) <= RAW_POINTS else smoothed(c.values, max(5, len(c.values) // 12))
+        points = zip(c.iterations, c.values, smooth, strict=True)
+        rows += [{"curve": c.label, "iteration": x, "value": y, "line": line} for x, y, line in points]
     x = alt.X("iteration:Q", title="iteration", axis=alt.Axis(tickMinStep=1), scale=alt.Scale(nice=False))
     y = alt.Y("line:Q", title=None, scale=alt.Scale(zero=False))
-    base: Any = alt.Chart().encode(x=x, tooltip=["curve:N", "iteration:Q", "value:Q"])
-    layers = [base.mark_line().encode(y=y, **_series("curve", labels))]
+    base: Any = alt.Chart().encode(x=x, color=colour_and_dash["color"], tooltip=["curve:N", "iteration:Q", "value:Q"])
+    layers = [base.mark_line().encode(y=y, strokeDash=colour_and_dash["strokeDash"])]
     if any(len(curve.values) > RAW_POINTS for curve in curves):
-        raw = base.mark_line(strokeWidth=1, opacity=0.28)
-        layers.append(raw.encode(y="value:Q", color=_series("curve", labels)["color"]))
+        layers.append(base.mark_line(strokeWidth=1, opacity=0.28).encode(y="value:Q"))
     if any(len(curve.values) == 1 for curve in curves):
-        layers.append(base.mark_point(filled=True, opacity=1).encode(y=y, color=_series("curve", labels)["color"]))
+        layers.append(base.mark_point(filled=True, opacity=1).encode(y=y))
     for label, level in panel.references.items():
         rule: Any = alt.Chart(alt.Data(values=[{"level": level, "label": label}]))
         layers.append(rule.mark_rule(color=FAINT, strokeDash=[2, 3]).encode(y="level:Q"))
         text = rule.mark_text(align="right", dy=-7, color=SOFT).encode(x=alt.value(400), y="level:Q", text="label:N")
         layers.append(text)
     words = "; ".join(
-        f"{c.label}: {c.values[0]:.3g} at iteration {c.iterations[0]}, {c.values[-1]:.3g} at iteration "
-        f"{c.iterations[-1]}"
-        for c in curves
+        f"{c.label}: {', '.join(f'{c.values[k]:.3g} at iteration {c.iterations[k]}' for k in (0, -1))}" for c in curves
     )
     known = {curve.label: dict(zip(curve.iterations, curve.values, strict=True)) for curve in curves}
     every = sorted({iteration for values in known.values() for iteration in values})
@@ -202,16 +170,11 @@ def learning_chart(panel: Panel, curves: Sequence[Curve]) -> Chart:
     ]
     columns = [Column("iteration", True), *map(Column, known)]
     table = Table(label=f"Numbers of {panel.title}", columns=columns, lines=lines)
-    return Chart(
-        panel.title, words, _spec(alt.layer(*layers, data=alt.Data(values=rows)), 400, 190), table, panel.caption
-    )
+    spec = spec_of(alt.layer(*layers, data=alt.Data(values=rows)), 400, 190)
+    return Chart(panel.title, words, spec, table, panel.caption)
 
 
-def _lines(values: Sequence[float]) -> Sequence[float]:
-    return values if len(values) <= RAW_POINTS else smoothed(values, max(5, len(values) // 12))
-
-
-# Series of measured points, and bands over seeds.
+# Series of measured points, and bands over runs.
 
 
 def series_chart(
@@ -221,6 +184,7 @@ def series_chart(
     x_label: str,
     y_label: str,
     caption: str = "",
+    bands: bool = False,
 ) -> Chart:
     """Draws measured points joined by lines, each with its 95 % interval, such as reward against guidance.
 
@@ -230,36 +194,34 @@ def series_chart(
         x_label: What is told to the right.
         y_label: What is told upwards.
         caption: What to look for.
+        bands: Whether series are those of `band_of`, drawn as lines with areas, below the title.
 
     Raises:
         ValueError: There are no series, more than can be told apart, one without points, or one whose x does not rise.
     """
     import altair as alt
 
-    labels = _told_apart(list(series), "series")
+    colour_and_dash = _series("series", list(series))
     for name, points in series.items():
         xs = [x for x, _ in points]
         if not xs or any(b <= a for a, b in pairwise(xs)):
             raise ValueError(f"series[{name!r}] must have points at rising x, got {xs}")
     rows = [
-        {"series": name, "x": x, "mean": one.mean} | ({"low": one.low, "high": one.high} if _has_interval(one) else {})
+        {"series": name, "x": x, "mean": one.mean} | ({"low": one.low, "high": one.high} if has_interval(one) else {})
         for name, points in series.items()
         for x, one in points
     ]
     base: Any = alt.Chart().encode(
-        x=alt.X("x:Q", title=x_label, scale=alt.Scale(zero=False, padding=12)),
+        x=alt.X("x:Q", title=x_label, scale=alt.Scale(nice=False) if bands else alt.Scale(zero=False, padding=12)),
         tooltip=["series:N", alt.Tooltip("x:Q", title=x_label), "mean:Q", "low:Q", "high:Q"],
-        **_series("series", labels),
+        **colour_and_dash,
     )
-    scale = alt.Scale(zero=False)
-    bars = base.mark_rule(opacity=0.65, strokeDash=[1, 0]).encode(y=alt.Y("low:Q", scale=scale), y2="high:Q")
-    y = alt.Y("mean:Q", title=y_label, scale=scale)
-    layers = alt.layer(
-        bars,
-        base.mark_line().encode(y=y),
-        base.mark_point(filled=True, size=45, opacity=1).encode(y=y),
-        data=alt.Data(values=rows),
-    )
+    y = alt.Y("mean:Q", title=y_label, scale=alt.Scale(zero=False))
+    reach = base.mark_area(fillOpacity=0.15) if bands else base.mark_rule(opacity=0.65, strokeDash=[1, 0])
+    layers = [reach.encode(y=alt.Y("low:Q", scale=alt.Scale(zero=False)), y2="high:Q"), base.mark_line().encode(y=y)]
+    if not bands:
+        layers.append(base.mark_point(filled=True, size=45, opacity=1).encode(y=y))
+    chart: Any = alt.layer(*layers, data=alt.Data(values=rows), **({"title": title} if bands else {}))
     words = "; ".join(
         f"{name}: {', '.join(f'{one.mean:.3g} at {x:g}' for x, one in points)}" for name, points in series.items()
     )
@@ -272,304 +234,48 @@ def series_chart(
         label="Numbers of the chart",
         columns=[Column(x_label, True), *map(Column, series)],
         lines=lines,
-        caption=f"{y_label}: mean [95 %].",
+        caption=f"{y_label}: mean [{'one standard deviation' if bands else '95 %'}].",
     )
-    bars_are = f"{caption} Bars are 95 % intervals.".strip()
-    return Chart(title, f"{words}.", _spec(layers, WIDTH, 260), table, bars_are)
+    reaches = "Bands are one standard deviation over runs." if bands else "Bars are 95 % intervals."
+    return Chart(title, f"{words}.", spec_of(chart, WIDTH, 260), table, f"{caption} {reaches}".strip())
 
 
-def band_of(label: str, runs: Sequence[Sequence[tuple[float, float]]]) -> Band:
-    """Returns mean and standard deviation over runs, at the points that all of them have.
+def band_of(runs: Sequence[Sequence[tuple[float, float]]]) -> list[tuple[float, Estimate]]:
+    """Returns the mean over runs at the points (x, value) that all of them have, as a series for `series_chart`.
 
-    Args:
-        label: Name in the legend.
-        runs: The points (x, value) of each run.
+    The ends of an estimate are one standard deviation away; its error is the standard error over the runs.
 
     Raises:
         ValueError: There are no runs, or they have no point in common.
     """
-    if not runs:
-        raise ValueError(f"runs must hold at least one, got none for {label!r}")
     known = [dict(run) for run in runs]
-    shared = sorted(set(known[0]).intersection(*known[1:]))
+    shared = sorted(set(known[0]).intersection(*known[1:])) if known else []
     if not shared:
-        raise ValueError(f"runs must have a point in common, got none for {label!r}")
-    values = [[run[x] for run in known] for x in shared]
-    means = [math.fsum(some) / len(some) for some in values]
-    spreads = [
-        math.sqrt(math.fsum((value - mean) ** 2 for value in some) / max(1, len(some) - 1))
-        for some, mean in zip(values, means, strict=True)
-    ]
-    return Band(label, tuple(shared), tuple(means), tuple(spreads))
+        raise ValueError(f"runs must be at least one and have a point in common, got {len(runs)} that have none")
+    band = []
+    for x in shared:
+        values = [run[x] for run in known]
+        mean = math.fsum(values) / len(values)
+        spread = math.sqrt(math.fsum((value - mean) ** 2 for value in values) / max(1, len(values) - 1))
+        error = spread / math.sqrt(len(values))
+        band.append((x, Estimate(mean, error, mean - spread, mean + spread, len(values))))
+    return band
 
 
-def band_chart(bands: Sequence[Band], *, title: str, x_label: str, y_label: str) -> Chart:
-    """Draws curves with bands of one standard deviation over runs.
-
-    Args:
-        bands: One to six.
-        title: What is seen.
-        x_label: What is told to the right.
-        y_label: What is told upwards.
-
-    Raises:
-        ValueError: There are none, or more than can be told apart.
-    """
-    import altair as alt
-
-    labels = _told_apart([band.label for band in bands], "bands")
-    rows = [
-        {"run": band.label, "x": x, "mean": mean, "low": mean - spread, "high": mean + spread}
-        for band in bands
-        for x, mean, spread in zip(band.x, band.mean, band.spread, strict=True)
-    ]
-    base: Any = alt.Chart().encode(
-        x=alt.X("x:Q", title=x_label, scale=alt.Scale(nice=False)),
-        tooltip=["run:N", "x:Q", "mean:Q", "low:Q", "high:Q"],
-    )
-    y = alt.Y("mean:Q", title=y_label, scale=alt.Scale(zero=False))
-    area = base.mark_area(opacity=0.15).encode(
-        y=alt.Y("low:Q", scale=alt.Scale(zero=False)), y2="high:Q", color=_series("run", labels)["color"]
-    )
-    layers = alt.layer(
-        area, base.mark_line().encode(y=y, **_series("run", labels)), title=title, data=alt.Data(values=rows)
-    )
-    ends = "; ".join(f"{band.label} ends at {band.mean[-1]:.3g} ± {band.spread[-1]:.2g}" for band in bands)
-    lines = [
-        Line(band.label, [Cell(f"{band.mean[0]:.3g}"), Cell(f"{band.mean[-1]:.3g}", f"± {band.spread[-1]:.2g}")])
-        for band in bands
-    ]
-    columns = [Column("run", True), Column("begins at"), Column("ends at")]
-    table = Table(label="Numbers of the chart", columns=columns, lines=lines)
-    return Chart(title, ends, _spec(layers, WIDTH, 260), table, "Bands are one standard deviation over runs.")
-
-
-# What is given up for what.
-
-
-def front(points: Sequence[Point]) -> tuple[str, ...]:
-    """Returns the methods that no other beats in one respect without losing in the other, by rising concept rate.
-
-    By their means alone; how sure those are is what the error bars show.
-    """
-    best = [one for one in points if not any(_beats(other, one) for other in points)]
-    return tuple(one.method for one in sorted(best, key=lambda one: (one.concept_rate.mean, one.method)))
-
-
-def pareto_chart(
-    points: Sequence[Point],
-    *,
-    title: str = "What erasing costs",
-    x_label: str = "concept rate (lower is better)",
-    y_label: str = "ImageReward (higher is better)",
-) -> Chart:
-    """Draws methods as points with error bars, the Pareto front, and arrows from a model to what was made of it.
-
-    Args:
-        points: One for each method, at least one.
-        title: What is seen.
-        x_label: Of the concept rate.
-        y_label: Of the reward.
-
-    Raises:
-        ValueError: There are no points, two share a name, a mean is not finite, or `before` names none of them.
-    """
-    import altair as alt
-
-    _check_points(points)
-    best, places = front(points), {one.method: one for one in points}
-    frame = Frame.around(points)
-    labels = place_labels(points, frame)
-    rows = [
-        _point_row(one, places.get(one.before), one.method in best, labels.get(one.method), frame) for one in points
-    ]
-    x = alt.X("rate:Q", title=x_label, scale=alt.Scale(domain=frame.across, nice=False))
-    y = alt.Y("reward:Q", title=y_label, scale=alt.Scale(domain=frame.up, nice=False))
-    base: Any = alt.Chart().encode(x=x, y=y).transform_filter("indexof(hidden, datum.model) < 0")
-    colour = alt.condition("datum.made", alt.value(COLOURS[1]), alt.value(COLOURS[0]))
-    tooltip = [alt.Tooltip("model:N"), alt.Tooltip("rate:Q", format=".3f"), alt.Tooltip("reward:Q", format=".3f")]
-    stairs = [{"rate": places[m].concept_rate.mean, "reward": places[m].reward.mean} for m in best]
-    stairs = [{**stairs[0], "reward": frame.up[0]}, *stairs, {**stairs[-1], "rate": frame.across[1]}]
-    line: Any = alt.Chart(alt.Data(values=stairs)).encode(x=x, y=y)
-    layers = [line.mark_line(interpolate="step-after", color=FAINT, strokeWidth=1.3, strokeDash=[5, 4])]
-    bar = base.mark_rule(color=FAINT, strokeWidth=1.2)
-    layers += [bar.encode(x="rate_low:Q", x2="rate_high:Q"), bar.encode(y="reward_low:Q", y2="reward_high:Q")]
-    if any(one.before for one in points):
-        made = base.transform_filter("datum.made")
-        ends = {"x": "from_rate:Q", "y": "from_reward:Q", "x2": "tip_rate:Q", "y2": "tip_reward:Q"}
-        layers.append(made.mark_rule(color=COLOURS[1], strokeWidth=1.5).encode(**ends))
-        tip = made.mark_point(shape="triangle", filled=True, size=55, color=COLOURS[1], opacity=1)
-        layers.append(tip.encode(x="tip_rate:Q", y="tip_reward:Q", angle=alt.Angle("angle:Q", scale=None)))
-    leader = base.transform_filter("datum.far").mark_rule(color=FAINT, strokeWidth=0.8)
-    layers.append(leader.encode(x2="label_x:Q", y2="label_y:Q"))
-    for condition, ink, filled in (("datum.best", INK, True), ("!datum.best", SOFT, False)):
-        some = base.transform_filter(condition)
-        point = some.mark_point(size=110, strokeWidth=2, opacity=1, filled=filled)
-        layers.append(point.encode(color=colour, tooltip=tooltip))
-        name = some.mark_text(align="left", baseline="bottom", color=ink)
-        layers.append(name.encode(x="label_left:Q", y="label_bottom:Q", text="name:N"))
-    # What the page's filter has hidden; it sets this parameter.
-    chart = alt.layer(*layers, data=alt.Data(values=rows)).add_params(alt.param(name="hidden", value=[]))
-    caption = "Means with their 95 % intervals. The dashed line joins the methods that none beats in both respects"
-    caption += "; an arrow leads from a model to what was made of it." if any(one.before for one in points) else "."
-    lines = [
-        Line(
-            one.method,
-            [interval_cell(one.concept_rate), interval_cell(one.reward), Cell("yes" if one.method in best else "")],
-            data={"model": one.method},
-        )
-        for one in points
-    ]
-    columns = [Column("model", True), Column(x_label), Column(y_label), Column("on the front", True)]
-    table = Table(label="Numbers of the chart", columns=columns, lines=lines)
-    return Chart(title, in_words(points), _spec(chart, WIDTH, HEIGHT), table, caption)
-
-
-def in_words(points: Sequence[Point]) -> str:
-    """Tells the chart: every method with its numbers, and which are on the front."""
-    told = [
-        f"{one.method}: concept rate {one.concept_rate.mean:.3f}, reward {one.reward.mean:.3f}"
-        + (f", made of {one.before}" if one.before else "")
-        for one in points
-    ]
-    return f"{'; '.join(told)}. On the front: {', '.join(front(points))}."
-
-
-class Frame(NamedTuple):
-    """The ranges of a chart's axes, over its plot."""
-
-    across: tuple[float, float]
-    up: tuple[float, float]
-
-    @classmethod
-    def around(cls, points: Sequence[Point]) -> "Frame":
-        """Returns ranges that hold all means and intervals, and some room."""
-        ranges = []
-        for estimates in ([one.concept_rate for one in points], [one.reward for one in points]):
-            edges = [edge for one in estimates for edge in (one.mean, one.low, one.high) if math.isfinite(edge)]
-            room = 0.08 * (max(edges) - min(edges)) or 0.1
-            ranges.append((min(edges) - room, max(edges) + room))
-        return cls(*ranges)
-
-    def place(self, one: Point) -> tuple[float, float]:
-        """Returns where a point is, in pixels from the upper left corner of the plot."""
-        across = (one.concept_rate.mean - self.across[0]) / (self.across[1] - self.across[0])
-        up = (one.reward.mean - self.up[0]) / (self.up[1] - self.up[0])
-        return across * WIDTH, (1 - up) * HEIGHT
-
-    def values(self, x: float, y: float) -> tuple[float, float]:
-        """Returns what numbers a place in pixels stands for."""
-        across = self.across[0] + x / WIDTH * (self.across[1] - self.across[0])
-        return across, self.up[0] + (1 - y / HEIGHT) * (self.up[1] - self.up[0])
-
-
-class Box(NamedTuple):
-    """A rectangle on the plot, in pixels."""
-
-    left: float
-    top: float
-    right: float
-    bottom: float
-
-    def meets(self, other: "Box") -> bool:
-        """Tells whether two rectangles have more than an edge in common."""
-        across = self.left < other.right and other.left < self.right
-        return across and self.top < other.bottom and other.top < self.bottom
-
-
-def place_labels(points: Sequence[Point], frame: Frame) -> dict[str, Box]:
-    """Finds a place for the name of every point, as near as there is one, clear of other names and points.
-
-    Vega-Lite places labels at one fixed distance, whatever they cover. A name for which the chart has no room left is
-    missing.
-    """
-    r = RADIUS + 2
-    taken = [Box(x - r, y - r, x + r, y + r) for x, y in map(frame.place, points)]
-    placed: dict[str, Box] = {}
-    for one in points:
-        for box in _spots(*frame.place(one), LETTER * len(one.method)):
-            if not any(box.meets(other) for other in taken):
-                placed[one.method] = box
-                taken.append(box)
-                break
-    return placed
-
-
-def _spots(x: float, y: float, width: float) -> Iterator[Box]:
-    """Yields rectangles around a point that lie within the plot, from near to far; beside and above come first."""
-    for reach in (9.0, 17.0, *(28.0 + 14 * k for k in range(26))):
-        count = 8 if reach < 20 else 24
-        for k in sorted(range(count), key=lambda k: (4 * k % count != 0, k)):
-            across, down = math.cos(2 * math.pi * k / count), -math.sin(2 * math.pi * k / count)
-            # The edge of the rectangle that faces the point keeps the distance.
-            left = x + reach * across - width * (1 - max(-1.0, min(1.0, 1.5 * across))) / 2
-            top = y + reach * down - LINE * (1 - max(-1.0, min(1.0, 1.5 * down))) / 2
-            if 0 <= left <= WIDTH - width and 0 <= top <= HEIGHT - LINE:
-                yield Box(left, top, left + width, top + LINE)
-
-
-def _point_row(one: Point, before: Point | None, best: bool, label: Box | None, frame: Frame) -> dict[str, Any]:
-    """Returns what is drawn of a point, as data of the chart."""
-    row: dict[str, Any] = {"model": one.method, "rate": one.concept_rate.mean, "reward": one.reward.mean, "best": best}
-    row |= {"made": before is not None, "far": False} | ({} if before is None else _arrow(before, one, frame))
-    for name, estimate in (("rate", one.concept_rate), ("reward", one.reward)):
-        if _has_interval(estimate):
-            row |= {f"{name}_low": estimate.low, f"{name}_high": estimate.high}
-    if label is not None:
-        x, y = frame.place(one)
-        near = min(max(x, label.left), label.right), min(max(y, label.top), label.bottom)
-        row["name"], row["far"] = one.method, math.hypot(near[0] - x, near[1] - y) > 20
-        row["label_left"], row["label_bottom"] = frame.values(label.left, label.bottom - 1)
-        row["label_x"], row["label_y"] = frame.values(*near)
-    return row
-
-
-def _arrow(start: Point, end: Point, frame: Frame) -> dict[str, float]:
-    """Returns an arrow between the rims of two points, and how its head is turned."""
-    (x, y), (to_x, to_y) = frame.place(start), frame.place(end)
-    length = math.hypot(to_x - x, to_y - y) or 1.0
-    across, down = (to_x - x) / length, (to_y - y) / length
-    begin, tip = min(RADIUS + 1, length / 3), min(RADIUS + 5, length / 3)
-    from_rate, from_reward = frame.values(x + begin * across, y + begin * down)
-    tip_rate, tip_reward = frame.values(to_x - tip * across, to_y - tip * down)
-    ends = {"from_rate": from_rate, "from_reward": from_reward, "tip_rate": tip_rate, "tip_reward": tip_reward}
-    return {**ends, "angle": math.degrees(math.atan2(down, across)) + 90}
-
-
-def _check_points(points: Sequence[Point]) -> None:
-    places = {one.method: one for one in points}
-    if not points or len(places) < len(points):
-        raise ValueError(f"points must be of at least one method, each once, got {[one.method for one in points]}")
-    for one in points:
-        if one.before and (one.before not in places or one.before == one.method):
-            raise ValueError(f"before must be another method among {list(places)}, got {one.before!r} of {one.method}")
-        if not (math.isfinite(one.concept_rate.mean) and math.isfinite(one.reward.mean)):
-            raise ValueError(f"points must have finite means, got {one}")
-
-
-def _beats(one: Point, other: Point) -> bool:
-    """Tells whether a point is at least as good in both respects, and better in one."""
-    here, there = (one.concept_rate.mean, -one.reward.mean), (other.concept_rate.mean, -other.reward.mean)
-    return here != there and here[0] <= there[0] and here[1] <= there[1]
-
-
-def _has_interval(estimate: Estimate) -> bool:
+def has_interval(estimate: Estimate) -> bool:
+    """Tells whether both ends are known."""
     return math.isfinite(estimate.low) and math.isfinite(estimate.high)
 
 
 # What all charts share.
 
 
-def _told_apart(labels: list[str], what: str) -> list[str]:
-    if not 1 <= len(labels) <= SERIES:
-        raise ValueError(f"{what} must be 1 to {SERIES}, got {len(labels)}")
-    return labels
-
-
 def _series(name: str, labels: list[str]) -> dict[str, Any]:
     """Returns colour and dash of each series, with a legend where there are several."""
     import altair as alt
 
+    if not 1 <= len(labels) <= SERIES:
+        raise ValueError(f"series must be 1 to {SERIES}, got {len(labels)}")
     legend = alt.Legend(title=None, orient="bottom", symbolType="stroke", symbolSize=320) if len(labels) > 1 else None
     colour = alt.Scale(domain=labels, range=list(COLOURS[: len(labels)]))
     dash = alt.Scale(domain=labels, range=list(DASHES[: len(labels)]))
@@ -579,7 +285,7 @@ def _series(name: str, labels: list[str]) -> dict[str, Any]:
     }
 
 
-def _spec(chart: Any, width: int, height: int) -> dict[str, Any]:
+def spec_of(chart: Any, width: int, height: int) -> dict[str, Any]:
     """Returns the specification, in the page's style, that can be zoomed with the shift key held."""
     import altair as alt
 

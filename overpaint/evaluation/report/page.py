@@ -3,13 +3,10 @@
 import base64
 import hashlib
 import math
-import platform
 import re
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,6 +14,7 @@ from typing import Any, NamedTuple
 from jaxtyping import UInt8
 from torch import Tensor
 
+from overpaint.evaluation.images.drawable import library_versions
 from overpaint.evaluation.images.files import ImageSource, data_uri
 from overpaint.evaluation.images.plan import KINDS, PlannedImage, kinds_of
 from overpaint.evaluation.scoring.compare import Comparison
@@ -76,7 +74,7 @@ class Report:
     """When the run began, with its time zone."""
     written: datetime = field(default_factory=lambda: datetime.now(UTC))
     """When the report was made, with its time zone."""
-    versions: Mapping[str, str] = field(default_factory=lambda: library_versions())
+    versions: Mapping[str, str] = field(default_factory=lambda: library_versions(LIBRARIES))
     """Versions of the libraries, by name."""
     hashes: Mapping[str, str] = field(default_factory=dict)
     """Hash of each model's weights."""
@@ -84,8 +82,7 @@ class Report:
     def __post_init__(self) -> None:
         if self.pictures_per_kind < 1:
             raise ValueError(f"pictures_per_kind must be at least 1, got {self.pictures_per_kind}")
-        unknown = sorted(self.models.keys() - set(self.comparison.models)) if self.comparison is not None else []
-        if self.comparison is not None and unknown:
+        if self.comparison is not None and (unknown := sorted(self.models.keys() - set(self.comparison.models))):
             raise ValueError(f"models must be among {list(self.comparison.models)}, got {unknown}")
         strange = sorted({one.model for one in self.scores} - {source.model for source in self.pictures})
         if strange:
@@ -136,7 +133,7 @@ class Report:
 
     def _all_sections(self) -> list[Section]:
         sections = []
-        models = description_list(self.models, "models") if self.models else ""
+        models = render("models.html.j2", models=self.models) if self.models else ""
         if self.comparison is not None:
             sections.append(Section("results", "Results", results_table(self.comparison).html() + models))
         elif models:
@@ -150,7 +147,7 @@ class Report:
         if self.comparison is not None:
             sections.append(Section("numbers", "All numbers", numbers_table(self.comparison).html()))
         if notes := self._all_notes():
-            sections.append(Section("measuring", "How it was measured", notes_list(notes)))
+            sections.append(Section("measuring", "How it was measured", render("notes.html.j2", notes=notes)))
         plain = {name: value for name, value in self.settings.items() if not isinstance(value, Mapping)}
         nested = {name: _flat(value) for name, value in self.settings.items() if isinstance(value, Mapping)}
         groups = {"versions": self.versions, "weights, as hashes": self.hashes, "run": plain, **nested}
@@ -163,14 +160,12 @@ class Report:
         if self.comparison is None:
             return list(self.notes)
         config, by_image = self.comparison.config, self.comparison.by == "image"
-        drawn = "Every model was given the same prompts"
-        if by_image:
-            drawn = "Every model drew the same prompts from the same seeds"
+        drawn = (
+            f"Every model {'drew the same prompts from the same seeds' if by_image else 'was given the same prompts'}"
+        )
         if config is not None:
-            drawn += ", in" if by_image else "; where it is known how, in"
-            drawn += (
-                f" {config.steps} denoising steps with guidance scale {config.guidance_scale:g} and eta {config.eta:g}"
-            )
+            drawn += f"{', in' if by_image else '; where it is known how, in'} {config.steps} denoising steps"
+            drawn += f" with guidance scale {config.guidance_scale:g} and eta {config.eta:g}"
         measures = {row.measure: row.note for row in self.comparison.rows if row.note}
         return [f"{drawn}.", *(f"{measure}: {note}" for measure, note in measures.items()), *self.notes]
 
@@ -191,10 +186,7 @@ def learning_curves(path: Path, panels: Sequence[Panel]) -> Any:
 def contact_sheets(pictures: Sequence[ImageSource], *, per_kind: int, scores: Sequence[Scores] = ()) -> Any:
     """Shows the images of every model, prompt by prompt within each kind, with what each image scored.
 
-    Args:
-        pictures: Of every model, on the same prompts and seeds.
-        per_kind: Prompts shown of each kind.
-        scores: Of any of the models; their values stand under the images.
+    The pictures are of every model, on the same prompts and seeds; `per_kind` prompts of each kind are shown.
     """
     planned = pictures[0].planned
     values = values_by_image(scores)
@@ -233,49 +225,18 @@ def evenly_spaced(places: Sequence[int], count: int) -> list[int]:
     """Returns `count` of the places, from the first to the last; all of them if there are fewer."""
     if len(places) <= count:
         return list(places)
-    if count == 1:
-        return [places[0]]
-    return [places[round(k * (len(places) - 1) / (count - 1))] for k in range(count)]
-
-
-def library_versions() -> dict[str, str]:
-    """Returns the versions of Python and of the installed libraries that numbers depend on."""
-    versions = {"python": platform.python_version()}
-    for name in LIBRARIES:
-        with suppress(PackageNotFoundError):
-            versions[name] = version(name)
-    return versions
-
-
-def description_list(items: Mapping[str, str], style: str) -> Any:
-    """Says of each item what it is."""
-    from markupsafe import Markup
-
-    lines = Markup("").join(Markup("<dt>{}</dt><dd>{}</dd>").format(name, text) for name, text in items.items())
-    return Markup('<dl class="{}">{}</dl>').format(style, lines)
-
-
-def notes_list(notes: Sequence[str]) -> Any:
-    """Lists what a reader has to know."""
-    from markupsafe import Markup
-
-    return Markup('<ul class="notes">{}</ul>').format(
-        Markup("").join(Markup("<li>{}</li>").format(note) for note in notes)
-    )
+    return [places[round(k * (len(places) - 1) / max(count - 1, 1))] for k in range(count)]
 
 
 def _shot(model: str, image: UInt8[Tensor, "3 H W"], values: Sequence[tuple[str, float, bool]]) -> dict[str, Any]:
     height, width = image.shape[-2:]
     # Small images are shown at a whole multiple of their size, so that all their pixels are as large.
     side = SMALL // width * width if width <= SMALL else 0
-    told = [(measure, _score(value, is_rate)) for measure, value, is_rate in values]
+    told = []
+    for measure, value, is_rate in values:
+        text = number(value, 2 if abs(value) < 10 else 1).replace("-", MINUS)
+        told.append((measure, ("yes" if value else "no") if is_rate else text))
     return {"model": model, "width": width, "height": height, "side": side, "uri": data_uri(image), "scores": told}
-
-
-def _score(value: float, is_rate: bool) -> str:
-    if is_rate:
-        return "yes" if value else "no"
-    return number(value, 2 if abs(value) < 10 else 1).replace("-", MINUS)
 
 
 def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

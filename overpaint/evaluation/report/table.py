@@ -4,6 +4,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
+from itertools import groupby
 from typing import Any, NamedTuple
 
 from overpaint.evaluation.metrics.statistics import Estimate, ranks, spearman
@@ -83,20 +84,9 @@ class Table:
 
     def html(self) -> str:
         """Returns the table for a page; it scrolls where it is wide."""
-        overs: list[list[Any]] = []
-        for column in self.columns:
-            if column.over and overs and overs[-1][0] == column.over:
-                overs[-1][1] += 1
-            else:
-                overs.append([column.over, 1, column])
-        groups: list[tuple[Line, list[Line]]] = []
-        for line in self.lines:
-            if groups and (groups[-1][0].group, groups[-1][0].hint) == (line.group, line.hint):
-                groups[-1][1].append(line)
-            else:
-                groups.append((line, [line]))
-        stacked = any(column.over for column in self.columns)
-        return render("table.html.j2", table=self, overs=overs, groups=groups, stacked=stacked)
+        overs = [list(some) for _, some in groupby(self.columns, key=lambda column: column.over or id(column))]
+        groups = [list(some) for _, some in groupby(self.lines, key=lambda line: (line.group, line.hint))]
+        return render("table.html.j2", table=self, overs=overs, groups=groups)
 
     def markdown(self) -> str:
         """Returns the table as Markdown, with a true minus sign."""
@@ -181,9 +171,11 @@ def text_table(comparison: Comparison) -> str:
     legend = "Mean ± standard error"
     if others:
         legend += f"; below it the paired difference from {first}, same prompts and seeds"
-    both: tuple[Better, Better] = ("higher", "lower")
-    ways = [way for way in both if any(row.better == way for row in comparison.rows)]
-    arrows = ", ".join(f"{ARROWS[way]} {way} is better" for way in ways)
+    arrows = ", ".join(
+        f"{arrow} {way} is better"
+        for way, arrow in ARROWS.items()
+        if way != "neither" and any(row.better == way for row in comparison.rows)
+    )
     table = Table(label="measure", columns=columns, lines=lines)
     return f"{table.text()}\n\n{'. '.join([legend, arrows] if arrows else [legend])}."
 
@@ -201,18 +193,14 @@ def results_table(comparison: Comparison) -> Table:
             f" Below it the paired difference from \u201c{first}\u201d, on the same {alike}; "
             "coloured where its 95 % interval leaves out zero, green for better and orange for worse."
         )
-    columns = [Column("prompts", True), *(Column(model, data={"model": model}) for model in comparison.models)]
-    lines = [
-        Line(
-            row.kind,
-            [_result(row, place) for place in range(len(comparison.models))],
-            row.measure,
-            _way(row),
-            {"kind": row.kind},
-        )
-        for row in comparison.rows
-    ]
-    if len(comparison.models) > MOST_ACROSS:
+    places = range(len(comparison.models))
+    if len(comparison.models) <= MOST_ACROSS:
+        columns = [Column("prompts", True), *(Column(model, data={"model": model}) for model in comparison.models)]
+        lines = [
+            Line(row.kind, [_result(row, place) for place in places], row.measure, _way(row), {"kind": row.kind})
+            for row in comparison.rows
+        ]
+    else:
         columns = [Column("model", True)]
         columns += [Column(r.measure, False, "", f"{r.kind} {_way(r)}", {"kind": r.kind}) for r in comparison.rows]
         lines = [
@@ -252,9 +240,7 @@ Means = Mapping[str, Mapping[str, float]]
 def agreement(means: Means, people: Mapping[str, float]) -> dict[str, float]:
     """Returns Spearman's correlation of each metric's ranking with that of people, in [-1, 1].
 
-    Args:
-        means: By metric, of any of the models; more is better.
-        people: The rank of each model; 1 is best.
+    Of means, which may be of any of the models, more is better; of the ranks that people gave them 1 is best.
 
     Raises:
         ValueError: A metric has fewer than two of the models, or gives all the same.
@@ -269,11 +255,7 @@ def agreement(means: Means, people: Mapping[str, float]) -> dict[str, float]:
 def rank_table(means: Means, people: Mapping[str, float], *, ranked_by: str, caption: str = "") -> Table:
     """Lays models out in the order of people, with the mean and rank of each by each metric, and the correlations.
 
-    Args:
-        means: As for `agreement`.
-        people: As for `agreement`.
-        ranked_by: Who gave the ranks, such as "people".
-        caption: What to know of the ranks.
+    Means and ranks are those of `agreement`; `ranked_by` says who gave the ranks, such as "people".
     """
     known = {metric: {m: v for m, v in values.items() if m in people} for metric, values in means.items()}
     places = {metric: dict(zip(own, ranks(list(own.values())), strict=True)) for metric, own in known.items() if own}

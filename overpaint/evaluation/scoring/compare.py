@@ -17,7 +17,7 @@ from overpaint.evaluation.metrics.statistics import (
     means_by_cluster,
     paired_rate_difference,
 )
-from overpaint.evaluation.scoring.score import Better, Column, Scores
+from overpaint.evaluation.scoring.score import Better, Column, Scores, model_names, of_measure
 from overpaint.policy.atomic import write_text
 
 Pairing = Literal["image", "prompt"]
@@ -46,14 +46,10 @@ class Row(NamedTuple):
         Unclear is a difference whose 95 % interval holds zero, and any of a measure of which
         neither direction is better.
         """
-        verdicts = []
-        for difference in self.differences:
-            certain = difference.low > 0 or difference.high < 0
-            if self.better == "neither" or not certain:
-                verdicts.append("unclear")
-            else:
-                verdicts.append("better" if (difference.mean > 0) == (self.better == "higher") else "worse")
-        return tuple(verdicts)
+        words = {"higher": ("worse", "better"), "lower": ("better", "worse"), "neither": ("unclear", "unclear")}
+        return tuple(
+            words[self.better][one.mean > 0] if one.low > 0 or one.high < 0 else "unclear" for one in self.differences
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,11 +72,7 @@ class Comparison:
         Raises:
             ValueError: The measure was not taken on this kind.
         """
-        for row in self.rows:
-            if (row.measure, row.kind) == (measure, kind):
-                return row
-        there = ", ".join(f"{row.measure} on {row.kind}" for row in self.rows)
-        raise ValueError(f"measure, kind must be one of those compared ({there}), got {measure} on {kind}")
+        return of_measure(self.rows, measure, kind)
 
     def as_dict(self) -> dict[str, Any]:
         """Returns the comparison as JSON knows it; what is not known, such as the error of one value, is None."""
@@ -97,9 +89,8 @@ class Comparison:
             }
             for row in self.rows
         ]
-        config = None if self.config is None else asdict(self.config)
-        how = {"by": self.by, "intervals": self.intervals}
-        return {"format": 1, "models": list(self.models), "config": config, **how, "rows": rows}
+        how = {"config": self.config and asdict(self.config), "by": self.by, "intervals": self.intervals}
+        return {"format": 1, "models": list(self.models), **how, "rows": rows}
 
     def save(self, path: Path | str) -> None:
         """Writes the comparison as JSON, whole or not at all."""
@@ -127,9 +118,7 @@ def compare(scores: Sequence[Scores], *, by: Pairing = "image", intervals: Inter
         raise ValueError(f"intervals must be 'closed' or 'bootstrap', got {intervals!r}")
     if not scores:
         raise ValueError("scores must hold at least one model, got none")
-    models = tuple(one.model for one in scores)
-    if len(set(models)) < len(models):
-        raise ValueError(f"scores must be of models with unique names, got {list(models)}")
+    models = model_names(scores)
     first, *others = scores
     for other in others:
         _check_paired(first, other, by)
@@ -143,7 +132,10 @@ def compare(scores: Sequence[Scores], *, by: Pairing = "image", intervals: Inter
                 is_rate=column.is_rate,
                 better=column.better,
                 note=column.note,
-                estimates=tuple(_estimate(one, intervals) for one in (column, *rest)),
+                estimates=tuple(
+                    one.estimate if one.is_rate else _interval(one.estimate, one.values, one.prompts, intervals)
+                    for one in (column, *rest)
+                ),
                 differences=tuple(_difference(one, column, by, intervals) for one in rest),
             )
         )
@@ -152,31 +144,26 @@ def compare(scores: Sequence[Scores], *, by: Pairing = "image", intervals: Inter
     return Comparison(models=models, config=config, rows=tuple(rows), by=by, intervals=intervals)
 
 
-def _estimate(column: Column, intervals: Intervals) -> Estimate:
-    """Returns the mean of a column."""
-    if column.is_rate or intervals == "closed":
-        return column.estimate
-    return _with_bootstrap(column.estimate, column.values, column.prompts)
-
-
 def _difference(after: Column, before: Column, by: Pairing, intervals: Intervals) -> Estimate:
     """Returns the paired difference of two columns."""
-    if by == "image" and after.is_rate:
-        return paired_rate_difference(after.values, before.values, after.prompts)
     if by == "image":
+        if after.is_rate:
+            return paired_rate_difference(after.values, before.values, after.prompts)
         changes = [a - b for a, b in zip(after.values, before.values, strict=True)]
-        change = mean_estimate(changes, after.prompts)
-        return change if intervals == "closed" else _with_bootstrap(change, changes, after.prompts)
+        return _interval(mean_estimate(changes, after.prompts), changes, after.prompts, intervals)
     before_means, after_means = (means_by_cluster(column.values, column.prompts) for column in (before, after))
     pairs = [(after_means[prompt], mean) for prompt, mean in before_means.items()]
     changes = [a - b for a, b in pairs]
     change = mean_estimate(changes)
     if after.is_rate:
         return joined_rates(after.estimate, before.estimate, change, correlation(*zip(*pairs, strict=True)))
-    return change if intervals == "closed" else _with_bootstrap(change, changes, tuple(before_means))
+    return _interval(change, changes, tuple(before_means), intervals)
 
 
-def _with_bootstrap(estimate: Estimate, values: Sequence[float], prompts: Sequence[str]) -> Estimate:
+def _interval(estimate: Estimate, values: Sequence[float], prompts: Sequence[str], intervals: Intervals) -> Estimate:
+    """Returns an estimate of values with the interval that was chosen."""
+    if intervals == "closed":
+        return estimate
     return estimate._replace(**bootstrap_interval(values, prompts)._asdict())
 
 

@@ -1,32 +1,36 @@
-"""Scores of (image, prompt) pairs by several rewards, batch by batch, with a journal that a killed run goes on from."""
+"""Scores of (image, prompt) pairs by several rewards, with a journal, and how often they order images as people did.
+
+Source of preference accuracy: Xu et al. (2023), https://arxiv.org/abs/2304.05977, section 4.1, and THUDM/ImageReward,
+`test.py`, which counts over the pairs of all prompts; the paper's caption speaks of an average over prompts. Both are
+computed here.
+"""
 
 import hashlib
 import json
 import math
 from collections.abc import Mapping, Sequence
+from itertools import combinations
 from pathlib import Path
-from types import TracebackType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from tqdm import tqdm
 
-from overpaint.evaluation.images.files import to_images
-from overpaint.evaluation.images.pairs import Pair, Read, Size, batches_by_size, read_ahead, read_image
+from overpaint.evaluation.images.files import Read, read_image, to_images
+from overpaint.evaluation.images.pairs import Pair, Size, batches_by_size, image_sizes, read_ahead
+from overpaint.evaluation.metrics.statistics import mean_estimate
+from overpaint.evaluation.prompts import IMAGE_REWARD_TEST
 from rewards import Reward
 from rewards.combine import reads_prompts
+from rewards.public_files import fetch
 from rewards.types import scores_of
 
 
 class Journal:
     """Records of one job, each on a line of its own and flushed when it is written; use it in a `with` statement.
 
-    The first line says which job it is. The last may be torn, if the job was killed while it was written: it is cut off
-    and counts as not written.
-
-    Args:
-        path: The file; begun if it is not there.
-        job: What has to be the same for the records to be of use, by name.
+    The first line says which job it is: what has to be the same for the records to be of use, by name. The last may be
+    torn, if the job was killed while it was written: it is cut off and counts as not written.
 
     Raises:
         ValueError: The file tells of another job, or is damaged before its last line.
@@ -37,7 +41,12 @@ class Journal:
         self.records: list[dict[str, Any]] = []
         lines, whole_bytes = _whole_lines(path)
         if lines:
-            _check_job(path, lines[0], job)
+            for name, value in job.items():
+                if lines[0].get(name) != value:
+                    raise ValueError(
+                        f"{path} was begun with {name} {lines[0].get(name)!r}, got {value!r}; "
+                        f"ask for the same to go on, or delete the file to begin again"
+                    )
             self.records = lines[1:]
         path.parent.mkdir(parents=True, exist_ok=True)
         self._file = path.open("ab")
@@ -54,9 +63,7 @@ class Journal:
         """Returns the journal itself."""
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         """Closes the file."""
         self._file.close()
 
@@ -67,32 +74,20 @@ class Journal:
 
 def _whole_lines(path: Path) -> tuple[list[dict[str, Any]], int]:
     """Returns the lines that are whole, and how many bytes they take."""
-    if not path.exists():
-        return [], 0
     lines: list[dict[str, Any]] = []
     whole_bytes = 0
-    texts = path.read_bytes().splitlines(keepends=True)
+    texts = path.read_bytes().splitlines(keepends=True) if path.exists() else []
     for number, text in enumerate(texts, start=1):
         try:
             line = json.loads(text) if text.endswith(b"\n") else None
         except ValueError:
             line = None
-        if not isinstance(line, dict):
-            if number == len(texts):
-                break
+        if isinstance(line, dict):
+            lines.append(line)
+            whole_bytes += len(text)
+        elif number < len(texts):
             raise ValueError(f"{path} is damaged in line {number}; delete it to begin again")
-        lines.append(line)
-        whole_bytes += len(text)
     return lines, whole_bytes
-
-
-def _check_job(path: Path, begun: Mapping[str, Any], job: Mapping[str, Any]) -> None:
-    for name, value in job.items():
-        if begun.get(name) != value:
-            raise ValueError(
-                f"{path} was begun with {name} {begun.get(name)!r}, got {value!r}; "
-                f"ask for the same to go on, or delete the file to begin again"
-            )
 
 
 class PairScores(NamedTuple):
@@ -167,15 +162,18 @@ def score_pairs(
                 }
                 finished.append(done[number])
                 bar.update(len(batch))
-    return _gathered(sizes, batches, done, rewards)
+    all_scores: dict[str, list[float | None]] = {name: [None] * len(pairs) for name in rewards}
+    all_broken = {index: size for index, size in enumerate(sizes) if isinstance(size, str)}
+    for number, batch in enumerate(batches):
+        for name in rewards:
+            for index, value in zip(batch, done[number]["scores"][name], strict=True):
+                all_scores[name][index] = value
+        all_broken |= {int(index): why for index, why in done[number]["broken"].items()}
+    return PairScores(all_scores, dict(sorted(all_broken.items())))
 
 
 def check_prompts(pairs: Sequence[Pair], rewards: Mapping[str, Reward]) -> None:
-    """Checks that every pair has a prompt if a reward reads them.
-
-    Raises:
-        ValueError: One has none.
-    """
+    """Raises a ValueError unless every pair has a prompt, or no reward reads them."""
     missing = [pair.name for pair in pairs if pair.prompt is None]
     readers = [name for name, reward in rewards.items() if reads_prompts(reward)]
     if missing and readers:
@@ -229,18 +227,170 @@ def _check_batch(record: Mapping[str, Any], batches: Sequence[list[int]], pairs:
         )
 
 
-def _gathered(
-    sizes: Sequence[Size | str],
-    batches: Sequence[list[int]],
-    done: Mapping[int, Mapping[str, Any]],
-    rewards: Mapping[str, Reward],
-) -> PairScores:
-    """Puts the scores of all batches in the order of the pairs."""
-    scores: dict[str, list[float | None]] = {name: [None] * len(sizes) for name in rewards}
-    broken = {index: size for index, size in enumerate(sizes) if isinstance(size, str)}
-    for number, batch in enumerate(batches):
-        for name in rewards:
-            for index, value in zip(batch, done[number]["scores"][name], strict=True):
-                scores[name][index] = value
-        broken |= {int(index): why for index, why in done[number]["broken"].items()}
-    return PairScores(scores, dict(sorted(broken.items())))
+WORST_RANK = 5
+"""Ranks go from 1, the best, to this; images of one prompt may share a rank."""
+
+
+class PreferenceAccuracy(NamedTuple):
+    """How often the scores agree with people. Standard errors are NaN where there is one prompt only."""
+
+    correct: int
+    """Pairs that the scores order as people did; equal scores are wrong."""
+    pairs: int
+    """Pairs of one prompt's images that people ranked differently."""
+    micro: float
+    """Fraction of all pairs that are correct: what ImageReward's `test.py` prints."""
+    micro_error: float
+    """Standard error of `micro`. It takes the prompts as independent, not the pairs, which share images."""
+    macro: float
+    """Mean over prompts of each one's fraction; prompts without pairs do not count."""
+    macro_error: float
+    """Standard error of `macro`."""
+    tied_pairs_skipped: int
+    """Pairs to which people gave the same rank."""
+    prompts_with_pairs: int
+    """Prompts with at least one pair."""
+
+
+class RankedImages(NamedTuple):
+    """The images of one prompt, and how people ranked them."""
+
+    id: str
+    """Unique name of the prompt."""
+    prompt: str
+    """What the images were drawn for."""
+    images: tuple[str, ...]
+    """Path of each image, relative to the folder of images."""
+    ranking: tuple[int, ...]
+    """Rank of each image: 1 is best, `WORST_RANK` worst."""
+
+
+def preference_accuracy(scores: Sequence[Sequence[float]], rankings: Sequence[Sequence[int]]) -> PreferenceAccuracy:
+    """Compares the order of scores with the ranks that people gave.
+
+    Args:
+        scores: For each prompt the score of each of its images; higher is better.
+        rankings: For each prompt the rank of each of its images; 1 is best.
+
+    Raises:
+        ValueError: Scores and ranks differ in number, a score is not finite, or no two images are ranked differently.
+    """
+    if len(scores) != len(rankings):
+        raise ValueError(f"scores must be of as many prompts as rankings, got {len(scores)} and {len(rankings)}")
+    correct, pairs, tied = [], [], 0
+    for index, (own, ranks) in enumerate(zip(scores, rankings, strict=True)):
+        if len(own) != len(ranks):
+            raise ValueError(f"scores[{index}] must hold one for each of {len(ranks)} images, got {len(own)}")
+        if not all(map(math.isfinite, own)):
+            raise ValueError(f"scores[{index}] must be finite, got {list(own)}")
+        both = list(combinations(zip(own, ranks, strict=True), 2))
+        untied = [(a, b) if rank < other else (b, a) for (a, rank), (b, other) in both if rank != other]
+        tied += len(both) - len(untied)
+        if untied:
+            correct.append(sum(better > worse for better, worse in untied))
+            pairs.append(len(untied))
+    if not pairs:
+        raise ValueError("rankings must hold at least one pair of images of one prompt with different ranks, got none")
+
+    outcomes = [float(k < right) for right, count in zip(correct, pairs, strict=True) for k in range(count)]
+    prompts = [str(prompt) for prompt, count in enumerate(pairs) for _ in range(count)]
+    micro = mean_estimate(outcomes, prompts)
+    macro = mean_estimate([right / count for right, count in zip(correct, pairs, strict=True)])
+    return PreferenceAccuracy(
+        correct=sum(correct),
+        pairs=sum(pairs),
+        micro=micro.mean,
+        micro_error=micro.error,
+        macro=macro.mean,
+        macro_error=macro.error,
+        tied_pairs_skipped=tied,
+        prompts_with_pairs=len(pairs),
+    )
+
+
+def read_ranked(path: Path | None = None) -> tuple[RankedImages, ...]:
+    """Reads ranked images in the format of ImageReward's test.json.
+
+    Args:
+        path: The file; ImageReward's own, fetched when first used, if it is not given.
+
+    Raises:
+        ValueError: It is not a list of "id", "prompt", "generations" and "ranking", an id occurs twice, an image has no
+            rank, or a rank is not a whole number from 1 to 5. The message names the entry.
+    """
+    path = path or fetch(IMAGE_REWARD_TEST)
+    try:
+        entries = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:  # no JSON, or no UTF-8
+        raise ValueError(f"{path} must be JSON, got {error}") from error
+    if not isinstance(entries, list):
+        raise ValueError(f"{path} must hold a list, got {type(entries).__name__}")
+    ranked: dict[str, RankedImages] = {}
+    for index, entry in enumerate(entries):
+        images = _checked(entry, f"entry {index} of {path}")
+        if images.id in ranked:
+            raise ValueError(f"id must be unique in {path}, got {images.id!r} again in entry {index}")
+        ranked[images.id] = images
+    return tuple(ranked.values())
+
+
+def score_ranked(
+    reward: Reward,
+    ranked: Sequence[RankedImages],
+    folder: Path,
+    journal: Path,
+    *,
+    name: str = "reward",
+    device: torch.device | str = "cpu",
+    batch_size: int = 16,
+    progress: bool = True,
+) -> list[list[float]]:
+    """Scores ranked images with a reward, for `preference_accuracy`.
+
+    Args:
+        reward: Scores the images, as they are stored, for their prompt.
+        ranked: Which images.
+        folder: Where their paths begin.
+        journal: As for `score_pairs`; a repeated call scores nothing anew.
+        name: What the reward is called in the journal, which is of one reward only.
+        device: Where the reward wants its images.
+        batch_size: Images that are scored at once; they are of one size.
+        progress: Whether a progress bar is shown.
+
+    Returns:
+        For each prompt the score of each of its images.
+
+    Raises:
+        ValueError: As `score_pairs`; images that are missing are found before any is scored.
+    """
+    pairs = [
+        Pair(image, folder / image, images.prompt, {"image": image, "prompt": images.prompt})
+        for images in ranked
+        for image in images.images
+    ]
+    sizes = image_sizes(pairs)
+    found = score_pairs(pairs, sizes, {name: reward}, journal, batch_size=batch_size, device=device, progress=progress)
+    scores = iter(found.scores[name])
+    # None stands for images that were skipped, and none is.
+    return [[cast(float, next(scores)) for _ in images.images] for images in ranked]
+
+
+def _checked(entry: Any, where: str) -> RankedImages:
+    """Returns one entry of the file, which is whatever JSON can hold."""
+    if not isinstance(entry, dict):
+        raise ValueError(f"{where} must be an object, got {type(entry).__name__}")
+    for name in ("id", "prompt"):
+        if not isinstance(entry.get(name), str):
+            raise ValueError(f"{name} of {where} must be a string, got {entry.get(name)!r}")
+    where = f"{entry['id']!r}, {where},"
+    images, ranking = entry.get("generations"), entry.get("ranking")
+    if not isinstance(images, list) or not images or not all(isinstance(image, str) for image in images):
+        raise ValueError(f"generations of {where} must be a list of paths, got {images!r}")
+    if not isinstance(ranking, list) or len(ranking) != len(images):
+        raise ValueError(
+            f"ranking of {where} must be a list with one rank for each of {len(images)} images, got {ranking!r}"
+        )
+    for rank in ranking:
+        if type(rank) is not int or not 1 <= rank <= WORST_RANK:
+            raise ValueError(f"ranking of {where} must hold whole numbers from 1 to {WORST_RANK}, got {rank!r}")
+    return RankedImages(entry["id"], entry["prompt"], tuple(images), tuple(ranking))

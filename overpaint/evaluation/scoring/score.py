@@ -3,7 +3,7 @@
 import hashlib
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -46,7 +46,7 @@ class Measure(NamedTuple):
     """What the number means: version, labels, threshold and count rule of a detector, for example."""
 
 
-def digest_of(shown: Sequence[PlannedImage], pixels: Sequence[UInt8[Tensor, "3 _ _"]]) -> str:
+def _digest(shown: Sequence[PlannedImage], pixels: Sequence[UInt8[Tensor, "3 _ _"]]) -> str:
     """Returns what differs if a batch holds other images, prompts or seeds."""
     digest = hashlib.blake2b(json.dumps([list(image) for image in shown]).encode(), digest_size=16)
     for image in pixels:
@@ -55,7 +55,7 @@ def digest_of(shown: Sequence[PlannedImage], pixels: Sequence[UInt8[Tensor, "3 _
     return digest.hexdigest()
 
 
-def measure_batch(
+def _measured(
     measures: Sequence[Measure],
     shown: Sequence[PlannedImage],
     pixels: Sequence[UInt8[Tensor, "3 _ _"]],
@@ -77,15 +77,6 @@ def measure_batch(
     return {"values": values, "rates": sorted(rates)}
 
 
-def fitted(pixels: UInt8[Tensor, "3 H W"], size: int) -> UInt8[Tensor, "3 size size"]:
-    """Returns an image cropped to its centre square and scaled, antialiased bicubic, in 8 bits; or as it is."""
-    if pixels.shape[1:] == (size, size):
-        return pixels
-    image = Image.fromarray(pixels.permute(1, 2, 0).contiguous().numpy())
-    image = ImageOps.fit(image, (size, size), Image.Resampling.BICUBIC)
-    return torch.from_numpy(numpy.array(image)).permute(2, 0, 1)
-
-
 def _apply(measure: Measure, images: Images, prompts: Sequence[str]) -> tuple[list[float], bool]:
     """Returns a metric's values and whether they are yes or no."""
     with torch.no_grad():
@@ -102,23 +93,19 @@ def _apply(measure: Measure, images: Images, prompts: Sequence[str]) -> tuple[li
     return numbers, values.dtype == torch.bool
 
 
-def check_measures(measures: Sequence[Measure], kinds: Sequence[str]) -> None:
-    """Checks that measures can be told apart and are of kinds that exist.
-
-    Raises:
-        ValueError: They are not; the message says which.
-    """
+def _check_measures(measures: Sequence[Measure], kinds: Sequence[str]) -> None:
+    """Raises a ValueError unless measures can be told apart and are of kinds that exist."""
     names = [measure.name for measure in measures]
     if not names:
         raise ValueError("measures must hold at least one, got none")
     if len(set(names)) < len(names):
         raise ValueError(f"measures must have unique names, got {names}")
+    # A process's shard may lack a kind that is drawn elsewhere, so that the usual ones always pass.
+    known = dict.fromkeys((*kinds, *KINDS))
     for measure in measures:
         for kind in measure.kinds:
-            # A process's shard may lack a kind that is drawn elsewhere, so that the usual ones always pass.
-            if kind not in kinds and kind not in KINDS:
-                known = ", ".join(dict.fromkeys((*kinds, *KINDS)))
-                raise ValueError(f"measures[{measure.name!r}].kinds must be among {known}, got {kind!r}")
+            if kind not in known:
+                raise ValueError(f"measures[{measure.name!r}].kinds must be among {', '.join(known)}, got {kind!r}")
 
 
 class Column(NamedTuple):
@@ -145,6 +132,23 @@ class Column(NamedTuple):
         return tuple(image.id for image in self.images)
 
 
+def of_measure(columns: Sequence[Any], measure: str, kind: str) -> Any:
+    """Returns the column, or row, of a measure on a kind; a ValueError names those that there are."""
+    for column in columns:
+        if (column.measure, column.kind) == (measure, kind):
+            return column
+    there = ", ".join(f"{column.measure} on {column.kind}" for column in columns)
+    raise ValueError(f"measure, kind must be one of those there ({there}), got {measure} on {kind}")
+
+
+def model_names(scores: Sequence["Scores"]) -> tuple[str, ...]:
+    """Returns the names of the models; a ValueError says that two share one."""
+    models = tuple(one.model for one in scores)
+    if len(set(models)) < len(models):
+        raise ValueError(f"scores must be of models with unique names, got {list(models)}")
+    return models
+
+
 @dataclass(frozen=True, kw_only=True)
 class Scores:
     """All values of one model."""
@@ -161,18 +165,12 @@ class Scores:
         Raises:
             ValueError: The measure was not taken on this kind.
         """
-        for column in self.columns:
-            if (column.measure, column.kind) == (measure, kind):
-                return column
-        there = ", ".join(f"{column.measure} on {column.kind}" for column in self.columns)
-        raise ValueError(f"measure, kind must be one of those scored ({there}), got {measure} on {kind}")
+        return of_measure(self.columns, measure, kind)
 
     def save(self, path: Path | str) -> None:
         """Writes all values as JSON, whole or not at all."""
-        columns = [
-            {**column._asdict(), "images": [image._asdict() for image in column.images]} for column in self.columns
-        ]
-        config = None if self.config is None else asdict(self.config)
+        columns = [{**one._asdict(), "images": [image._asdict() for image in one.images]} for one in self.columns]
+        config = self.config and asdict(self.config)
         content = {"format": 1, "model": self.model, "config": config, "columns": columns}
         write_text(Path(path), json.dumps(content, indent=1, ensure_ascii=False) + "\n")
 
@@ -184,7 +182,7 @@ class Scores:
         for column in content["columns"]:
             images = tuple(PlannedImage(**image) for image in column.pop("images"))
             columns.append(Column(images=images, values=tuple(column.pop("values")), **column))
-        config = None if content["config"] is None else DrawConfig(**content["config"])
+        config = content["config"] and DrawConfig(**content["config"])
         return cls(model=content["model"], config=config, columns=tuple(columns))
 
 
@@ -220,7 +218,7 @@ def score(
     if size is not None and size < 1:
         raise ValueError(f"size must be at least 1, got {size}")
     kinds = kinds_of(images.planned)
-    check_measures(measures, kinds)
+    _check_measures(measures, kinds)
     batches = dict(enumerate(in_parts(places_by([image.kind for image in images.planned]), chunk)))
     job = {
         "format": 1,
@@ -235,7 +233,11 @@ def score(
 
     def read(place: int) -> UInt8[Tensor, "3 H W"]:
         pixels = images.pixels([place])[0]
-        return pixels if size is None else fitted(pixels, size)
+        if size is None or pixels.shape[1:] == (size, size):
+            return pixels
+        image = Image.fromarray(pixels.permute(1, 2, 0).contiguous().numpy())
+        image = ImageOps.fit(image, (size, size), Image.Resampling.BICUBIC)  # antialiased, in 8 bits
+        return torch.from_numpy(numpy.array(image)).permute(2, 0, 1)
 
     with (
         nullcontext() if journal is None else Journal(Path(journal), job) as finished,
@@ -245,10 +247,9 @@ def score(
         for number, batch, pixels in read_ahead(batches, read):
             shown = [images.planned[place] for place in batch]
             record = done.get(number)
-            digest = None if finished is None else digest_of(shown, pixels)
+            digest = None if finished is None else _digest(shown, pixels)
             if record is None:
-                fresh: dict[str, Any] = {"batch": number, "images": digest}
-                record = fresh | measure_batch(measures, shown, pixels, device)
+                record = dict[str, Any](batch=number, images=digest) | _measured(measures, shown, pixels, device)
                 if finished is not None:
                     finished.append(record)
             elif record["images"] != digest:
@@ -260,31 +261,21 @@ def score(
                 values.setdefault((name, shown[0].kind), []).extend(found)
                 rates[name, shown[0].kind] = name in record["rates"]
             bar.update(len(batch))
-    columns = _columns(images.planned, measures, kinds, values, rates)
-    return Scores(model=images.model, config=images.config, columns=columns)
-
-
-def _columns(
-    planned: Sequence[PlannedImage],
-    measures: Sequence[Measure],
-    kinds: Sequence[str],
-    values: Mapping[tuple[str, str], Sequence[float]],
-    rates: Mapping[tuple[str, str], bool],
-) -> tuple[Column, ...]:
-    return tuple(
+    columns = tuple(
         Column(
             measure=measure.name,
             kind=kind,
             is_rate=rates[measure.name, kind],
             better=measure.better,
             note=measure.note,
-            images=tuple(image for image in planned if image.kind == kind),
+            images=tuple(image for image in images.planned if image.kind == kind),
             values=tuple(values[measure.name, kind]),
         )
         for measure in measures
         for kind in kinds
         if (measure.name, kind) in values
     )
+    return Scores(model=images.model, config=images.config, columns=columns)
 
 
 COLUMNS = ("model", "file", "kind", "id", "copy", "prompt", "seed")
@@ -294,19 +285,25 @@ COLUMNS = ("model", "file", "kind", "id", "copy", "prompt", "seed")
 def score_rows(scores: Sequence[Scores]) -> list[Row]:
     """Returns one row for each image of each model, with `COLUMNS` and every measure.
 
-    A measure that was not taken of an image is None, and so is a seed that is not known.
-
-    Raises:
-        ValueError: Two models share a name, or a measure is named like one of `COLUMNS`.
+    A measure that was not taken of an image is None, and so is a seed that is not known. A ValueError says that two
+    models share a name, or that a measure is named like one of `COLUMNS`.
     """
-    models = [one.model for one in scores]
-    if len(set(models)) < len(models):
-        raise ValueError(f"scores must be of models with unique names, got {models}")
+    model_names(scores)
     measures = list(dict.fromkeys(column.measure for one in scores for column in one.columns))
     for name in measures:
         if name in COLUMNS:
             raise ValueError(f"measures must not be named like columns of the table, got {name!r}")
-    return [row for one in scores for row in _rows(one, measures)]
+    rows = []
+    for one in scores:
+        values: dict[PlannedImage, dict[str, float]] = {}
+        for column in one.columns:
+            for image, value in zip(column.images, column.values, strict=True):
+                values.setdefault(image, {})[column.measure] = value
+        for image, found in values.items():
+            seed = None if image.seed == UNKNOWN_SEED else image.seed
+            row = {"model": one.model, "file": image.file_name, **image._asdict(), "seed": seed}
+            rows.append({name: row[name] for name in COLUMNS} | {name: found.get(name) for name in measures})
+    return rows
 
 
 def write_scores(scores: Sequence[Scores], path: Path | str) -> None:
@@ -327,33 +324,8 @@ def write_scores(scores: Sequence[Scores], path: Path | str) -> None:
     write_table(rows, values, path)
 
 
-def _rows(scores: Scores, measures: Sequence[str]) -> list[Row]:
-    values: dict[PlannedImage, dict[str, float]] = {}
-    for column in scores.columns:
-        for image, value in zip(column.images, column.values, strict=True):
-            values.setdefault(image, {})[column.measure] = value
-    return [
-        {
-            "model": scores.model,
-            "file": image.file_name,
-            "kind": image.kind,
-            "id": image.id,
-            "copy": image.copy,
-            "prompt": image.prompt,
-            "seed": None if image.seed == UNKNOWN_SEED else image.seed,
-            **{name: found.get(name) for name in measures},
-        }
-        for image, found in values.items()
-    ]
-
-
 def gather(scores: Scores, planned: Sequence[PlannedImage]) -> Scores:
-    """Brings the scores of all processes together, on every process.
-
-    Args:
-        scores: Scores of this process's shard.
-        planned: The whole plan, which gives the order.
-    """
+    """Brings the scores of all processes' shards together, on every process, in the order of the whole plan."""
     from accelerate.utils import gather_object
 
     if process_state().num_processes == 1:
@@ -374,12 +346,10 @@ def merge(parts: Sequence[Scores], planned: Sequence[PlannedImage]) -> Scores:
     pieces: dict[tuple[str, str], list[Column]] = {}
     for column in (column for part in parts for column in part.columns):
         pieces.setdefault((column.measure, column.kind), []).append(column)
-    kinds = {kind: [image for image in planned if image.kind == kind] for kind in kinds_of(planned)}
-    measures = dict.fromkeys(measure for measure, _ in pieces)
     merged = [
-        _joined(pieces[measure, kind], images)
-        for measure in measures
-        for kind, images in kinds.items()
+        _joined(pieces[measure, kind], [image for image in planned if image.kind == kind])
+        for measure in dict.fromkeys(measure for measure, _ in pieces)
+        for kind in kinds_of(planned)
         if (measure, kind) in pieces
     ]
     return Scores(model=model, config=config, columns=tuple(merged))

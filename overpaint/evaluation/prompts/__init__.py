@@ -1,1 +1,0 @@
-"""Sets of prompts, and prompts from files."""
