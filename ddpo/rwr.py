@@ -2,7 +2,7 @@
 
 The baseline of Black et al. (2023), https://arxiv.org/abs/2305.13301, section 4.2, after Lee et al. (2023),
 https://arxiv.org/abs/2302.12192. It maximises a bound of the likelihood of good images and ignores the steps that led
-to them, which is what DDPO is compared with. See docs/ddpo.md for each departure from the authors' code.
+to them, which is what DDPO is compared with. See docs/rwr.md for each departure from the authors' code.
 """
 
 import math
@@ -181,7 +181,7 @@ class RWRTrainer:
         )
 
     def tagged(self, metrics: RWRMetrics, run: TrainingRun) -> dict[str, float]:
-        """Returns what was measured under the tags that docs/ddpo.md defines."""
+        """Returns what was measured under the tags that docs/rwr.md defines."""
         values = tagged(metrics, (run.iteration + 1) * self.config.samples_per_round)
         values["train/effective_samples"] = metrics.effective_samples
         values["train/updates"] = metrics.updates

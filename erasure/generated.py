@@ -12,7 +12,6 @@ from typing import Any, Protocol, TypeVar, runtime_checkable
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from tqdm import tqdm
 
 from overpaint.policy import ClassifierFree, DiffusionPolicy
 from overpaint.policy.atomic import atomic_file, this_process
@@ -20,6 +19,7 @@ from overpaint.policy.digest import tensors_hash
 from overpaint.policy.prompts import check_prompts
 from overpaint.policy.types import Latents
 from overpaint.training import process_state
+from overpaint.training.logging import progress_bar
 
 from .cache import claim
 
@@ -109,9 +109,8 @@ def generated_latents(
     starts = list(range(0, len(prompts), SHARD))
     begin = state.process_index * len(starts) // state.num_processes
     shards: dict[int, Latents] = {}
-    with tqdm(
-        total=len(prompts), desc="drawing", unit="latent", disable=not (progress and state.is_main_process)
-    ) as bar:
+    shown = progress and state.is_main_process
+    with progress_bar(total=len(prompts), desc="drawing", unit="latent", shown=shown) as bar:
         for start in starts[begin:] + starts[:begin]:
             of = slice(start, min(start + SHARD, len(prompts)))
             path = None if folder is None else folder / f"latents-{start:06d}.safetensors"

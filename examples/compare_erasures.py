@@ -21,7 +21,6 @@ from typing import NamedTuple, get_args
 import refl_erase_nudity
 import torch
 import tyro
-from tqdm import tqdm
 
 from erasure import Erasure
 from erasure.cache import claim
@@ -43,6 +42,7 @@ from overpaint.policy import LoRAConfig
 from overpaint.policy.atomic import write_text
 from overpaint.settings import AnyPath, Distinct, Field, settings
 from overpaint.tinyworld.presets import PRESETS
+from overpaint.training.logging import progress_bar
 
 BEFORE = "before"
 COCO = "coco-30k"
@@ -172,14 +172,14 @@ def run(cells: Sequence[Cell], config: Config) -> None:
     missing = [cell for cell in cells if cell.scores(config) is None]
     done = {cell for cell in cells if cell not in missing}
     with (
-        tqdm(total=len(cells), initial=len(done), desc="models", unit="model") as bar,
+        progress_bar(total=len(cells), initial=len(done), desc="models", unit="model") as bar,
         ProcessPoolExecutor(config.workers, mp_context=get_context("spawn")) as pool,
     ):
         for stage in (False, True):
             futures = [pool.submit(work, cell, config) for cell in missing if cell.recovered is stage]
             for future in as_completed(futures):
                 cell = future.result()
-                bar.set_postfix_str(f"{cell.method} {cell.seed}{' recovered' if cell.recovered else ''}")
+                bar.set_postfix_str(f"{cell.method} {cell.seed}{' recovered' if cell.recovered else ''}", refresh=False)
                 bar.update()
 
 

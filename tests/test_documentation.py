@@ -144,7 +144,8 @@ def test_every_method_has_a_page_with_the_same_headings() -> None:
 
 
 def test_every_tag_that_rwr_logs_is_defined_on_its_page() -> None:
-    tags = set(re.findall(r'^            "(\S+)": ', (ROOT / "ddpo/rwr.py").read_text(), re.MULTILINE))
+    shared = re.findall(r'^        "(\S+)": ', (ROOT / "ddpo/collect.py").read_text(), re.MULTILINE)
+    tags = {*shared, *re.findall(r'values\["(\S+)"\] =', (ROOT / "ddpo/rwr.py").read_text())}
     assert {"reward/mean", "train/updates"} <= tags
     text = (ROOT / "docs/rwr.md").read_text()
     assert [tag for tag in sorted(tags) if f"`{tag}`" not in text] == []

@@ -1,7 +1,7 @@
 """Concept ablation: the prediction for a concept is distilled from that for an anchor.
 
 Source: Kumari et al. (2023), https://arxiv.org/abs/2303.13516, written from its equations. The authors' code is
-nupurkmr9/concept-ablation (MIT), commit c11fb1b. See docs/erasure.md for each departure.
+nupurkmr9/concept-ablation (MIT), commit c11fb1b. See docs/methods/ac.md for each departure.
 """
 
 import random

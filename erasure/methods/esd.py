@@ -1,8 +1,8 @@
 """Erased Stable Diffusion: the prediction for a concept learns the target of negative guidance.
 
 Source: Gandikota et al. (2023), https://arxiv.org/abs/2303.07345, written from its equations. The authors' code is
-rohitgandikota/erasing (MIT): commit a2189e9 is the paper's, commit 25613d2 the newer one. See docs/erasure.md for each
-departure.
+rohitgandikota/erasing (MIT): commit a2189e9 is the paper's, commit 25613d2 the newer one. See
+docs/methods/esd.md for each departure.
 """
 
 from contextlib import nullcontext

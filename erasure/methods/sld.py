@@ -9,7 +9,7 @@ i, element by element:
     ε = ε_u + s_g (ε_p - ε_u - term)       without the term during warm-up, i < δ
 
 Source: Schramowski et al. (2023), https://arxiv.org/abs/2211.05105, equations 3 to 8, written from them. The authors'
-code is ml-research/safe-latent-diffusion (MIT), commit a42923c. See docs/erasure.md for each departure.
+code is ml-research/safe-latent-diffusion (MIT), commit a42923c. See docs/methods/sld.md for each departure.
 """
 
 import weakref

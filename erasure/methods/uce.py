@@ -2,7 +2,7 @@
 
 Source: Gandikota et al. (2023), https://arxiv.org/abs/2308.14761, written from its equations. The authors' code is
 rohitgandikota/unified-concept-editing (MIT): commit 35e91e2 is the paper's, commit 28c81ed the newer one, which edits
-one token per phrase. See docs/erasure.md for each departure.
+one token per phrase. See docs/methods/uce.md for each departure.
 """
 
 from collections.abc import Sequence

@@ -9,7 +9,8 @@ With ε* the original model, and x on the way to a picture of the concept c, dra
 Only weights that the loss pulls at for every one of several prompts and seeds are trained: see `saliency`.
 
 Source: Li et al. (2025), https://arxiv.org/abs/2504.12782, written from its equations. The authors' code is
-lileyang1210/ANT, for non-commercial use only; nothing here was taken from it. See docs/erasure.md for each departure.
+lileyang1210/ANT, for non-commercial use only; nothing here was taken from it. See docs/methods/ant.md for each
+departure.
 """
 
 import json

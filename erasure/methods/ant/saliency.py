@@ -18,7 +18,6 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import Parameter
-from tqdm import tqdm
 
 from erasure.protocols import ConceptBatch
 from overpaint.policy import DiffusionPolicy
@@ -26,6 +25,7 @@ from overpaint.policy.atomic import atomic_file, this_process
 from overpaint.policy.types import PerSample
 from overpaint.policy.weights import base_parameters
 from overpaint.settings import Field, Text, settings
+from overpaint.training.logging import progress_bar
 
 Mask = dict[str, Bool[Tensor, "..."]]
 """For each parameter, by its plain name, the entries that are kept."""
@@ -69,7 +69,7 @@ def saliency_mask(
     before, parameters = policy.trainable_state(), trained(policy)
     mask: Mask = {}
     pairs = [(prompt, seed) for prompt in config.prompts for seed in config.seeds]
-    for prompt, seed in tqdm(pairs, desc="saliency", unit="map", disable=not progress):
+    for prompt, seed in progress_bar(pairs, desc="saliency", unit="map", shown=progress):
         try:
             sums = summed_gradients(policy, loss, config, prompt, seed)
         finally:

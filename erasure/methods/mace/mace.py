@@ -10,7 +10,8 @@ Three stages, all on the keys and values W of cross-attention:
    prompts of phrase i.
 
 Source: Lu et al. (2024), https://arxiv.org/abs/2403.06135, written from its equations. The authors' code is
-Shilin-LU/MACE, for non-commercial use only; nothing here was taken from it. See docs/erasure.md for each departure.
+Shilin-LU/MACE, for non-commercial use only; nothing here was taken from it. See docs/methods/mace.md for each
+departure.
 """
 
 import random

@@ -10,7 +10,7 @@ e is what a layer's eraser adds, M where the original model attends to the conce
 soft tokens behind its words, which some steps of Adam have moved to bring ε*(x_t, c) back.
 
 Source: Huang et al. (2023), https://arxiv.org/abs/2311.17717, written from its equations. The authors' code is
-jasper0314-huang/Receler (MIT), commit 3ccedc9. See docs/erasure.md for each departure.
+jasper0314-huang/Receler (MIT), commit 3ccedc9. See docs/methods/receler.md for each departure.
 """
 
 import random

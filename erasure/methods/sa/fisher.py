@@ -3,7 +3,7 @@
 Source: Heng and Soh (2023), https://arxiv.org/abs/2305.10120, after elastic weight consolidation (Kirkpatrick et al.
 2017, https://arxiv.org/abs/1612.00796). For each picture the denoising losses of all timesteps are summed, the gradient
 of the sum is squared, and the squares are averaged over the pictures. How it is estimated from a few timesteps is ours:
-see `FisherConfig.timesteps` and docs/erasure.md.
+see `FisherConfig.timesteps` and docs/methods/sa.md.
 """
 
 import math
@@ -17,7 +17,6 @@ import torch
 from jaxtyping import Float, Int
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from erasure.cache import claim
 from erasure.rollout import squared_error
@@ -28,6 +27,7 @@ from overpaint.policy.noise import draw_noise
 from overpaint.policy.types import Latents
 from overpaint.policy.weights import ADAPTER, base_parameters, plain_name
 from overpaint.settings import Field, settings
+from overpaint.training.logging import progress_bar
 
 SAVE_EVERY = 25
 """Pictures between two saves; what an interruption can cost."""
@@ -147,7 +147,7 @@ def fisher_information(
     parts = max(math.ceil(taken / config.chunk), 1 if taken == of else 2)
     with (
         at_reference(policy, watched),
-        tqdm(total=count, initial=done, desc="Fisher information", unit="picture", disable=not progress) as bar,
+        progress_bar(total=count, initial=done, desc="Fisher information", unit="picture", shown=progress) as bar,
     ):
         for index in range(done, count):
             choice = random.Random(f"Fisher {index} of {seed}")

@@ -2,7 +2,7 @@
 
 Source: Heng and Soh (2023), https://arxiv.org/abs/2305.10120, written from its equations. The authors' code is
 clear-nus/selective-amnesia, commit b736571 (MIT at its root; its `sd/` folder, which is under OpenRAIL-M, was not
-opened). See docs/erasure.md for each departure.
+opened). See docs/methods/sa.md for each departure.
 """
 
 import random

@@ -2,7 +2,7 @@
 
 Source: Yoon et al. (2024), https://arxiv.org/abs/2410.12761, written from its equations. The authors' code,
 jaehong31/SAFREE at commit b8b2c3f, has no licence: none of it was read for this file; what it computes is known from
-stored numbers (tests/golden/safree.json). See docs/erasure.md for each departure.
+stored numbers (tests/golden/safree.json). See docs/methods/safree.md for each departure.
 """
 
 from dataclasses import dataclass, replace

@@ -9,11 +9,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
 from overpaint.policy.atomic import forget_partial, write_bytes
 from overpaint.policy.guidance import ClassifierFree
 from overpaint.training import process_state
+from overpaint.training.logging import progress_bar
 
 from .drawable import RECORD, Drawable, model_record, write_record
 from .files import (
@@ -63,7 +63,7 @@ def draw(
     if not planned:
         raise ValueError("planned must hold at least one image, got none")
     batches = []
-    with tqdm(total=len(planned), desc=f"drawing {model}", unit="image", disable=not progress) as bar:
+    with progress_bar(total=len(planned), desc=f"drawing {model}", unit="image", shown=progress) as bar:
         for batch in batches_of(planned, batch_size):
             batches.append(_draw_batch(policy, batch, config))
             bar.update(len(batch))
@@ -127,12 +127,14 @@ def generate(
         rows = known_rows(folder)
         work = [(batch, missing) for batch in mine if (missing := _missing(folder, batch, rows))]
         total, to_draw = sum(map(len, mine)), sum(len(missing) for _, missing in work)
-        hidden = not progress or rank > 0
-        with tqdm(total=total, initial=total - to_draw, desc=f"drawing {model}", unit="image", disable=hidden) as bar:
+        shown = progress and rank == 0
+        with progress_bar(
+            total=total, initial=total - to_draw, desc=f"drawing {model}", unit="image", shown=shown
+        ) as bar:
             for number, (batch, missing) in enumerate(work):
                 seconds = _draw_into(folder, batch, missing, policy, config, rank)
                 bar.update(len(missing))
-                if number == 0 and seconds * (len(work) - 1) > LONG and not hidden:
+                if number == 0 and seconds * (len(work) - 1) > LONG and shown:
                     whole = duration_text(seconds * len(work))
                     bar.write(f"{model}: {to_draw} images will take about {whole}", file=sys.stderr)
         finish_rows(folder, planned, writer=writer)

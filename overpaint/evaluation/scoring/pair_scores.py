@@ -14,12 +14,12 @@ from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 import torch
-from tqdm import tqdm
 
 from overpaint.evaluation.images.files import Read, read_image, to_images
 from overpaint.evaluation.images.pairs import Pair, Size, batches_by_size, image_sizes, read_ahead
 from overpaint.evaluation.metrics.statistics import mean_estimate
 from overpaint.evaluation.prompts import IMAGE_REWARD_TEST
+from overpaint.training.logging import progress_bar
 from rewards import Reward
 from rewards.combine import reads_prompts
 from rewards.public_files import fetch
@@ -142,7 +142,7 @@ def score_pairs(
         todo = {number: batch for number, batch in enumerate(batches) if number not in done}
         count = sum(len(batches[number]) for number in done)
         total = sum(map(len, batches))
-        with tqdm(total=total, initial=count, desc="scoring", unit="image", disable=not progress) as bar:
+        with progress_bar(total=total, initial=count, desc="scoring", unit="image", shown=progress) as bar:
             for number, batch, images in read_ahead(todo, lambda index: read_image(pairs[index].path)):
                 broken = {index: image for index, image in zip(batch, images, strict=True) if isinstance(image, str)}
                 if not broken or skip_broken:

@@ -14,7 +14,6 @@ import torch
 from jaxtyping import UInt8
 from PIL import Image, ImageOps
 from torch import Tensor
-from tqdm import tqdm
 
 from overpaint.evaluation.images.files import ImageSource, to_images
 from overpaint.evaluation.images.pairs import UNKNOWN_SEED, OtherImages, in_parts, places_by, read_ahead
@@ -24,6 +23,7 @@ from overpaint.evaluation.tables import OUTPUT_SUFFIXES, Row, write_table
 from overpaint.policy.atomic import write_text
 from overpaint.policy.types import Images
 from overpaint.training import process_state
+from overpaint.training.logging import progress_bar
 
 from .pair_scores import Journal
 
@@ -241,7 +241,7 @@ def score(
 
     with (
         nullcontext() if journal is None else Journal(Path(journal), job) as finished,
-        tqdm(total=len(images.planned), desc=f"scoring {images.model}", unit="image", disable=not progress) as bar,
+        progress_bar(total=len(images.planned), desc=f"scoring {images.model}", unit="image", shown=progress) as bar,
     ):
         done = {} if finished is None else {record["batch"]: record for record in finished.records}
         for number, batch, pixels in read_ahead(batches, read):
