@@ -24,7 +24,7 @@ from .conditioning import Conditioning
 from .ddim import PredictionType
 from .denoiser import all_at, chain, mean_and_std, predict, predict_at, predict_noise
 from .guidance import DEFAULT_GUIDANCE, Guidance, SamplingGuard
-from .loading import PolicyOptions, check_pipeline, default_device, load_pipeline
+from .loading import PolicyOptions, check_pipeline, default_device, load_pipeline, without_bars
 from .noise import SampleNoise, check_seeds
 from .parts import Pipeline
 from .prompts import PromptEncoder, check_prompts
@@ -429,7 +429,8 @@ class DiffusionPolicy:
         for name, found in (("networks added to the UNet", added_networks(self.unet)), ("a guard", self.guard)):
             if found:
                 raise ValueError(f"a pipeline's folder cannot hold {name}, and the policy has {found!r}")
-        self.to_pipeline().save_pretrained(folder)
+        with without_bars():
+            self.to_pipeline().save_pretrained(folder)
 
     def _plain(self) -> Pipeline:
         return plain_pipeline(self.unet, self.vae, self.text_encoder, self.tokenizer, self.scheduler)

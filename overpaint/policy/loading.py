@@ -1,6 +1,7 @@
 """Finding out whether a checkpoint is a Stable Diffusion before any of it is loaded."""
 
 import json
+import logging
 import os
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager
@@ -39,14 +40,15 @@ def load_pipeline(path: str | Path, dtype: torch.dtype | None) -> Pipeline:
     Raises:
         ValueError: There is no such checkpoint, or it is not a Stable Diffusion v1 or v2 text-to-image pipeline.
     """
-    from diffusers import StableDiffusionPipeline
-
     check_checkpoint(path)
+    with _quiet_imports():
+        import peft  # noqa: F401
+        from diffusers import StableDiffusionPipeline
     variant = _variant(Path(path)) if _names_a_folder(path) else None
     options: dict[str, Any] = {"variant": variant} if variant else {}
     if dtype is not None:
         options["dtype"] = dtype
-    with _without_bars():
+    with without_bars():
         pipeline = StableDiffusionPipeline.from_pretrained(
             path, safety_checker=None, feature_extractor=None, requires_safety_checker=False, **options
         )
@@ -55,7 +57,23 @@ def load_pipeline(path: str | Path, dtype: torch.dtype | None) -> Pipeline:
 
 
 @contextmanager
-def _without_bars() -> Generator[None]:
+def _quiet_imports() -> Generator[None]:
+    """Keeps libraries that are imported from warning of what nothing here uses: torchvision, 4-bit kernels."""
+    from transformers.utils import logging as of_transformers
+
+    bitsandbytes, verbosity = logging.getLogger("bitsandbytes"), of_transformers.get_verbosity()
+    level = bitsandbytes.level
+    bitsandbytes.setLevel(logging.ERROR)
+    of_transformers.set_verbosity_error()
+    try:
+        yield
+    finally:
+        bitsandbytes.setLevel(level)
+        of_transformers.set_verbosity(verbosity)
+
+
+@contextmanager
+def without_bars() -> Generator[None]:
     """Keeps diffusers and transformers from drawing a bar for every few weights."""
     from diffusers.utils import logging as of_diffusers
     from transformers.utils import logging as of_transformers

@@ -157,3 +157,12 @@ def test_loading_draws_no_bars_and_leaves_the_libraries_as_they_were(
     assert capfd.readouterr() == ("", "")
     assert of_diffusers.is_progress_bar_enabled()
     assert of_transformers.is_progress_bar_enabled()
+
+
+def test_a_program_that_loads_and_saves_is_told_nothing_by_the_libraries(tmp_path: Path) -> None:
+    program = (
+        "from overpaint import LoRAConfig, tinyworld\n"
+        f"tinyworld.load_policy(lora=LoRAConfig(rank=2)).save_pipeline({str(tmp_path / 'saved')!r})\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
