@@ -211,8 +211,11 @@ def series_chart(
         for name, points in series.items()
         for x, one in points
     ]
+    measured = sorted({x for points in series.values() for x, _ in points})
+    ticks = alt.Axis(values=measured) if len(measured) <= 8 else alt.Axis()
+    scale = alt.Scale(nice=False) if bands else alt.Scale(zero=False, padding=12)
     base: Any = alt.Chart().encode(
-        x=alt.X("x:Q", title=x_label, scale=alt.Scale(nice=False) if bands else alt.Scale(zero=False, padding=12)),
+        x=alt.X("x:Q", title=x_label, scale=scale, axis=ticks),
         tooltip=["series:N", alt.Tooltip("x:Q", title=x_label), "mean:Q", "low:Q", "high:Q"],
         **colour_and_dash,
     )
@@ -228,7 +231,7 @@ def series_chart(
     known = {name: dict(points) for name, points in series.items()}
     lines = [
         Line(f"{x:g}", [interval_cell(points[x]) if x in points else Cell("\u2013") for points in known.values()])
-        for x in sorted({x for points in series.values() for x, _ in points})
+        for x in measured
     ]
     table = Table(
         label="Numbers of the chart",
@@ -276,7 +279,8 @@ def _series(name: str, labels: list[str]) -> dict[str, Any]:
 
     if not 1 <= len(labels) <= SERIES:
         raise ValueError(f"series must be 1 to {SERIES}, got {len(labels)}")
-    legend = alt.Legend(title=None, orient="bottom", symbolType="stroke", symbolSize=320) if len(labels) > 1 else None
+    symbols: dict[str, Any] = {"symbolType": "stroke", "symbolSize": 320, "symbolOpacity": 1, "symbolStrokeWidth": 2}
+    legend = alt.Legend(title=None, orient="bottom", **symbols) if len(labels) > 1 else None
     colour = alt.Scale(domain=labels, range=list(COLOURS[: len(labels)]))
     dash = alt.Scale(domain=labels, range=list(DASHES[: len(labels)]))
     return {
