@@ -147,7 +147,7 @@ def test_model_that_gives_no_answer_is_an_error(scorer: BertScore, answers: list
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"question": " "}, r"question must match pattern .*, got ' '"),
+        ({"question": " "}, r"question must not be blank, got ' '"),
         (
             {"template": "The image contains prompt"},
             r"template must match pattern .*prompt.*, got",
