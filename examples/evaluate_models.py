@@ -260,7 +260,7 @@ def score_all(config: Config, cells: Sequence[Cell], device: str) -> list[Result
     return sorted(together, key=lambda result: cells.index(result.cell))
 
 
-def beside(config: Config, results: Sequence[Result]) -> tuple[list[Measured], list[Published]]:
+def own_and_published(config: Config, results: Sequence[Result]) -> tuple[list[Measured], list[Published]]:
     """Returns what was measured, and what is published of the same metrics."""
     plain = config.experiment == "prompts" and not config.sizes and len(config.guidance_scales) == 1
     ours = measured(config.experiment, results, name_settings=not plain)
@@ -271,7 +271,7 @@ def ranking(config: Config, results: Sequence[Result]) -> Table | None:
     """Returns the models' means beside the ranks that people gave; None where there is nothing to compare."""
     if config.experiment != "prompts":
         return None
-    ours, _ = beside(config, results)
+    ours, _ = own_and_published(config, results)
     if TINY_WORLD in config.models:
         means = means_by_metric(ours, by_setting=True)
         if UTILITY not in means:
@@ -332,7 +332,7 @@ def write_report(config: Config, results: Sequence[Result], prompts: PromptSet, 
     folder = config.output_dir / config.experiment
     named = [replace(result.scores, model=f"{published_as(result.cell.name)}, {result.setting}") for result in results]
     write_scores(named, folder / "scores.csv")
-    ours, theirs = beside(config, results)
+    ours, theirs = own_and_published(config, results)
     write_text(folder / "means.json", json.dumps([one._asdict() for one in ours], indent=1, default=str) + "\n")
     tiny = TINY_WORLD in config.models  # of other prompts and rewards, so that nothing is to be compared
     tables = tables_html(published_comparison(ours, [] if tiny else theirs))
@@ -397,7 +397,7 @@ def main(config: Config) -> list[Result]:
     draw_all(config, cells, planned, device)
     results = score_all(config, cells, device)
     if state.is_main_process:
-        ours, theirs = beside(config, results)
+        ours, theirs = own_and_published(config, results)
         print(f"\n{tables_markdown(published_comparison(ours, [] if TINY_WORLD in config.models else theirs))}\n")
         order = ranking(config, results)
         if order is not None:

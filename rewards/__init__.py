@@ -1,4 +1,4 @@
-"""What is liked: scores of (image, prompt)."""
+"""Rewards: scores of (image, prompt), from ImageReward to a server over HTTP."""
 
 from .aesthetic import Aesthetic, AestheticHead
 from .alignment import Alignment, AlignmentConfig, Question, ScoredAnswer, StrictAlignment

@@ -160,7 +160,7 @@ def measure_cost(policy: DiffusionPolicy, config: MeasureConfig) -> list[Result]
 
 
 def measure_reward(policy: DiffusionPolicy, config: MeasureConfig) -> list[Result]:
-    """Measures the reward model on fresh pairs; the ceiling is a judge that knows the utility."""
+    """Measures the reward model on fresh pairs; the ceiling is a reward that knows the utility."""
     from rewards.image_reward import ImageReward
 
     from .train_reward import accuracy
