@@ -29,13 +29,13 @@ def _github(repository: str, path: str, name: str, sha256: str, licence: str, so
 
 
 def _image_reward(path: str, name: str, sha256: str, licence: str = "Apache-2.0 (DiffusionDB CC0)") -> PublicFile:
-    source = "beside Xu et al. (2023), https://arxiv.org/abs/2304.05977"
+    source = "of Xu et al. (2023), https://arxiv.org/abs/2304.05977"
     return _github("THUDM/ImageReward", path, name, sha256, licence, source)
 
 
 def _ddpo(name: str, sha256: str) -> PublicFile:
     path = f"1958463f020112c9a7bc85768d296daacc2e1b4b/ddpo_pytorch/assets/{name}"
-    source = "beside Black et al. (2023), https://arxiv.org/abs/2305.13301"
+    source = "of Black et al. (2023), https://arxiv.org/abs/2305.13301"
     return _github("kvablack/ddpo-pytorch", path, name, sha256, "MIT", source)
 
 
