@@ -42,6 +42,9 @@ class Config:
     queries: int = Field(1920, ge=1)
     """Images that each run may score for training."""
 
+    prompts_per_split: int = Field(200, ge=1)
+    """Prompts of each split in a run's evaluation."""
+
     output_dir: AnyPath = Path("runs/ddpo_compare")
     """Folder of the folders of the runs."""
 
@@ -52,6 +55,7 @@ class Config:
             task=self.task,
             algorithm=algorithm,
             seed=seed,
+            prompts_per_split=self.prompts_per_split,
             output_dir=self.output_dir / self.task / f"{algorithm}-{seed}",
             resume=True,
         )

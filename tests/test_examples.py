@@ -90,6 +90,7 @@ def test_ddpo_from_an_erased_model_writes_table_and_report(tmp_path: Path) -> No
 
 def test_comparison_of_algorithms_makes_missing_runs_and_draws_curves(tmp_path: Path) -> None:
     options = ["--output-dir", str(tmp_path), "--task", "compressibility", "--queries", "1", "--seeds", "0"]
+    options += ["--prompts-per-split", "4"]
     command = [sys.executable, str(ROOT / "examples" / "ddpo_compare.py"), "--algorithms", "ddpo-sf", *options]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     for drawn in (True, False):  # the second time everything is there
