@@ -46,5 +46,7 @@ def test_what_was_not_measured_is_null_in_the_file(tmp_path: Path) -> None:
     assert written["config"] == {"output": str(config.output)}
 
 
-def test_without_a_file_nothing_is_written() -> None:
+def test_without_a_file_nothing_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
     timing.write_results(None, Config())
+    assert list(tmp_path.iterdir()) == []

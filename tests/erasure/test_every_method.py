@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -23,7 +23,7 @@ from erasure.methods.safree import SAFREE, SAFREEConfig
 from erasure.methods.sld import SLD, SLDConfig
 from erasure.methods.uce import UCE
 from erasure.registry import METHODS as NAMES
-from erasure.registry import erase, method_named
+from erasure.registry import MethodName, erase, method_named
 from overpaint.policy import ClassifierFree, DiffusionPolicy, SampleNoise
 from overpaint.policy.weights import base_parameters
 from overpaint.tinyworld.presets import PRESETS
@@ -201,3 +201,7 @@ def test_settings_of_either_preset_can_be_made(name: str, settings: Mapping[str,
     assert name not in settings or type(settings[name]) is type(method.config)
     if hasattr(method.config, "descent"):
         assert method.config.descent.seed == 7
+
+
+def test_the_type_of_a_setting_names_the_methods_of_the_registry_in_their_order() -> None:
+    assert get_args(MethodName) == tuple(NAMES)
