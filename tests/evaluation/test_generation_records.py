@@ -43,7 +43,7 @@ def test_each_image_has_one_row_that_tells_all_of_it(planned: Planned, noise_pol
     assert {(row.width, row.height) for row in rows} == {(16, 16)}
     assert [row.batch for row in rows] == [4] * 8 + [2] * 2
     assert len({row.seconds for row in rows[:4]}) == 1  # a batch's time, shared out
-    assert all(0 < row.seconds < 10 for row in rows)
+    assert all(row.seconds > 0 for row in rows)
     for row in rows:
         assert row.sha256 == hashlib.sha256((tmp_path / "m" / row.file).read_bytes()).hexdigest()
     assert not list((tmp_path / "m").glob(".*"))
