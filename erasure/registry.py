@@ -2,6 +2,7 @@
 
 import inspect
 from dataclasses import replace
+from difflib import get_close_matches
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal, Protocol, runtime_checkable
@@ -52,11 +53,15 @@ def method_named(name: str, config: Any = None, *, seed: int | None = None) -> E
         seed: Of everything random in its training, where it trains; its settings' own if it is not given.
 
     Raises:
-        ValueError: There is no such method.
+        ValueError: There is no such method, or the settings are another's.
     """
     if name not in METHODS:
-        raise ValueError(f"method must be one of {', '.join(METHODS)}, got {name!r}")
+        close = get_close_matches(name, METHODS, n=1)
+        hint = f"; did you mean {close[0]}?" if close else ""
+        raise ValueError(f"method must be one of {', '.join(METHODS)}, got {name!r}{hint}")
     method: Any = METHODS[name](config)
+    if not isinstance(method.config, wanted := type(METHODS[name]().config)):
+        raise ValueError(f"config must be a {wanted.__name__} for {name}, got a {type(config).__name__}")
     if seed is not None and isinstance(method, TrainedMethod):
         method.config = replace(method.config, descent=replace(method.config.descent, seed=seed))
     return method

@@ -16,17 +16,18 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict
 from multiprocessing import get_context
 from pathlib import Path
-from typing import NamedTuple, get_args
+from typing import Literal, NamedTuple, get_args
 
 import refl_erase_nudity
 import torch
-import tyro
 
 from erasure import Erasure
 from erasure.cache import claim
 from erasure.registry import MethodName, erase, method_named
-from overpaint.evaluation import DrawConfig, ImageFolder, Report, Scores, compare, write_folder
-from overpaint.evaluation.experiments.experiment import TINY_WORLD, Experiment, command_line, evaluate, experiment
+from overpaint.evaluation import ImageFolder, Report, Scores, compare, write_folder
+from overpaint.evaluation.experiments.experiment import CONCEPT_RATE, Experiment, evaluate, experiment
+from overpaint.evaluation.experiments.options import ConceptOptions, ModelOptions, RewardOptions, usual_eraser
+from overpaint.evaluation.experiments.program import command_line, settings_from_command_line
 from overpaint.evaluation.experiments.published import (
     IMAGE_REWARD,
     Measured,
@@ -41,30 +42,23 @@ from overpaint.evaluation.report.pareto import Point, pareto_chart
 from overpaint.policy import LoRAConfig
 from overpaint.policy.atomic import write_text
 from overpaint.settings import AnyPath, Distinct, Field, settings
-from overpaint.tinyworld.presets import PRESETS
 from overpaint.training.logging import progress_bar
 
-BEFORE = "before"
+BEFORE: Literal["before"] = "before"
 COCO = "coco-30k"
 """What the published values of Stable Diffusion v1.4 are of."""
 
 
 @settings
-class Config:
+class Config(RewardOptions, ConceptOptions, ModelOptions):
     """What is compared, and how finely."""
 
     methods: Distinct[MethodName] = Field(get_args(MethodName), min_length=1)
     """Names of methods."""
 
-    policy: str = TINY_WORLD
-    """The tiny world, or a folder or hub id of a Stable Diffusion."""
-
     captions: str | None = None
     """Benign prompts: a set of `overpaint.evaluation.prompts`, or a file; None is coco-30k, as in what is published, or
     captions of the tiny world."""
-
-    prompts_file: AnyPath | None = None
-    """JSON with prompts by kind, in place of the project's own; its benign ones count where there are no captions."""
 
     seeds: Distinct[int] = Field((0, 1, 2), min_length=1)
     """Of training, prompts and pictures; each method runs once for each."""
@@ -74,9 +68,6 @@ class Config:
 
     evaluation_steps: int = Field(20, ge=1)
     """Denoising steps of the pictures."""
-
-    guidance_scale: float = 3.0
-    """Their classifier-free guidance."""
 
     recover: bool = True
     """Whether the reward of each erased model is won back, with the first seed."""
@@ -92,20 +83,23 @@ class Config:
 
     def __post_init__(self) -> None:
         """Fills in the captions that fit the model."""
-        if self.captions is None and self.prompts_file is None and self.policy != TINY_WORLD:
+        if self.captions is None and self.prompts_file is None and not self.tiny:
             object.__setattr__(self, "captions", COCO)
 
 
 def about(config: Config) -> Experiment:
     """Returns what is erased from what, and what is measured."""
-    chosen = experiment(config.policy, prompts_file=config.prompts_file)
+    concept = config.own_concept(tiny=config.tiny)
+    chosen = experiment(
+        config.policy, concept, reward=config.own_reward(), measure=config.measure, prompts_file=config.prompts_file
+    )
     return chosen if config.captions is None else chosen.measured_on(prompt_set(config.captions).texts)
 
 
 class Cell(NamedTuple):
     """One piece of work: a model that is made and measured."""
 
-    method: str
+    method: MethodName | Literal["before"]
     """Name of a method, or "before"."""
 
     seed: int
@@ -134,7 +128,7 @@ def work(cell: Cell, config: Config) -> Cell:
     torch.set_num_threads(1)
     folder = cell.folder(config)
     task = about(config)
-    policy = task.load(LoRAConfig(rank=8, alpha=8) if cell.recovered else None)
+    policy = task.load({"lora": LoRAConfig(rank=8, alpha=8) if cell.recovered else None})
     begin = time.process_time()
     if cell.recovered:
         Erasure.load(folder.parent / "erasure").apply(policy)
@@ -142,14 +136,15 @@ def work(cell: Cell, config: Config) -> Cell:
             policy=config.policy,
             output_dir=folder,
             iterations=config.recovery_iterations,
-            guidance_scale=config.guidance_scale,
+            guidance_scale=config.usual_guidance,
+            size=config.size,
             seed=cell.seed,
             resume=True,
         )
         refl_erase_nudity.recover(recovery, policy, task, progress=False)
     elif cell.method != BEFORE:
-        preset = PRESETS.get(cell.method) if config.policy == TINY_WORLD else None
-        method = method_named(cell.method, preset, seed=cell.seed)
+        eraser = usual_eraser(cell.method, config.own_concept(tiny=config.tiny), tiny=config.tiny, seed=cell.seed)
+        method = method_named(cell.method, eraser)
         training = folder / "training"
         erasure = erase(method, policy, task.concept, output_dir=training, resume=training.exists(), progress=False)
         erasure.save(folder / "erasure")
@@ -157,7 +152,7 @@ def work(cell: Cell, config: Config) -> Cell:
     minutes = (time.process_time() - begin) / 60
     folder.mkdir(parents=True, exist_ok=True)
     write_text(folder / "minutes.json", json.dumps(minutes))
-    drawing = DrawConfig(steps=config.evaluation_steps, guidance_scale=config.guidance_scale)
+    drawing = config.drawing(config.evaluation_steps)
     numbers = {"prompts_per_kind": config.prompts_per_kind, "seed": cell.seed}
     name = f"{cell.method}-recovered" if cell.recovered else cell.method
     images, scores = evaluate(policy, task, drawing, model=name, progress=False, **numbers)
@@ -195,13 +190,19 @@ def lines_of(config: Config) -> list[MethodLine]:
             after = Cell(name, config.seeds[0], recovered=True).scores(config)
             if after is not None:
                 for title, measure, kind in (
-                    ("explicit, recovered", "concept rate", "explicit"),
-                    ("implicit, recovered", "concept rate", "implicit"),
+                    ("explicit, recovered", CONCEPT_RATE, "explicit"),
+                    ("implicit, recovered", CONCEPT_RATE, "implicit"),
                     ("ImageReward, recovered", "ImageReward", "benign"),
                 ):
-                    others[title] = [after.column(measure, kind).estimate.mean]
+                    if (measure, kind) in measured(after):
+                        others[title] = [after.column(measure, kind).estimate.mean]
         lines.append(line_of(name, scores, others))
     return lines
+
+
+def measured(scores: Scores) -> set[tuple[str, str]]:
+    """Returns what was measured, on which kinds of prompts."""
+    return {(column.measure, column.kind) for column in scores.columns}
 
 
 def report(config: Config) -> None:
@@ -226,29 +227,34 @@ def report(config: Config) -> None:
 def sections(config: Config, scores: Sequence[Scores]) -> list[Section]:
     """Returns what the page has besides: what erasing costs and recovery wins back, and what others published."""
     names = {one.model for one in scores}
+    kinds = [kind for kind in ("implicit", "explicit") if (CONCEPT_RATE, kind) in measured(scores[0])][:1]
     points = [
         Point(
             one.model,
-            one.column("concept rate", "implicit").estimate,
+            one.column(CONCEPT_RATE, kind).estimate,
             one.column("ImageReward", "benign").estimate,
             before=start if (start := one.model.removesuffix("-recovered")) in names - {one.model} else "",
         )
+        for kind in kinds
         for one in scores
         if one.model != BEFORE  # so far from all of them that they would lie on one another
     ]
     as_published = (config.policy, config.captions) == (CHECKPOINTS["sd1.4"].hub_id, COCO)
     setting = "" if as_published else "other model or captions"
-    measured = [
+    of_ours = [
         Measured("erasures", published_name(one.model), IMAGE_REWARD, setting, column.estimate)
         for one in scores
-        if config.policy != TINY_WORLD and not one.model.endswith("-recovered")
+        if not config.tiny and not one.model.endswith("-recovered")
         for column in [one.column("ImageReward", "benign")]
     ]
-    others = tables_html(published_comparison(measured, published("erasures")))
+    others = tables_html(published_comparison(of_ours, published("erasures")))
     caption = f"Means over {len(config.seeds)} seeds ± standard error over them; recovered: the first seed alone."
     return [
         Section("methods", "All methods", methods_table(lines_of(config), caption=caption).html()),
-        chart_section("pareto", pareto_chart(points, x_label="concept rate of implicit prompts (lower is better)")),
+        *(
+            chart_section("pareto", pareto_chart(points, x_label=f"concept rate of {kind} prompts (lower is better)"))
+            for kind in kinds
+        ),
         Section("published", "What others published of Stable Diffusion", others),
     ]
 
@@ -279,4 +285,4 @@ def main(config: Config) -> str:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Config))
+    main(settings_from_command_line(Config, lambda config: config))

@@ -15,7 +15,8 @@ import ddpo_finetune
 import tyro
 
 from overpaint.evaluation import Estimate
-from overpaint.evaluation.experiments.experiment import TaskName
+from overpaint.evaluation.experiments.options import TINY_WORLD
+from overpaint.evaluation.experiments.tasks import TaskName
 from overpaint.evaluation.report.charts import band_of, series_chart, svg
 from overpaint.settings import AnyPath, Distinct, Field, settings
 from overpaint.training import read_metrics
@@ -30,7 +31,7 @@ class Config:
     task: TaskName = "image-reward"
     """What is asked of the policy."""
 
-    policy: str = ddpo_finetune.TINY_WORLD
+    policy: str = TINY_WORLD
     """The tiny world, or a folder or hub id of a Stable Diffusion."""
 
     algorithms: Distinct[ddpo_finetune.Algorithm] = ("ddpo-is", "ddpo-sf", "rwr", "rwr-sparse")

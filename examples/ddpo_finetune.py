@@ -15,38 +15,27 @@ from functools import partial
 from pathlib import Path
 from typing import Literal
 
-import tyro
-
 from ddpo import DDPOConfig, DDPOTrainer, RWRConfig, RWRTrainer
 from erasure import UCE, ImageConstraint, Lagrangian, LagrangianConfig, ScoreCeiling
 from overpaint.evaluation import DrawConfig, Measure, Panel
-from overpaint.evaluation.experiments.experiment import (
-    TINY_WORLD,
-    Task,
-    TaskName,
-    animal_task,
-    draw_and_score,
-    tiny_task,
-    write_results,
-)
+from overpaint.evaluation.experiments.experiment import draw_and_score, write_results
+from overpaint.evaluation.experiments.options import ModelOptions, RewardOptions, TunedOptions
+from overpaint.evaluation.experiments.program import check_same, given, settings_from_command_line
+from overpaint.evaluation.experiments.tasks import Task, TaskName, animal_task, own_task, task_reward, tiny_task
 from overpaint.policy import DiffusionPolicy, LoRAConfig, check_checkpoint
+from overpaint.policy.loading import PolicyOptions
 from overpaint.policy.types import Images, PerSample
 from overpaint.settings import AnyPath, Field, settings
-from overpaint.tinyworld import REWARDS as TINY_WORLD_REWARDS
 from overpaint.tinyworld.presets import STRIPES
 from overpaint.training import HeldOut, TrainingConfig, check_output_dir, process_state
-from rewards import reward_named
 from rewards.combine import to_device
 
 Algorithm = Literal["ddpo-is", "ddpo-sf", "rwr", "rwr-sparse"]
 
 
 @settings
-class Config:
+class Config(RewardOptions, TunedOptions, ModelOptions):
     """What is raised, how, and for how long."""
-
-    policy: str = TINY_WORLD
-    """The tiny world, or a folder or hub id of a Stable Diffusion."""
 
     task: TaskName = "image-reward"
     """What is asked of the policy. Of a Stable Diffusion: all but "no-stripes", on animals; of the tiny world: all but
@@ -55,8 +44,8 @@ class Config:
     algorithm: Algorithm = "ddpo-is"
     """Clipped importance sampling, score function, reward-weighted regression, or the same on the best samples only."""
 
-    reward: str | None = None
-    """In place of the task's own: a name such as "aesthetic", or package.module:factory, called without arguments."""
+    prompts: str | None = None
+    """In place of the task's own: a file, or a named set; of ten or more every fifth is held out for the evaluation."""
 
     erased: bool = False
     """Begin with the model from which UCE has erased stripes. Tiny world only."""
@@ -70,18 +59,18 @@ class Config:
     rounds: int | None = Field(None, ge=1)
     """Rounds of sampling and updates; None is 30 for the tiny world, and the authors' number for Stable Diffusion."""
 
-    learning_rate: float | None = Field(None, gt=0)
-    """Of the LoRA; None is 1e-3 for the tiny world's ImageReward, 5e-4 for its other tasks, and 3e-4 for Stable
+    learning_rate: float | None = Field(None, ge=0)
+    """Of what is trained; None is 1e-3 for the tiny world's ImageReward, 5e-4 for its other tasks, and 3e-4 for Stable
     Diffusion; a third of that for RWR."""
 
-    clip_range: float | None = Field(None, gt=0)
-    """Distance from 1 at which ratios are clipped; None is 5e-3 for the tiny world and 1e-4 for Stable Diffusion."""
+    ddpo: DDPOConfig | None = None
+    """All else about DDPO; None is quick for the tiny world, and the authors' for Stable Diffusion."""
 
-    kl_weight: float = Field(0.0, ge=0)
-    """Weight of the divergence from the untuned policy."""
+    rwr: RWRConfig | None = None
+    """All else about RWR; None is quick for the tiny world, and the authors' for Stable Diffusion."""
 
-    patience: int = Field(0, ge=0)
-    """Evaluations in a row in which reward and held-out reward part, after which training stops; 0 never stops."""
+    run: TrainingConfig | None = None
+    """All else about the training's run."""
 
     prompts_per_split: int = Field(200, ge=1)
     """Prompts of each split in the evaluation."""
@@ -89,16 +78,30 @@ class Config:
     data: AnyPath | None = None
     """Folder with the lists of animals; they are fetched if it is not given."""
 
-    seed: int = 0
-    """Seed of everything."""
-
     resume: bool = False
     """Go on with an interrupted run in the same folder; samples whose reward failed are scored again."""
 
     @property
-    def tiny(self) -> bool:
-        """Whether this is about the tiny world."""
-        return self.policy == TINY_WORLD
+    def by_rwr(self) -> bool:
+        """Whether the algorithm is one of RWR."""
+        return self.algorithm.startswith("rwr")
+
+
+def complete(config: Config) -> Config:
+    """Fills in what depends on the model, the task and the algorithm."""
+    usual = LoRAConfig(rank=8, alpha=8) if config.tiny else LoRAConfig(rank=4, alpha=4)
+    config = replace(config, **config.tuned(usual))
+    used, unused = ("rwr", "ddpo") if config.by_rwr else ("ddpo", "rwr")
+    if getattr(config, unused) is not None:
+        raise ValueError(f"{unused} must be None with {config.algorithm}, got {getattr(config, unused)}")
+    chosen, run = getattr(config, used) or settings_of(config), config.run or run_config(config)
+    own = {"output_dir": config.output_dir, "seed": config.seed, "resume": config.resume}
+    check_same("run", run, **own, **given(iterations=config.rounds, learning_rate=config.learning_rate))
+    check_same(used, chosen, **given(guidance_scale=config.guidance_scale))
+    return replace(
+        config, run=run, rounds=run.iterations, learning_rate=run.learning_rate, guidance_scale=chosen.guidance_scale,
+        **{used: chosen},
+    )  # fmt: skip
 
 
 def ddpo_config(config: Config) -> DDPOConfig:
@@ -109,7 +112,7 @@ def ddpo_config(config: Config) -> DDPOConfig:
             sampling_batch_size=64,
             minibatch_size=32,
             steps=4,
-            guidance_scale=3.0,
+            guidance_scale=config.usual_guidance,
             clip_range=5e-3,
             baseline="group",
             images_per_prompt=4,
@@ -125,8 +128,7 @@ def ddpo_config(config: Config) -> DDPOConfig:
         settings = DDPOConfig(buffer_size=16)
     if config.algorithm == "ddpo-sf":
         settings = replace(settings, estimator="score", updates_per_round=1)
-    clip_range = config.clip_range or settings.clip_range
-    return replace(settings, clip_range=clip_range, kl_weight=config.kl_weight, patience=config.patience)
+    return replace(settings, **given(guidance_scale=config.guidance_scale))
 
 
 def rwr_config(config: Config) -> RWRConfig:
@@ -139,7 +141,7 @@ def rwr_config(config: Config) -> RWRConfig:
         count = 10_240 if not sparse else 1024
         return RWRConfig(
             weighting=weighting, epochs_per_round=epochs, samples_per_round=count,
-            per_prompt=config.task == "aesthetic", patience=config.patience,
+            per_prompt=config.task == "aesthetic", **given(guidance_scale=config.guidance_scale),
         )  # fmt: skip
     return RWRConfig(
         weighting=weighting,
@@ -148,15 +150,16 @@ def rwr_config(config: Config) -> RWRConfig:
         sampling_batch_size=64,
         minibatch_size=64,
         steps=4,
-        guidance_scale=3.0,
+        guidance_scale=config.usual_guidance,
         inverse_temperature=1.0 if config.task == "image-reward" else 5.0,
-        patience=config.patience,
     )
 
 
 def settings_of(config: Config) -> DDPOConfig | RWRConfig:
     """Returns the settings of the algorithm that is asked for."""
-    return rwr_config(config) if config.algorithm.startswith("rwr") else ddpo_config(config)
+    if config.by_rwr:
+        return config.rwr or rwr_config(config)
+    return config.ddpo or ddpo_config(config)
 
 
 def run_config(config: Config) -> TrainingConfig:
@@ -167,8 +170,10 @@ def run_config(config: Config) -> TrainingConfig:
         rounds, learning_rate = 30, 1e-3 if config.task == "image-reward" else 5e-4
     return TrainingConfig(
         output_dir=config.output_dir,
-        iterations=config.rounds or rounds,
-        learning_rate=config.learning_rate or learning_rate / (3 if config.algorithm.startswith("rwr") else 1),
+        iterations=rounds if config.rounds is None else config.rounds,
+        learning_rate=learning_rate / (3 if config.by_rwr else 1)
+        if config.learning_rate is None
+        else config.learning_rate,
         weight_decay=1e-4,
         mixed_precision="no" if config.tiny else "bf16",
         checkpoint_every=10,
@@ -197,11 +202,11 @@ def constraint() -> ImageConstraint:
 
 def trainer_of(config: Config, policy: DiffusionPolicy, task: Task) -> DDPOTrainer | RWRTrainer:
     """Makes the trainer."""
-    held_out = HeldOut(task.held_out_prompts, task.held_out, batch_size=32)
-    if config.algorithm.startswith("rwr"):
-        return RWRTrainer(policy, task.reward, task.prompts, rwr_config(config), held_out=held_out)
+    held_out, settings = HeldOut(task.held_out_prompts, task.held_out, batch_size=32), settings_of(config)
+    if isinstance(settings, RWRConfig):
+        return RWRTrainer(policy, task.reward, task.prompts, settings, held_out=held_out)
     erasure = constraint() if config.constrained else None
-    return DDPOTrainer(policy, task.reward, task.prompts, ddpo_config(config), erasure=erasure, held_out=held_out)
+    return DDPOTrainer(policy, task.reward, task.prompts, settings, erasure=erasure, held_out=held_out)
 
 
 def load(config: Config) -> tuple[DiffusionPolicy, Task]:
@@ -212,19 +217,24 @@ def load(config: Config) -> tuple[DiffusionPolicy, Task]:
     """
     if (config.erased or config.constrained) and not config.tiny:
         raise ValueError(f"erased and constrained must be off but in the tiny world, got policy {config.policy!r}")
-    if config.constrained and config.algorithm.startswith("rwr"):
+    if config.constrained and config.by_rwr:
         raise ValueError(f"constrained must be off but with DDPO, got {config.algorithm}")
-    reward = None if config.reward is None else reward_named(config.reward, TINY_WORLD_REWARDS)
+    reward = config.own_reward()
+    trained = PolicyOptions(lora=config.lora, train=config.train, gradient_checkpointing=not config.tiny)
     if not config.tiny:
         check_checkpoint(config.policy)
-        task = animal_task(config.task, reward, count=config.prompts_per_split, folder=config.data)
-        lora = LoRAConfig(rank=4, alpha=4)
-        return DiffusionPolicy.from_pretrained(config.policy, lora=lora, gradient_checkpointing=True), task
+        if config.prompts is None:
+            task = animal_task(config.task, reward, count=config.prompts_per_split, folder=config.data)
+        else:
+            task = own_task(config.prompts, reward or task_reward(config.task), count=config.prompts_per_split)
+        return DiffusionPolicy.from_pretrained(config.policy, **trained), task
     from overpaint import tinyworld
 
     task = tiny_task(config.task, count=config.prompts_per_split, seed=config.seed)
     task = task if reward is None else replace(task, reward=reward)
-    policy = tinyworld.load_policy(lora=LoRAConfig(rank=8, alpha=8))
+    if config.prompts is not None:
+        task = replace(own_task(config.prompts, task.reward, count=config.prompts_per_split), held_out=task.held_out)
+    policy = tinyworld.load_policy(**trained)
     if config.erased:
         UCE().erase(policy, STRIPES).apply(policy)
     return policy, task
@@ -232,7 +242,7 @@ def load(config: Config) -> tuple[DiffusionPolicy, Task]:
 
 def measures_of(config: Config, task: Task) -> list[Measure]:
     """Returns what is measured of the pictures: the reward, and in the tiny world the truth beside it."""
-    measures = [Measure(config.task, task.reward, note="What was trained.")]
+    measures = [Measure(config.reward or config.task, task.reward, note="What was trained.")]
     if config.tiny:
         from overpaint import tinyworld
 
@@ -246,7 +256,8 @@ def measures_of(config: Config, task: Task) -> list[Measure]:
 
 def main(config: Config) -> None:
     """Trains, and compares before and after on every split."""
-    training = run_config(config)
+    config = complete(config)
+    training = config.run or run_config(config)
     check_output_dir(training)
     policy, task = load(config)
     to_device(task.reward, policy.device)
@@ -258,20 +269,26 @@ def main(config: Config) -> None:
 
         for kind in ("explicit", "implicit"):
             splits[kind] = tinyworld.captions(kind, config.prompts_per_split, config.seed + 100)
-    drawing = DrawConfig(steps=chosen.steps, guidance_scale=chosen.guidance_scale, eta=chosen.eta)
+    drawing = DrawConfig(
+        steps=chosen.steps, guidance_scale=chosen.guidance_scale, eta=chosen.eta, size=config.size
+    )  # fmt: skip
     evaluated = partial(draw_and_score, policy, measures_of(config, task), splits, drawing, seed=config.seed)
     before = evaluated(model="before")
     trainer.train(training)
     after = evaluated(model="tuned")
     if not process_state().is_main_process:
         return
-    policy.save_lora(config.output_dir / "lora")
+    if policy.lora is not None:
+        policy.save_lora(config.output_dir / "lora")
+    else:
+        policy.save_pipeline(config.output_dir / "pipeline")
     text = write_results(
         config.output_dir,
         [before, after],
         config,
         program="accelerate launch examples/ddpo_finetune.py",
-        title=f"{config.task.capitalize()} raised by {config.algorithm.upper()}",
+        usual=complete(Config(policy=config.policy, task=config.task, algorithm=config.algorithm)),
+        title=f"{config.reward or config.task} by {config.algorithm.upper()}",
         lead=lead(config, training.iterations, chosen.samples_per_round),
         metrics=config.output_dir / "metrics.jsonl",
         panels=panels(config),
@@ -291,15 +308,15 @@ def lead(config: Config, rounds: int, samples: int) -> str:
 def panels(config: Config) -> tuple[Panel, ...]:
     """Returns the learning curves of the report."""
     curves = [
-        Panel(title="Reward of the round", tags={config.task: "reward/mean"}),
-        Panel(title="Held-out prompts, reward", tags={config.task: "reward/validation"}),
+        Panel(title="Reward of the round", tags={"reward": "reward/mean"}),
+        Panel(title="Held-out prompts, reward", tags={"reward": "reward/validation"}),
         Panel(
             title="Held-out prompts, held-out reward",
             tags={"held-out reward": "reward/held_out"},
             caption="It is not trained on. Where it falls while the reward rises, the reward is exploited.",
         ),
     ]
-    if config.algorithm.startswith("ddpo"):
+    if not config.by_rwr:
         curves.append(Panel(title="Divergence from the untuned policy", tags={"per step": "policy/kl"}))
     if config.constrained:
         curves.append(Panel(title="Cost of the constraint", tags={"cost": "erasure/cost"}, references={"bound": 0.0}))
@@ -308,5 +325,5 @@ def panels(config: Config) -> tuple[Panel, ...]:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Config))
+    main(settings_from_command_line(Config, complete))
     process_state().destroy_process_group()

@@ -15,40 +15,40 @@ from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 
-import tyro
-
 from erasure import Erasure, ImageConstraint
 from erasure.changes import WeightChange
 from erasure.registry import MethodName, erase, method_named
-from overpaint.evaluation import DrawConfig, Panel
-from overpaint.evaluation.experiments.experiment import (
-    TINY_WORLD,
-    Evaluation,
-    Experiment,
-    evaluate,
-    experiment,
-    write_results,
+from overpaint.evaluation import Panel
+from overpaint.evaluation.experiments.experiment import Evaluation, Experiment, evaluate, experiment, write_results
+from overpaint.evaluation.experiments.options import (
+    ConceptOptions,
+    EraserSettings,
+    ModelOptions,
+    RewardOptions,
+    RunOptions,
+    TunedOptions,
+    usual_eraser,
 )
+from overpaint.evaluation.experiments.program import check_same, settings_from_command_line
 from overpaint.policy import DiffusionPolicy, LoRAConfig
 from overpaint.settings import AnyPath, Field, settings
-from overpaint.tinyworld.presets import PRESETS
 from overpaint.training import HeldOut, TrainingConfig, check_output_dir, process_state
 from refl import ReFLConfig, ReFLTrainer
 from rewards.combine import to_device
 
 
 @settings
-class Config:
+class Config(RewardOptions, TunedOptions, RunOptions, ConceptOptions, ModelOptions):
     """What is erased from what, and how the reward is won back."""
-
-    policy: str = TINY_WORLD
-    """The tiny world, or a folder or hub id of a Stable Diffusion."""
 
     output_dir: AnyPath = Path("runs/refl_erase_nudity")
     """Where everything is written."""
 
     method: MethodName = "uce"
     """What erases."""
+
+    eraser: EraserSettings | None = None
+    """Settings of the method; None is those that were found for the tiny world, and else its authors'."""
 
     strength: float = Field(1.0, ge=0)
     """Strength of the erasure, for methods that have one; 1 is the method's own setting."""
@@ -59,8 +59,11 @@ class Config:
     iterations: int = Field(80, ge=1)
     """ReFL iterations of the recovery."""
 
-    learning_rate: float | None = Field(None, gt=0)
-    """Of the LoRA; None is 1e-3 for the tiny world and 1e-4 for Stable Diffusion."""
+    learning_rate: float | None = Field(None, ge=0)
+    """Of what is trained; None is 1e-3 for the tiny world and 1e-4 for Stable Diffusion."""
+
+    refl: ReFLConfig | None = None
+    """How the reward is won back; None is small for the tiny world, and the authors' batch for Stable Diffusion."""
 
     prompts_per_kind: int = Field(200, ge=1)
     """Prompts of each kind in the evaluation."""
@@ -68,22 +71,25 @@ class Config:
     evaluation_steps: int = Field(20, ge=1)
     """Denoising steps of the pictures that are compared."""
 
-    guidance_scale: float = 3.0
-    """Classifier-free guidance, in training and in evaluation."""
 
-    prompts_file: AnyPath | None = None
-    """JSON with a list of prompts for each kind (explicit, implicit, neighbour, benign, train); None: built in."""
-
-    seed: int = 0
-    """Seed of everything."""
-
-    resume: bool = False
-    """Go on with an interrupted run in the same folder."""
+def complete(config: Config) -> Config:
+    """Fills in what depends on the model, the method and the concept."""
+    tiny = config.tiny
+    usual = usual_eraser(config.method, config.own_concept(tiny=tiny), tiny=tiny, seed=config.seed)
+    config = replace(
+        config,
+        guidance_scale=config.usual_guidance,
+        eraser=config.eraser or usual,
+        **config.tuned(LoRAConfig(rank=8, alpha=8)),
+    )
+    refl, run = config.refl or refl_config(config), config.run_of(config.seed, run_config(config))
+    check_same("refl", refl, guidance_scale=config.guidance_scale)
+    return replace(config, refl=refl, run=run, learning_rate=run.learning_rate)
 
 
 def refl_config(config: Config) -> ReFLConfig:
     """Returns the settings of the recovery: small for the tiny world, the authors' batch for Stable Diffusion."""
-    if config.policy == TINY_WORLD:
+    if config.tiny:
         return ReFLConfig(
             batch_size=8,
             micro_batch_size=8,
@@ -92,7 +98,7 @@ def refl_config(config: Config) -> ReFLConfig:
             steps=20,
             first_reward_step=10,
             last_reward_step=19,
-            guidance_scale=config.guidance_scale,
+            guidance_scale=config.usual_guidance,
             reward_scale=0.05,
             evaluate_every=20,
         )
@@ -101,22 +107,47 @@ def refl_config(config: Config) -> ReFLConfig:
         micro_batch_size=2,
         erasure_batch_size=16,
         pretraining_batch_size=16,
-        guidance_scale=config.guidance_scale,
+        guidance_scale=config.usual_guidance,
         checkpoint_steps=True,
     )
 
 
-def erasure_for(config: Config, policy: DiffusionPolicy, about: Experiment) -> Erasure:
-    """Returns the erasure that is asked for: a saved one, or one that is computed now.
+def run_config(config: Config) -> TrainingConfig:
+    """Returns the usual settings of the recovery's run."""
+    return TrainingConfig(
+        output_dir=config.output_dir,
+        iterations=config.iterations,
+        learning_rate=1e-3 if config.tiny else 1e-4,
+        mixed_precision="no" if config.tiny else "bf16",
+        checkpoint_every=20,
+    )
+
+
+def about_of(config: Config, saved: Erasure | None) -> Experiment:
+    """Returns what is erased from what; a saved erasure brings its concept.
 
     Raises:
-        ValueError: There is no such method, or a strength is given to one that has none.
+        ValueError: The concept that is asked for is not that of the saved erasure.
     """
-    if config.erasure is not None:
-        return Erasure.load(config.erasure)
-    preset = PRESETS.get(config.method) if config.policy == TINY_WORLD else None
+    concept = config.own_concept(tiny=config.tiny)
+    if saved is not None and concept is not None and concept.phrases != saved.concept.phrases:
+        raise ValueError(
+            f"concept must be the saved erasure's, {', '.join(saved.concept.phrases)}, got {', '.join(concept.phrases)}"
+        )
+    return experiment(
+        config.policy, concept if saved is None else saved.concept, reward=config.own_reward(),
+        measure=config.measure, prompts_file=config.prompts_file,
+    )  # fmt: skip
+
+
+def erasure_for(config: Config, policy: DiffusionPolicy, about: Experiment) -> Erasure:
+    """Computes the erasure that is asked for.
+
+    Raises:
+        ValueError: A strength is given to a method that has none.
+    """
     return erase(
-        method_named(config.method, preset, seed=config.seed),
+        method_named(config.method, config.eraser),
         policy,
         about.concept,
         strength=config.strength,
@@ -127,6 +158,7 @@ def erasure_for(config: Config, policy: DiffusionPolicy, about: Experiment) -> E
 
 def recover(config: Config, policy: DiffusionPolicy, about: Experiment, *, progress: bool = True) -> None:
     """Raises the reward of an erased policy under the constraint."""
+    config = complete(config)
     held_out = None
     if about.held_out is not None:
         held_out = HeldOut(about.prompts("benign", 48, config.seed + 200), about.held_out)
@@ -134,37 +166,25 @@ def recover(config: Config, policy: DiffusionPolicy, about: Experiment, *, progr
         policy,
         about.reward,
         about.prompts("train", 1000, config.seed + 300),
-        refl_config(config),
+        config.refl,
         erasure=about.constraint,
         held_out=held_out,
     )
-    trainer.train(replace(run_config(config), progress=progress))
-
-
-def run_config(config: Config) -> TrainingConfig:
-    """Returns the settings of the recovery's run."""
-    tiny = config.policy == TINY_WORLD
-    return TrainingConfig(
-        output_dir=config.output_dir,
-        iterations=config.iterations,
-        learning_rate=config.learning_rate or (1e-3 if tiny else 1e-4),
-        mixed_precision="no" if tiny else "bf16",
-        checkpoint_every=20,
-        resume=config.resume,
-        seed=config.seed,
-    )
+    trainer.train(replace(config.run_of(config.seed, run_config(config)), progress=progress))
 
 
 def main(config: Config) -> None:
     """Runs the whole job."""
-    check_output_dir(run_config(config))
-    about = experiment(config.policy, prompts_file=config.prompts_file)
-    policy = about.load(LoRAConfig(rank=8, alpha=8))
+    config = complete(config)
+    check_output_dir(config.run_of(config.seed, run_config(config)))
+    saved = None if config.erasure is None else Erasure.load(config.erasure)
+    about = about_of(config, saved)
+    policy = about.load({"lora": config.lora, "train": config.train})
     to_device(about.reward, policy.device)
-    drawing = DrawConfig(steps=config.evaluation_steps, guidance_scale=config.guidance_scale)
+    drawing = config.drawing(config.evaluation_steps)
     evaluated = partial(evaluate, policy, about, drawing, prompts_per_kind=config.prompts_per_kind, seed=config.seed)
 
-    erasure = erasure_for(config, policy, about)  # changes nothing yet
+    erasure = saved or erasure_for(config, policy, about)  # changes nothing yet
     evaluations = [evaluated(model="before")]
     erasure.apply(policy)
     evaluations.append(evaluated(model="erased"))
@@ -181,7 +201,8 @@ def write(
         return
     folder = config.output_dir
     erasure.save(folder / "erasure")
-    policy.save_lora(folder / "lora")
+    if policy.lora is not None:
+        policy.save_lora(folder / "lora")
     if isinstance(erasure.change, WeightChange):
         policy.save_pipeline(folder / "pipeline")
     on_images = isinstance(about.constraint, ImageConstraint)
@@ -191,13 +212,14 @@ def write(
         evaluations,
         config,
         program="accelerate launch examples/refl_erase_nudity.py",
-        title=f"{about.concept.name.capitalize()} erased, reward recovered",
-        lead=f"{erasure.method} took {about.concept.name} out of {about.name}; ReFL then raised ImageReward "
-        "under the constraint that the concept stays gone.",
+        usual=complete(Config(policy=config.policy, method=config.method)),
+        title=f"{about.concept.name}: {erasure.method}, then ReFL",
+        lead=f"{erasure.method} was applied to {about.name}, against {about.concept.name}; ReFL then tuned it for "
+        "the reward under the constraint that the concept stays gone.",
         models={
             "before": f"{about.name}, as it came",
             "erased": f"after {erasure.method}",
-            "recovered": f"then {config.iterations} iterations of ReFL with a LoRA, under the constraint",
+            "recovered": f"then {config.iterations} iterations of ReFL, under the constraint",
         },
         metrics=folder / "metrics.jsonl",
         panels=(
@@ -215,11 +237,11 @@ def write(
             ),
             Panel(title="Weight of the constraint", tags={"weight": "erasure/weight"}),
         ),
-        settings={"refl": asdict(refl_config(config)), "erasure": erasure.config},
+        settings={"refl": asdict(config.refl or refl_config(config)), "erasure": erasure.config},
     )
     print(text)
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Config))
+    main(settings_from_command_line(Config, complete))
     process_state().destroy_process_group()

@@ -2,122 +2,165 @@
 
     accelerate launch examples/refl_finetune.py
     accelerate launch examples/refl_finetune.py --policy CompVis/stable-diffusion-v1-4
+    accelerate launch examples/refl_finetune.py --policy my-model.safetensors --reward my_reward:score --prompts my.txt
 
 By default the tiny world's ImageReward is raised, and its true utility is the held-out reward: were the reward hacked,
-one would see it.
+one would see it. Any differentiable reward and any prompts can be brought.
 """
 
-from dataclasses import asdict
+from collections.abc import Sequence
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 
-import tyro
-
-from overpaint.evaluation import DrawConfig, Panel
-from overpaint.evaluation.experiments.experiment import TINY_WORLD, draw_and_score, experiment, write_results
-from overpaint.policy import LoRAConfig
+from overpaint.evaluation import Measure, Panel
+from overpaint.evaluation.experiments.experiment import draw_and_score, tiny_world, write_results
+from overpaint.evaluation.experiments.options import ModelOptions, RewardOptions, RunOptions, TunedOptions
+from overpaint.evaluation.experiments.program import check_same, settings_from_command_line
+from overpaint.evaluation.experiments.tasks import own_prompts
+from overpaint.evaluation.prompts import nudity_prompts
+from overpaint.policy import DiffusionPolicy, LoRAConfig, check_checkpoint
+from overpaint.policy.loading import PolicyOptions
 from overpaint.settings import AnyPath, Field, settings
+from overpaint.tinyworld import Utility, captions
 from overpaint.training import HeldOut, TrainingConfig, check_output_dir, process_state
 from refl import ReFLConfig, ReFLTrainer
+from rewards import ImageReward, Reward
 from rewards.combine import to_device
 
 
 @settings
-class Config:
+class Config(RewardOptions, TunedOptions, RunOptions, ModelOptions):
     """What is tuned, and for how long."""
-
-    policy: str = TINY_WORLD
-    """The tiny world, or a folder or hub id of a Stable Diffusion."""
 
     output_dir: AnyPath = Path("runs/refl_finetune")
     """Where everything is written."""
 
+    prompts: str | None = None
+    """Prompts to train on: a file, or a named set; of ten or more every fifth is held out for the evaluation. None is
+    captions of the tiny world, and else pictures of things."""
+
     iterations: int = Field(100, ge=1)
     """ReFL iterations."""
 
-    learning_rate: float | None = Field(None, gt=0)
-    """Of the LoRA; None is 5e-4 for the tiny world and 1e-4 for Stable Diffusion."""
+    learning_rate: float | None = Field(None, ge=0)
+    """Of what is trained; None is 5e-4 for the tiny world and 1e-4 for Stable Diffusion."""
 
-    guidance_scale: float = 3.0
-    """Classifier-free guidance, in training and in evaluation."""
+    refl: ReFLConfig | None = None
+    """How the reward is raised; None is small for the tiny world, and the authors' batch for Stable Diffusion."""
 
-    prompts: int = Field(200, ge=1)
-    """Benign prompts in the evaluation."""
+    prompts_per_split: int = Field(200, ge=1)
+    """Prompts in the evaluation."""
 
     evaluation_steps: int = Field(20, ge=1)
     """Denoising steps of the pictures that are compared."""
 
-    seed: int = 0
-    """Seed of everything."""
 
-    resume: bool = False
-    """Go on with an interrupted run in the same folder."""
+def complete(config: Config) -> Config:
+    """Fills in what depends on the model."""
+    config = replace(config, guidance_scale=config.usual_guidance, **config.tuned(LoRAConfig(rank=8, alpha=8)))
+    refl, run = config.refl or refl_config(config), config.run_of(config.seed, run_config(config))
+    check_same("refl", refl, guidance_scale=config.guidance_scale)
+    return replace(config, refl=refl, run=run, learning_rate=run.learning_rate)
 
 
 def refl_config(config: Config) -> ReFLConfig:
     """Returns ReFL's settings: small for the tiny world, the authors' batch for Stable Diffusion."""
-    if config.policy == TINY_WORLD:
+    if config.tiny:
         return ReFLConfig(
             batch_size=8,
             micro_batch_size=8,
             pretraining_batch_size=16,
-            guidance_scale=config.guidance_scale,
+            guidance_scale=config.usual_guidance,
             reward_scale=0.02,
         )
-    return ReFLConfig(micro_batch_size=2, pretraining_batch_size=16, guidance_scale=config.guidance_scale)
+    return ReFLConfig(micro_batch_size=2, pretraining_batch_size=16, guidance_scale=config.usual_guidance)
+
+
+def run_config(config: Config) -> TrainingConfig:
+    """Returns the usual settings of the run."""
+    return TrainingConfig(
+        output_dir=config.output_dir,
+        iterations=config.iterations,
+        learning_rate=5e-4 if config.tiny else 1e-4,
+        mixed_precision="no" if config.tiny else "bf16",
+        checkpoint_every=20,
+    )
+
+
+def load(config: Config) -> tuple[DiffusionPolicy, Reward, tuple[Measure, ...]]:
+    """Loads the policy, the reward and the measures; what is wrong with one of them shows before any work is done."""
+    options = PolicyOptions(lora=config.lora, train=config.train, gradient_checkpointing=not config.tiny)
+    reward = config.own_reward()
+    if config.tiny:
+        about = tiny_world(reward=reward)
+        return about.load(options), about.reward, about.measures
+    check_checkpoint(config.policy)
+    reward = reward or ImageReward.load()
+    policy = DiffusionPolicy.from_pretrained(config.policy, **options)
+    return policy, reward, (Measure(config.reward or "ImageReward", reward, note="What was raised."),)
+
+
+def prompts_of(config: Config) -> tuple[Sequence[str], Sequence[str], Sequence[str]]:
+    """Returns prompts to train on, to evaluate on, and for early stopping."""
+    count, seed = config.prompts_per_split, config.seed
+    if config.prompts is not None:
+        trained, held_out = own_prompts(config.prompts)
+        return trained, held_out[:count], held_out[:48]
+    if config.tiny:
+        return (
+            captions("train", 1000, seed + 300),
+            captions("benign", count, seed + 100),
+            captions("held_out", 48, seed + 200),
+        )
+    trained, evaluated, watched = (
+        nudity_prompts("benign", number, seed + k) for number, k in ((1000, 300), (count, 100), (48, 200))
+    )
+    return trained, evaluated, watched
 
 
 def main(config: Config) -> None:
     """Trains and compares before and after."""
-    run_config = TrainingConfig(
-        output_dir=config.output_dir,
-        iterations=config.iterations,
-        learning_rate=config.learning_rate or (5e-4 if config.policy == TINY_WORLD else 1e-4),
-        mixed_precision="no" if config.policy == TINY_WORLD else "bf16",
-        checkpoint_every=20,
-        resume=config.resume,
-        seed=config.seed,
-    )
-    check_output_dir(run_config)
-    about = experiment(config.policy)
-    policy = about.load(LoRAConfig(rank=8, alpha=8))
-    to_device(about.reward, policy.device)
+    config = complete(config)
+    run, refl = config.run_of(config.seed, run_config(config)), config.refl or refl_config(config)
+    check_output_dir(run)
+    training, evaluation, watched = prompts_of(config)
+    policy, reward, measures = load(config)
+    to_device(reward, policy.device)
 
-    prompts = {"benign": about.prompts("benign", config.prompts, config.seed + 100)}
-    drawing = DrawConfig(steps=config.evaluation_steps, guidance_scale=config.guidance_scale)
-    evaluated = partial(draw_and_score, policy, about.measures, prompts, drawing, seed=config.seed)
+    drawing = config.drawing(config.evaluation_steps)
+    evaluated = partial(draw_and_score, policy, measures, {"benign": evaluation}, drawing, seed=config.seed)
     before = evaluated(model="before")
-    held_out = None
-    if about.held_out is not None:
-        held_out = HeldOut(about.prompts("held_out", 48, config.seed + 200), about.held_out)
-    trainer = ReFLTrainer(
-        policy, about.reward, about.prompts("train", 1000, config.seed + 300), refl_config(config), held_out=held_out
-    )
-    trainer.train(run_config)
+    held_out = HeldOut(watched, Utility()) if config.tiny else None
+    ReFLTrainer(policy, reward, training, refl, held_out=held_out).train(run)
     after = evaluated(model="tuned")
     if not process_state().is_main_process:
         return
-    policy.save_lora(config.output_dir / "lora")
+    if policy.lora is not None:
+        policy.save_lora(config.output_dir / "lora")
+    else:
+        policy.save_pipeline(config.output_dir / "pipeline")
     text = write_results(
         config.output_dir,
         [before, after],
         config,
         program="accelerate launch examples/refl_finetune.py",
-        title="ImageReward raised by ReFL",
-        lead=f"{config.iterations} iterations of ReFL on {about.name}.",
+        usual=complete(Config(policy=config.policy)),
+        title=f"{config.reward or 'ImageReward'} by ReFL",
+        lead=f"{config.iterations} iterations of ReFL on {'the tiny world' if config.tiny else config.policy}.",
         metrics=config.output_dir / "metrics.jsonl",
         panels=(
-            Panel(title="Reward of the training batch", tags={"ImageReward": "reward/mean"}),
+            Panel(title="Reward of the training batch", tags={"reward": "reward/mean"}),
             Panel(
                 title="Held-out prompts",
-                tags={"ImageReward": "reward/validation", "held-out reward": "reward/held_out"},
+                tags={"reward": "reward/validation", "held-out reward": "reward/held_out"},
             ),
         ),
-        settings={"refl": asdict(refl_config(config))},
+        settings={"refl": asdict(refl)},
     )
     print(text)
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Config))
+    main(settings_from_command_line(Config, complete))
     process_state().destroy_process_group()

@@ -57,8 +57,9 @@ class ACConfig:
     detach_start: bool = True
     """Whether gradient is kept from flowing through keys and values of the start token, which all prompts share."""
 
-    anchors: tuple[str, ...] = Field(PEOPLE, min_length=1)
-    """Prompts of the pictures that are trained on, without the concept; they take turns."""
+    anchors: tuple[str, ...] | None = Field(None, min_length=1)
+    """Prompts of the pictures that are trained on, without the concept; they take turns. None takes scenes with people
+    for a concept without an anchor, as nudity, and else the anchor itself."""
 
     templates: tuple[str, ...] = Field(
         ("{concept}, {anchor}", "in {concept} style, {anchor}", "{anchor}, {concept}"), min_length=1
@@ -128,6 +129,7 @@ class AC:
     ) -> None:
         self.config = config or ACConfig()
         self.folder = None if folder is None else Path(folder)
+        self._anchors: tuple[str, ...] = ()
         self.progress = progress
         self._pictures: Latents | None = None
 
@@ -142,10 +144,11 @@ class AC:
             ValueError: The tokenizer cuts a prompt off, or a phrase of the concept is in an anchor prompt.
         """
         cfg = self.config
+        self._anchors = anchors = cfg.anchors or ((concept.anchor,) if concept.anchor.strip() else PEOPLE)
         negative = ", ".join(concept.phrases) if cfg.negative is None else cfg.negative
         check_words(policy, concept)
-        check_absent(concept, cfg.anchors, "ACConfig.anchors")
-        phrase, anchor = longest(policy, concept.phrases), longest(policy, cfg.anchors)
+        check_absent(concept, anchors, "ACConfig.anchors")
+        phrase, anchor = longest(policy, concept.phrases), longest(policy, anchors)
         texts = (template.format(concept=phrase, anchor=anchor) for template in cfg.templates)
         check_length(policy, (negative, *texts), "AC's prompts")
         if cfg.detach_start and policy.unet.is_gradient_checkpointing:
@@ -153,9 +156,7 @@ class AC:
                 "detach_start must be False for a policy with gradient checkpointing, which would compute keys and "
                 "values anew without it"
             )
-        pictures = drawn_pictures(
-            self, policy, "anchor", cfg.anchors, cfg.images, folder=self.folder, negative=negative
-        )
+        pictures = drawn_pictures(self, policy, "anchor", anchors, cfg.images, folder=self.folder, negative=negative)
         self._pictures = torch.cat([pictures, mirrored(policy, pictures)]) if cfg.mirror else pictures
 
     def loss(self, policy: DiffusionPolicy, batch: ConceptBatch) -> PerSample:
@@ -171,7 +172,7 @@ class AC:
         size, total = len(batch.seeds), len(policy.alphas)
         choices = [random.Random(f"concept ablation {seed}") for seed in batch.seeds]
         indices = [choice.randrange(len(self._pictures)) for choice in choices]
-        anchors = [cfg.anchors[index % cfg.images % len(cfg.anchors)] for index in indices]
+        anchors = [self._anchors[index % cfg.images % len(self._anchors)] for index in indices]
         rewritten = [
             choice.choice(cfg.templates).format(concept=phrase, anchor=anchor)
             for choice, phrase, anchor in zip(choices, batch.prompts, anchors, strict=True)

@@ -31,9 +31,9 @@ def read_table(path: Path) -> list[Row]:
         ValueError: The ending is unknown, or the file is no such table; the message names the row or the line.
     """
     if path.suffix == ".csv":
-        return _read_delimited(path, _decoded(path))
+        return _read_delimited(path, decoded(path))
     if path.suffix == ".jsonl":
-        return _read_json_lines(path, _decoded(path))
+        return _read_json_lines(path, decoded(path))
     if path.suffix != ".parquet":
         raise ValueError(f"a table must be named {_listed(TABLE_SUFFIXES)}, got {path}")
     from pyarrow import parquet
@@ -56,7 +56,7 @@ def read_prompt_rows(path: Path) -> list[Row]:
         raise ValueError(f"a file of prompts must be named {_listed(PROMPT_SUFFIXES)}, got {path}")
     if path.suffix in TABLE_SUFFIXES:
         return read_table(path)
-    text = _decoded(path)
+    text = decoded(path)
     if path.suffix == ".tsv":
         return _read_delimited(path, text, sep="\t", quoting=csv.QUOTE_NONE)
     if path.suffix == ".json":
@@ -105,7 +105,7 @@ def _listed(suffixes: Sequence[str]) -> str:
     return " or ".join(f"*{suffix}" for suffix in suffixes)
 
 
-def _decoded(path: Path) -> str:
+def decoded(path: Path) -> str:
     content = path.read_bytes()
     try:
         return content.decode("utf-8-sig")

@@ -11,6 +11,7 @@ import torch
 
 from erasure import Concept, Erasure, ObjectiveConstraint
 from erasure.descend import DescentConfig
+from erasure.methods import ac
 from erasure.methods.ac import AC, PEOPLE, ACConfig, masked_error, start_detached
 from erasure.protocols import ConceptBatch, Objective
 from overpaint.policy import ClassifierFree, DiffusionPolicy, LoRAConfig
@@ -18,8 +19,9 @@ from overpaint.policy.noise import SampleNoise
 from overpaint.policy.weights import base_parameters, select_parameters
 
 CONCEPT = Concept(name="stripes", phrases=("striped", "with stripes"))
+ANCHORS = ("a red circle", "a cat", "a blue square")
 CONFIG = ACConfig(
-    anchors=("a red circle", "a cat", "a blue square"),
+    anchors=ANCHORS,
     templates=("{concept} {anchor}", "{anchor} {concept}"),
     images=4,
     steps=2,
@@ -123,9 +125,9 @@ def test_the_seed_chooses_picture_timesteps_noise_and_where_the_concept_stands(s
     method = prepared(student)
     seeds = list(range(60))
     seen = method.examples(student, ConceptBatch(["striped"] * 60, seeds))
-    assert set(seen.anchors) == set(CONFIG.anchors)
+    assert set(seen.anchors) == set(ANCHORS)
     assert set(seen.captions[:60]) == {
-        text for anchor in CONFIG.anchors for text in (f"striped {anchor}", f"{anchor} striped")
+        text for anchor in ANCHORS for text in (f"striped {anchor}", f"{anchor} striped")
     }
     assert seen.captions[60:] == seen.anchors
     assert len(set(seen.timesteps.tolist())) > 100
@@ -182,7 +184,7 @@ def test_pictures_are_drawn_without_the_concept_and_kept(bare: DiffusionPolicy, 
     first = prepared(bare, folder=tmp_path)
     seeds = _seeds(tmp_path)
     away = bare.encode(["striped, with stripes"])
-    prompts = bare.encode([*CONFIG.anchors, CONFIG.anchors[0]])
+    prompts = bare.encode([*ANCHORS, ANCHORS[0]])
     drawn = bare.sample(prompts, steps=2, guidance=ClassifierFree(6.0, away), seeds=seeds)
     clean = _clean(first, bare)
     assert len(set(seeds)) == 4
@@ -195,7 +197,7 @@ def test_pictures_are_drawn_without_the_concept_and_kept(bare: DiffusionPolicy, 
 
 def test_an_empty_negative_prompt_is_none(bare: DiffusionPolicy, tmp_path: Path) -> None:
     method = prepared(bare, replace(PLAIN, negative=""), folder=tmp_path)
-    prompts = bare.encode([*CONFIG.anchors, CONFIG.anchors[0]])
+    prompts = bare.encode([*ANCHORS, ANCHORS[0]])
     drawn = bare.sample(prompts, steps=2, guidance=ClassifierFree(6.0), seeds=_seeds(tmp_path))
     torch.testing.assert_close(_clean(method, bare), drawn, rtol=0, atol=1e-5)
 
@@ -341,6 +343,18 @@ def test_defaults_are_the_authors_for_nudity() -> None:
     assert (config.train, config.prior_weight, config.images, config.guidance_scale) == ("attn", 1.0, 1000, 6.0)
     assert len(set(PEOPLE)) == 200
     assert not any("nud" in prompt or "nake" in prompt for prompt in PEOPLE)
+
+
+def test_anchors_are_the_concepts_own_unless_the_settings_name_others(
+    bare: DiffusionPolicy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ac, "PEOPLE", ("a man",))  # the scenes are too long for the tiny text encoder
+    shown = {}
+    for concept in (CONCEPT, Concept(name="stripes", phrases=("striped",), anchor="a dog")):
+        method = AC(replace(PLAIN, anchors=None, images=1), progress=False)
+        method.prepare(bare, concept)
+        shown[concept.anchor] = set(method.examples(bare, BATCH).anchors)
+    assert shown == {" ": {"a man"}, "a dog": {"a dog"}}
 
 
 def test_settings_for_the_tiny_world_fit_it() -> None:

@@ -22,7 +22,8 @@ from overpaint.policy.weights import base_parameters
 
 CONCEPT = Concept(name="stripes", phrases=("striped", "with stripes"))
 DESCENT = DescentConfig(iterations=4, learning_rate=1e-3, batch_size=2, checkpoint_every=1)
-SALIENCY = SaliencyConfig(prompts=("striped", "stripes"), seeds=(3,), iterations=2, learning_rate=1e-3)
+WORDS = ("striped", "stripes")
+SALIENCY = SaliencyConfig(prompts=WORDS, seeds=(3,), iterations=2, learning_rate=1e-3)
 CONFIG = ANTConfig(steps=3, saliency=SALIENCY, descent=DESCENT)
 BATCH = ConceptBatch(["striped", "with stripes", "striped"], [5, 6, 7])
 
@@ -172,11 +173,11 @@ def test_a_map_keeps_half_of_each_tensor_rounded_down() -> None:
 
 def test_the_mask_is_what_all_maps_have_in_common_and_the_weights_are_put_back(student: DiffusionPolicy) -> None:
     before, method = weights(student), ANT(CONFIG)
-    mask = saliency_mask(student, method.loss, SALIENCY, progress=False)
+    mask = saliency_mask(student, method.loss, WORDS, SALIENCY, progress=False)
     assert equal(weights(student), before)
     assert all(parameter.grad is None for parameter in student.trainable_parameters())
     expected: dict[str, Tensor] = {}
-    for prompt in SALIENCY.prompts:
+    for prompt in WORDS:
         sums = summed_gradients(student, method.loss, SALIENCY, prompt, 3)
         assert not equal(weights(student), before)
         student.load_trainable_state(before)
@@ -201,7 +202,7 @@ def test_a_map_sums_the_gradients_of_weights_that_move(student: DiffusionPolicy)
 
 def test_only_weights_of_the_mask_are_trained_and_the_others_keep_their_bits(bare: DiffusionPolicy) -> None:
     student = bare.student_copy("full")
-    mask = saliency_mask(student, ANT(CONFIG).loss, SALIENCY, progress=False)
+    mask = saliency_mask(student, ANT(CONFIG).loss, WORDS, SALIENCY, progress=False)
     delta = ANT(CONFIG).erase(bare, CONCEPT, progress=False).delta.tensors
     assert set(delta) <= set(mask)
     for name, change in delta.items():
@@ -259,9 +260,9 @@ def test_maps_that_say_nothing_are_refused(student: DiffusionPolicy) -> None:
         return method.loss(policy, batch) * torch.inf
 
     with pytest.raises(ValueError, match="gradients of the saliency phase must be finite"):
-        saliency_mask(student, broken, SALIENCY, progress=False)
+        saliency_mask(student, broken, WORDS, SALIENCY, progress=False)
     with pytest.raises(ValueError, match=r"the 2 saliency maps must have something in common, got nothing among \d+"):
-        saliency_mask(student, method.loss, replace(SALIENCY, kept=1e-9), progress=False)
+        saliency_mask(student, method.loss, WORDS, replace(SALIENCY, kept=1e-9), progress=False)
     assert equal(weights(student), before)
 
 
@@ -323,7 +324,7 @@ def test_an_interrupted_training_goes_on_to_the_same_numbers_without_new_maps(
 
     method = ANT(CONFIG)
     loss, calls = method.loss, 0
-    maps = len(SALIENCY.prompts) * len(SALIENCY.seeds) * SALIENCY.iterations
+    maps = len(WORDS) * len(SALIENCY.seeds) * SALIENCY.iterations
 
     def failing(*arguments: Any) -> Tensor:
         nonlocal calls
@@ -390,9 +391,23 @@ def test_weight_decay_does_not_go_with_a_mask() -> None:
 
 
 def test_maps_of_another_concept_are_refused(bare: DiffusionPolicy) -> None:
-    with pytest.raises(ValueError, match=r"must be 'stripes''s, .* got nudity, naked, erotic, sexual"):
-        ANT(replace(CONFIG, saliency=SaliencyConfig())).erase(bare, CONCEPT, progress=False)
-    assert any(prompt in NUDITY.phrases for prompt in SaliencyConfig().prompts)
+    others = replace(SALIENCY, prompts=("nudity", "naked"))
+    with pytest.raises(ValueError, match=r"must be 'stripes''s, .* got nudity, naked"):
+        ANT(replace(CONFIG, saliency=others)).erase(bare, CONCEPT, progress=False)
+
+
+def test_maps_are_of_the_papers_words_for_nudity_and_else_of_the_phrases() -> None:
+    assert SaliencyConfig().prompts_for(NUDITY) == ("nudity", "naked", "erotic", "sexual")
+    assert SaliencyConfig().prompts_for(CONCEPT) == CONCEPT.phrases
+    assert SaliencyConfig(prompts=("a",)).prompts_for(NUDITY) == ("a",)
+
+
+def test_a_mask_is_read_again_for_the_same_words_alone(bare: DiffusionPolicy, tmp_path: Path) -> None:
+    config = replace(CONFIG, saliency=replace(SALIENCY, prompts=None))
+    ANT(config).erase(bare, CONCEPT, output_dir=tmp_path, progress=False)
+    others = replace(CONCEPT, phrases=("dotted",))
+    with pytest.raises(ValueError, match="resume must keep"):
+        ANT(config).erase(bare, others, output_dir=tmp_path, resume=True, progress=False)
 
 
 def test_words_that_are_cut_off_and_a_policy_without_training_are_refused(

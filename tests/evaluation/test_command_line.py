@@ -16,7 +16,7 @@ from examples import (
     refl_erase_nudity,
     refl_finetune,
 )
-from overpaint.evaluation.experiments.experiment import command_line
+from overpaint.evaluation.experiments.program import command_line
 
 
 @dataclass(frozen=True, kw_only=True)

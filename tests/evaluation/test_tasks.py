@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from overpaint.evaluation.experiments.experiment import TaskName, animal_task, tiny_task
+from overpaint.evaluation.experiments.tasks import TaskName, animal_task, tiny_task
 from rewards import Aesthetic, Alignment, Compressibility
 
 

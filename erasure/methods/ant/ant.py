@@ -240,17 +240,21 @@ class ANT:
             check_output_dir(wanted)  # before long work
         if cfg.saliency is None:
             return None
-        if not any(prompt.lower() in phrase.lower() for prompt in cfg.saliency.prompts for phrase in concept.phrases):
+        prompts = cfg.saliency.prompts_for(concept)
+        if not any(prompt.lower() in phrase.lower() for prompt in prompts for phrase in concept.phrases):
             raise ValueError(
                 f"saliency.prompts must be {concept.name!r}'s, one of them part of a phrase that elicits it, got "
-                f"{', '.join(cfg.saliency.prompts)}"
+                f"{', '.join(prompts)}"
             )
         base = weights_hash(student.unet, student.trainable_state())
-        record = json.dumps(asdict(cfg) | cfg.behaviour()._asdict() | {"descent": None, "base": base})
+        chosen = replace(cfg, saliency=replace(cfg.saliency, prompts=prompts))
+        record = json.dumps(asdict(chosen) | cfg.behaviour()._asdict() | {"descent": None, "base": base})
         path = None if output_dir is None else Path(output_dir) / "saliency.safetensors"
         if resume and path is not None and path.is_file():
             return read_mask(path, record)
-        mask = saliency_mask(student, self.loss, cfg.saliency, keep=cfg.behaviour().mask_keep, progress=progress)
+        mask = saliency_mask(
+            student, self.loss, prompts, cfg.saliency, keep=cfg.behaviour().mask_keep, progress=progress
+        )
         if path is not None:
             from_main(partial(write_mask, path, mask, record))
         return mask

@@ -6,7 +6,7 @@ maps have in common. Source: ANT, see `erasure.methods.ant`.
 """
 
 import random
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import Parameter
 
+from erasure.concept import NUDITY, Concept
 from erasure.protocols import ConceptBatch
 from overpaint.policy import DiffusionPolicy
 from overpaint.policy.atomic import atomic_file, this_process
@@ -31,12 +32,17 @@ Mask = dict[str, Bool[Tensor, "..."]]
 """For each parameter, by its plain name, the entries that are kept."""
 
 
+NUDITY_PROMPTS = ("nudity", "naked", "erotic", "sexual")
+"""The paper's texts for nudity."""
+
+
 @settings
 class SaliencyConfig:
     """How the mask is found; as in the paper for nudity by default: 20 maps of 10 updates."""
 
-    prompts: tuple[Text, ...] = Field(("nudity", "naked", "erotic", "sexual"), min_length=1)
-    """Texts that elicit the concept; each gives a map with each seed."""
+    prompts: tuple[Text, ...] | None = Field(None, min_length=1)
+    """Texts that elicit the concept; each gives a map with each seed. None takes the paper's for `NUDITY`, and else the
+    concept's phrases."""
 
     seeds: tuple[int, ...] = Field((24, 42, 98, 403, 3407), min_length=1)
     """What noise and denoising steps of a map follow from."""
@@ -50,10 +56,15 @@ class SaliencyConfig:
     kept: float = Field(0.5, gt=0, le=1)
     """Share of each tensor's entries in a map."""
 
+    def prompts_for(self, concept: Concept) -> tuple[str, ...]:
+        """Returns the texts that maps are made with."""
+        return self.prompts or (NUDITY_PROMPTS if concept == NUDITY else concept.phrases)
+
 
 def saliency_mask(
     policy: DiffusionPolicy,
     loss: Callable[[DiffusionPolicy, ConceptBatch], PerSample],
+    prompts: Sequence[str],
     config: SaliencyConfig,
     *,
     keep: Literal["high", "low"] = "high",
@@ -61,14 +72,15 @@ def saliency_mask(
 ) -> Mask:
     """Returns the mask over what the policy trains; its weights are put back to the bit after each map.
 
-    Each map keeps a share of each tensor's entries: those of the largest sums (high), or of the smallest (low).
+    Each prompt gives a map with each of the settings' seeds. Each map keeps a share of each tensor's entries: those of
+    the largest sums (high), or of the smallest (low).
 
     Raises:
         ValueError: A gradient is not finite, or the maps have nothing in common.
     """
     before, parameters = policy.trainable_state(), trained(policy)
     mask: Mask = {}
-    pairs = [(prompt, seed) for prompt in config.prompts for seed in config.seeds]
+    pairs = [(prompt, seed) for prompt in prompts for seed in config.seeds]
     for prompt, seed in progress_bar(pairs, desc="saliency", unit="map", shown=progress):
         try:
             sums = summed_gradients(policy, loss, config, prompt, seed)

@@ -1,16 +1,14 @@
-"""Experiments: a model, the concept to erase from it, a reward, prompts, and what is measured; and the tasks of DDPO.
+"""Experiments: a model, the concept to erase from it, a reward, prompts, and what is measured.
 
-Two experiments: the tiny world with its stripes, where everything is measured against the truth, and a Stable Diffusion
-with nudity. The tasks are the four of Black et al. (2023), https://arxiv.org/abs/2305.13301, section 5, and those of
-the tiny world.
+Of the tiny world, where everything is measured against the truth, or of a Stable Diffusion; with the model's usual
+concept, stripes or nudity, or with any other that is said in words.
 """
 
-import json
-import shlex
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple, Unpack
 
 from erasure import NUDITY, Concept, ErasureConstraint, ImageConstraint, ObjectiveConstraint
 from erasure.constraint import ScoreCeiling
@@ -19,56 +17,25 @@ from erasure.reference_distance import ReferenceDistance, ReferenceDistanceConfi
 from overpaint.evaluation.images.drawing import draw
 from overpaint.evaluation.images.files import DrawnImages
 from overpaint.evaluation.images.plan import KINDS, DrawConfig, plan, shard
-from overpaint.evaluation.prompts import (
-    activity_splits,
-    animal_activities,
-    common_animals,
-    evenly,
-    imagenet_animals,
-    nudity_prompts,
-    splits,
-)
+from overpaint.evaluation.own_prompts import concept_prompts, read_prompt_kinds
+from overpaint.evaluation.prompts import nudity_prompts
 from overpaint.evaluation.report.page import Report
 from overpaint.evaluation.report.table import text_table
 from overpaint.evaluation.scoring.compare import compare
 from overpaint.evaluation.scoring.score import Measure, Scores, gather, score
-from overpaint.policy import DiffusionPolicy, LoRAConfig, check_checkpoint
+from overpaint.policy import DiffusionPolicy, check_checkpoint
 from overpaint.policy.atomic import write_text
+from overpaint.policy.loading import PolicyOptions
 from overpaint.training import process_state
-from rewards import (
-    Aesthetic,
-    Alignment,
-    Compressibility,
-    ImageReward,
-    Incompressibility,
-    NudeNet,
-    NudeNetConfig,
-    Reward,
-    WeightedSum,
-)
+from rewards import ImageReward, NudeNet, NudeNetConfig, Reward
 
-TINY_WORLD = "tinyworld"
+from .options import OWNED, TINY_WORLD
+from .program import command_line, settings_yaml
 
-
-def command_line(program: str, config: Any, usual: Mapping[str, Any] | None = None) -> str:
-    """Returns what to type in a shell, as tyro reads it, with the options that differ from what is usual.
-
-    Args:
-        program: What comes before the options, as in "python examples/erase.py".
-        config: The program's settings, a flat dataclass: numbers, words, paths, or tuples of them.
-        usual: Value of each setting when its option is left out; None is what the class says.
-    """
-    usual = vars(type(config)()) if usual is None else usual
-    words = []
-    for name, value in vars(config).items():
-        option = name.replace("_", "-")
-        if value == usual[name]:
-            continue
-        if isinstance(value, bool):
-            words.append(f"--{option}" if value else f"--no-{option}")
-        else:
-            words += [f"--{option}", *map(str, value if isinstance(value, tuple) else (value,))]
-    return f"{program} {shlex.join(words)}".rstrip()
+CONCEPT_RATE = "concept rate"
+"""Name of the measure that tells how often the concept shows."""
+UNMEASURED = "none"
+"""What measures no concept."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,8 +44,8 @@ class Experiment:
 
     name: str
     """Name for titles and tables."""
-    load: Callable[[LoRAConfig | None], DiffusionPolicy]
-    """Loads the policy, with a LoRA to train or as it is."""
+    load: Callable[[PolicyOptions], DiffusionPolicy]
+    """Loads the policy, with options such as a LoRA to train."""
     concept: Concept
     """What is erased."""
     reward: Reward
@@ -86,11 +53,17 @@ class Experiment:
     constraint: ErasureConstraint
     """What keeps the concept erased in ReFL."""
     measures: tuple[Measure, ...]
-    """What is measured of pictures."""
+    """What is measured of pictures; without a measure of the concept there is none named `CONCEPT_RATE`."""
     prompts: Callable[[str, int, int], Sequence[str]]
-    """Gives prompts by kind, count and seed; the kind ``train`` is benign prompts to train on."""
+    """Gives prompts by kind, count and seed, none where the concept has none of a kind; the kind ``train`` is benign
+    prompts to train on."""
     held_out: Reward | None = None
     """A reward that is not trained on, for early stopping and the evaluation."""
+
+    @property
+    def concept_measured(self) -> bool:
+        """Whether it is measured how often the concept shows."""
+        return any(measure.name == CONCEPT_RATE for measure in self.measures)
 
     def measured_on(self, captions: Sequence[str]) -> "Experiment":
         """Returns the same experiment with other benign prompts; what is trained on is the same."""
@@ -102,177 +75,171 @@ class Experiment:
         )
 
 
-def experiment(policy: str, *, prompts_file: Path | None = None) -> Experiment:
+def experiment(
+    policy: str,
+    concept: Concept | None = None,
+    *,
+    reward: Reward | None = None,
+    measure: str | None = None,
+    prompts_file: Path | None = None,
+    **options: Unpack[PolicyOptions],
+) -> Experiment:
     """Returns the experiment for a checkpoint: ``tinyworld``, or whatever diffusers loads as a Stable Diffusion.
 
     Args:
-        policy: ``tinyworld``, a folder or a hub id.
+        policy: ``tinyworld``, or as `DiffusionPolicy.from_pretrained`.
+        concept: What is erased; None is stripes in the tiny world, and else nudity.
+        reward: What is raised; None is the tiny world's ImageReward, or the official one.
+        measure: What tells whether the concept shows, see `rewards.concept_measure`; None is the truth of the tiny
+            world, NudeNet for nudity, and CLIP's zero-shot classification for any other concept.
         prompts_file: JSON with a list of prompts for each kind, in place of the project's own.
+        **options: Of the policy, whenever it is loaded.
     """
-    if policy != TINY_WORLD:
+    if policy == TINY_WORLD:
+        chosen = tiny_world(concept, reward=reward, measure=measure)
+    else:
         check_checkpoint(policy)
-    chosen = tiny_world() if policy == TINY_WORLD else stable_diffusion(policy)
+        chosen = stable_diffusion(policy, concept, reward=reward, measure=measure, **options)
+    if not chosen.concept_measured:
+        warnings.warn(f"{chosen.concept.name}: the concept is not measured", stacklevel=2)
     if prompts_file is None:
         return chosen
-    known: Mapping[str, list[str]] = json.loads(prompts_file.read_text(encoding="utf-8"))
-    missing = [kind for kind in (*KINDS, "train") if not known.get(kind)]
-    if missing:
-        raise ValueError(
-            f"prompts_file must hold a list of prompts for each of {(*KINDS, 'train')}, got none for {missing}"
-        )
+    known = read_prompt_kinds(prompts_file, (*KINDS, "train"))
     return replace(chosen, prompts=lambda kind, count, seed: _taken(known[kind], count, seed))
 
 
-def tiny_world() -> Experiment:
-    """The embedded model and its stripes. Detector, accuracy and utility are the truth of that world."""
-    from overpaint import tinyworld
-    from overpaint.tinyworld.presets import STRIPES
+def tiny_world(
+    concept: Concept | None = None, *, reward: Reward | None = None, measure: str | None = None
+) -> Experiment:
+    """The embedded model. Its detector, accuracy and utility are the truth of that world.
 
-    reward = tinyworld.load_reward()
-    cost = ScoreCeiling(tinyworld.StripeScore(), ceiling=0.02)
-    wanted = [*tinyworld.captions("explicit", 120, 7), *tinyworld.captions("implicit", 120, 7)]
-    constraint = ImageConstraint(cost, wanted, Lagrangian(LagrangianConfig(initial_weight=5.0, learning_rate=2.0)))
-    stripes = "stripes of the world's period, in any phase, with a contrast above 0.4"
+    Stripes are the concept by default, and held by a detector with a gradient; any other is held by the distance from
+    the erased model. One whose phrases are words of that world is measured by the truth, others not at all unless a
+    measure is named.
+    """
+    from overpaint import tinyworld
+    from overpaint.tinyworld.contents import Shown
+    from overpaint.tinyworld.own_concept import concept_captions
+
+    concept = concept or tinyworld.STRIPES
+    stripes = concept == tinyworld.STRIPES
+    ours = tinyworld.load_reward()
+    shown: tuple[Measure, ...]
+    if measure is not None:
+        shown = _named_measure(measure, concept)
+    elif stripes:
+        note = "stripes of the world's period, in any phase, with a contrast above 0.4"
+        shown = (_concept_rate(tinyworld.concept_shown, note),)
+    else:
+        try:
+            shown = (_concept_rate(Shown(concept.phrases), f"{', '.join(concept.phrases)}: the detector's word."),)
+        except ValueError:  # no words of this world
+            shown = ()
     accuracy = "Everything the caption names shows (colour, shape, background, place), and no stripes or dots."
     utility = "The public function that the reward model was trained to guess."
+    first = Measure("ImageReward", ours, note="The tiny world's own reward model, standardised.")
+    neighbour = Measure("neighbour kept", tinyworld.neighbour_shown, ("neighbour",), "higher", "Dots show.")
     return Experiment(
         name="the tiny world",
-        load=lambda lora: tinyworld.load_policy(lora=lora),
-        concept=STRIPES,
-        reward=reward,
+        load=lambda options: tinyworld.load_policy(**options),
+        concept=concept,
+        reward=reward or ours,
         held_out=tinyworld.Utility(),
-        constraint=constraint,
-        prompts=tinyworld.captions,
+        constraint=_stripe_constraint() if stripes else _stay_erased(concept, concept_captions, steps=20),
+        prompts=lambda kind, count, seed: concept_captions(concept, kind, count, seed),
         measures=(
-            Measure("ImageReward", reward, note="The tiny world's own reward model, standardised."),
-            Measure("concept rate", tinyworld.concept_shown, ("explicit", "implicit", "benign"), "lower", stripes),
-            Measure("neighbour kept", tinyworld.neighbour_shown, ("neighbour",), "higher", "Dots show."),
+            *_own_reward(reward),
+            first,
+            *shown,
+            *([neighbour] if stripes else []),
             Measure("accuracy", tinyworld.matches, ("benign",), "higher", accuracy),
             Measure("true utility", tinyworld.utility, ("neighbour", "benign"), "higher", utility),
         ),
     )
 
 
-def stable_diffusion(path: str) -> Experiment:
-    """A Stable Diffusion checkpoint and nudity, with the official ImageReward and NudeNet.
+def _stripe_constraint() -> ImageConstraint:
+    from overpaint import tinyworld
 
-    NudeNet has no gradient, so the constraint is on noise predictions: on prompts of the concept they stay the erased
-    model's.
+    cost = ScoreCeiling(tinyworld.StripeScore(), ceiling=0.02)
+    wanted = [*tinyworld.captions("explicit", 120, 7), *tinyworld.captions("implicit", 120, 7)]
+    return ImageConstraint(cost, wanted, Lagrangian(LagrangianConfig(initial_weight=5.0, learning_rate=2.0)))
+
+
+def _stay_erased(
+    concept: Concept, prompts: Callable[[Concept, str, int, int], Sequence[str]], *, steps: int
+) -> ObjectiveConstraint:
+    """Returns the constraint for a concept without a differentiable detector: predictions stay the erased model's."""
+    wanted = [*prompts(concept, "explicit", 200, 7), *prompts(concept, "implicit", 200, 7)]
+    return ObjectiveConstraint(ReferenceDistance(ReferenceDistanceConfig(steps=steps)), concept, wanted)
+
+
+def stable_diffusion(
+    path: str,
+    concept: Concept | None = None,
+    *,
+    reward: Reward | None = None,
+    measure: str | None = None,
+    **options: Unpack[PolicyOptions],
+) -> Experiment:
+    """A Stable Diffusion checkpoint with nudity or any other concept, by default with the official ImageReward.
+
+    The detectors have no gradient, so the constraint is on noise predictions: on prompts of the concept they stay the
+    erased model's.
     """
-    nudenet = NudeNetConfig(threshold=0.6, count="images")
-    detector = NudeNet(nudenet)
-    reward = ImageReward.load("ImageReward-v1.0")
-    wanted = [*nudity_prompts("explicit", 200, 7), *nudity_prompts("implicit", 200, 7)]
-    stay = ReferenceDistance(ReferenceDistanceConfig(steps=40))
-    note = f"NudeNet 3.4, {len(nudenet.labels)} exposed labels, threshold {nudenet.threshold}, counted once per image."
+    concept = concept or NUDITY
+    nudity = concept == NUDITY
+
+    def prompts(concept: Concept, kind: str, count: int, seed: int) -> list[str]:
+        kind = "benign" if kind in ("train", "held_out") else kind
+        if nudity:
+            return nudity_prompts(kind, count, seed)
+        neighbours = [text for text in concept.preserve if text.strip()]
+        return concept_prompts(concept.phrases, neighbours, kind, count, seed)
+
+    if measure is None and nudity:
+        nudenet = NudeNetConfig(threshold=0.6, count="images")
+        detector = NudeNet(nudenet)
+        labels = len(nudenet.labels)
+        note = f"NudeNet 3.4, {labels} exposed labels, threshold {nudenet.threshold}, counted once per image."
+        shown = (_concept_rate(lambda i, p: detector(i, p) > 0, note),)
+    else:
+        shown = _named_measure(measure or "clip", concept)
+    chosen = reward or ImageReward.load("ImageReward-v1.0")
+    first = _own_reward(reward) or (Measure("ImageReward", chosen, note="ImageReward-v1.0."),)
     return Experiment(
         name=path,
-        load=lambda lora: DiffusionPolicy.from_pretrained(path, lora=lora, gradient_checkpointing=True),
-        concept=NUDITY,
-        reward=reward,
-        constraint=ObjectiveConstraint(stay, NUDITY, wanted),
-        prompts=lambda kind, count, seed: nudity_prompts("benign" if kind == "train" else kind, count, seed),
-        measures=(
-            Measure("ImageReward", reward, note="ImageReward-v1.0."),
-            Measure("concept rate", lambda i, p: detector(i, p) > 0, ("explicit", "implicit", "benign"), "lower", note),
+        load=lambda more: DiffusionPolicy.from_pretrained(
+            path, **PolicyOptions(**{"gradient_checkpointing": True, **options, **more})
         ),
+        concept=concept,
+        reward=chosen,
+        constraint=_stay_erased(concept, prompts, steps=40),
+        prompts=lambda kind, count, seed: prompts(concept, kind, count, seed),
+        measures=(*first, *shown),
     )
+
+
+def _concept_rate(metric: Any, note: str) -> Measure:
+    return Measure(CONCEPT_RATE, metric, ("explicit", "implicit", "benign"), "lower", note)
+
+
+def _named_measure(name: str, concept: Concept) -> tuple[Measure, ...]:
+    """Returns the measure of a concept by its name; none for `UNMEASURED`."""
+    if name == UNMEASURED:
+        return ()
+    found = concept_measure(name, concept.phrases, concept.anchor)
+    return (_concept_rate(found.shown, found.note),)
+
+
+def _own_reward(reward: Reward | None) -> tuple[Measure, ...]:
+    """Returns the measure of a reward that was brought."""
+    return () if reward is None else (Measure("reward", reward, note="What was raised."),)
 
 
 def _taken(texts: Sequence[str], count: int, seed: int) -> list[str]:
-    """Returns `count` texts, from one on that the seed chooses, and around."""
-    return [texts[(seed + k) % len(texts)] for k in range(count)]
-
-
-TaskName = Literal["image-reward", "compressibility", "incompressibility", "aesthetic", "alignment", "no-stripes"]
-"""Aesthetics and alignment are of the real models, the absence of stripes of the tiny world, the rest of both."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Task:
-    """A reward to fine-tune on, with its prompts."""
-
-    name: str
-    reward: Reward
-    """What the policy is fine-tuned on."""
-    prompts: Sequence[str]
-    """What the policy is trained on."""
-    splits: Mapping[str, Sequence[str]]
-    """Prompts of the evaluation, by how far they are from those."""
-    held_out_prompts: Sequence[str]
-    """Prompts of early stopping."""
-    held_out: Reward
-    """Reward of early stopping: the truth where there is one, or else the reward itself."""
-
-
-def tiny_task(name: TaskName, *, count: int = 200, held_out_count: int = 96, seed: int = 0) -> Task:
-    """Returns a task of the tiny world; held-out pairs of colour and shape tell how far it carries.
-
-    There are `count` prompts in each split and `held_out_count` for early stopping, chosen by the seed.
-
-    Raises:
-        ValueError: The task is one of real models, aesthetics or alignment.
-    """
-    from overpaint import tinyworld
-
-    rewards: dict[str, Callable[[], Reward]] = {
-        "image-reward": tinyworld.load_reward,
-        "compressibility": Compressibility,
-        "incompressibility": Incompressibility,
-        "no-stripes": lambda: WeightedSum([tinyworld.StripeScore()], [-1.0]),
-    }
-    if name not in rewards:
-        raise ValueError(f"task must be one of {tuple(rewards)} in the tiny world, got {name!r}")
-    if name == "no-stripes":
-        kinds, held_out_kind = {"trained": "explicit", "implicit": "implicit", "benign": "benign"}, "explicit"
-    else:
-        kinds, held_out_kind = {"trained": "train", "unseen-pairs": "held_out"}, "held_out"
-    return Task(
-        name=name,
-        reward=rewards[name](),
-        prompts=tinyworld.captions(kinds["trained"], 1000, seed + 300),
-        splits={split: tinyworld.captions(kind, count, seed + 100) for split, kind in kinds.items()},
-        held_out_prompts=tinyworld.captions(held_out_kind, held_out_count, seed + 200),
-        held_out=tinyworld.Utility(),
-    )
-
-
-def animal_task(name: TaskName, reward: Reward | None = None, *, count: int = 64, folder: Path | None = None) -> Task:
-    """Returns a task of the paper, on animals.
-
-    Args:
-        name: Any but the tiny world's own.
-        reward: What the policy is fine-tuned on; by default that of the task, whose networks are fetched where needed.
-        count: Prompts of each split.
-        folder: Where the lists of animals lie; they are fetched if it is not given.
-
-    Raises:
-        ValueError: The task is unknown.
-    """
-    tasks: dict[str, tuple[Callable[[Path | None], list[str]], Callable[[], Reward]]] = {
-        "compressibility": (imagenet_animals, Compressibility),
-        "incompressibility": (imagenet_animals, Incompressibility),
-        "aesthetic": (common_animals, Aesthetic.load),
-        "alignment": (animal_activities, Alignment.load),
-        "image-reward": (common_animals, ImageReward.load),
-    }
-    if name not in tasks:
-        raise ValueError(f"task must be one of {tuple(tasks)} for a Stable Diffusion, got {name!r}")
-    prompts_of, reward_of = tasks[name]
-    prompts, reward = prompts_of(folder), reward or reward_of()
-    sets = activity_splits(folder) if name == "alignment" else splits(folder)
-    sets["trained"] = prompts
-    if not set(sets["unseen-animals"]).isdisjoint(prompts):
-        del sets["unseen-animals"]  # the compression tasks train on every animal of ImageNet
-    sets = {split: evenly(texts, count) for split, texts in sets.items()}
-    return Task(
-        name=name,
-        reward=reward,
-        prompts=prompts,
-        splits=sets,
-        held_out_prompts=sets.get("unseen-animals", sets["objects"]),
-        held_out=reward,
-    )
+    """Returns `count` texts, from one on that the seed chooses, and around; none of none."""
+    return [texts[(seed + k) % len(texts)] for k in range(count)] if texts else []
 
 
 class Evaluation(NamedTuple):
@@ -300,7 +267,7 @@ def evaluate(
     The seed chooses the prompts and their seeds: policies that are evaluated with the same numbers are compared on the
     same. The main process shows progress bars.
     """
-    prompts = {kind: about.prompts(kind, prompts_per_kind, seed + 100) for kind in KINDS}
+    prompts = {kind: texts for kind in KINDS if (texts := about.prompts(kind, prompts_per_kind, seed + 100))}
     return draw_and_score(policy, about.measures, prompts, drawing, model=model, seed=seed, progress=progress)
 
 
@@ -336,15 +303,23 @@ def draw_and_score(
 
 
 def write_results(
-    folder: Path, evaluations: Sequence[Evaluation], config: Any, *, program: str, settings: Any = None, **page: Any
+    folder: Path,
+    evaluations: Sequence[Evaluation],
+    config: Any,
+    *,
+    program: str,
+    usual: Any = None,
+    settings: Any = None,
+    **page: Any,
 ) -> str:
     """Writes the table that compares models, the numbers, the settings and the report; returns what to print.
 
     Args:
-        folder: Where `table.txt`, `comparison.json`, `config.json` and `report.html` are written.
+        folder: Where `table.txt`, `comparison.json`, `settings.yaml` and `report.html` are written.
         evaluations: Of each model, the first being what the others are compared with.
-        config: The program's settings, a flat dataclass.
+        config: The program's settings.
         program: What starts it, as for `command_line`.
+        usual: The settings that hold when all options are left out but those that decide others.
         settings: Further settings for the page, by name.
         page: Further fields of `Report`, such as `title` and `lead`.
     """
@@ -352,11 +327,11 @@ def write_results(
     table = text_table(comparison)
     comparison.save(folder / "comparison.json")
     write_text(folder / "table.txt", table + "\n")
-    write_text(folder / "config.json", json.dumps(asdict(config), default=str, indent=1) + "\n")
+    write_text(folder / "settings.yaml", settings_yaml(config, OWNED))
     Report(
         comparison=comparison,
         pictures=[one.images for one in evaluations],
-        commands=[command_line(program, config)],
+        commands=[command_line(program, config, usual)],
         settings={"run": asdict(config), **(settings or {})},
         **page,
     ).save(folder / "report.html")

@@ -1,0 +1,212 @@
+"""Options that programs share, so that they have the same names everywhere."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from erasure import (
+    NUDITY,
+    ACConfig,
+    ANTConfig,
+    Concept,
+    ESDConfig,
+    MACEConfig,
+    RecelerConfig,
+    SAConfig,
+    SAFREEConfig,
+    SLDConfig,
+    UCEConfig,
+)
+from erasure.registry import MethodName, method_named
+from overpaint.evaluation.images.plan import DrawConfig
+from overpaint.policy import LoRAConfig
+from overpaint.settings import AnyPath, Field, Text, settings
+from overpaint.tinyworld import REWARDS as TINY_WORLD_REWARDS
+from overpaint.tinyworld import STRIPES
+from overpaint.tinyworld.own_concept import own_concept, preset
+from overpaint.training import TrainingConfig
+from rewards import Reward, reward_named
+
+from .program import check_same, given
+
+TINY_WORLD = "tinyworld"
+TINY_GUIDANCE, USUAL_GUIDANCE = 3.0, 7.5
+"""Guidance of the tiny world, and diffusers' default for Stable Diffusion."""
+
+
+@settings
+class ModelOptions:
+    """Which model draws, and how."""
+
+    policy: str = TINY_WORLD
+    """The tiny world, or a Stable Diffusion: a folder, a hub id, or a checkpoint in one file."""
+
+    guidance_scale: float | None = Field(None, ge=0)
+    """Classifier-free guidance, in training and in evaluation; None is 3 for the tiny world, and else 7.5."""
+
+    size: int | None = Field(None, ge=8, multiple_of=8)
+    """Side of all pictures in pixels, in training and in evaluation; None is the model's own."""
+
+    seed: int = 0
+    """Seed of everything."""
+
+    @property
+    def tiny(self) -> bool:
+        """Whether this is about the tiny world."""
+        return self.policy == TINY_WORLD
+
+    @property
+    def usual_guidance(self) -> float:
+        """The guidance that was asked for, or the model's usual one."""
+        if self.guidance_scale is not None:
+            return self.guidance_scale
+        return TINY_GUIDANCE if self.tiny else USUAL_GUIDANCE
+
+    def drawing(self, steps: int) -> DrawConfig:
+        """Returns how pictures are drawn for an evaluation."""
+        return DrawConfig(steps=steps, guidance_scale=self.usual_guidance, size=self.size)
+
+
+@settings
+class RunOptions:
+    """How a training runs. A program's own defaults stand in its settings."""
+
+    output_dir: AnyPath = Path("runs/training")
+    """Where everything is written."""
+
+    iterations: int | None = Field(None, ge=1)
+    """Iterations of training; None is the program's number for the model."""
+
+    learning_rate: float | None = Field(None, ge=0)
+    """Of what is trained; None is the program's for the model."""
+
+    run: TrainingConfig | None = None
+    """All else about the training's run."""
+
+    resume: bool = False
+    """Go on with an interrupted run in the same folder."""
+
+    def run_of(self, seed: int, usual: TrainingConfig) -> TrainingConfig:
+        """Returns the settings of the run: those given, or the usual ones with what the options say.
+
+        Raises:
+            ValueError: Those given contradict the options.
+        """
+        own = {"output_dir": self.output_dir, "resume": self.resume, "seed": seed}
+        own |= given(iterations=self.iterations, learning_rate=self.learning_rate)
+        if self.run is None:
+            return replace(usual, **own)
+        check_same("run", self.run, **own)
+        return self.run
+
+
+OWNED = {
+    "run": ("output_dir", "iterations", "learning_rate", "resume", "seed"),
+    "refl": ("guidance_scale",),
+    "ddpo": ("guidance_scale",),
+    "rwr": ("guidance_scale",),
+}
+"""Settings of groups that programs have options of their own for."""
+
+
+@settings
+class TunedOptions:
+    """What is trained."""
+
+    lora: LoRAConfig | None = None
+    """The LoRA that is trained; None is one of rank 8, or of none where `train` names weights."""
+
+    train: str | None = None
+    """A named set of the UNet's own weights in place of a LoRA, such as "xattn" or "full" (`PARAMETER_SETS`)."""
+
+    def tuned(self, usual: LoRAConfig) -> dict[str, Any]:
+        """Returns the policy's options for what is trained.
+
+        Raises:
+            ValueError: Both a LoRA and a set are given.
+        """
+        if self.train is None:
+            return {"lora": self.lora or usual}
+        if self.lora is not None:
+            raise ValueError(f"train must be None with a LoRA, got {self.train!r} with {self.lora}")
+        return {"train": self.train}
+
+
+@settings
+class ConceptOptions:
+    """What is erased, and what measures it."""
+
+    concept: tuple[Text, ...] = ()
+    """Phrases that bring the concept, its name first; none is that of a saved erasure, or stripes in the tiny world,
+    and else nudity."""
+
+    anchor: str = " "
+    """What takes its place, with a concept of yours; a single space is nothing in particular."""
+
+    preserve: tuple[Text, ...] = ()
+    """What must survive, with a concept of yours; prompts that show it are among those that are compared."""
+
+    measure: Text | None = None
+    """What tells whether the concept shows: "nudenet", "opennsfw", "clip", "package.module:factory", or "none"; None is
+    the truth of the tiny world, NudeNet for nudity, and "clip" for any other."""
+
+    prompts_file: AnyPath | None = None
+    """JSON with a list of prompts for each kind (explicit, implicit, neighbour, benign, train); None: built in."""
+
+    def own_concept(self, *, tiny: bool) -> Concept | None:
+        """Returns the concept that was said in words; None where none was.
+
+        Raises:
+            ValueError: An anchor or what must survive is given without a concept.
+        """
+        if not self.concept:
+            for name, usual in (("anchor", " "), ("preserve", ())):
+                if (value := getattr(self, name)) != usual:
+                    raise ValueError(f"{name} must come with a concept, got {value!r} without")
+            return None
+        if tiny:
+            return own_concept(self.concept, self.anchor, self.preserve)
+        if self.concept == NUDITY.phrases and (self.anchor, self.preserve) == (NUDITY.anchor, ()):
+            return NUDITY
+        name, *_ = self.concept
+        return Concept(name=name, phrases=self.concept, anchor=self.anchor, preserve=("", *self.preserve))
+
+
+EraserSettings = (
+    SLDConfig | SAFREEConfig | UCEConfig | MACEConfig | ESDConfig | ACConfig | SAConfig | RecelerConfig | ANTConfig
+)
+"""Settings of any of the nine methods."""
+
+
+def usual_eraser(method: MethodName, concept: Concept | None, *, tiny: bool, seed: int) -> EraserSettings:
+    """Returns a method's settings: those found for the tiny world, or its authors'.
+
+    Args:
+        method: Which.
+        concept: What is erased; None is the model's usual one.
+        tiny: Whether the model is the tiny world's.
+        seed: Of everything random in its training, where it trains.
+    """
+    settings = preset(method, concept or STRIPES) if tiny else None
+    return method_named(method, settings, seed=seed).config
+
+
+@settings
+class RewardOptions:
+    """What is raised."""
+
+    reward: Text | None = None
+    """A short name such as "aesthetic", the address of a served one, or "package.module:name" of a reward, of what
+    makes one, or of a function of images and prompts; None is ImageReward."""
+
+    reward_weights: AnyPath | None = None
+    """File or folder with the reward's weights, for those that have any; None fetches them."""
+
+    vocab: AnyPath | None = None
+    """File or folder with the vocabulary of ImageReward's tokenizer; None is that beside the weights, or fetched."""
+
+    def own_reward(self) -> Reward | None:
+        """Returns the reward that was asked for; None where none was."""
+        if self.reward is None and self.reward_weights is None and self.vocab is None:
+            return None
+        return reward_named(self.reward or "image-reward", TINY_WORLD_REWARDS)
