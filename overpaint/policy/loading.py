@@ -106,13 +106,20 @@ def _load_file(path: str | Path, options: dict[str, Any], config: str | Path | N
     else:
         single_file.check_tensors(shapes, str(path))
         folder = str(_configuration(single_file.configuration_of(shapes), path, config))
+    lacking = f"{path} must hold every weight that its configuration has, and lacks some"
     try:
         with _errors_only(of_diffusers):  # which warns of layers to keep in float32, and names none
-            return StableDiffusionPipeline.from_single_file(str(path), config=folder, **NO_SAFETY_CHECKER, **options)
+            pipeline = StableDiffusionPipeline.from_single_file(
+                str(path), config=folder, **NO_SAFETY_CHECKER, **options
+            )
     except OSError as error:
         raise ValueError(f"the checkpoint must be a .safetensors or .ckpt file, and {path} is neither") from error
-    except NotImplementedError as error:  # a tensor that is not in the file has no data that could be converted
-        raise ValueError(f"{path} must hold every weight that its configuration has, and lacks some") from error
+    except NotImplementedError as error:  # what the file does not hold has no data that could be converted
+        raise ValueError(lacking) from error
+    networks = (pipeline.unet, pipeline.vae, pipeline.text_encoder)
+    if any(parameter.is_meta for network in networks for parameter in network.parameters()):
+        raise ValueError(lacking)
+    return pipeline
 
 
 @contextmanager

@@ -10,6 +10,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from .takeover import check_unet
 
 FIRST_CONVOLUTION = "model.diffusion_model.input_blocks.0.0.weight"
@@ -48,17 +50,24 @@ def tensor_shapes(file: Path) -> dict[str, tuple[int, ...]]:
         UnreadableError: It is no such file.
         ValueError: It is a pickle that holds more than tensors and plain values.
     """
+    read = _of_safetensors if file.suffix == ".safetensors" else _of_pickle
     try:
-        return _of_safetensors(file) if file.suffix == ".safetensors" else _of_pickle(file)
-    except pickle.UnpicklingError as error:
-        named = re.search(r"GLOBAL (\S+)|Unsupported (?:global|class) (\S+)", str(error))
-        what = next(filter(None, named.groups())) if named else "what torch.load(weights_only=True) refuses"
+        state = read(file)
+    except Exception as error:  # bytes that are something else can make either library raise anything
+        code = re.search(r"GLOBAL (\S+)", str(error)) if isinstance(error, pickle.UnpicklingError) else None
+        if code is None:
+            raise UnreadableError(
+                f"the checkpoint must be a .safetensors or .ckpt file, and {file} is neither"
+            ) from error
         raise ValueError(
-            f"the checkpoint must hold tensors and plain values only, as anything else in a pickle can run code, and "
-            f"{file} holds {what}; get it as .safetensors"
+            "the checkpoint must hold tensors and plain values only, as anything else in a pickle can run code, and "
+            f"{file} holds {code[1]}; get it as .safetensors"
         ) from error
-    except (OSError, RuntimeError, EOFError, _safetensors_error()) as error:
-        raise UnreadableError(f"the checkpoint must be a .safetensors or .ckpt file, and {file} is neither") from error
+    while isinstance(state, Mapping) and "state_dict" in state:
+        state = state["state_dict"]
+    if not isinstance(state, Mapping):
+        raise ValueError(f"the checkpoint must hold tensors by name, and {file} holds a {type(state).__name__}")
+    return {name: tuple(value.shape) for name, value in state.items() if isinstance(value, torch.Tensor)}
 
 
 def check_tensors(shapes: Mapping[str, tuple[int, ...]], name: str) -> None:
@@ -85,26 +94,14 @@ def configuration_of(shapes: Mapping[str, tuple[int, ...]]) -> str | None:
     return CONFIGURATIONS.get(read[0]) if read else None
 
 
-def _of_safetensors(file: Path) -> dict[str, tuple[int, ...]]:
+def _of_safetensors(file: Path) -> Any:
     from safetensors import safe_open
 
     with safe_open(file, framework="pt") as opened:
-        return {name: tuple(opened.get_slice(name).get_shape()) for name in opened.keys()}  # noqa: SIM118
+        shapes = {name: opened.get_slice(name).get_shape() for name in opened.keys()}  # noqa: SIM118
+    return {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
 
 
-def _of_pickle(file: Path) -> dict[str, tuple[int, ...]]:
-    import torch
-
+def _of_pickle(file: Path) -> Any:
     mapped = zipfile.is_zipfile(file)  # older pickles cannot be mapped into memory
-    state: Any = torch.load(file, map_location="meta", weights_only=True, mmap=mapped or None)
-    while isinstance(state, Mapping) and "state_dict" in state:
-        state = state["state_dict"]
-    if not isinstance(state, Mapping):
-        raise ValueError(f"the checkpoint must hold tensors by name, and {file} holds a {type(state).__name__}")
-    return {name: tuple(value.shape) for name, value in state.items() if isinstance(value, torch.Tensor)}
-
-
-def _safetensors_error() -> type[Exception]:
-    from safetensors import SafetensorError
-
-    return SafetensorError
+    return torch.load(file, map_location="meta", weights_only=True, mmap=mapped or None)
