@@ -128,7 +128,7 @@ class DiffusionPolicy:
     @property
     def sample_size(self) -> int:
         """Side of the latents that the UNet was trained on."""
-        return int(self.unet.config.sample_size)
+        return int(self.unet.config["sample_size"])
 
     @property
     def image_size(self) -> int:

@@ -79,7 +79,7 @@ def check_checkpoint(path: str | Path, config: str | Path | None = None) -> None
         files.variants()
 
 
-def _load_parts(path: str | Path, options: dict[str, Any], config: None) -> Pipeline:
+def _load_parts(path: str | Path, options: dict[str, Any], config: str | Path | None) -> Pipeline:
     """Loads a folder or a hub id; a network that has its weights in half precision only is loaded from those."""
     from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
     from transformers import CLIPTextModel

@@ -74,13 +74,19 @@ class PromptEncoder:
 
         A token that a textual inversion of several vectors stands behind becomes as many, as in diffusers' pipelines.
         """
-        added = self.tokenizer.added_tokens_encoder
-        if any(f"{token}_1" in added and token in text for token in added):
+        tokenizer: Any = self.tokenizer
+        added = tokenizer.added_tokens_encoder
+        if any(token in text and f"{token}_1" in added for token in added):
             from diffusers.loaders.textual_inversion import TextualInversionLoaderMixin
 
-            text = TextualInversionLoaderMixin().maybe_convert_prompt(text, self.tokenizer)
+            text = TextualInversionLoaderMixin().maybe_convert_prompt(text, tokenizer)
         found: list[int] = self.tokenizer(text, truncation=False, verbose=False)["input_ids"]
         return found
+
+    def read(self, text: str) -> list[int]:
+        """Returns the tokens of a text that the text encoder reads, the end always among them."""
+        ids, room = self.ids(text), self.room
+        return ids if len(ids) <= room else [*ids[: room - 1], ids[-1]]
 
     def empty(self, like: Conditioning) -> Conditioning:
         """Returns the empty prompt, once for each row of `like` and on its device.
@@ -104,12 +110,9 @@ class PromptEncoder:
         if prompt in self._cache:
             self._cache.move_to_end(prompt)
             return self._cache[prompt]
-        room, ids = self.room, self.ids(prompt)
-        if len(ids) > room:
-            self._tell_of_cut(prompt, ids)
-            ids = [*ids[: room - 1], ids[-1]]
+        self._tell_if_cut(prompt)
         padded = self.tokenizer.pad(
-            {"input_ids": [ids]}, padding="max_length", max_length=room, return_tensors="pt"
+            {"input_ids": [self.read(prompt)]}, padding="max_length", max_length=self.room, return_tensors="pt"
         ).to(self.text_encoder.device)
         mask = padded["attention_mask"] if getattr(self.text_encoder.config, "use_attention_mask", False) else None
         self._cache[prompt] = self.run(padded["input_ids"], mask)[0][0].cpu()
@@ -117,9 +120,10 @@ class PromptEncoder:
             self._cache.popitem(last=False)
         return self._cache[prompt]
 
-    def _tell_of_cut(self, prompt: str, ids: list[int]) -> None:
+    def _tell_if_cut(self, prompt: str) -> None:
         """Warns of a prompt that is cut off, once."""
-        if prompt in self._told:
+        ids = self.ids(prompt)
+        if len(ids) <= self.room or prompt in self._told:
             return
         self._told.add(prompt)
         unread = self.tokenizer.decode(ids[self.room - 1 : -1])

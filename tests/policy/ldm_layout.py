@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Mapping
+from typing import Any
 
 from torch import Tensor
 
@@ -74,7 +75,7 @@ def vae_name(name: str, levels: int) -> str:
     return name
 
 
-def in_one_file(unet: object, vae: object, text_encoder: object) -> dict[str, Tensor]:
+def in_one_file(unet: Any, vae: Any, text_encoder: Any) -> dict[str, Tensor]:
     """The weights of the three networks under the names of a single file, and in its shapes."""
     file: dict[str, Tensor] = {}
     attends = dict(enumerate("CrossAttn" in kind for kind in unet.config.up_block_types))

@@ -242,9 +242,10 @@ def test_scheduler_that_clips_is_refused(setting: str, pipeline: Any) -> None:
 def test_a_setting_that_the_scheduler_does_not_know_is_no_reason_to_refuse(pipeline: Any) -> None:
     from diffusers import PNDMScheduler
 
-    pipeline.scheduler = PNDMScheduler.from_config(pipeline.scheduler.config)
-    pipeline.scheduler.register_to_config(clip_sample=True)
-    assert pipeline.scheduler.config.clip_sample
+    scheduler: Any = PNDMScheduler.from_config(pipeline.scheduler.config)
+    scheduler.register_to_config(clip_sample=True)
+    assert scheduler.config.clip_sample
+    pipeline.scheduler = scheduler
     DiffusionPolicy(pipeline, device="cpu")
 
 
