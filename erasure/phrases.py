@@ -44,7 +44,7 @@ def placed(policy: DiffusionPolicy, template: str, phrase: str) -> Placed:
 
 def token_ids(policy: DiffusionPolicy, text: str) -> list[int]:
     """Returns the tokens of a text without those of its start and end, however many they are."""
-    return policy.tokenizer(text, truncation=False, verbose=False)["input_ids"][1:-1]
+    return policy.prompts.ids(text)[1:-1]
 
 
 def check_length(policy: DiffusionPolicy, texts: Iterable[str], owner: str) -> None:

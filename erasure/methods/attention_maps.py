@@ -76,11 +76,9 @@ def words_of(policy: DiffusionPolicy, prompts: Sequence[str]) -> Bool[Tensor, "b
 
     The result is on the policy's device; positions behind the text encoder's last are cut off, as in `encode`.
     """
-    room = policy.prompts.room
-    words = torch.zeros(len(prompts), room, dtype=torch.bool)
+    words = torch.zeros(len(prompts), policy.prompts.room, dtype=torch.bool)
     for row, prompt in zip(words, prompts, strict=True):
-        ids = policy.tokenizer(prompt, truncation=True, max_length=room)["input_ids"]
-        row[1 : len(ids) - 1] = True
+        row[1 : len(policy.prompts.read(prompt)) - 1] = True
     return words.to(policy.device)
 
 

@@ -39,5 +39,4 @@ class TextReader:
     def __call__(self, text: str) -> EmbeddedText:
         """Returns one text's embedding, on the CPU."""
         tokens = self._prompts([text]).tokens[0]
-        ids = self._prompts.tokenizer(text, truncation=True, max_length=len(tokens))["input_ids"]
-        return EmbeddedText(tokens.cpu().double(), last_word=len(ids) - 2)
+        return EmbeddedText(tokens.cpu().double(), last_word=len(self._prompts.read(text)) - 2)

@@ -261,9 +261,9 @@ def safety_term(
 
 def _check_length(text: str, prompts: PromptEncoder) -> None:
     """Raises a `ValueError` with the words of a text that are beyond what the text encoder reads."""
-    room, tokens = prompts.room - 2, prompts.tokenizer.tokenize(text)
+    room, tokens = prompts.room - 2, prompts.ids(text)[1:-1]
     if len(tokens) > room:
-        lost = " ".join(token.removesuffix("</w>") for token in tokens[room:])
+        lost = " ".join(str(prompts.tokenizer.decode(token)) for token in tokens[room:])
         raise ValueError(f"the safety concept must have at most {room} tokens, got {len(tokens)}; {lost!r} is cut off")
 
 

@@ -16,6 +16,7 @@ from .diffusion_policy import DiffusionPolicy
 from .guidance import ClassifierFree, Guidance, SamplingGuard, StepContext
 from .loading import check_checkpoint
 from .noise import SampleNoise
+from .prompts import TruncatedPromptWarning
 from .trajectory import Trajectory
 from .types import Embeddings, Images, Latents, PerSample
 from .weights import PARAMETER_SETS, LoRAConfig, WeightDelta, merged_state, select_parameters
@@ -37,6 +38,7 @@ __all__ = [
     "Schedule",
     "StepContext",
     "Trajectory",
+    "TruncatedPromptWarning",
     "WeightDelta",
     "add_noise",
     "check_checkpoint",

@@ -24,12 +24,13 @@ from .conditioning import Conditioning
 from .ddim import PredictionType
 from .denoiser import all_at, chain, mean_and_std, predict, predict_at, predict_noise
 from .guidance import DEFAULT_GUIDANCE, Guidance, SamplingGuard
-from .loading import PolicyOptions, check_pipeline, default_device, load_pipeline, without_bars
+from .loading import PolicyOptions, default_device, load_pipeline, without_bars
 from .noise import SampleNoise, check_seeds
 from .parts import Pipeline
 from .prompts import PromptEncoder, check_prompts
 from .saving import load_lora, plain_pipeline, save_lora
 from .schedules import Schedules, check_eta, check_step
+from .takeover import take_over
 from .trained import TrainedWeights
 from .trajectory import Trajectory
 from .types import Images, Latents, PerSample
@@ -60,7 +61,8 @@ class DiffusionPolicy:
         compile: Compiles the UNet with `torch.compile`.
 
     Raises:
-        ValueError: The pipeline is not a Stable Diffusion, or the options contradict each other.
+        ValueError: The pipeline is not a Stable Diffusion or carries what a policy cannot take over, or the options
+            contradict each other.
     """
 
     def __init__(
@@ -74,13 +76,8 @@ class DiffusionPolicy:
         gradient_checkpointing: bool = False,
         compile: bool = False,
     ) -> None:
-        check_pipeline(pipeline)
-        self.unet = pipeline.unet
-        self.vae = pipeline.vae
-        self.text_encoder = pipeline.text_encoder
-        self.tokenizer = pipeline.tokenizer
-        self.scheduler = pipeline.scheduler
-        self.scheduler_config: dict[str, Any] = dict(pipeline.scheduler.config)
+        self.unet, self.vae, self.text_encoder, self.tokenizer, self.scheduler = take_over(pipeline)
+        self.scheduler_config: dict[str, Any] = dict(self.scheduler.config)
         self.prompts = PromptEncoder(self.text_encoder, self.tokenizer)
         self.schedules = Schedules(self.scheduler_config)
         self.prediction_type = cast(PredictionType, self.scheduler_config.get("prediction_type", "epsilon"))
@@ -91,7 +88,9 @@ class DiffusionPolicy:
         for network in self._networks:
             network.requires_grad_(False).eval()  # trained parameters are then switched on one by one
             if dtype is not None and network.dtype != dtype:
-                network.to(dtype=dtype)
+                nn.Module.to(
+                    network, dtype=dtype
+                )  # diffusers' own warns of layers to keep in float32, of which it has none
         self._trained = TrainedWeights(self.unet, lora, train)
         self.to(default_device() if device is None else torch.device(device))
         if gradient_checkpointing:
@@ -101,17 +100,20 @@ class DiffusionPolicy:
             self.unet.compile()
 
     @classmethod
-    def from_pretrained(cls, path: str | Path, **options: Unpack[PolicyOptions]) -> "DiffusionPolicy":
-        """Loads a checkpoint that diffusers loads as `StableDiffusionPipeline`.
+    def from_pretrained(
+        cls, path: str | Path, *, config: str | Path | None = None, **options: Unpack[PolicyOptions]
+    ) -> "DiffusionPolicy":
+        """Loads a checkpoint: a folder in diffusers' layout, a hub id, or a single `.safetensors` or `.ckpt` file.
 
         Args:
-            path: A folder in diffusers' layout, or a hub id such as "CompVis/stable-diffusion-v1-4".
+            path: The folder, the file, or the id, such as "CompVis/stable-diffusion-v1-4".
+            config: For a single file: a folder or hub id whose configuration and tokenizer it takes, without weights.
             **options: See the class.
 
         Raises:
             ValueError: There is no such checkpoint, or it is of another kind (SDXL, inpainting); and as the class.
         """
-        return cls(load_pipeline(path, options.get("dtype", torch.float32)), **options)
+        return cls(load_pipeline(path, options.get("dtype", torch.float32), config), **options)
 
     @property
     def device(self) -> torch.device:
@@ -126,7 +128,7 @@ class DiffusionPolicy:
     @property
     def sample_size(self) -> int:
         """Side of the latents that the UNet was trained on."""
-        return int(self.unet.config.sample_size)
+        return int(self.unet.config["sample_size"])
 
     @property
     def image_size(self) -> int:

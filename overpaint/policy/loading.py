@@ -1,22 +1,25 @@
-"""Finding out whether a checkpoint is a Stable Diffusion before any of it is loaded."""
+"""Loading a Stable Diffusion: from a folder, from the hub, or from a single file; and refusing others before that."""
 
-import json
 import logging
 import os
-from collections.abc import Generator, Mapping
+from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypedDict
 
 import torch
 
-from .ddim import PREDICTION_TYPES
+from . import single_file
+from .checkpoint_files import CheckpointFiles, fetch_configuration, of_folder, of_hub
 from .parts import Pipeline
 from .weights import LoRAConfig
 
-PIPELINE_CLASS = "StableDiffusionPipeline"
-PARTS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
-WEIGHTS = "diffusion_pytorch_model"
+NO_SAFETY_CHECKER: dict[str, Any] = {
+    "safety_checker": None,
+    "feature_extractor": None,
+    "requires_safety_checker": False,
+}
+"""What diffusers is given instead of one."""
 
 
 class PolicyOptions(TypedDict, total=False):
@@ -30,29 +33,92 @@ class PolicyOptions(TypedDict, total=False):
     compile: bool
 
 
-def load_pipeline(path: str | Path, dtype: torch.dtype | None) -> Pipeline:
-    """Loads a folder or a hub id with diffusers, without safety checker and without a word.
+def load_pipeline(path: str | Path, dtype: torch.dtype | None, config: str | Path | None = None) -> Pipeline:
+    """Loads a folder, a hub id or a single file with diffusers, without safety checker and without a word.
 
     Args:
         path: What to load.
         dtype: Precision of all weights; None is that of the files.
+        config: For a single file: the folder or hub id whose configuration and tokenizer it takes.
 
     Raises:
         ValueError: There is no such checkpoint, or it is not a Stable Diffusion v1 or v2 text-to-image pipeline.
     """
-    check_checkpoint(path)
+    path = _path(path)
+    _check_config(path, config)
+    load = _load_file if _is_file(path) else _load_parts
+    options: dict[str, Any] = {} if dtype is None else {"dtype": dtype}
     with _quiet_imports():
         import peft  # noqa: F401
-        from diffusers import StableDiffusionPipeline
-    variant = _variant(Path(path)) if _names_a_folder(path) else None
-    options: dict[str, Any] = {"variant": variant} if variant else {}
-    if dtype is not None:
-        options["dtype"] = dtype
+        from diffusers import StableDiffusionPipeline  # noqa: F401
     with without_bars():
-        pipeline = StableDiffusionPipeline.from_pretrained(
-            path, safety_checker=None, feature_extractor=None, requires_safety_checker=False, **options
-        )
+        pipeline = load(path, options, config)
     pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def check_checkpoint(path: str | Path, config: str | Path | None = None) -> None:
+    """Checks a checkpoint without loading weights, for programs that have much to do before they load.
+
+    Args:
+        path: A folder, a hub id, or a single file.
+        config: For a single file: the folder or hub id whose configuration and tokenizer it takes.
+
+    Raises:
+        ValueError: There is no such checkpoint, or it is not a Stable Diffusion v1 or v2 text-to-image pipeline.
+    """
+    path = _path(path)
+    _check_config(path, config)
+    if _is_file(path):
+        shapes = single_file.tensor_shapes(Path(path))
+        single_file.check_tensors(shapes, str(path))
+        _configuration(single_file.configuration_of(shapes), path, config)
+    else:
+        files = _files_of(path)
+        files.check()
+        files.variants()
+
+
+def _load_parts(path: str | Path, options: dict[str, Any], config: str | Path | None) -> Pipeline:
+    """Loads a folder or a hub id; a network that has its weights in half precision only is loaded from those."""
+    from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
+    from transformers import CLIPTextModel
+
+    files = _files_of(path)
+    files.check()
+    classes: dict[str, Any] = {"unet": UNet2DConditionModel, "vae": AutoencoderKL, "text_encoder": CLIPTextModel}
+    halves = {
+        part: classes[part].from_pretrained(path, subfolder=part, variant=variant, **options)
+        for part, variant in files.variants().items()
+    }
+    return StableDiffusionPipeline.from_pretrained(path, **NO_SAFETY_CHECKER, **halves, **options)
+
+
+def _load_file(path: str | Path, options: dict[str, Any], config: str | Path | None) -> Pipeline:
+    """Loads a single file; one whose header cannot be read is left to diffusers, which says what is wrong with it."""
+    from diffusers import StableDiffusionPipeline
+    from diffusers.utils import logging as of_diffusers
+
+    try:
+        shapes = single_file.tensor_shapes(Path(path))
+    except single_file.UnreadableError:
+        folder = None if config is None else str(_files_of(config).folder)
+    else:
+        single_file.check_tensors(shapes, str(path))
+        folder = str(_configuration(single_file.configuration_of(shapes), path, config))
+    lacking = f"{path} must hold every weight that its configuration has, and lacks some"
+    try:
+        with _errors_only(of_diffusers):  # which warns of layers to keep in float32, and names none
+            pipeline = StableDiffusionPipeline.from_single_file(
+                str(path), config=folder, **NO_SAFETY_CHECKER, **options
+            )
+    except OSError as error:
+        raise ValueError(f"the checkpoint must be a .safetensors or .ckpt file, and {path} is neither") from error
+    except NotImplementedError as error:  # what the file does not hold has no data that could be converted
+        raise ValueError(lacking) from error
+    networks = (pipeline.unet, pipeline.vae, pipeline.text_encoder)
+    if any(parameter.is_meta for network in networks for parameter in network.parameters()):
+        raise ValueError(lacking)
     return pipeline
 
 
@@ -61,15 +127,25 @@ def _quiet_imports() -> Generator[None]:
     """Keeps libraries that are imported from warning of what nothing here uses: torchvision, 4-bit kernels."""
     from transformers.utils import logging as of_transformers
 
-    bitsandbytes, verbosity = logging.getLogger("bitsandbytes"), of_transformers.get_verbosity()
+    bitsandbytes = logging.getLogger("bitsandbytes")
     level = bitsandbytes.level
     bitsandbytes.setLevel(logging.ERROR)
-    of_transformers.set_verbosity_error()
+    try:
+        with _errors_only(of_transformers):
+            yield
+    finally:
+        bitsandbytes.setLevel(level)
+
+
+@contextmanager
+def _errors_only(library: Any) -> Generator[None]:
+    """Keeps a library of Hugging Face, by its module of logging, from warning."""
+    verbosity = library.get_verbosity()
+    library.set_verbosity_error()
     try:
         yield
     finally:
-        bitsandbytes.setLevel(level)
-        of_transformers.set_verbosity(verbosity)
+        library.set_verbosity(verbosity)
 
 
 @contextmanager
@@ -88,37 +164,6 @@ def without_bars() -> Generator[None]:
             each.enable_progress_bar()
 
 
-def check_checkpoint(path: str | Path) -> None:
-    """Checks a folder or a hub id without loading weights, for programs that have much to do before they load.
-
-    Raises:
-        ValueError: There is no such checkpoint, or it is not a Stable Diffusion v1 or v2 text-to-image pipeline.
-    """
-    if _names_a_folder(path):
-        _check_folder(Path(path))
-    else:
-        _check_index(_hub_index(str(path)), str(path))
-
-
-def check_pipeline(pipeline: Any) -> None:
-    """Checks that a pipeline in memory is one that a policy can be made of.
-
-    Raises:
-        ValueError: It is of another class, its UNet takes more than latents, or it predicts something unknown.
-    """
-    name = type(pipeline).__name__
-    if name != PIPELINE_CLASS:
-        raise ValueError(f"the pipeline must be a {PIPELINE_CLASS}, got a {name}")
-    unet, scheduler = pipeline.unet, pipeline.scheduler
-    if getattr(unet, "peft_config", None):
-        raise ValueError("the UNet must carry no adapter, got one with a LoRA; fuse_lora() and unload_lora() first")
-    if unet.config.in_channels != 4:
-        raise ValueError(f"the UNet must take 4 channels of latents and nothing else, got {unet.config.in_channels}")
-    kind = scheduler.config.get("prediction_type", "epsilon")
-    if kind not in PREDICTION_TYPES:
-        raise ValueError(f"the scheduler's prediction_type must be one of {', '.join(PREDICTION_TYPES)}, got {kind!r}")
-
-
 def default_device() -> torch.device:
     """Returns this process's GPU, or the CPU where there is none."""
     if torch.cuda.is_available():
@@ -126,43 +171,45 @@ def default_device() -> torch.device:
     return torch.device("cpu")
 
 
-def _names_a_folder(path: str | Path) -> bool:
+def _path(path: str | Path) -> str | Path:
+    """Returns a local path with its `~` expanded, and a hub id as it is."""
+    return Path(path).expanduser() if _is_local(path) else str(path)
+
+
+def _is_local(path: str | Path) -> bool:
     """Tells a local path from a hub id, which is `owner/name` and not on disk."""
     text = str(path)
-    return isinstance(path, Path) or Path(text).exists() or text.startswith((".", "/", "~")) or text.count("/") != 1
+    named = text.startswith((".", "/", "~")) or text.endswith((".safetensors", ".ckpt")) or text.count("/") != 1
+    return isinstance(path, Path) or named or Path(text).exists()
 
 
-def _check_folder(folder: Path) -> None:
-    if not folder.is_dir():
-        raise ValueError(f"the checkpoint must be a folder in diffusers' layout or a hub id owner/name, got {folder}")
-    index = folder / "model_index.json"
-    if not index.is_file():
-        raise ValueError(f"a checkpoint's folder must hold model_index.json, and {folder} does not")
-    _check_index(json.loads(index.read_text(encoding="utf-8")), str(folder))
-    for part in PARTS:
-        if not (folder / part).is_dir():
-            raise ValueError(f"a checkpoint's folder must hold {part}/, and {folder} does not")
+def _is_file(path: str | Path) -> bool:
+    return isinstance(path, Path) and path.is_file()
 
 
-def _check_index(index: Mapping[str, Any], path: str) -> None:
-    name = index.get("_class_name")
-    if name != PIPELINE_CLASS:
-        raise ValueError(f"the checkpoint must be a {PIPELINE_CLASS}, and {path} is a {name}")
+def _files_of(path: str | Path) -> CheckpointFiles:
+    path = _path(path)
+    return of_folder(path) if isinstance(path, Path) else of_hub(path)
 
 
-def _hub_index(name: str) -> Mapping[str, Any]:
-    from diffusers import DiffusionPipeline
+def _check_config(path: str | Path, config: str | Path | None) -> None:
+    if config is None:
+        return
+    if not _is_file(path):
+        raise ValueError(f"config must be given for a single file only, got {str(config)!r} for {path}")
+    _files_of(config).check()
 
+
+def _configuration(known: str | None, path: str | Path, config: str | Path | None) -> Path:
+    """Returns the folder with the configuration and the tokenizer for a single file."""
+    if config is not None:
+        return _files_of(config).folder
+    words = f"config must be given for {path}: a folder in diffusers' layout whose configuration and tokenizer it takes"
+    if known is None:
+        raise ValueError(f"{words}; its sizes are not those of Stable Diffusion v1 or v2")
     try:
-        index: Any = DiffusionPipeline.load_config(name)
-    except OSError as error:
-        raise ValueError(f"the checkpoint must be a folder or a hub id of a pipeline, got {name!r}") from error
-    return index
-
-
-def _variant(folder: Path) -> str | None:
-    """Returns "fp16" for a folder that has its weights under that name only."""
-    names = {file.name.removeprefix(WEIGHTS) for file in (folder / "unet").glob(f"{WEIGHTS}*")}
-    plain = {".safetensors", ".safetensors.index.json", ".bin"} & names
-    half = {".fp16.safetensors", ".fp16.bin"} & names
-    return "fp16" if half and not plain else None
+        return fetch_configuration(known)
+    except ValueError as error:
+        raise ValueError(
+            f"{words}, as {known} has them; that is not in the hub's cache, nor the hub reached"
+        ) from error

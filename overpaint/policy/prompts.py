@@ -1,5 +1,6 @@
 """From prompts to what the UNet reads, once for each prompt."""
 
+import warnings
 from collections import OrderedDict
 from collections.abc import Sequence
 from typing import Any
@@ -13,6 +14,10 @@ from .parts import TextEncoder, Tokenizer
 
 CACHED_PROMPTS = 4096
 """How many encoded prompts are kept, in the CPU's memory; about 1 GB for Stable Diffusion v1 in float32."""
+
+
+class TruncatedPromptWarning(UserWarning):
+    """A prompt has more tokens than the text encoder reads: what comes after them is left out of the picture."""
 
 
 def check_prompts(prompts: object) -> list[str]:
@@ -44,6 +49,7 @@ class PromptEncoder:
         self.tokenizer = tokenizer
         self._cache: OrderedDict[str, Float[Tensor, "tokens dim"]] = OrderedDict()
         self._empty: Conditioning | None = None
+        self._told: set[str] = set()
 
     @property
     def room(self) -> int:
@@ -62,6 +68,25 @@ class PromptEncoder:
         """Returns the text encoder's own output for tokens, out of reach of autocast, as what is cached must be."""
         with torch.autocast(self.text_encoder.device.type, enabled=False):
             return self.text_encoder(ids, attention_mask=mask)
+
+    def ids(self, text: str) -> list[int]:
+        """Returns all tokens of a text, start and end included, however many they are.
+
+        A token that a textual inversion of several vectors stands behind becomes as many, as in diffusers' pipelines.
+        """
+        tokenizer: Any = self.tokenizer
+        added = tokenizer.added_tokens_encoder
+        if any(token in text and f"{token}_1" in added for token in added):
+            from diffusers.loaders.textual_inversion import TextualInversionLoaderMixin
+
+            text = TextualInversionLoaderMixin().maybe_convert_prompt(text, tokenizer)
+        found: list[int] = self.tokenizer(text, truncation=False, verbose=False)["input_ids"]
+        return found
+
+    def read(self, text: str) -> list[int]:
+        """Returns the tokens of a text that the text encoder reads, the end always among them."""
+        ids, room = self.ids(text), self.room
+        return ids if len(ids) <= room else [*ids[: room - 1], ids[-1]]
 
     def empty(self, like: Conditioning) -> Conditioning:
         """Returns the empty prompt, once for each row of `like` and on its device.
@@ -85,11 +110,26 @@ class PromptEncoder:
         if prompt in self._cache:
             self._cache.move_to_end(prompt)
             return self._cache[prompt]
-        tokens = self.tokenizer(
-            [prompt], padding="max_length", max_length=self.room, truncation=True, return_tensors="pt"
+        self._tell_if_cut(prompt)
+        padded = self.tokenizer.pad(
+            {"input_ids": [self.read(prompt)]}, padding="max_length", max_length=self.room, return_tensors="pt"
         ).to(self.text_encoder.device)
-        mask = tokens["attention_mask"] if getattr(self.text_encoder.config, "use_attention_mask", False) else None
-        self._cache[prompt] = self.run(tokens["input_ids"], mask)[0][0].cpu()
+        mask = padded["attention_mask"] if getattr(self.text_encoder.config, "use_attention_mask", False) else None
+        self._cache[prompt] = self.run(padded["input_ids"], mask)[0][0].cpu()
         if len(self._cache) > CACHED_PROMPTS:
             self._cache.popitem(last=False)
         return self._cache[prompt]
+
+    def _tell_if_cut(self, prompt: str) -> None:
+        """Warns of a prompt that is cut off, once."""
+        ids = self.ids(prompt)
+        if len(ids) <= self.room or prompt in self._told:
+            return
+        self._told.add(prompt)
+        unread = self.tokenizer.decode(ids[self.room - 1 : -1])
+        warnings.warn(
+            f"a prompt is cut off: the text encoder has room for {self.room} tokens, start and end included, and the "
+            f"prompt has {len(ids)}; not read: {unread!r} of {prompt!r}",
+            TruncatedPromptWarning,
+            stacklevel=2,
+        )

@@ -98,6 +98,7 @@ def test_empty_prompt_is_left_alone(bare: DiffusionPolicy) -> None:
     assert math.isnan(filtered.change)
 
 
+@pytest.mark.filterwarnings("ignore::overpaint.policy.TruncatedPromptWarning")
 def test_prompt_longer_than_the_context_is_filtered_as_far_as_it_is_read(bare: DiffusionPolicy) -> None:
     filtered = apply(bare).filter("a striped red circle and " * 10)
     assert len(filtered.triggers) == 22  # of a context of 24, less start and end
@@ -118,6 +119,7 @@ def test_prompt_is_read_once_and_its_masked_copies_in_one_batch(bare: DiffusionP
     assert sorted(sizes) == sorted([1, 1, *words])  # the empty prompt, the joined concepts, and one batch for each
 
 
+@pytest.mark.filterwarnings("ignore::overpaint.policy.TruncatedPromptWarning")
 def test_concepts_that_exceed_the_context_together_are_cut_off(bare: DiffusionPolicy) -> None:
     many = tuple(f"striped {word}" for word in ("red", "green", "blue", "circle", "square", "small", "large"))
     guard = apply(bare, SAFREEConfig(concepts=many))

@@ -52,6 +52,7 @@ def test_settings_for_nudity_are_those_of_the_authors() -> None:
     assert ours == theirs
 
 
+@pytest.mark.filterwarnings("ignore::overpaint.policy.TruncatedPromptWarning")
 def test_concepts_span_what_they_do_in_the_authors_code(prompt_filter: PromptFilter) -> None:
     pooled = prompt_filter.pooled(HYPER["concepts"])
     CASE.check("concept_pooled", pooled)

@@ -177,9 +177,12 @@ def test_three_parts_go_through_the_network_in_one_call(pipeline: Any) -> None:
 
 def test_whoever_else_calls_the_network_is_told(pipeline: Any) -> None:
     draw(pipeline)
+    policy = DiffusionPolicy(pipeline, device="cpu")
     CHANGE.apply_to_pipeline(pipeline)
+    with pytest.raises(ValueError, match=r"the UNet must compute as its class does, got a hook of erasure.methods.sld"):
+        DiffusionPolicy(pipeline, device="cpu")
     with pytest.raises(ValueError, match="a UNet with SLD attached must be called by the pipeline"):
-        DiffusionPolicy(pipeline, device="cpu").draw(PROMPTS, steps=2, seeds=SEEDS)
+        policy.draw(PROMPTS, steps=2, seeds=SEEDS)
     with pytest.raises(ValueError, match="SLD needs every step of a pipeline's run from the first on, got timestep 7"):
         pipeline.unet(noise().repeat(2, 1, 1, 1), torch.tensor(7), encoder_hidden_states=torch.zeros(4, 24, 16))
 

@@ -57,6 +57,7 @@ def test_last_word_is_the_position_before_the_end_token(policy: DiffusionPolicy,
     assert TextReader(policy)(text).last_word == last_word
 
 
+@pytest.mark.filterwarnings("ignore::overpaint.policy.TruncatedPromptWarning")
 def test_a_text_longer_than_the_encoder_ends_before_its_last_position(policy: DiffusionPolicy) -> None:
     read = TextReader(policy)("red " * 100)
     assert read.last_word == len(read.tokens) - 2

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from overpaint.policy import DiffusionPolicy
+from overpaint.policy import DiffusionPolicy, check_checkpoint
+from overpaint.policy.checkpoint_files import variants
 
 
 def change(file: Path, **values: Any) -> None:
@@ -29,7 +30,16 @@ def test_folder_without_an_index_is_refused(pipeline_copy: Path) -> None:
         DiffusionPolicy.from_pretrained(str(pipeline_copy))
 
 
-@pytest.mark.parametrize("name", ["StableDiffusionXLPipeline", "FluxPipeline"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "StableDiffusionXLPipeline",
+        "FluxPipeline",
+        "StableDiffusionInpaintPipeline",
+        "StableDiffusionControlNetPipeline",
+        "StableDiffusionXLImg2ImgPipeline",
+    ],
+)
 def test_pipeline_of_another_class_is_refused(pipeline_copy: Path, name: str) -> None:
     change(pipeline_copy / "model_index.json", _class_name=name)
     with pytest.raises(ValueError, match=f"must be a StableDiffusionPipeline, and .* is a {name}"):
@@ -42,22 +52,50 @@ def test_folder_that_is_not_there_is_refused(path: str | Path) -> None:
         DiffusionPolicy.from_pretrained(path)
 
 
-def test_hub_id_is_asked_for_its_class_before_it_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
-    import diffusers
+@pytest.fixture
+def publish(pipeline_dir: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[str]]:
+    """Puts folders on a hub, by their ids, and returns the list of what it was asked for."""
 
-    asked: list[str] = []
+    def publish(asked: list[str] | None = None, listing: bool = True, **folders: Path) -> list[str]:
+        import huggingface_hub
+        from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled
 
-    def load_config(name: str) -> dict[str, str]:
-        asked.append(name)
-        return {"_class_name": "StableDiffusionXLPipeline"}
+        requests: list[str] = []
+        at = {name.replace("__", "/"): folder for name, folder in folders.items()}
 
-    monkeypatch.setattr(diffusers.DiffusionPipeline, "load_config", load_config)
+        def snapshot_download(name: str, *, allow_patterns: list[str]) -> str:
+            requests.append(name)
+            if name not in at:
+                raise LocalEntryNotFoundError("not in the cache")
+            return str(at[name])
+
+        def list_repo_files(name: str) -> list[str]:
+            if not listing:
+                raise OfflineModeIsEnabled("offline")
+            return [file.relative_to(at[name]).as_posix() for file in at[name].glob("**/*") if file.is_file()]
+
+        monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+        monkeypatch.setattr(huggingface_hub, "list_repo_files", list_repo_files)
+        return requests
+
+    return publish
+
+
+@pytest.mark.parametrize("listing", [True, False])
+def test_hub_id_is_asked_for_its_class_before_it_is_loaded(
+    listing: bool, pipeline_copy: Path, publish: Callable[..., list[str]]
+) -> None:
+    change(pipeline_copy / "model_index.json", _class_name="StableDiffusionXLPipeline")
+    asked = publish(stabilityai__sdxl=pipeline_copy, listing=listing)
     with pytest.raises(ValueError, match="stabilityai/sdxl is a StableDiffusionXLPipeline"):
         DiffusionPolicy.from_pretrained("stabilityai/sdxl")
     assert asked == ["stabilityai/sdxl"]
 
 
-def test_hub_id_goes_to_diffusers_without_safety_checker(pipeline_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("listing", [True, False])
+def test_hub_id_goes_to_diffusers_without_safety_checker(
+    listing: bool, pipeline_dir: Path, publish: Callable[..., list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
     import diffusers
 
     pipeline = diffusers.StableDiffusionPipeline.from_pretrained(pipeline_dir, dtype=torch.float32)
@@ -67,9 +105,7 @@ def test_hub_id_goes_to_diffusers_without_safety_checker(pipeline_dir: Path, mon
         given.update(options, name=name)
         return pipeline
 
-    monkeypatch.setattr(
-        diffusers.DiffusionPipeline, "load_config", lambda name: {"_class_name": "StableDiffusionPipeline"}
-    )
+    publish(**{"CompVis__stable-diffusion-v1-4": pipeline_dir}, listing=listing)
     monkeypatch.setattr(diffusers.StableDiffusionPipeline, "from_pretrained", from_pretrained)
     policy = DiffusionPolicy.from_pretrained("CompVis/stable-diffusion-v1-4", device="cpu")
     assert policy.unet is pipeline.unet
@@ -78,15 +114,143 @@ def test_hub_id_goes_to_diffusers_without_safety_checker(pipeline_dir: Path, mon
     assert given["safety_checker"] is given["feature_extractor"] is None
 
 
-def test_unknown_hub_id_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_hub_that_cannot_be_reached_is_told_from_a_wrong_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    import httpx2
+    import huggingface_hub
+    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+
+    with pytest.raises(
+        ValueError, match="hub must be within reach for 'nobody/nothing', which its cache does not hold"
+    ):
+        DiffusionPolicy.from_pretrained("nobody/nothing")  # the tests are offline
+    for kind, words in (
+        (RepositoryNotFoundError, "must be a folder or a hub id of a pipeline, got 'nobody/nothing'"),
+        (GatedRepoError, "must be one that this account may read, and 'nobody/nothing' is not"),
+    ):
+        error = kind("no", response=httpx2.Response(404, request=httpx2.Request("GET", "https://huggingface.co")))
+
+        def snapshot_download(name: str, *, allow_patterns: list[str], error: Exception = error) -> str:
+            raise error
+
+        monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+        with pytest.raises(ValueError, match=words):
+            check_checkpoint("nobody/nothing")
+    monkeypatch.undo()
+    with pytest.raises(ValueError, match="got 'no body/nothing'"):
+        check_checkpoint("no body/nothing")
+
+
+def test_cached_snapshot_serves_where_the_hub_does_not(
+    pipeline_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from huggingface_hub import constants
+
+    cached = tmp_path / "models--somebody--tiny"
+    shutil.copytree(pipeline_dir, cached / "snapshots" / "0123")
+    (cached / "refs").mkdir()
+    (cached / "refs" / "main").write_text("0123")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    found = DiffusionPolicy.from_pretrained("somebody/tiny", device="cpu")
+    expected = DiffusionPolicy.from_pretrained(pipeline_dir, device="cpu")
+    assert torch.equal(found.unet.conv_in.weight, expected.unet.conv_in.weight)
+
+
+@pytest.mark.parametrize(
+    ("files", "expected"),
+    [
+        (["unet/W.safetensors", "vae/W.safetensors", "text_encoder/model.safetensors"], {}),
+        (["unet/W.bin", "vae/W.bin", "text_encoder/pytorch_model.bin"], {}),
+        (
+            ["unet/W.fp16.safetensors", "vae/W.fp16.bin", "text_encoder/model.fp16.safetensors"],
+            {"unet": "fp16", "vae": "fp16", "text_encoder": "fp16"},
+        ),
+        (
+            ["unet/W.fp16.bin", "unet/W.safetensors", "vae/W.fp16.safetensors", "text_encoder/model.safetensors"],
+            {"vae": "fp16"},
+        ),
+        (
+            [
+                "unet/W.safetensors.index.fp16.json", "unet/W.fp16-00001-of-00002.safetensors",
+                "unet/W.fp16-00002-of-00002.safetensors", "vae/W.safetensors.index.json",
+                "vae/W-00001-of-00001.safetensors", "text_encoder/model.fp16-00001-of-00001.safetensors",
+            ],
+            {"unet": "fp16", "text_encoder": "fp16"},
+        ),
+        (
+            ["unet/W.bf16.safetensors", "unet/W.non_ema.safetensors", "vae/W.bin", "text_encoder/model.bin"],
+            {"unet": "bf16"},
+        ),
+        (["unet/W.bin", "vae/W.bin", "text_encoder/pytorch_model.fp16.bin", "text_encoder/flax_model.bin"],
+         {"text_encoder": "fp16"}),
+    ],
+)  # fmt: skip
+def test_variant_is_decided_part_by_part(files: list[str], expected: dict[str, str]) -> None:
+    named = [file.replace("W", "diffusion_pytorch_model") for file in files]
+    assert variants([*named, "model_index.json", "safety_checker/model.fp16.safetensors"], "here") == expected
+
+
+@pytest.mark.parametrize(
+    ("left", "found"), [(None, "no file"), ("diffusion_pytorch_model.non_ema.safetensors", "diff.*non_ema.safetensors")]
+)
+def test_part_without_weights_is_refused(left: str | None, found: str, pipeline_copy: Path) -> None:
+    weights = pipeline_copy / "unet" / "diffusion_pytorch_model.safetensors"
+    weights.unlink() if left is None else weights.rename(weights.with_name(left))
+    with pytest.raises(ValueError, match=f"pipeline must hold the weights of unet/, got {found}"):
+        check_checkpoint(pipeline_copy)
+
+
+def test_parts_in_half_precision_sharded_or_whole_are_loaded_beside_others(pipeline_dir: Path, tmp_path: Path) -> None:
     import diffusers
 
-    def load_config(name: str) -> dict[str, str]:
-        raise OSError("no such repository")
+    pipeline = diffusers.StableDiffusionPipeline.from_pretrained(pipeline_dir, dtype=torch.float32)
+    pipeline.save_pretrained(tmp_path)
+    for part in ("unet", "text_encoder"):
+        shutil.rmtree(tmp_path / part)
+        half = getattr(pipeline, part).half()
+        half.save_pretrained(tmp_path / part, variant="fp16", max_shard_size="50KB" if part == "unet" else "5GB")
+    assert len(list((tmp_path / "unet").glob("*.fp16-*.safetensors"))) > 1
+    assert (tmp_path / "text_encoder" / "model.fp16.safetensors").is_file()
 
-    monkeypatch.setattr(diffusers.DiffusionPipeline, "load_config", load_config)
-    with pytest.raises(ValueError, match="must be a folder or a hub id of a pipeline, got 'nobody/nothing'"):
-        DiffusionPolicy.from_pretrained("nobody/nothing")
+    found = DiffusionPolicy.from_pretrained(tmp_path, device="cpu")
+    whole = DiffusionPolicy.from_pretrained(pipeline_dir, device="cpu")
+    for part in ("unet", "vae", "text_encoder"):
+        expected = getattr(whole, part).state_dict()
+        for name, value in getattr(found, part).state_dict().items():
+            rounded = expected[name] if part == "vae" else expected[name].half().float()
+            assert torch.equal(value, rounded)
+
+
+@pytest.mark.parametrize("name", ["StableDiffusionImg2ImgPipeline", "StableDiffusionPipelineSafe"])
+def test_folder_of_another_pipeline_around_the_same_parts_is_loaded(name: str, pipeline_copy: Path) -> None:
+    change(pipeline_copy / "model_index.json", _class_name=name)
+    check_checkpoint(pipeline_copy)
+    DiffusionPolicy.from_pretrained(pipeline_copy, device="cpu")
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"in_channels": 9}, r"must take 4 channels of latents and nothing else, got 9 \(of an inpainting model\)"),
+        ({"in_channels": 8}, "got 8"),
+        ({"addition_embed_type": "text_time"}, "got one that reads SDXL's pooled text and sizes"),
+        ({"time_cond_proj_dim": 256}, "got one that reads the scale of guidance"),
+    ],
+)
+def test_unet_that_reads_more_is_refused_by_its_configuration(
+    changed: dict[str, Any], message: str, pipeline_copy: Path
+) -> None:
+    change(pipeline_copy / "unet" / "config.json", **changed)
+    with pytest.raises(ValueError, match=message):
+        check_checkpoint(pipeline_copy)
+
+
+def test_home_is_expanded(pipeline_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(pipeline_dir.parent))
+    for path in (f"~/{pipeline_dir.name}", Path("~") / pipeline_dir.name):
+        check_checkpoint(path)
+        DiffusionPolicy.from_pretrained(path, device="cpu")
+    with pytest.raises(ValueError, match=f"got {pipeline_dir.parent}/nowhere"):
+        check_checkpoint("~/nowhere")
 
 
 def test_unet_of_another_task_is_refused(pipeline_dir: Path) -> None:
@@ -110,7 +274,7 @@ def test_what_is_no_pipeline_or_carries_an_adapter_is_refused(policy: DiffusionP
         DiffusionPolicy(other)
     pipeline = policy.to_pipeline()
     pipeline.unet = policy.unet
-    with pytest.raises(ValueError, match="the UNet must carry no adapter"):
+    with pytest.raises(ValueError, match=r"the UNet's layer .* must carry no adapter"):
         DiffusionPolicy(pipeline)
 
 

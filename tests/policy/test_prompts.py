@@ -3,7 +3,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from overpaint.policy import DiffusionPolicy, prompts
+from overpaint.policy import DiffusionPolicy, TruncatedPromptWarning, prompts
 
 
 @pytest.fixture
@@ -19,8 +19,9 @@ def texts_encoded(policy: DiffusionPolicy) -> list[int]:
 def test_embeddings_are_those_of_diffusers(policy: DiffusionPolicy) -> None:
     texts = ["a red circle", "", "a photo of a naked person " * 5]
     expected, _ = policy.to_pipeline().encode_prompt(texts, policy.device, 1, False)
-    # Theirs is one batch of three.
-    torch.testing.assert_close(policy.encode(texts).tokens, expected, rtol=1e-5, atol=1e-5)
+    with pytest.warns(TruncatedPromptWarning, match="has room for 24 tokens, start and end included, .* has 37;"):
+        encoded = policy.encode(texts)
+    torch.testing.assert_close(encoded.tokens, expected, rtol=1e-5, atol=1e-5)  # theirs is one batch of three
     assert expected.shape == (3, 24, 16)
 
 
@@ -92,3 +93,15 @@ def test_policy_refuses_bad_prompts(policy: DiffusionPolicy, bad: list[str] | st
         policy.encode(bad)
     with pytest.raises(ValueError, match="prompts must"):
         policy.draw(bad, seeds=[])
+
+
+def test_a_prompt_that_is_cut_off_is_told_of_once_with_what_is_not_read(policy: DiffusionPolicy) -> None:
+    long = "red " * 22 + "cat dog"  # and start and end
+    with pytest.warns(TruncatedPromptWarning, match=r"has 26; not read: 'cat dog' of 'red ") as told:
+        policy.encode([long, long])
+    assert len(told) == 1
+    policy.prompts.clear()
+    policy.encode([long])  # a warning would be an error here
+    policy.encode(["red " * 21 + "cat"])  # as many as there is room for
+    with pytest.warns(TruncatedPromptWarning, match=r"has 25; not read: 'cat' of"):
+        policy.draw(["red " * 22 + "cat"], seeds=[0], steps=1)

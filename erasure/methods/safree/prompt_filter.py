@@ -63,7 +63,7 @@ class PromptFilter:
 
     def ids(self, text: str) -> list[int]:
         """Returns the tokens of a text from start to end, cut off where the context ends."""
-        return self.prompts.tokenizer(text, truncation=True, max_length=self.prompts.room)["input_ids"]
+        return self.prompts.read(text)
 
     def _filter(self, prompt: str) -> FilteredPrompt:
         embedding = self.prompts([prompt]).tokens[0].cpu().double()

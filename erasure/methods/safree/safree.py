@@ -5,6 +5,7 @@ jaehong31/SAFREE at commit b8b2c3f, has no licence: none of it was read for this
 stored numbers (tests/golden/safree.json). See docs/methods/safree.md for each departure.
 """
 
+import warnings
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, ClassVar, Literal
@@ -21,7 +22,7 @@ from erasure.phrases import check_words
 from erasure.strength import check_strength
 from overpaint.policy import ClassifierFree, Conditioning, DiffusionPolicy, Guidance, StepContext
 from overpaint.policy.parts import Pipeline, UNet
-from overpaint.policy.prompts import PromptEncoder
+from overpaint.policy.prompts import PromptEncoder, TruncatedPromptWarning
 from overpaint.policy.types import Embeddings
 from overpaint.settings import Field, Text, settings
 
@@ -178,7 +179,8 @@ class SAFREEGuard:
 
     def negative(self, empty: Conditioning) -> Conditioning:
         """Returns the joined concepts, cut off where the text encoder's context ends, for each row of `empty`."""
-        joined = self.prompts([", ".join(self.config.concepts or ())]).to(empty.tokens).expand(len(empty))
+        with warnings.catch_warnings(action="ignore", category=TruncatedPromptWarning):  # no text of the user's
+            joined = self.prompts([", ".join(self.config.concepts or ())]).to(empty.tokens).expand(len(empty))
         return joined.with_tokens(torch.lerp(empty.tokens, joined.tokens, min(self.strength, 1.0)))
 
 

@@ -1,0 +1,168 @@
+"""What the files of a checkpoint say before any weight is loaded: a folder in diffusers' layout, here or on the hub."""
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .takeover import PIPELINE_CLASSES, check_unet
+
+PARTS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
+
+WEIGHTS = {
+    "unet": "diffusion_pytorch_model",
+    "vae": "diffusion_pytorch_model",
+    "text_encoder": ("model", "pytorch_model"),
+}
+"""What the weight files of each network begin with."""
+
+VARIANTS = ("fp16", "bf16")
+"""Names under which weights in half precision are published beside those in float32, or instead of them."""
+
+CONFIGURATION = ["model_index.json", *(f"{part}/*.{ending}" for part in PARTS for ending in ("json", "txt"))]
+"""The files of a checkpoint that are no weights."""
+
+
+@dataclass(frozen=True)
+class CheckpointFiles:
+    """The files of a checkpoint in diffusers' layout."""
+
+    name: str
+    """The folder's path, or the hub id."""
+
+    files: frozenset[str]
+    """Names of the files, relative, with forward slashes."""
+
+    folder: Path
+    """Where the configuration lies; for a hub id, in the cache."""
+
+    def read(self, name: str) -> Mapping[str, Any]:
+        """Returns a file of the configuration."""
+        values: Mapping[str, Any] = json.loads((self.folder / name).read_text(encoding="utf-8"))
+        return values
+
+    def check(self) -> None:
+        """Checks that the files are those of a Stable Diffusion v1 or v2 for text-to-image, leaving weights aside.
+
+        Raises:
+            ValueError: They are not.
+        """
+        if "model_index.json" not in self.files:
+            raise ValueError(f"a checkpoint's folder must hold model_index.json, and {self.name} does not")
+        kind = self.read("model_index.json").get("_class_name")
+        if kind not in PIPELINE_CLASSES:
+            raise ValueError(f"the checkpoint must be a {PIPELINE_CLASSES[0]}, and {self.name} is a {kind}")
+        for part in PARTS:
+            if not any(file.startswith(f"{part}/") for file in self.files):
+                raise ValueError(f"a checkpoint's folder must hold {part}/, and {self.name} does not")
+        check_unet(self.read("unet/config.json"))
+
+    def variants(self) -> dict[str, str]:
+        """Returns the variant of each network that has its weights under no other name.
+
+        Raises:
+            ValueError: A network has no weights.
+        """
+        return variants(self.files, self.name)
+
+
+def variants(files: Iterable[str], name: str) -> dict[str, str]:
+    """Returns the variant of each network that has its weights under no plain name; sharded or whole.
+
+    Args:
+        files: Names of a checkpoint's files.
+        name: What the checkpoint is called in errors.
+
+    Raises:
+        ValueError: A network has no weights, or in variants only that are no half precision.
+    """
+    listed, chosen = list(files), {}
+    for part, starts in WEIGHTS.items():
+        weights = [Path(file).name for file in listed if file.startswith(f"{part}/") and _holds_weights(file)]
+        found = {_variant(file) for file in weights if file.startswith(starts)}
+        if None in found:
+            continue
+        half = [variant for variant in VARIANTS if variant in found]
+        if not half:
+            raise ValueError(f"{name} must hold the weights of {part}/, got {', '.join(sorted(weights)) or 'no file'}")
+        chosen[part] = half[0]
+    return chosen
+
+
+def _holds_weights(file: str) -> bool:
+    return file.endswith((".safetensors", ".bin"))
+
+
+def _variant(file: str) -> str | None:
+    """Returns what stands between a weight file's first dot and its number or its ending."""
+    middle = file.split(".")[1:-1]
+    return middle[0].partition("-")[0] if middle else None
+
+
+def of_folder(folder: Path) -> CheckpointFiles:
+    """Returns the files of a folder.
+
+    Raises:
+        ValueError: There is no such folder.
+    """
+    if not folder.is_dir():
+        raise ValueError(
+            "the checkpoint must be a folder in diffusers' layout or a hub id owner/name, or a single .safetensors or "
+            f".ckpt file, got {folder}"
+        )
+    return CheckpointFiles(str(folder), _files(folder), folder)
+
+
+def of_hub(name: str) -> CheckpointFiles:
+    """Returns the files of a hub id; its configuration is fetched, or taken from the cache where there is no hub.
+
+    Raises:
+        ValueError: There is no such checkpoint, or the hub cannot be reached and the cache has none.
+    """
+    import httpx2
+    from huggingface_hub import list_repo_files
+
+    folder = fetch_configuration(name)
+    try:
+        files = frozenset(list_repo_files(name))
+    except (OSError, httpx2.HTTPError):  # out of reach, or told to stay offline: what is in the cache is what there is
+        files = _files(folder)
+    return CheckpointFiles(name, files, folder)
+
+
+def fetch_configuration(name: str) -> Path:
+    """Returns the folder of the cache that holds a hub id's configuration and tokenizer, after fetching them.
+
+    Raises:
+        ValueError: There is no such checkpoint, or the hub cannot be reached and the cache has none.
+    """
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HFValidationError,
+        IncompleteSnapshotError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+    )
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=CONFIGURATION))
+    except IncompleteSnapshotError as error:
+        return Path(error.snapshot_path)
+    except GatedRepoError as error:
+        raise ValueError(
+            f"the checkpoint must be one that this account may read, and {name!r} is not; ask for it on its page"
+        ) from error
+    except (RepositoryNotFoundError, HFValidationError) as error:
+        raise ValueError(f"the checkpoint must be a folder or a hub id of a pipeline, got {name!r}") from error
+    except LocalEntryNotFoundError as error:
+        raise ValueError(
+            f"the hub must be within reach for {name!r}, which its cache does not hold, and it is not"
+        ) from error
+
+
+def _files(folder: Path) -> frozenset[str]:
+    """Returns the files of a folder and of the folders in it."""
+    found = (*folder.glob("*"), *folder.glob("*/*"))
+    return frozenset(file.relative_to(folder).as_posix() for file in found if file.is_file())
