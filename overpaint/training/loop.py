@@ -13,7 +13,7 @@ from rewards import Reward, scores_of
 
 from .config import TrainingConfig
 from .early_stopping import EarlyStopping
-from .engine import process_state
+from .engine import from_main, process_state
 from .record import prompts_record, reward_record
 from .run import TrainingRun
 from .types import Stateful
@@ -173,8 +173,11 @@ def evaluate_held_out(run: TrainingRun, trainer: Trainer[Metrics], *, eta: float
 
 def log_pictures(run: TrainingRun, trainer: Trainer[Metrics], *, eta: float = 0.0) -> None:
     """Logs pictures of the first training prompts, drawn with averaged weights and always from the same seeds."""
-    if not run.is_main:  # nobody waits for anybody while pictures are drawn
-        return
+    from_main(lambda: _log_pictures(run, trainer, eta))
+
+
+def _log_pictures(run: TrainingRun, trainer: Trainer[Metrics], eta: float) -> None:
+    """Draws, scores and logs in the main process."""
     prompts = list(dict.fromkeys(trainer.prompts))[:TRAINING_PICTURES]
     with run.averaged():
         images = trainer.policy.draw(
