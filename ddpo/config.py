@@ -32,6 +32,13 @@ class DDPOConfig:
     steps: int = Field(50, ge=1)
     """Denoising steps of an image."""
 
+    height: int | None = Field(None, ge=1)
+    """Height of the images in pixels, a multiple of the VAE's factor (8 for Stable Diffusion); None is the size of
+    the model's training. Held-out images have it too."""
+
+    width: int | None = Field(None, ge=1)
+    """Width of the images, likewise."""
+
     guidance_scale: float = Field(5.0, ge=0)
     """Classifier-free guidance, in sampling and in the update alike; other than 1, UNet calls have twice the batch."""
 

@@ -7,9 +7,9 @@ to them, which is what DDPO is compared with. See docs/rwr.md for each departure
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from statistics import fmean
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,7 +27,7 @@ from overpaint.training import (
     evaluate_held_out,
     train,
 )
-from overpaint.training.loop import check_batches
+from overpaint.training.loop import check_batches, check_image_size
 from rewards import Reward
 
 from .collect import Collector, requested_again_on_failure, tagged
@@ -63,6 +63,12 @@ class RWRConfig:
 
     steps: int = Field(50, ge=1)
     """Denoising steps of an image."""
+
+    height: int | None = Field(None, ge=1)
+    """As in `DDPOConfig`, with the next one."""
+
+    width: int | None = Field(None, ge=1)
+    """Width of the images."""
 
     guidance_scale: float = Field(5.0, ge=0)
     """Classifier-free guidance, in sampling and in the regression alike."""
@@ -110,6 +116,8 @@ class RWRTrainer:
     errors are those of `DDPOTrainer`, but there is no erasure constraint.
     """
 
+    name: str = "RWR"
+
     def __init__(
         self,
         policy: DiffusionPolicy,
@@ -127,13 +135,14 @@ class RWRTrainer:
         self.config = cfg = config or RWRConfig()
         self.early_stopping = EarlyStopping.of(cfg, held_out)
         self.guidance = ClassifierFree(cfg.guidance_scale)
+        check_image_size(self)
         self.collector = Collector(
             policy, self._finished, reward, None, batch_size=cfg.sampling_batch_size, scoring=scoring
         )
 
-    def train(self, run_config: TrainingConfig) -> RWRMetrics | None:
+    def train(self, run_config: TrainingConfig, *, notes: Mapping[str, Any] | None = None) -> RWRMetrics | None:
         """Trains, or goes on with an interrupted run; as `DDPOTrainer.train`."""
-        return train(self, run_config, state={}, configs={"rwr": self.config})
+        return train(self, run_config, state={}, configs={"rwr": self.config}, notes=notes)
 
     def prepare(self, run: TrainingRun) -> None:
         """Checks what only a run can tell.
@@ -196,7 +205,15 @@ class RWRTrainer:
     def _finished(self, conditioning: Conditioning, seeds: Sequence[int]) -> Trajectory:
         """Draws a batch and keeps of its trajectory the end only."""
         cfg = self.config
-        clean = self.policy.sample(conditioning, steps=cfg.steps, guidance=self.guidance, eta=cfg.eta, seeds=seeds)
+        clean = self.policy.sample(
+            conditioning,
+            steps=cfg.steps,
+            guidance=self.guidance,
+            eta=cfg.eta,
+            seeds=seeds,
+            height=cfg.height,
+            width=cfg.width,
+        )
         none = clean.new_empty(len(clean), 0)
         return Trajectory(clean.unsqueeze(1), none, none.new_empty(0, dtype=torch.int64), conditioning)
 

@@ -9,9 +9,9 @@ the scoring (`collect`). See docs/ddpo.md for each departure from the authors' c
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from statistics import fmean
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -32,6 +32,7 @@ from overpaint.training import (
     evaluate_held_out,
     train,
 )
+from overpaint.training.loop import check_image_size
 from rewards import Reward
 
 from .advantage import EPSILON, PromptStatistics, centred, centred_advantages, group_advantages, round_advantages
@@ -99,8 +100,10 @@ class DDPOTrainer:
 
     Raises:
         ValueError: There are no prompts, the policy has nothing to train, or there is patience without anything held
-            out.
+            out; or the VAE's factor does not divide a side of the images.
     """
+
+    name: str = "DDPO"
 
     def __init__(
         self,
@@ -122,6 +125,7 @@ class DDPOTrainer:
         self.early_stopping = EarlyStopping.of(cfg, held_out, constrained=erasure is not None)
         self.guidance = ClassifierFree(cfg.guidance_scale)
         self.statistics = PromptStatistics(cfg.buffer_size, cfg.min_count)
+        check_image_size(self)
         step_weights, self.chosen_steps = step_plan(policy, cfg)
         self.gradient = PolicyGradient(policy, cfg, self.guidance, step_weights)
         self.collector = Collector(
@@ -133,8 +137,12 @@ class DDPOTrainer:
             scoring=scoring,
         )
 
-    def train(self, run_config: TrainingConfig) -> DDPOMetrics | None:
+    def train(self, run_config: TrainingConfig, *, notes: Mapping[str, Any] | None = None) -> DDPOMetrics | None:
         """Trains, or goes on with an interrupted run, as `overpaint.training.train` says.
+
+        Args:
+            run_config: Settings of the run.
+            notes: What only the program knows, for the record of the run.
 
         Raises:
             RewardError: The reward failed for good. The samples are kept, and scored when the run is resumed.
@@ -142,7 +150,8 @@ class DDPOTrainer:
         state: dict[str, Stateful] = {"statistics": self.statistics}
         if self.erasure is not None:
             state["lagrangian"] = self.erasure.lagrangian
-        return train(self, run_config, state=state, configs={"ddpo": self.config})
+        about = {} if self.erasure is None else {"erasure": self.erasure.description()}
+        return train(self, run_config, state=state, configs={"ddpo": self.config}, about=about, notes=notes)
 
     def prepare(self, run: TrainingRun) -> None:
         """Checks what only a run can tell, and readies an erasure objective.
@@ -218,8 +227,8 @@ class DDPOTrainer:
             self.early_stopping.note_cost(cost)
         if run.iteration % cfg.pictures_every == 0:
             prompts = [prompt for part in requests for prompt in part.my_prompts]
-            captions = [f"{r:.2f} {p}" for r, p in zip(scored.rewards.tolist(), prompts, strict=True)]
-            run.log_images("round", scored.pictures, captions[: len(scored.pictures)])
+            shown = slice(len(scored.pictures))
+            run.log_images("round", scored.pictures, prompts[shown], rewards=scored.rewards[shown])
         return DDPOMetrics(
             reward=float(advantages.rewards.mean()),
             reward_std=float(advantages.rewards.std(correction=0)),
@@ -257,7 +266,15 @@ class DDPOTrainer:
 
     def _rollout(self, conditioning: Conditioning, seeds: Sequence[int]) -> Trajectory:
         cfg = self.config
-        return self.policy.rollout(conditioning, steps=cfg.steps, guidance=self.guidance, eta=cfg.eta, seeds=seeds)
+        return self.policy.rollout(
+            conditioning,
+            steps=cfg.steps,
+            guidance=self.guidance,
+            eta=cfg.eta,
+            seeds=seeds,
+            height=cfg.height,
+            width=cfg.width,
+        )
 
     def _sample(self, run: TrainingRun) -> tuple[list[SampleRequest], ScoredSamples]:
         """Draws this process's samples and has them scored: those of the prompts, then those of the concept."""

@@ -8,11 +8,13 @@ cost to its loss, and once for each update gives `lagrangian.update` the mean co
 
 import math
 from collections.abc import Sequence
-from typing import Protocol, runtime_checkable
+from dataclasses import asdict
+from typing import Any, Protocol, runtime_checkable
 
 from overpaint.policy import DiffusionPolicy
 from overpaint.policy.prompts import check_prompts
 from overpaint.policy.types import Images, PerSample
+from overpaint.training.record import prompts_record, shown
 from rewards.types import Reward
 
 from .concept import Concept
@@ -43,6 +45,10 @@ class ScoreCeiling:
         self.detector = detector
         self.ceiling = ceiling
 
+    def __repr__(self) -> str:
+        """Shows the detector and the ceiling."""
+        return f"ScoreCeiling({self.detector!r}, ceiling={self.ceiling})"
+
     def __call__(self, images: Images, prompts: Sequence[str]) -> PerSample:
         """Returns score - ceiling for each image."""
         return self.detector(images, prompts) - self.ceiling
@@ -61,6 +67,10 @@ class ImageConstraint:
         self.cost = cost
         self.prompts = check_prompts(prompts)
         self.lagrangian = lagrangian or Lagrangian()
+
+    def description(self) -> dict[str, Any]:
+        """Returns what is constrained and how, for the record of a run."""
+        return {"cost": shown(self.cost), **_shared(self)}
 
 
 class ObjectiveConstraint:
@@ -95,6 +105,11 @@ class ObjectiveConstraint:
         self.lagrangian = lagrangian or Lagrangian(LagrangianConfig(max_violation=1.0))
         self.ceiling = ceiling
 
+    def description(self) -> dict[str, Any]:
+        """Returns what is constrained and how, for the record of a run."""
+        concept = self.concept.to_json()
+        return {"objective": shown(self.objective), "concept": concept, "ceiling": self.ceiling, **_shared(self)}
+
     def prepare(self, policy: DiffusionPolicy) -> None:
         """Prepares the objective for the policy; once, before the first update. Raises as the objective's `prepare`."""
         self.objective.prepare(policy, self.concept)
@@ -102,6 +117,11 @@ class ObjectiveConstraint:
     def cost(self, policy: DiffusionPolicy, batch: ConceptBatch) -> PerSample:
         """Returns loss / ceiling - 1 for each sample; gradients flow."""
         return self.objective.loss(policy, batch) / self.ceiling - 1
+
+
+def _shared(constraint: ImageConstraint | ObjectiveConstraint) -> dict[str, Any]:
+    """Returns what both kinds have to tell."""
+    return {"prompts": prompts_record(constraint.prompts), "lagrangian": asdict(constraint.lagrangian.config)}
 
 
 ErasureConstraint = ImageConstraint | ObjectiveConstraint

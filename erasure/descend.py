@@ -5,13 +5,15 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
 from overpaint.policy import DiffusionPolicy, WeightDelta, merged_state
+from overpaint.policy.digest import policy_record
 from overpaint.settings import AnyFloat, Field, settings
 from overpaint.training import TrainingConfig, TrainingRun, process_state
+from overpaint.training.config import Optimizer, Precision, Schedule
 
 from .changes import WeightChange
 from .concept import Concept
@@ -28,7 +30,7 @@ class DescentConfig:
     """Updates."""
 
     learning_rate: float = Field(gt=0)
-    """Of every update; constant."""
+    """Of every update, the largest where there is a schedule."""
 
     batch_size: int = Field(1, ge=1)
     """Samples of an update, over all processes."""
@@ -39,17 +41,31 @@ class DescentConfig:
     max_grad_norm: AnyFloat = Field(math.inf, gt=0)
     """Longest gradient; longer ones are scaled down."""
 
-    optimizer: Literal["adamw", "adamw8bit"] = "adamw"
-    """torch's, or the 8-bit one of bitsandbytes."""
+    schedule: Schedule = "constant"
+    """Of the learning rate: constant, or falling to 0 at the last update."""
 
-    mixed_precision: Literal["no", "bf16", "fp16"] = "no"
-    """What the networks compute in. Trained weights are float32 whatever it is."""
+    warmup_iterations: int = Field(0, ge=0)
+    """Updates in which the learning rate grows linearly from 0."""
+
+    optimizer: Optimizer = "adamw"
+    """torch's, the 8-bit one of bitsandbytes, or torch's Adafactor."""
+
+    mixed_precision: Precision | None = None
+    """What the networks compute in; None is what `accelerate launch` says, and otherwise float32. Trained weights are
+    float32 whatever it is."""
 
     checkpoint_every: int = Field(100, ge=1)
     """Updates between two checkpoints, where there is a folder for them."""
 
     seed: int = 0
     """Of everything random."""
+
+    def __post_init__(self) -> None:
+        """Checks that the warm-up ends."""
+        if self.warmup_iterations > self.iterations:
+            raise ValueError(
+                f"warmup_iterations must be at most iterations={self.iterations}, got {self.warmup_iterations}"
+            )
 
     def check_processes(self) -> None:
         """Raises a `ValueError` where the processes cannot share a batch."""
@@ -130,7 +146,14 @@ def descend(
         run_config = TrainingConfig(
             output_dir=Path(output_dir or nowhere), keep_checkpoints=1, resume=resume, progress=progress, **shared
         )
-        with TrainingRun(student, run_config, configs=recorded) as run:
+        with TrainingRun(
+            student,
+            run_config,
+            configs=recorded,
+            name=f"erasing: {objective.name}",
+            about={} if output_dir is None else {"model": policy_record(student), "concept": concept.to_json()},
+            temporary=output_dir is None,
+        ) as run:
             for _ in run.iterations():
                 descend_once(objective, student, concept, config, run)
 

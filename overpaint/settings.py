@@ -22,8 +22,16 @@ __all__ = ["AnyFloat", "AnyPath", "Distinct", "Field", "Text", "settings"]
 AnyFloat = Annotated[float, AllowInfNan(True)]
 """A float that may be infinite, which a bound beside the field can narrow; NaN breaks any bound."""
 
-AnyPath = Annotated[Path, Strict(False)]
-"""A path, also given as a string."""
+
+def _expanded(path: Path) -> Path:
+    try:
+        return path.expanduser()
+    except RuntimeError as error:  # pydantic makes a sentence of a `ValueError` only
+        raise ValueError(f"must begin with a known home folder, got {str(path)!r}") from error
+
+
+AnyPath = Annotated[Path, Strict(False), AfterValidator(_expanded)]
+"""A path, also given as a string; `~` is the home folder."""
 
 Text = Annotated[str, Field(pattern=r"\S")]
 """A string that is not blank."""

@@ -20,6 +20,13 @@ class ReFLConfig:
     steps: int = Field(40, ge=1)
     """Denoising steps of a whole image."""
 
+    height: int | None = Field(None, ge=1)
+    """Height of the images in pixels, a multiple of the VAE's factor (8 for Stable Diffusion); None is the size of
+    the model's training. Pretraining pairs that are drawn, and held-out images, have it too."""
+
+    width: int | None = Field(None, ge=1)
+    """Width of the images, likewise."""
+
     first_reward_step: int = Field(30, ge=0)
     """Earliest step, counted from noise, that the reward may be backpropagated through."""
 
@@ -53,11 +60,16 @@ class ReFLConfig:
     pretraining_batch_size: int = Field(64, ge=1)
     """Pairs per iteration, over all processes."""
 
+    pretraining_pairs: int | None = Field(None, ge=1)
+    """Pairs that are drawn from the frozen policy before the first iteration, where none are given; None is a batch, or
+    four of them as long as that is at most 64."""
+
     erasure_batch_size: int = Field(64, ge=1)
     """Prompts of the concept per iteration, over all processes; used only with an erasure constraint."""
 
     evaluate_every: int = Field(20, ge=1)
-    """Iterations between two evaluations: of the distance from the reference, and of any held-out prompts."""
+    """Iterations between two evaluations: of the distance from the reference, and of the held-out prompts; where there
+    are none, pictures of some training prompts are logged."""
 
     patience: int = Field(0, ge=0)
     """Evaluations in a row with the trained reward above its start and the held-out one below its best, after which

@@ -38,7 +38,14 @@ def one_step_images(
     first = reward_step - config.truncation_steps + 1
     until = config.steps if repeats else first
     latents = policy.sample(
-        conditioning, steps=config.steps, guidance=guidance, eta=config.eta, seeds=seeds, until=until
+        conditioning,
+        steps=config.steps,
+        guidance=guidance,
+        eta=config.eta,
+        seeds=seeds,
+        until=until,
+        height=config.height,
+        width=config.width,
     )
     if repeats:
         noise = _noise_after(1 + until if config.eta > 0 else 1, seeds, latents)

@@ -12,6 +12,7 @@ from overpaint.policy import Conditioning, DiffusionPolicy, Guidance, SampleNois
 from overpaint.policy.guidance import DEFAULT_GUIDANCE
 from overpaint.policy.prompts import check_prompts
 from overpaint.policy.types import Latents, PerSample
+from overpaint.training.logging import progress_bar
 from rewards.preprocess import pil_to_square
 
 IMAGE_ENDINGS = (".png", ".jpg", ".jpeg", ".webp")
@@ -34,6 +35,9 @@ def pairs_from_policy(
     guidance: Guidance = DEFAULT_GUIDANCE,
     seed: int = 0,
     batch_size: int = 16,
+    height: int | None = None,
+    width: int | None = None,
+    progress: bool = False,
 ) -> PretrainingPairs:
     """Draws pairs from the frozen policy itself, the one that training starts from.
 
@@ -44,9 +48,12 @@ def pairs_from_policy(
         prompts: Captions, taken in turn.
         count: Number of pairs.
         steps: Denoising steps.
-        guidance: By default classifier-free guidance of 5.
+        guidance: By default classifier-free guidance of 7.5.
         seed: Seed of the first image; the next ones follow.
         batch_size: Images at a time.
+        height: Of the images, in pixels; None is the size that the model was trained on.
+        width: Of the images, likewise.
+        progress: Whether a progress bar is shown.
 
     Raises:
         ValueError: There are no prompts, one is not a string, or `count` or `batch_size` is below 1.
@@ -58,11 +65,20 @@ def pairs_from_policy(
     captions = [known[k % len(known)] for k in range(count)]
     seeds = range(seed, seed + count)
     parts = []
-    with policy.reference():
+    bar = progress_bar(shown=progress, desc="pretraining pairs", total=count, unit="image")
+    with policy.reference(), bar:
         for start in range(0, count, batch_size):
             part = slice(start, start + batch_size)
-            conditioning = policy.encode(captions[part])
-            parts.append(policy.sample(conditioning, steps=steps, guidance=guidance, seeds=seeds[part]))
+            latents = policy.sample(
+                policy.encode(captions[part]),
+                steps=steps,
+                guidance=guidance,
+                seeds=seeds[part],
+                height=height,
+                width=width,
+            )
+            parts.append(latents)
+            bar.update(len(latents))
     return PretrainingPairs(torch.cat(parts), captions)
 
 

@@ -7,8 +7,8 @@ from the authors' code, and for results.
 """
 
 import math
-from collections.abc import Callable, Sequence
-from typing import NamedTuple, TypeVar
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -29,7 +29,7 @@ from overpaint.training import (
     evaluate_held_out,
     train,
 )
-from overpaint.training.loop import check_batches
+from overpaint.training.loop import check_batches, check_image_size, log_pictures
 from rewards import Reward, scores_of
 
 from .config import ReFLConfig
@@ -41,8 +41,8 @@ from .pretraining import PretrainingPairs, denoising_loss, pairs_from_policy
 
 Item = TypeVar("Item", str, int)
 
-POOL_BATCHES = 4
-"""Size of the pool of pairs that is drawn where none are given, in batches of the pretraining term."""
+POOL_BATCHES, POOL = 4, 64
+"""Size of the pool of pairs that is drawn where none are given: in batches of the pretraining term, and at most."""
 
 
 class ReFLMetrics(NamedTuple):
@@ -75,8 +75,11 @@ class ReFLTrainer:
 
     Raises:
         ValueError: The reward says that it has no gradient, there are no prompts or no pairs, the policy has nothing to
-            train, or there is patience without anything held out.
+            train, there is patience without anything held out, or the VAE's factor does not divide a side of the
+            images.
     """
+
+    name: str = "ReFL"
 
     def __init__(
         self,
@@ -105,11 +108,18 @@ class ReFLTrainer:
             )
         self.early_stopping = EarlyStopping.of(self.config, held_out, constrained=erasure is not None)
         self.guidance = ClassifierFree(self.config.guidance_scale)
+        check_image_size(self)
 
-    def train(self, run_config: TrainingConfig) -> ReFLMetrics | None:
-        """Trains, or goes on with an interrupted run, as `overpaint.training.train` says."""
+    def train(self, run_config: TrainingConfig, *, notes: Mapping[str, Any] | None = None) -> ReFLMetrics | None:
+        """Trains, or goes on with an interrupted run, as `overpaint.training.train` says.
+
+        Args:
+            run_config: Settings of the run.
+            notes: What only the program knows, for the record of the run.
+        """
         state: dict[str, Stateful] = {} if self.erasure is None else {"lagrangian": self.erasure.lagrangian}
-        return train(self, run_config, state=state, configs={"refl": self.config})
+        about = {} if self.erasure is None else {"erasure": self.erasure.description()}
+        return train(self, run_config, state=state, configs={"refl": self.config}, about=about, notes=notes)
 
     def prepare(self, run: TrainingRun) -> None:
         """Checks what only a run can tell, draws pairs where none were given, and readies an erasure objective.
@@ -122,12 +132,14 @@ class ReFLTrainer:
         batches = {"batch_size": cfg.batch_size}
         if cfg.pretraining_weight:
             batches["pretraining_batch_size"] = cfg.pretraining_batch_size
+            if self.pretraining is None:
+                batches["pretraining_pairs"] = self._pool
         if self.erasure is not None:
             batches["erasure_batch_size"] = cfg.erasure_batch_size
         check_batches(run, "", batches)
 
         size = self.policy.image_size
-        grey = torch.full((1, 3, size, size), 0.5, device=self.policy.device)
+        grey = torch.full((1, 3, cfg.height or size, cfg.width or size), 0.5, device=self.policy.device)
         check_gradient("reward", self.reward, grey, self.prompts[:1])
         if isinstance(self.erasure, ImageConstraint):
             check_gradient("erasure cost", self.erasure.cost, grey, self.erasure.prompts[:1])
@@ -182,10 +194,13 @@ class ReFLTrainer:
         )
 
     def evaluate(self, run: TrainingRun) -> None:
-        """Measures the distance from the reference, and evaluates the held-out prompts."""
+        """Measures the distance from the reference, and evaluates the held-out prompts, or logs some pictures."""
         with run.averaged():
             run.log({"train/distance": distance_to_reference(self.policy)})
-        evaluate_held_out(run, self)
+        if self.early_stopping is None:
+            log_pictures(run, self)
+        else:
+            evaluate_held_out(run, self)
 
     # The three terms of the loss: each gives its mean over some samples, and what it measured of each.
 
@@ -240,10 +255,15 @@ class ReFLTrainer:
         """Repeats each prompt for the images that it stands for."""
         return [prompt for prompt in prompts for _ in range(max(1, self.config.low_variance_noises))]
 
+    @property
+    def _pool(self) -> int:
+        """Number of pairs that are drawn where none are given."""
+        batch = self.config.pretraining_batch_size
+        return self.config.pretraining_pairs or max(batch, min(POOL_BATCHES * batch, POOL))
+
     def _own_pairs(self, run: TrainingRun) -> PretrainingPairs:
         """Draws the pairs of the pretraining term from the frozen policy, each process its part."""
-        cfg = self.config
-        count = POOL_BATCHES * cfg.pretraining_batch_size
+        cfg, count = self.config, self._pool
         captions = [self.prompts[k % len(self.prompts)] for k in range(count)]
         mine = run.shard(range(count))
         part = pairs_from_policy(
@@ -253,6 +273,9 @@ class ReFLTrainer:
             steps=cfg.steps,
             guidance=ClassifierFree(max(cfg.guidance_scale, 1.0)),
             seed=2_000_000 + run.config.seed + mine.start,
+            height=cfg.height,
+            width=cfg.width,
+            progress=run.is_main and run.config.progress,
         )
         return PretrainingPairs(run.gather(part.latents), captions)
 

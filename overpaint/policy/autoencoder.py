@@ -34,6 +34,26 @@ def encode(vae: VAE, images: Images, *, noise: Callable[[], Latents] | None = No
     return latents * vae.config["scaling_factor"]
 
 
+def latent_size(vae: VAE, sample_size: int, height: int | None, width: int | None) -> tuple[int, int]:
+    """Returns height and width of the latents of an image.
+
+    Args:
+        vae: Between the two.
+        sample_size: Side of the latents where no size is given.
+        height: Of the image, in pixels.
+        width: Of the image, in pixels.
+
+    Raises:
+        ValueError: The VAE's factor does not divide one of them.
+    """
+    factor = scale_factor(vae)
+    for name, value in (("height", height), ("width", width)):
+        if value is not None and (value < 1 or value % factor):
+            raise ValueError(f"{name} must be a positive multiple of the VAE's factor {factor}, got {value}")
+    down, across = (sample_size if value is None else value // factor for value in (height, width))
+    return down, across
+
+
 def scale_factor(vae: VAE) -> int:
     """Returns how many pixels one latent stands for, along each side."""
     return 2 ** (len(vae.config["block_out_channels"]) - 1)

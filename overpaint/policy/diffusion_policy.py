@@ -45,7 +45,7 @@ class DiffusionPolicy:
 
     What recurs in its methods: `conditioning` are prompts, from `encode`; `steps` the number of denoising steps of a
     whole image, and `step` the index of one, counted from noise; `guidance` what makes one prediction of several, by
-    default classifier-free guidance of 5; `eta` the share of the noise of ancestral sampling, in [0, 1], where 0 is
+    default classifier-free guidance of 7.5; `eta` the share of the noise of ancestral sampling, in [0, 1], where 0 is
     deterministic; `seeds` one for each sample, whose noise depends on nothing else; `height` and `width` those of the
     image in pixels, by default the size of training. What is out of its range raises a `ValueError`, and so do seeds
     that are not as many as prompts, a side that the VAE's factor does not divide, and a step without a density where
@@ -439,9 +439,5 @@ class DiffusionPolicy:
 
     def _noise(self, seeds: Sequence[int], samples: Sized, height: int | None, width: int | None) -> SampleNoise:
         check_seeds(seeds, len(samples))
-        factor = autoencoder.scale_factor(self.vae)
-        for name, value in (("height", height), ("width", width)):
-            if value is not None and (value < 1 or value % factor):
-                raise ValueError(f"{name} must be a positive multiple of the VAE's factor {factor}, got {value}")
-        size = (height or self.image_size) // factor, (width or self.image_size) // factor
-        return SampleNoise(seeds, height=size[0], width=size[1], device=self.device)
+        down, across = autoencoder.latent_size(self.vae, self.sample_size, height, width)
+        return SampleNoise(seeds, height=down, width=across, device=self.device)

@@ -1,10 +1,18 @@
-"""Which tensors they are: their SHA-256, so that what was computed from a model is told from what was not."""
+"""Which model it is: the SHA-256 of its tensors and what else decides its images, and the libraries it draws with."""
 
 import hashlib
-from collections.abc import Iterable, Mapping
+import platform
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from .diffusion_policy import DiffusionPolicy
 
 
 def tensors_hash(tensors: Mapping[str, Tensor], notes: Iterable[str] = ()) -> str:
@@ -21,3 +29,69 @@ def tensors_hash(tensors: Mapping[str, Tensor], notes: Iterable[str] = ()) -> st
     for note in notes:
         digest.update(f"{note}\n".encode())
     return digest.hexdigest()
+
+
+def policy_record(policy: "DiffusionPolicy") -> dict[str, Any]:
+    """Returns what decides the images of a policy, beside how they are sampled."""
+    networks = {"unet": policy.unet, "vae": policy.vae, "text_encoder": policy.text_encoder}
+    return {
+        "class": class_name(policy),
+        "weights": weights_digest(networks),
+        "scheduler": {"class": "DDIM", **scheduler_settings(policy.scheduler)},
+        "guard": guard_of(policy),
+    }
+
+
+def weights_digest(networks: Mapping[str, nn.Module]) -> str:
+    """Returns the SHA-256 of all weights of networks, adapters and how strongly they act included.
+
+    A ValueError says that weights are not in memory, as with diffusers' sequential offloading.
+    """
+    tensors: dict[str, Tensor] = {}
+    adapters: list[str] = []
+    for part, network in sorted(networks.items()):
+        values = {name: value for name, value in network.state_dict().items() if isinstance(value, Tensor)}
+        if absent := sorted(name for name, value in values.items() if value.is_meta):
+            raise ValueError(f"the weights of {part} must be in memory to tell models apart, got {absent[0]} on meta")
+        tensors |= {f"{part}.{name}": value for name, value in values.items()}
+        adapters += [f"{part}.{name} {settings}" for name, settings in _adapters(network)]
+    return tensors_hash(tensors, adapters)
+
+
+def class_name(thing: object) -> str:
+    """Returns the name of something's class, with its package."""
+    package = re.match(r"(overpaint\.)?\w+", type(thing).__module__)
+    return f"{package[0] if package else ''}.{type(thing).__qualname__}"
+
+
+def scheduler_settings(scheduler: Any) -> dict[str, Any]:
+    """Returns the settings of a scheduler of diffusers, without those about its file."""
+    return {name: value for name, value in sorted(scheduler.config.items()) if not name.startswith("_")}
+
+
+def guard_of(holder: object) -> str | None:
+    """Returns what keeps something out of a policy's pictures or a UNet's, with its settings; None for nothing."""
+    guard = getattr(holder, "guard", None)
+    return None if guard is None else repr(getattr(guard, "guard", guard))  # what is attached to a pipeline wraps it
+
+
+def _adapters(network: nn.Module) -> list[tuple[str, str]]:
+    """Returns what decides how adapters of peft act, besides their weights."""
+    if not getattr(network, "peft_config", None):
+        return []
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    return [
+        (name, f"{sorted(layer.scaling.items())} {layer.active_adapters} {layer.disable_adapters}")
+        for name, layer in network.named_modules()
+        if isinstance(layer, BaseTunerLayer) and isinstance(layer.scaling, dict)
+    ]
+
+
+def library_versions(libraries: Sequence[str]) -> dict[str, str]:
+    """Returns the versions of Python and of those of the libraries that are installed."""
+    versions = {"python": platform.python_version()}
+    for name in libraries:
+        with suppress(PackageNotFoundError):
+            versions[name] = version(name)
+    return versions

@@ -165,8 +165,10 @@ def without_bars() -> Generator[None]:
 
 
 def default_device() -> torch.device:
-    """Returns this process's GPU, or the CPU where there is none."""
-    if torch.cuda.is_available():
+    """Returns this process's GPU, or the CPU where there is none or `accelerate launch --cpu` asks for it."""
+    from accelerate.utils import parse_flag_from_env
+
+    if torch.cuda.is_available() and not parse_flag_from_env("ACCELERATE_USE_CPU"):
         return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
     return torch.device("cpu")
 

@@ -5,14 +5,17 @@ from .config import TrainingConfig
 from .early_stopping import EarlyStopping, HeldOut
 from .engine import from_main, process_state
 from .folder import check_output_dir
+from .launcher import default_precision
 from .logging import MetricsFile, image_grid, read_metrics
 from .loop import Trainer, evaluate_held_out, train
 from .optimizer_step import AveragedWeights, NonFiniteError, make_optimizer
+from .record import read_run_record
 from .run import TrainingRun, check_trainable, draw_batch
-from .signals import TERMINATED
+from .signals import INTERRUPTED, TERMINATED
 from .types import Stateful, Trainable
 
 __all__ = [
+    "INTERRUPTED",
     "TERMINATED",
     "AveragedWeights",
     "Checkpoint",
@@ -29,6 +32,7 @@ __all__ = [
     "TrainingRun",
     "check_output_dir",
     "check_trainable",
+    "default_precision",
     "draw_batch",
     "evaluate_held_out",
     "from_main",
@@ -37,5 +41,6 @@ __all__ = [
     "make_optimizer",
     "process_state",
     "read_metrics",
+    "read_run_record",
     "train",
 ]

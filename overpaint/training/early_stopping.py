@@ -78,13 +78,31 @@ class EarlyStopping:
 
     @torch.no_grad()
     def evaluate(
-        self, policy: DiffusionPolicy, reward: Reward, *, part: slice, steps: int, guidance: Guidance, eta: float = 0.0
+        self,
+        policy: DiffusionPolicy,
+        reward: Reward,
+        *,
+        part: slice,
+        steps: int,
+        guidance: Guidance,
+        eta: float = 0.0,
+        height: int | None = None,
+        width: int | None = None,
     ) -> HeldOutScores:
         """Draws a part of the prompts, without noise in the steps where eta is 0, and scores it by both rewards."""
         prompts, first, size = self.held_out.prompts, self.held_out.first_seed, self.held_out.batch_size
         seeds = range(first, first + len(prompts))[part]
         prompts = prompts[part]
-        images = policy.draw(prompts, seeds=seeds, steps=steps, guidance=guidance, eta=eta, batch_size=size)
+        images = policy.draw(
+            prompts,
+            seeds=seeds,
+            steps=steps,
+            guidance=guidance,
+            eta=eta,
+            batch_size=size,
+            height=height,
+            width=width,
+        )
 
         def scores(reward: Reward) -> PerSample:
             parts = enumerate(images.split(size))

@@ -3,6 +3,7 @@
 import pickle
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -10,6 +11,7 @@ import torch
 from torch import nn
 
 from .config import TrainingConfig
+from .launcher import check_launcher, resolved_precision, wants_cpu
 from .types import Trainable
 
 if TYPE_CHECKING:
@@ -22,21 +24,19 @@ Result = TypeVar("Result")
 MARKS = ("forward", "_original_forward", "_is_accelerate_prepared")
 """Attributes that accelerate leaves on a module; while they stay, a second run would not be wrapped anew."""
 
-SHARDED = ("FSDP", "DEEPSPEED", "MEGATRON_LM", "XLA")
-"""Kinds of distribution of accelerate that spread one network over processes, or have their own optimizer loop."""
-
 
 def process_state() -> PartialState:
     """Returns accelerate's view of the processes, which connects them at the first call.
 
     Where there is no accelerator it has to be told so: it takes every one of several processes for the only one else.
+    `accelerate launch --cpu` counts as none.
 
     A program that may run in several processes ends with `process_state().destroy_process_group()`, which does nothing
     where there is one: a process that ends while it is connected to others is aborted by gloo's threads now and then.
     """
     from accelerate import PartialState
 
-    return PartialState(cpu=torch.accelerator.current_accelerator(check_available=True) is None)
+    return PartialState(cpu=wants_cpu() or torch.accelerator.current_accelerator(check_available=True) is None)
 
 
 def from_main(work: Callable[[], Result]) -> Result:
@@ -75,20 +75,32 @@ def _sendable(error: Exception) -> Exception:
     return error
 
 
+def resolved(config: TrainingConfig) -> TrainingConfig:
+    """Connects the processes, and returns the settings with the precision that the run will have.
+
+    Raises:
+        ValueError: accelerate was launched or configured for something that is not supported, or that contradicts the
+            settings.
+    """
+    check_launcher()
+    state = process_state()  # before the accelerator, which would not connect processes on CPUs
+    return replace(config, mixed_precision=resolved_precision(config.mixed_precision, torch.device(str(state.device))))
+
+
 @contextmanager
 def started_accelerator(config: TrainingConfig) -> Generator["Accelerator", None, None]:
     """Creates an `Accelerator` for as long as the block lasts; the processes stay connected after it.
 
+    Args:
+        config: Settings with a precision that `resolved` has settled.
+
     Raises:
-        ValueError: accelerate was configured for something that is not supported.
+        ValueError: accelerate runs on a device that is not supported.
     """
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState, is_initialized
-    from accelerate.utils import ProjectConfiguration
+    from accelerate.utils import DistributedType, ProjectConfiguration
 
-    device = process_state().device  # before the accelerator, which would not connect processes on CPUs
-    if config.mixed_precision == "fp16" and str(device) == "cpu":
-        raise ValueError("mixed_precision must be 'no' or 'bf16' on a CPU, got 'fp16'")
     ours = not is_initialized()
     accelerator = Accelerator(
         mixed_precision=config.mixed_precision,
@@ -98,9 +110,8 @@ def started_accelerator(config: TrainingConfig) -> Generator["Accelerator", None
         ),
     )
     try:
-        kind = accelerator.distributed_type
-        if kind in SHARDED:
-            raise ValueError(f"accelerate must be configured without sharding, got {kind.value}")
+        if accelerator.distributed_type == DistributedType.XLA:
+            raise ValueError("accelerate must be configured for CPUs or GPUs, got XLA")
         yield accelerator
     finally:
         if ours:

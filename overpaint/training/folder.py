@@ -31,7 +31,8 @@ def claim(config: TrainingConfig, configs: Mapping[str, Any]) -> None:
     record = recorded(config, configs)
     used = _holds_run(folder)
     if used and (folder / CONFIG).exists():
-        changed = _changes(json.loads((folder / CONFIG).read_text(encoding="utf-8")), record)
+        free = FREE_FIELDS if config.schedule == "constant" else FREE_FIELDS - {"iterations"}
+        changed = _changes(json.loads((folder / CONFIG).read_text(encoding="utf-8")), record, free)
         if changed:
             raise ValueError(
                 f"resume must keep the settings that the run in output_dir {str(folder)!r} began with, got "
@@ -54,13 +55,13 @@ def _holds_run(folder: Path) -> list[str]:
     return found + ([CHECKPOINTS] if any((folder / CHECKPOINTS).glob("*")) else [])
 
 
-def _changes(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+def _changes(old: dict[str, Any], new: dict[str, Any], may_change: frozenset[str]) -> list[str]:
     """Returns a phrase for each setting that differs and would change the numbers of the run."""
     phrases = []
     for name in sorted(old.keys() | new.keys()):
         before, after = old.get(name, {}), new.get(name, {})
         for field in sorted(before.keys() | after.keys()):
-            free = name == "training" and field in FREE_FIELDS
+            free = name == "training" and field in may_change
             if not free and before.get(field) != after.get(field):
                 phrases.append(f"{name}.{field} {after.get(field)!r} instead of {before.get(field)!r}")
     return phrases

@@ -110,6 +110,29 @@ def log_image(accelerator: "Accelerator", name: str, image: Image.Image, iterati
         tracker.log_images({name: pixels}, step=iteration, **options)
 
 
+COLUMNS = ("iteration", "prompt", "image", "reward")
+
+
+def log_table(
+    accelerator: "Accelerator",
+    name: str,
+    images: Float[Tensor, "batch 3 H W"],
+    prompts: Sequence[str],
+    rewards: Sequence[float] | None,
+    iteration: int,
+) -> None:
+    """Sends images as a table to wandb, a row for each; tensorboard has no tables."""
+    for tracker in accelerator.trackers:
+        if tracker.name != "wandb":
+            continue
+        import wandb
+
+        pictures = [wandb.Image(Image.fromarray(array)) for array in _bytes_of(images)]
+        numbers = [None] * len(pictures) if rewards is None else rewards
+        rows = zip([iteration] * len(pictures), prompts, pictures, numbers, strict=True)
+        tracker.log_table(name, columns=list(COLUMNS), data=[list(row) for row in rows], step=iteration)
+
+
 def finish_trackers(accelerator: "Accelerator") -> None:
     """Sends what is still waiting. Unlike accelerate's own `end_training`, leaves the processes connected."""
     for tracker in accelerator.trackers:
@@ -124,13 +147,15 @@ def _run_id(folder: Path) -> str:
     return file.read_text(encoding="utf-8")
 
 
-def _flat(settings: Mapping[str, Any]) -> dict[str, str | int | float | bool]:
+def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, str | int | float | bool]:
     """Returns nested settings as `training/learning_rate: 1e-05`, which all trackers take."""
-    return {
-        f"{name}/{field}": value if isinstance(value, str | int | float) else json.dumps(value)
-        for name, fields in settings.items()
-        for field, value in fields.items()
-    }
+    flat: dict[str, str | int | float | bool] = {}
+    for name, value in settings.items():
+        if isinstance(value, Mapping):
+            flat |= _flat(value, f"{prefix}{name}/")
+        else:
+            flat[prefix + name] = value if isinstance(value, str | int | float) else json.dumps(value)
+    return flat
 
 
 GAP = 8
@@ -176,14 +201,20 @@ def image_grid(
     grid = Image.new("RGB", (columns * across + GAP, rows * down + GAP), "white")
     draw = ImageDraw.Draw(grid)
 
-    pixels = (images.detach().float().clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+    pixels = _bytes_of(images)
     for index, text in enumerate(texts):
         left, top = GAP + index % columns * across, GAP + index // columns * down
-        picture = Image.fromarray(np.ascontiguousarray(pixels[index]))
+        picture = Image.fromarray(pixels[index])
         grid.paste(picture.resize((width, height), Image.Resampling.NEAREST), (left, top))
         for number, line in enumerate(text):
             draw.text((left, top + height + 3 + number * LINE), line, fill="black", font=font)
     return grid
+
+
+def _bytes_of(images: Float[Tensor, "batch 3 H W"]) -> np.ndarray:
+    """Returns images in [0, 1] as Pillow reads them: 8 bits a colour, colours last."""
+    pixels = (images.detach().float().clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1)
+    return np.ascontiguousarray(pixels.cpu().numpy())
 
 
 def _lines(text: str, width: int, font: Font) -> list[str]:
@@ -216,21 +247,27 @@ def progress_bar(items: Iterable[Any] | None = None, *, shown: bool = True, **op
     return tqdm(items, disable=not shown, mininterval=seconds, maxinterval=100 * seconds, dynamic_ncols=True, **options)
 
 
+def tell(line: str) -> None:
+    """Writes a line on stderr, above any bar."""
+    tqdm.write(line, file=sys.stderr)
+
+
 class Progress:
     """A bar that counts iterations and shows the latest reward and constraint.
 
     Args:
+        name: What stands before the bar.
         total: Number of iterations in all.
         done: Number of iterations done before.
         shown: Whether there is a bar at all.
         told: What runs where, a line above the bar.
     """
 
-    def __init__(self, *, total: int, done: int, shown: bool, told: str) -> None:
+    def __init__(self, *, name: str, total: int, done: int, shown: bool, told: str) -> None:
         self._latest: dict[str, float] = {}
         if shown:
-            tqdm.write(told, file=sys.stderr)
-        self._bar = progress_bar(shown=shown, total=total, initial=done, unit="it")
+            tell(told)
+        self._bar = progress_bar(shown=shown, desc=name, total=total, initial=done, unit="it")
 
     def show(self, metrics: Mapping[str, float], skipped: int) -> None:
         """Shows the latest values, and the number of skipped updates once there is one."""

@@ -1,18 +1,28 @@
 """The loop around a trainer's iterations: evaluations, early stopping, and which weights remain."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
+import torch
+
 from overpaint.policy import ClassifierFree, DiffusionPolicy
-from rewards import Reward
+from overpaint.policy.autoencoder import latent_size
+from overpaint.policy.digest import policy_record
+from rewards import Reward, scores_of
 
 from .config import TrainingConfig
 from .early_stopping import EarlyStopping
+from .engine import from_main, process_state
+from .record import prompts_record, reward_record
 from .run import TrainingRun
 from .types import Stateful
 
 PICTURES = 16
 """Images of an evaluation that are logged."""
+
+TRAINING_PICTURES, FIRST_SEED = 8, 3_000_000
+"""Images of training prompts that are logged where nothing is held out, and the seed of the first."""
 
 Metrics = TypeVar("Metrics", bound=tuple[object, ...])
 
@@ -27,8 +37,18 @@ class Trainer(Protocol[Metrics]):
     early_stopping: EarlyStopping | None
 
     @property
+    def name(self) -> str:
+        """What the progress bar is called."""
+        ...
+
+    @property
+    def prompts(self) -> Sequence[str]:
+        """What images are drawn for."""
+        ...
+
+    @property
     def config(self) -> Any:
-        """Settings: at least `steps` of an image and `evaluate_every`, the iterations between two evaluations."""
+        """Settings: at least `steps`, `height`, `width`, and `evaluate_every`, the iterations between evaluations."""
         ...
 
     def prepare(self, run: TrainingRun) -> None:
@@ -49,7 +69,13 @@ class Trainer(Protocol[Metrics]):
 
 
 def train(
-    trainer: Trainer[Metrics], run_config: TrainingConfig, *, state: Mapping[str, Stateful], configs: Mapping[str, Any]
+    trainer: Trainer[Metrics],
+    run_config: TrainingConfig,
+    *,
+    state: Mapping[str, Stateful],
+    configs: Mapping[str, Any],
+    about: Mapping[str, Any] | None = None,
+    notes: Mapping[str, Any] | None = None,
 ) -> Metrics | None:
     """Trains, or goes on with an interrupted run.
 
@@ -62,6 +88,9 @@ def train(
         run_config: Settings of the run.
         state: What belongs in the checkpoints.
         configs: Settings that are recorded beside the run's.
+        about: What the trainer knows of what makes the result, beside policy, reward and prompts.
+        notes: What only the program knows: where the model came from, its own settings, the record of an erasure. As
+            JSON can hold it; it goes into `run.json` and to the trackers.
 
     Returns:
         What the last iteration measured; None where a resumed run had nothing left to do.
@@ -74,7 +103,10 @@ def train(
     if stopping is not None:
         state = {**state, "early_stopping": stopping}
     metrics = None
-    with TrainingRun(policy, run_config, state=state, configs=configs) as run:
+    known: dict[str, Any] = {}
+    if process_state().is_main_process:  # which writes it down
+        known = {**described(trainer), **(about or {}), "notes": dict(notes or {})}
+    with TrainingRun(policy, run_config, state=state, configs=configs, name=trainer.name, about=known) as run:
         if stopping is not None:
             check_batches(run, "", {"held_out.prompts": len(stopping.held_out.prompts)})
         trainer.prepare(run)
@@ -84,7 +116,7 @@ def train(
                 if stopping is not None and stopping.should_stop:
                     break
             metrics = trainer.step(run)
-            run.log(trainer.tagged(metrics, run))
+            run.log({**trainer.tagged(metrics, run), "train/learning_rate": run.learning_rate})
         else:
             trainer.evaluate(run)
         with run.averaged():
@@ -93,6 +125,25 @@ def train(
     if stopping is not None:
         stopping.restore(policy)
     return metrics
+
+
+def described(trainer: Trainer[Any]) -> dict[str, Any]:
+    """Returns what a trainer's result depends on, for the record of the run: model, reward and prompts."""
+    policy, stopping = trainer.policy, trainer.early_stopping
+    lora = None if policy.lora is None else asdict(policy.lora)
+    about: dict[str, Any] = {
+        "model": {**policy_record(policy), "lora": lora},
+        "reward": reward_record(trainer.reward),
+        "prompts": prompts_record(trainer.prompts),
+    }
+    if stopping is not None:
+        held_out = stopping.held_out
+        about["held_out"] = {
+            "reward": reward_record(held_out.reward),
+            "prompts": prompts_record(held_out.prompts),
+            "first_seed": held_out.first_seed,
+        }
+    return about
 
 
 def evaluate_held_out(run: TrainingRun, trainer: Trainer[Metrics], *, eta: float = 0.0) -> None:
@@ -110,11 +161,50 @@ def evaluate_held_out(run: TrainingRun, trainer: Trainer[Metrics], *, eta: float
             steps=trainer.config.steps,
             guidance=trainer.guidance,
             eta=eta,
+            height=trainer.config.height,
+            width=trainer.config.width,
         )
         trained, held_out = run.mean(scores.trained), run.mean(scores.held_out)
         stopping.note(trainer.policy, iteration=run.iteration, trained=trained, held_out=held_out)
     run.log({"reward/validation": trained, "reward/held_out": held_out})
-    run.log_images("held_out", scores.images[:PICTURES], stopping.held_out.prompts[part][:PICTURES])
+    images, rewards = scores.images[:PICTURES], scores.trained[:PICTURES]
+    run.log_images("held_out", images, stopping.held_out.prompts[part][:PICTURES], rewards=rewards)
+
+
+def log_pictures(run: TrainingRun, trainer: Trainer[Metrics], *, eta: float = 0.0) -> None:
+    """Logs pictures of the first training prompts, drawn with averaged weights and always from the same seeds."""
+    from_main(lambda: _log_pictures(run, trainer, eta))
+
+
+def _log_pictures(run: TrainingRun, trainer: Trainer[Metrics], eta: float) -> None:
+    """Draws, scores and logs in the main process."""
+    prompts = list(dict.fromkeys(trainer.prompts))[:TRAINING_PICTURES]
+    with run.averaged():
+        images = trainer.policy.draw(
+            prompts,
+            seeds=range(FIRST_SEED, FIRST_SEED + len(prompts)),
+            steps=trainer.config.steps,
+            guidance=trainer.guidance,
+            eta=eta,
+            height=trainer.config.height,
+            width=trainer.config.width,
+        )
+    with torch.no_grad():
+        rewards = scores_of("reward", trainer.reward, images, prompts)
+    run.log_images("training_prompts", images, prompts, rewards=rewards)
+
+
+def check_image_size(trainer: Trainer[Any]) -> None:
+    """Checks that the policy can draw images of the size that a trainer's settings say.
+
+    Raises:
+        ValueError: The VAE's factor does not divide a side.
+    """
+    policy, config = trainer.policy, trainer.config
+    try:
+        latent_size(policy.vae, policy.sample_size, config.height, config.width)
+    except ValueError as error:
+        raise ValueError(f"{type(config).__name__}.{error}") from None
 
 
 def check_batches(run: TrainingRun, owner: str, batches: Mapping[str, int]) -> None:

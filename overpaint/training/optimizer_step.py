@@ -1,6 +1,6 @@
 """The optimizer step: gradients, clipping, the optimizer, averaged weights, and what numbers that are not finite do."""
 
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
@@ -38,8 +38,20 @@ class OptimizerStep:
         self._network = network
         self._parameters = parameters
         self._optimizer = accelerator.prepare(make_optimizer(parameters, config))
+        self._factor = learning_rate_factor(config)
         self._skipped_in_a_row = 0
         self._forget_backward()
+
+    def begin(self, iteration: int) -> None:
+        """Sets the learning rate of an iteration."""
+        rate = self.config.learning_rate * self._factor(iteration)
+        for group in self._optimizer.param_groups:
+            group["lr"] = rate
+
+    @property
+    def learning_rate(self) -> float:
+        """Step size of the present iteration."""
+        return float(self._optimizer.param_groups[0]["lr"])
 
     def backward(self, loss: Float[Tensor, ""], *, sync: bool) -> None:
         """Adds the gradient of a loss; see `TrainingRun.backward`.
@@ -178,11 +190,33 @@ class AveragedWeights:
             average.copy_(saved)
 
 
+def learning_rate_factor(config: TrainingConfig) -> Callable[[int], float]:
+    """Returns what the learning rate of each iteration is multiplied with, as diffusers' `get_scheduler` has it.
+
+    It follows from the iteration alone, so that there is no state to resume.
+    """
+    if config.schedule == "constant" and not config.warmup_iterations:
+        return lambda iteration: 1.0
+    from diffusers.optimization import get_scheduler
+
+    # The schedule itself is wanted, not what steps it: that would hold on to an optimizer and count its steps.
+    nothing = torch.optim.SGD([torch.zeros(1)], lr=1.0)
+    scheduler = get_scheduler(
+        "constant_with_warmup" if config.schedule == "constant" else config.schedule,
+        nothing,
+        num_warmup_steps=config.warmup_iterations,
+        num_training_steps=config.iterations,
+    )
+    return scheduler.lr_lambdas[0]
+
+
 def make_optimizer(parameters: Sequence[nn.Parameter], config: TrainingConfig) -> torch.optim.Optimizer:
     """Returns the optimizer that the settings name, over the given parameters.
 
     Raises:
         ValueError: There is nothing to train, or bitsandbytes does not work here.
+
+    Source of Adafactor: Shazeer and Stern (2018), https://arxiv.org/abs/1804.04235.
     """
     if not parameters:
         raise ValueError("parameters must not be empty: load the policy with lora= or train=, got nothing trainable")
@@ -194,6 +228,8 @@ def make_optimizer(parameters: Sequence[nn.Parameter], config: TrainingConfig) -
             eps=config.adam_epsilon,
             weight_decay=config.weight_decay,
         )
+    if config.optimizer == "adafactor":
+        return torch.optim.Adafactor(parameters, lr=config.learning_rate, weight_decay=config.weight_decay)
     optimizer = _adamw8bit(parameters, config)
     _try_one_step(parameters[0].device, config)
     return optimizer

@@ -20,7 +20,7 @@ from .checkpoint import (
     set_global_random_state,
 )
 from .config import TrainingConfig
-from .engine import from_main, in_any, prepared_network, started_accelerator
+from .engine import from_main, in_any, prepared_network, resolved, started_accelerator
 from .folder import CHECKPOINTS, IMAGES, METRICS, claim, recorded
 from .logging import (
     MetricsFile,
@@ -29,10 +29,13 @@ from .logging import (
     finish_trackers,
     image_grid,
     log_image,
+    log_table,
     start_trackers,
+    tell,
 )
 from .optimizer_step import OptimizerStep
-from .signals import TERMINATED, Termination
+from .record import RunRecord, device_name
+from .signals import INTERRUPTED, TERMINATED, Termination
 from .types import Sliceable, Stateful, Trainable
 
 Items = TypeVar("Items", bound=Sliceable)
@@ -73,10 +76,17 @@ class TrainingRun:
         state: Further objects whose state belongs in the checkpoints, by name. It must be the same in all processes.
         configs: Further settings that are recorded beside the run's own, dataclasses by name. They too must stay the
             same when the run is resumed.
+        name: What the progress bar is called.
+        about: What else made the result, as JSON can hold it: model, reward, prompts. It goes into `run.json` and to
+            the trackers, and may differ when the run is resumed.
+        temporary: Whether the output folder goes away with the run: Ctrl-C then stops it at once.
 
     Raises:
-        ValueError: The policy has nothing to train, or what it trains cannot be trained in this precision.
+        ValueError: The policy has nothing to train.
     """
+
+    config: TrainingConfig
+    """Settings of the run; once it is entered, with the precision that it has."""
 
     iteration: int
     """Index of the current iteration; after the last, their number."""
@@ -103,18 +113,18 @@ class TrainingRun:
         *,
         state: Mapping[str, Stateful] | None = None,
         configs: Mapping[str, Any] | None = None,
+        name: str = "training",
+        about: Mapping[str, Any] | None = None,
+        temporary: bool = False,
     ) -> None:
         self.policy = policy
         self.config = config
         self._state = dict(state or {})
         self._configs = dict(configs or {})
+        self._name = name
+        self._about = dict(about or {})
+        self._temporary = temporary
         check_trainable(policy)
-        parameters = policy.trainable_parameters()
-        narrow = {parameter.dtype for parameter in parameters} & {torch.float16}
-        if config.mixed_precision == "fp16" and narrow:
-            raise ValueError(
-                "policy must keep its trainable weights in float32 with mixed_precision 'fp16', got float16"
-            )
         check_trackers(config)
         self.iteration = 0
         self._saved: int | None = None
@@ -124,14 +134,21 @@ class TrainingRun:
         self._loop: Any = None
         self._bar: Progress | None = None
         self._failure: Exception | None = None
+        self._record: RunRecord | None = None
 
     def __enter__(self) -> "TrainingRun":
         """Starts or resumes the run.
 
         Raises:
-            ValueError: The output folder holds another run, or accelerate was configured for something that is not
-                supported.
+            ValueError: The output folder holds another run, accelerate was launched or configured for something that is
+                not supported or contradicts the settings, or what is trained cannot be in the run's precision.
         """
+        self.config = resolved(self.config)
+        narrow = {parameter.dtype for parameter in self.policy.trainable_parameters()} & {torch.float16}
+        if self.config.mixed_precision == "fp16" and narrow:
+            raise ValueError(
+                "policy must keep its trainable weights in float32 with mixed_precision 'fp16', got float16"
+            )
         with ExitStack() as stack:
             self.accelerator = stack.enter_context(started_accelerator(self.config))
             self.device = self.accelerator.device
@@ -160,6 +177,8 @@ class TrainingRun:
         """Gives back the policy's own network, the signal handler and the trackers."""
         if self._loop is not None:
             self._loop.close()
+        if self._record is not None:
+            self._record.end(self.iteration, error)
         self._stack.close()
         if error is None:
             self._tell_failure()
@@ -196,11 +215,12 @@ class TrainingRun:
     def iterations(self) -> Iterator[int]:
         """Yields the index of each iteration that is left, and saves checkpoints between them.
 
-        On SIGTERM the iteration is finished, a checkpoint is saved, and the program exits.
+        On SIGTERM, and on the first Ctrl-C, the iteration is finished, a checkpoint is saved, and the program exits. A
+        second Ctrl-C aborts at once; so does the first in a notebook and outside the main thread.
 
         Raises:
             Exception: One process of several could not write what it was told to; it is raised in all of them.
-            SystemExit: SIGTERM came; the code is `overpaint.training.TERMINATED` (143).
+            SystemExit: SIGTERM or Ctrl-C came; the code is `TERMINATED` (143) or `INTERRUPTED` (130).
         """
         self._loop = self._iterate()
         return self._loop
@@ -235,6 +255,11 @@ class TrainingRun:
             RuntimeError: There was no backward with `sync` since the last update.
         """
         return self._optimizer_step.update()
+
+    @property
+    def learning_rate(self) -> float:
+        """Step size of the present iteration."""
+        return self._optimizer_step.learning_rate
 
     @property
     def skipped(self) -> int:
@@ -275,25 +300,38 @@ class TrainingRun:
             self._bar.show(numbers, self.skipped)
 
     def log_images(
-        self, name: str, images: Float[Tensor, "batch 3 H W"], captions: Sequence[str] | None = None
+        self,
+        name: str,
+        images: Float[Tensor, "batch 3 H W"],
+        prompts: Sequence[str] | None = None,
+        *,
+        rewards: Float[Tensor, " batch"] | None = None,
     ) -> None:
         """Writes a grid of images to images/<name>-<iteration>.png and to the trackers.
 
-        Only the main process writes.
+        Where there are prompts, wandb gets a table of them too, `<name>_table`, with a row for each image. Only the
+        main process writes.
 
         Args:
             name: Name of the grid; a slash in it becomes a hyphen in the name of the file.
             images: RGB in [0, 1].
-            captions: One text for each image.
+            prompts: One for each image, written beneath it.
+            rewards: One for each image, written before its prompt.
         """
         if not self.is_main:
             return
+        values = None if rewards is None else rewards.tolist()
+        captions = prompts
+        if prompts is not None and values is not None:
+            captions = [f"{value:.2f} {prompt}" for value, prompt in zip(values, prompts, strict=True)]
         grid = image_grid(images, captions)
         folder = Path(self.config.output_dir) / IMAGES
         with self._told_to_all():
             folder.mkdir(exist_ok=True)
             grid.save(folder / f"{name.replace('/', '-')}-{self.iteration:06d}.png")
             log_image(self.accelerator, name, grid, self.iteration)
+            if prompts is not None:
+                log_table(self.accelerator, f"{name}_table", images, prompts, values, self.iteration)
 
     # How it is done.
 
@@ -303,7 +341,22 @@ class TrainingRun:
         self._metrics = MetricsFile(Path(config.output_dir) / METRICS, start=self.iteration)
         stack.callback(self._metrics.close)
         stack.callback(finish_trackers, self.accelerator)
-        start_trackers(self.accelerator, config, recorded(config, self._configs))
+        settings = recorded(config, self._configs)
+        self._record = RunRecord.begin(
+            Path(config.output_dir), settings, self._about, run=self._what_runs(), iteration=self.iteration
+        )
+        start_trackers(self.accelerator, config, settings | self._record.for_trackers())
+
+    def _what_runs(self) -> dict[str, Any]:
+        """Returns what only the run knows of what makes its result."""
+        return {
+            "name": self._name,
+            "iterations": self.config.iterations,
+            "trained_weights": sum(parameter.numel() for parameter in self.policy.trainable_parameters()),
+            "device": device_name(self.device),
+            "processes": self.num_processes,
+            "precision": self.config.mixed_precision,
+        }
 
     def _what_runs_where(self) -> str:
         """Returns a line for who started the run."""
@@ -321,11 +374,13 @@ class TrainingRun:
         self._restore_randomness()
         total = self.config.iterations
         shown = self.is_main and self.config.progress
-        bar = Progress(total=total, done=self.iteration, shown=shown, told=self._what_runs_where())
-        with Termination() as termination:
+        told = self._what_runs_where()
+        bar = Progress(name=self._name, total=total, done=self.iteration, shown=shown, told=told)
+        with Termination(interrupts=not self._temporary, told=self.is_main) as termination:
             try:
                 self._bar = bar
                 while self.iteration < total:
+                    self._optimizer_step.begin(self.iteration)
                     yield self.iteration
                     self.iteration += 1
                     bar.advance()
@@ -335,10 +390,20 @@ class TrainingRun:
                     if stop or self.iteration == total or self.iteration % self.config.checkpoint_every == 0:
                         self.save()
                     if stop:
-                        raise SystemExit(TERMINATED)
+                        raise SystemExit(self._stopped(by_hand=in_any(self.accelerator, termination.interrupted)))
             finally:
                 self._bar = None
                 bar.close()
+
+    def _stopped(self, *, by_hand: bool) -> int:
+        """Says how to go on after a signal, and returns the exit code."""
+        if self.is_main and not self._temporary:
+            tell(
+                f"stopped by {'Ctrl-C' if by_hand else 'SIGTERM'} after {self.iteration} of {self.config.iterations} "
+                f"iterations, which are saved in {self.config.output_dir}: go on with resume=True, or --resume where a "
+                "program was started with its settings"
+            )
+        return INTERRUPTED if by_hand else TERMINATED
 
     @contextmanager
     def _told_to_all(self) -> Generator[None]:
@@ -386,6 +451,8 @@ class TrainingRun:
             "random": random_states,
         }
         self._checkpoints.save(Checkpoint(self.iteration, self.policy.trainable_state(), state))
+        if self._record is not None:
+            self._record.note(self.iteration)
 
     def _resume(self) -> None:
         """Takes over the newest sound checkpoint, where there is one; `claim` has made sure that it may."""

@@ -343,7 +343,7 @@ def test_metrics_are_those_of_the_rewards_that_were_given(
 
 PLAIN = {
     "reward/mean", "reward/std", "reward/retries", "train/loss", "train/grad_norm", "policy/kl", "policy/ratio_start",
-    "samples", "reward_queries", "seconds/sampling", "seconds/reward", "seconds/update",
+    "samples", "reward_queries", "seconds/sampling", "seconds/reward", "seconds/update", "train/learning_rate",
 }  # fmt: skip
 RATIOS = {"policy/ratio_max", "policy/clip_fraction", "policy/approx_kl_k1", "policy/approx_kl_k3"}
 HELD = {"reward/validation", "reward/held_out"}

@@ -17,10 +17,11 @@ from PIL import Image
 
 from overpaint.evaluation import DrawConfig, ImageFolder, PlannedImage, generate, plan
 from overpaint.evaluation import generate as generate_function
-from overpaint.evaluation.images.drawable import model_record, read_record, weights_digest
+from overpaint.evaluation.images.drawable import model_record, read_record
 from overpaint.evaluation.images.files import ImageRow, append_row, known_rows, read_image_rows
 from overpaint.evaluation.images.plan import check_plan, plan_named
 from overpaint.policy import DiffusionPolicy, LoRAConfig
+from overpaint.policy.digest import weights_digest
 
 Planned = tuple[PlannedImage, ...]
 ALONE: dict[str, Any] = {"model": "m", "rank": 0, "world_size": 1, "progress": False}

@@ -213,6 +213,7 @@ def test_low_variance_images_are_judged_with_the_prompt_they_were_drawn_for(
     metrics = ReFLTrainer(policy, reward, ["a cat", "a dog"], config, erasure=make_constraint(cost)).train(
         run_config(iterations=1)
     )
+    assert reward.heard.pop() == reward.heard.pop(1) == ["a cat", "a dog"]  # pictures for the log, start and end
     for judge in (reward, cost):
         probe, heard = judge.heard
         assert len(probe) == 1

@@ -209,6 +209,7 @@ def test_logged_tags_are_those_of_what_is_switched_on(
         return set().union(*read_metrics(config.output_dir / "metrics.jsonl")) - {"iteration"}
 
     plain = {"reward/mean", "train/reward_loss", "train/grad_norm", "train/reward_step", "train/distance"}
+    plain.add("train/learning_rate")
     assert tags("plain", ReFLTrainer(policy, redness, prompts, small())) == plain
     full = ReFLTrainer(
         policy,
@@ -228,7 +229,7 @@ def test_every_logged_tag_is_defined_in_the_documentation() -> None:
     text = (root / "docs" / "refl.md").read_text(encoding="utf-8")
     source = "".join((root / file).read_text() for file in ("refl/trainer.py", "overpaint/training/loop.py"))
     tags = {word for word in source.split('"') if word.startswith(("reward/", "train/", "erasure/"))}
-    assert len(tags) == 11
+    assert len(tags) == 12
     assert [tag for tag in sorted(tags) if f"| `{tag}` |" not in text] == []
 
 

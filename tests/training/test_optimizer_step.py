@@ -251,3 +251,49 @@ def test_missing_bitsandbytes_is_told(stand_in: Callable, settings: Callable, mo
         ValueError, match="optimizer must be one that works here, got 'adamw8bit': bitsandbytes does not"
     ):
         make_optimizer(stand_in().trainable_parameters(), settings(optimizer="adamw8bit"))
+
+
+# The learning rate, and the other optimizer.
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({}, [1, 1, 1, 1]),
+        ({"warmup_iterations": 2}, [0, 0.5, 1, 1]),
+        ({"schedule": "linear"}, [1, 0.75, 0.5, 0.25]),
+        ({"schedule": "linear", "warmup_iterations": 2}, [0, 0.5, 1, 0.5]),
+        ({"schedule": "cosine"}, [(1 + math.cos(math.pi * k / 4)) / 2 for k in range(4)]),
+        ({"schedule": "cosine", "warmup_iterations": 4}, [0, 0.25, 0.5, 0.75]),
+    ],
+)
+def test_learning_rate_of_each_iteration(
+    changes: dict[str, Any], expected: list[float], stand_in: Callable, settings: Callable
+) -> None:
+    policy = stand_in()
+    rates, moved = [], []
+    with TrainingRun(policy, settings(**changes)) as run:
+        for _ in run.iterations():
+            before = policy.trainable_state()
+            for _ in range(2):  # as many updates as a round has
+                run.backward(squares(policy))
+                run.update()
+                rates.append(run.learning_rate)
+            moved.append(any(not torch.equal(value, before[name]) for name, value in policy.trainable_state().items()))
+    assert rates == pytest.approx([1e-2 * factor for factor in expected for _ in range(2)], rel=1e-12)
+    assert moved == [factor > 0 for factor in expected]
+
+
+def test_adafactor_is_torchs(stand_in: Callable, settings: Callable) -> None:
+    policy, expected = stand_in(), stand_in()
+    optimizer = torch.optim.Adafactor(expected.trainable_parameters(), lr=1e-2, weight_decay=0.1)
+    with TrainingRun(policy, settings(optimizer="adafactor", weight_decay=0.1)) as run:
+        for _ in run.iterations():
+            run.backward(squares(policy))
+            run.update()
+            optimizer.zero_grad()
+            squares(expected).backward()
+            torch.nn.utils.clip_grad_norm_(expected.trainable_parameters(), 1.0)
+            optimizer.step()
+    for ours, theirs in zip(policy.trainable_parameters(), expected.trainable_parameters(), strict=True):
+        assert torch.equal(ours, theirs)

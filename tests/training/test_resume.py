@@ -153,3 +153,24 @@ def test_metrics_after_the_checkpoint_are_dropped_before_they_are_written_again(
     resumed = train(tmp_path, resume=True)
     assert [entry["iteration"] for entry in resumed.metrics] == [i // 2 for i in range(14)]
     assert all(json.loads(line) for line in path.read_text().splitlines())
+
+
+@pytest.mark.parametrize(
+    "settings", [{"schedule": "cosine", "warmup_iterations": 3}, {"optimizer": "adafactor", "schedule": "linear"}]
+)
+def test_schedules_and_adafactor_resume_to_the_same_numbers(
+    settings: dict[str, Any], train: Callable, killed: type[Exception], same: Callable, tmp_path: Path
+) -> None:
+    whole = train(tmp_path / "whole", **settings)
+    with pytest.raises(killed):
+        train(tmp_path / "run", die_at=5, **settings)
+    same(train(tmp_path / "run", resume=True, **settings), whole)
+
+
+def test_another_length_changes_a_schedule_and_is_refused(
+    train: Callable, killed: type[Exception], tmp_path: Path
+) -> None:
+    with pytest.raises(killed):
+        train(tmp_path, die_at=5, schedule="linear")
+    with pytest.raises(ValueError, match=r"training.iterations 9 instead of 7"):
+        train(tmp_path, resume=True, schedule="linear", iterations=9)

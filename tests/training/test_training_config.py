@@ -25,6 +25,9 @@ from overpaint.training import TrainingConfig
         ("project", "", "have at least 1 character"),
         ("seed", -1, "be at least 0"),
         ("max_skipped", -1, "be at least 0"),
+        ("warmup_iterations", -1, "be at least 0"),
+        ("warmup_iterations", 2, "be at most iterations=1"),
+        ("ema_warmup", True, "be False without ema_decay"),
     ],
 )
 def test_error_names_field_rule_and_value(field: str, value: Any, rule: str, tmp_path: Path) -> None:
@@ -35,9 +38,17 @@ def test_error_names_field_rule_and_value(field: str, value: Any, rule: str, tmp
 
 
 @pytest.mark.parametrize(
-    ("field", "value"), [("optimizer", "sgd"), ("mixed_precision", "fp8"), ("trackers", ("mlflow",))]
+    ("field", "value"),
+    [("optimizer", "sgd"), ("schedule", "step"), ("mixed_precision", "fp8"), ("trackers", ("mlflow",))],
 )
 def test_unknown_names_are_refused(field: str, value: Any, tmp_path: Path) -> None:
     settings: dict[str, Any] = {field: value}
     with pytest.raises(Exception, match=field):
         TrainingConfig(output_dir=tmp_path, iterations=1, **settings)
+
+
+@pytest.mark.parametrize(("field", "value"), [("adam_betas", (0.5, 0.9)), ("adam_epsilon", 1e-6)])
+def test_adafactor_refuses_what_it_would_not_read(field: str, value: Any, tmp_path: Path) -> None:
+    settings: dict[str, Any] = {field: value}
+    with pytest.raises(ValueError, match=f"{field} must be left alone with the optimizer 'adafactor', got"):
+        TrainingConfig(output_dir=tmp_path, iterations=1, optimizer="adafactor", **settings)

@@ -81,7 +81,7 @@ def test_images_are_written_with_the_iteration_in_their_name(stand_in: Callable,
 
 
 def test_bar_shows_reward_then_constraint_and_keeps_the_latest(capsys: pytest.CaptureFixture) -> None:
-    bar = Progress(total=3, done=1, shown=True, told="2 of 3 are left")
+    bar = Progress(name="ReFL", total=3, done=1, shown=True, told="2 of 3 are left")
     bar.show({"train/loss": 0.5, "erasure/cost": -0.02, "train/grad_norm": 1.0}, 0)
     bar.show({"reward/mean": 0.51234}, 2)
     bar.advance()
@@ -89,6 +89,7 @@ def test_bar_shows_reward_then_constraint_and_keeps_the_latest(capsys: pytest.Ca
     shown = capsys.readouterr().err
     assert "reward/mean 0.512, erasure/cost -0.02, train/loss 0.5, skipped 2" in shown
     assert "2/3" in shown
+    assert "\rReFL: " in shown
     assert shown.startswith("2 of 3 are left\n")
     assert "grad_norm" not in shown
     assert postfix({"train/other": 1.0}, 0) == ""
@@ -157,6 +158,9 @@ def test_tracker_gets_settings_metrics_and_images(
         def log_images(self, values: dict[str, Any], step: int | None, **options: Any) -> None:
             calls.append(("images", {name: array.shape for name, array in values.items()}, step))
 
+        def log_table(self, name: str, *, columns: list[str], data: list[list[Any]], step: int) -> None:
+            calls.append(("table", name, columns, [[row[0], row[1], row[2].image.size, row[3]] for row in data], step))
+
         def finish(self) -> None:
             calls.append(("finish",))
 
@@ -167,23 +171,55 @@ def test_tracker_gets_settings_metrics_and_images(
         config = TrainingConfig(
             output_dir=tmp_path, iterations=1 + resume, trackers=("wandb",), progress=False, resume=resume
         )
-        with TrainingRun(stand_in(), config, configs={"refl": TrainerConfig()}) as run:
+        about = {"model": {"weights": "abc", "lora": {"rank": 4}}, "notes": {"seeds": [1, 2]}}
+        with TrainingRun(stand_in(), config, configs={"refl": TrainerConfig()}, about=about) as run:
             for _ in run.iterations():
                 run.log({"reward/mean": 0.5})
                 run.log_images("samples", torch.zeros(1, 3, 128, 128))
+                run.log_images("round", torch.zeros(2, 3, 128, 128), ["a", "b"], rewards=torch.tensor([0.5, -1.0]))
         (_, project, options), _, (_, settings), *logged = calls
         ids.append(options["id"])
         assert project == "overpaint"
         assert settings["training/learning_rate"] == 1e-5
         assert settings["training/adam_betas"] == "[0.9, 0.999]"
         assert settings["refl/margin"] == 2.0
+        assert (settings["model/weights"], settings["model/lora/rank"], settings["notes/seeds"]) == ("abc", 4, "[1, 2]")
+        assert settings["run/precision"] == "no"
+        assert settings["libraries/torch"] == torch.__version__
         step = int(resume)
         assert logged == [
             ("log", {"reward/mean": 0.5}, step),
             ("images", {"samples": (1, 144, 144, 3)}, step),
+            ("images", {"round": (1, 161, 280, 3)}, step),
+            (
+                "table",
+                "round_table",
+                ["iteration", "prompt", "image", "reward"],
+                [[step, "a", (128, 128), 0.5], [step, "b", (128, 128), -1.0]],
+                step,
+            ),
             ("finish",),
         ]
     assert ids[0] == ids[1]  # a resumed run goes on in the same curves
+
+
+def test_wandb_takes_record_grid_and_table(stand_in: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_DATA_DIR", str(tmp_path / "data"))
+    monkeypatch.setenv("WANDB_CACHE_DIR", str(tmp_path / "cache"))
+    config = TrainingConfig(output_dir=tmp_path, iterations=1, trackers=("wandb",), progress=False)
+    with TrainingRun(stand_in(), config, about={"model": {"weights": "abc"}}) as run:
+        for _ in run.iterations():
+            run.log_images("round", torch.rand(2, 3, 8, 8), ["a cat", "a dog"], rewards=torch.tensor([0.5, 1.0]))
+    files = tmp_path / "wandb" / "latest-run" / "files" / "media"
+    (table,) = (files / "table").glob("round_table*.table.json")
+    content = json.loads(table.read_text())
+    assert content["columns"] == ["iteration", "prompt", "image", "reward"]
+    assert content["data"] == [[0, "a cat", "Image", 0.5], [0, "a dog", "Image", 1.0]]
+    assert list((files / "images").glob("round*.png"))  # the grid
+    staged = [file.read_bytes() for file in (tmp_path / "data").rglob("*") if file.is_file()]
+    assert sum(content.startswith(b"\x89PNG") for content in staged) == 2  # the table's own, in an artifact of the run
 
 
 def test_tensorboard_is_told_the_axes_of_an_image() -> None:

@@ -6,22 +6,26 @@ model began is refused, so that no folder ever holds images of two.
 
 import inspect
 import json
-import platform
-import re
 import warnings
 from collections.abc import Generator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import asdict
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from overpaint.policy import DiffusionPolicy
 from overpaint.policy.atomic import write_text
-from overpaint.policy.digest import tensors_hash
+from overpaint.policy.digest import (
+    class_name,
+    guard_of,
+    library_versions,
+    policy_record,
+    scheduler_settings,
+    weights_digest,
+)
 from overpaint.policy.guidance import ClassifierFree, Guidance
 from overpaint.policy.types import Images
 
@@ -69,29 +73,13 @@ def model_record(drawable: object, config: DrawConfig) -> dict[str, Any]:
     Whatever is neither a `DiffusionPolicy` nor `Described` is known by its class alone.
     """
     if isinstance(drawable, DiffusionPolicy):
-        networks = {"unet": drawable.unet, "vae": drawable.vae, "text_encoder": drawable.text_encoder}
-        description: Mapping[str, Any] = {
-            "class": class_name(drawable),
-            "weights": weights_digest(networks),
-            "scheduler": {"class": "DDIM", **_settings_of(drawable.scheduler)},
-            "guard": _guard_of(drawable),
-            "safety_checker": "none",
-        }
+        description: Mapping[str, Any] = {**policy_record(drawable), "safety_checker": "none"}
     elif isinstance(drawable, Described):
         description = drawable.description()
     else:
         description = {"class": class_name(drawable), "weights": None}
     record = {"format": 1, **description, "drawing": asdict(config), "libraries": library_versions(LIBRARIES)}
     return json.loads(json.dumps(record, default=str))
-
-
-def library_versions(libraries: Sequence[str]) -> dict[str, str]:
-    """Returns the versions of Python and of those of the libraries that are installed."""
-    versions = {"python": platform.python_version()}
-    for name in libraries:
-        with suppress(PackageNotFoundError):
-            versions[name] = version(name)
-    return versions
 
 
 def write_record(folder: Path, record: Mapping[str, Any], *, writer: str = "") -> None:
@@ -132,52 +120,6 @@ def read_record(folder: Path | str) -> dict[str, Any]:
     if not isinstance(record, dict):
         raise ValueError(f"{path} must hold an object, got {type(record).__name__}")
     return record
-
-
-def weights_digest(networks: Mapping[str, nn.Module]) -> str:
-    """Returns the SHA-256 of all weights of networks, adapters and how strongly they act included.
-
-    A ValueError says that weights are not in memory, as with diffusers' sequential offloading.
-    """
-    tensors: dict[str, Tensor] = {}
-    adapters: list[str] = []
-    for part, network in sorted(networks.items()):
-        values = {name: value for name, value in network.state_dict().items() if isinstance(value, Tensor)}
-        if absent := sorted(name for name, value in values.items() if value.is_meta):
-            raise ValueError(f"the weights of {part} must be in memory to tell models apart, got {absent[0]} on meta")
-        tensors |= {f"{part}.{name}": value for name, value in values.items()}
-        adapters += [f"{part}.{name} {settings}" for name, settings in _adapters(network)]
-    return tensors_hash(tensors, adapters)
-
-
-def class_name(thing: object) -> str:
-    """Returns the name of something's class, with its package."""
-    package = re.match(r"(overpaint\.)?\w+", type(thing).__module__)
-    return f"{package[0] if package else ''}.{type(thing).__qualname__}"
-
-
-def _settings_of(scheduler: Any) -> dict[str, Any]:
-    """Returns the settings of a scheduler of diffusers, without those about its file."""
-    return {name: value for name, value in sorted(scheduler.config.items()) if not name.startswith("_")}
-
-
-def _guard_of(holder: object) -> str | None:
-    """Returns what keeps something out of a policy's pictures or a UNet's, with its settings; None for nothing."""
-    guard = getattr(holder, "guard", None)
-    return None if guard is None else repr(getattr(guard, "guard", guard))  # what is attached to a pipeline wraps it
-
-
-def _adapters(network: nn.Module) -> list[tuple[str, str]]:
-    """Returns what decides how adapters of peft act, besides their weights."""
-    if not getattr(network, "peft_config", None):
-        return []
-    from peft.tuners.tuners_utils import BaseTunerLayer
-
-    return [
-        (name, f"{sorted(layer.scaling.items())} {layer.active_adapters} {layer.disable_adapters}")
-        for name, layer in network.named_modules()
-        if isinstance(layer, BaseTunerLayer) and isinstance(layer.scaling, dict)
-    ]
 
 
 SAFETY_CHECKER = "safety_checker"
@@ -260,8 +202,8 @@ class PipelineDrawable:
         return {
             "class": class_name(self.pipeline),
             "weights": weights_digest(networks),
-            "scheduler": {"class": type(scheduler).__name__, **_settings_of(scheduler)},
-            "guard": _guard_of(parts.get("unet")),
+            "scheduler": {"class": type(scheduler).__name__, **scheduler_settings(scheduler)},
+            "guard": guard_of(parts.get("unet")),
             "safety_checker": "none" if checker is None else "on" if self.keep_safety_checker else "put aside",
         }
 

@@ -14,12 +14,12 @@ from typing import Any, NamedTuple
 from jaxtyping import UInt8
 from torch import Tensor
 
-from overpaint.evaluation.images.drawable import library_versions
 from overpaint.evaluation.images.files import ImageSource, data_uri
 from overpaint.evaluation.images.plan import KINDS, PlannedImage, kinds_of
 from overpaint.evaluation.scoring.compare import Comparison
 from overpaint.evaluation.scoring.score import Scores
 from overpaint.policy.atomic import write_text
+from overpaint.policy.digest import library_versions
 
 from .charts import Chart, Panel, learning_chart, metrics_by_tag, panel_curves, script
 from .table import MINUS, number, numbers_table, render, results_table
