@@ -163,9 +163,10 @@ def save_lora(
     state = peft.get_peft_model_state_dict(unet, adapter_name=ADAPTER)
     if format == "diffusers":
         state = {UNET + name: value for name, value in convert_state_dict_to_diffusers(state).items()}
-        settings = unet.peft_config[ADAPTER].to_dict()
-        plain = {UNET + n: sorted(value) if isinstance(value, set) else value for n, value in settings.items()}
-        header[SETTINGS] = json.dumps(plain, indent=2, sort_keys=True)
+        # Of peft's many settings only these, which diffusers reads: an older peft refuses what it does not know.
+        settings = {"r": config.rank, "lora_alpha": config.alpha, "target_modules": config.targets}
+        settings |= {"use_dora": config.dora, "lora_bias": False, "rank_pattern": {}, "alpha_pattern": {}}
+        header[SETTINGS] = json.dumps({UNET + name: value for name, value in settings.items()})
     elif format != "kohya":
         raise ValueError(f"the format of a LoRA must be diffusers or kohya, got {format!r}")
     elif config.dora:
