@@ -129,7 +129,7 @@ def read_lora(path: str | Path, unet: UNet, *, drop_text_encoder: bool = False) 
     else:
         alpha = rank * Counter(found[layer] / ranks[layer] for layer in layers).most_common(1)[0][0]
     config = LoRAConfig(
-        rank=rank, alpha=float(alpha), targets=_targets(unet, layers), dora=any(n.endswith(NORMS) for n in tensors)
+        rank=rank, alpha=alpha, targets=_targets(unet, layers), dora=any(n.endswith(NORMS) for n in tensors)
     )
     base = {name.removeprefix(BASE): value for name, value in header.items() if name.startswith(BASE)}
     return LoRAFile(file, config, tensors, found, base)
@@ -248,11 +248,11 @@ def _diffusers_names(file: Path, state: dict[str, Tensor], unet: UNet) -> tuple[
             told = str(error)[:200]
             raise ValueError(f"diffusers must know every name of a LoRA of kohya's format, {file}: {told}") from error
     names = {name: name.removeprefix("base_model.model.") for name in state}
-    alphas = {**(alphas or {}), **{names[n]: v.item() for n, v in state.items() if n.endswith(".alpha")}}
+    alphas = {**(alphas or {}), **{names[n]: float(v) for n, v in state.items() if n.endswith(".alpha")}}
     tensors = {names[n]: value for n, value in state.items() if not n.endswith(".alpha")}
     # Of a layer that kohya's converter splits otherwise, the alpha has the name of a tensor in front.
     by_layer = convert_unet_state_dict_to_peft({name.removesuffix(".alpha"): value for name, value in alphas.items()})
-    return convert_unet_state_dict_to_peft(tensors), {n.removesuffix(DOWN): value for n, value in by_layer.items()}
+    return convert_unet_state_dict_to_peft(tensors), {n.removesuffix(DOWN): float(v) for n, v in by_layer.items()}
 
 
 def _layers(file: Path, tensors: Mapping[str, Tensor], unet: nn.Module) -> set[str]:
@@ -295,7 +295,7 @@ def _alpha(settings: Mapping[str, Any], layer: str, rank: int) -> float:
 
     patterns = settings.get("alpha_pattern") or {}
     alpha = patterns.get(get_pattern_key(list(patterns), layer), settings.get("lora_alpha", rank))
-    return alpha * math.sqrt(rank) if settings.get("use_rslora") else alpha
+    return float(alpha * math.sqrt(rank) if settings.get("use_rslora") else alpha)
 
 
 def _targets(unet: nn.Module, layers: set[str]) -> tuple[str, ...]:
