@@ -7,13 +7,12 @@
 | `GuardChange` | another way to sample, no weights | SAFREE, SLD |
 """
 
-from collections.abc import Generator, Iterable
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Iterable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Protocol, TypeVar, runtime_checkable
 
-import torch
 from torch import nn
 
 from overpaint.policy import DiffusionPolicy, WeightDelta
@@ -91,19 +90,9 @@ class WeightChange:
         """Adds the differences."""
         self.delta.apply(pipeline.unet)
 
-    @contextmanager
-    def applied(self, policy: DiffusionPolicy) -> Generator[None]:
+    def applied(self, policy: DiffusionPolicy) -> AbstractContextManager[None]:
         """Adds the differences and puts back the very bits that were there; the reference is not touched."""
-        parameters = base_parameters(policy.unet)
-        before = {name: parameters[name].detach().clone() for name in self.delta.tensors if name in parameters}
-        self.delta.apply(policy.unet)
-        try:
-            yield
-        finally:
-            with torch.no_grad():
-                for name, value in before.items():
-                    parameters[name].copy_(value)
-            torch.clear_autocast_cache()
+        return self.delta.applied(policy.unet)
 
     def base(self, unet: nn.Module) -> str:
         """Returns the hash of the weights that are changed."""

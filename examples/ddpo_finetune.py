@@ -59,7 +59,7 @@ class Config(RewardOptions, TunedOptions, ModelOptions):
     rounds: int | None = Field(None, ge=1)
     """Rounds of sampling and updates; None is 30 for the tiny world, and the authors' number for Stable Diffusion."""
 
-    learning_rate: float | None = Field(None, ge=0)
+    learning_rate: float | None = Field(None, gt=0)
     """Of what is trained; None is 1e-3 for the tiny world's ImageReward, 5e-4 for its other tasks, and 3e-4 for Stable
     Diffusion; a third of that for RWR."""
 

@@ -59,7 +59,7 @@ class Config(RewardOptions, TunedOptions, RunOptions, ConceptOptions, ModelOptio
     iterations: int = Field(80, ge=1)
     """ReFL iterations of the recovery."""
 
-    learning_rate: float | None = Field(None, ge=0)
+    learning_rate: float | None = Field(None, gt=0)
     """Of what is trained; None is 1e-3 for the tiny world and 1e-4 for Stable Diffusion."""
 
     refl: ReFLConfig | None = None

@@ -43,7 +43,7 @@ class Config(RewardOptions, TunedOptions, RunOptions, ModelOptions):
     iterations: int = Field(100, ge=1)
     """ReFL iterations."""
 
-    learning_rate: float | None = Field(None, ge=0)
+    learning_rate: float | None = Field(None, gt=0)
     """Of what is trained; None is 5e-4 for the tiny world and 1e-4 for Stable Diffusion."""
 
     refl: ReFLConfig | None = None

@@ -19,16 +19,16 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from . import autoencoder, ddim
-from .added import added_networks
 from .conditioning import Conditioning
 from .ddim import PredictionType
 from .denoiser import all_at, chain, mean_and_std, predict, predict_at, predict_noise
 from .guidance import DEFAULT_GUIDANCE, Guidance, SamplingGuard
-from .loading import PolicyOptions, default_device, load_pipeline, without_bars
+from .loading import PolicyOptions, default_device, load_pipeline
+from .lora_files import LoRAFormat
 from .noise import SampleNoise, check_seeds
 from .parts import Pipeline
 from .prompts import PromptEncoder, check_prompts
-from .saving import load_lora, plain_pipeline, save_lora
+from .saving import check_plain, plain_pipeline, write_pipeline
 from .schedules import Schedules, check_eta, check_step
 from .takeover import take_over
 from .trained import TrainedWeights
@@ -404,13 +404,17 @@ class DiffusionPolicy:
         """Adds the LoRA, which there must be, into the UNet's own weights; nothing is trained any more afterwards."""
         self._trained.merge_lora()
 
-    def save_lora(self, folder: str | Path) -> None:
-        """Saves the LoRA, which there must be, for `StableDiffusionPipeline.load_lora_weights(folder)`."""
-        save_lora(self._trained.with_lora(), folder)
+    def save_lora(self, path: str | Path, *, format: LoRAFormat = "diffusers") -> None:
+        """Saves the LoRA, which there must be, as a `.safetensors` or into a folder; "kohya" is for A1111, ComfyUI."""
+        self._trained.save_lora(path, format, self.guard)
 
-    def load_lora(self, folder: str | Path) -> None:
-        """Puts weights that `save_lora` wrote into the policy's LoRA, which must fit in rank, alpha and targets."""
-        load_lora(self._trained.with_lora(), folder)
+    def load_lora(self, path: str | Path, *, check_base: bool = True, drop_text_encoder: bool = False) -> None:
+        """Puts a LoRA's file, or the one in a folder, into the policy's LoRA; one without takes the file's settings.
+
+        A `ValueError` refuses what is not for this UNet, has other settings than the policy's LoRA, was learned on
+        other weights (unless `check_base` is off) or changes the text encoder (unless that is to be dropped).
+        """
+        self._trained.load_lora(path, self.guard, check_base=check_base, drop_text_encoder=drop_text_encoder)
 
     def to_pipeline(self) -> Pipeline:
         """Returns a plain diffusers pipeline that draws what the policy draws: a LoRA is added in, a guard attached.
@@ -422,20 +426,17 @@ class DiffusionPolicy:
             self.guard.attach(pipeline)
         return pipeline
 
-    def save_pipeline(self, folder: str | Path) -> None:
-        """Saves the whole pipeline in diffusers' layout, with any LoRA added in.
+    def save_pipeline(self, folder: str | Path, *, dtype: torch.dtype | None = None) -> None:
+        """Saves the whole pipeline in diffusers' layout, with any LoRA added in, in one precision or as it is.
 
         A `ValueError` refuses a policy with a guard or with networks that were added to the UNet: whoever loaded the
         folder would be without them.
         """
-        for name, found in (("networks added to the UNet", added_networks(self.unet)), ("a guard", self.guard)):
-            if found:
-                raise ValueError(f"a pipeline's folder cannot hold {name}, and the policy has {found!r}")
-        with without_bars():
-            self.to_pipeline().save_pretrained(folder)
+        check_plain(self.unet, self.guard)
+        write_pipeline(self._plain(dtype), folder)
 
-    def _plain(self) -> Pipeline:
-        return plain_pipeline(self.unet, self.vae, self.text_encoder, self.tokenizer, self.scheduler)
+    def _plain(self, dtype: torch.dtype | None = None) -> Pipeline:
+        return plain_pipeline(self.unet, self.vae, self.text_encoder, self.tokenizer, self.scheduler, dtype)
 
     def _noise(self, seeds: Sequence[int], samples: Sized, height: int | None, width: int | None) -> SampleNoise:
         check_seeds(seeds, len(samples))

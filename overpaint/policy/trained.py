@@ -2,10 +2,13 @@
 
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+from .guidance import SamplingGuard
+from .lora_files import LoRAFormat, read_lora, save_lora
 from .parts import UNet
 from .weights import LoRAConfig, attach_lora, merge_lora, select_parameters
 
@@ -38,8 +41,7 @@ class TrainedWeights:
                     )
                 parameter.requires_grad_(True)
         if lora is not None:
-            attach_lora(unet, lora)
-            self.parameters = {name: value for name, value in unet.named_parameters() if value.requires_grad}
+            self._attach(lora)
         self._reference: dict[str, Tensor] = {}
         self._at_reference = False
         self.remember()
@@ -102,15 +104,32 @@ class TrainedWeights:
         if values:
             torch.clear_autocast_cache()
 
-    def with_lora(self) -> UNet:
-        """Returns the UNet.
+    def save_lora(self, path: str | Path, format: LoRAFormat, guard: SamplingGuard | None) -> None:
+        """Writes the LoRA; arguments and errors as in `lora_files.save_lora`.
 
         Raises:
-            ValueError: It has no LoRA.
+            ValueError: There is no LoRA.
         """
+        save_lora(self.unet, path, self._lora(), format, guard)
+
+    def load_lora(
+        self, path: str | Path, guard: SamplingGuard | None, *, check_base: bool, drop_text_encoder: bool
+    ) -> None:
+        """Reads a file into the LoRA; where nothing is trained yet, a LoRA of the file's settings is made.
+
+        Raises:
+            ValueError: A named set is trained, or the file is none of a LoRA for this UNet, or of other settings than
+                the LoRA's, or learned on other weights; nothing is changed then.
+        """
+        if self.parameters:
+            self._lora()
+        found = read_lora(path, self.unet, drop_text_encoder=drop_text_encoder)
+        if check_base:
+            found.check_base(self.unet, guard)
         if self.lora is None:
-            raise ValueError("the policy must have a LoRA, and this one was made without; pass lora=LoRAConfig()")
-        return self.unet
+            self._attach(found.config)
+            self.lora = found.config
+        found.put_into(self.unet, self._lora())
 
     def merge_lora(self) -> None:
         """Adds the LoRA into the UNet's own weights; nothing is trained any more.
@@ -118,6 +137,16 @@ class TrainedWeights:
         Raises:
             ValueError: There is no LoRA.
         """
-        merge_lora(self.with_lora())
+        self._lora()
+        merge_lora(self.unet)
         self.lora = None
         self.parameters = {}
+
+    def _attach(self, lora: LoRAConfig) -> None:
+        attach_lora(self.unet, lora)
+        self.parameters = {name: value for name, value in self.unet.named_parameters() if value.requires_grad}
+
+    def _lora(self) -> LoRAConfig:
+        if self.lora is None:
+            raise ValueError("the policy must have a LoRA, and this one was made without; pass lora=LoRAConfig()")
+        return self.lora

@@ -5,7 +5,8 @@ out of the name.
 """
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -20,6 +21,9 @@ from .parts import UNet
 
 ADAPTER = "default"
 """Name of the one LoRA adapter."""
+
+MAGNITUDE = "lora_magnitude_vector"
+"""Name of the part of a layer that has DoRA's norms."""
 
 DELTA_NAME, DELTA_FORMAT = "weight_delta", "overpaint.WeightDelta/1"
 
@@ -39,6 +43,10 @@ class LoRAConfig:
 
     seed: int = 0
     """Seed of the random half of the update; the other half starts at zero."""
+
+    dora: bool = False
+    """Learns the norm of each output's weights apart from their direction, which the low-rank update turns: DoRA (Liu
+    et al. 2024, https://arxiv.org/abs/2402.09353), as peft computes it."""
 
 
 def _is_cross_attention(name: str) -> bool:
@@ -79,7 +87,7 @@ def plain_name(name: str) -> str:
 
 def is_lora(name: str) -> bool:
     """Tells whether a parameter belongs to a LoRA."""
-    return ".lora_A." in name or ".lora_B." in name
+    return any(f".{part}." in name for part in ("lora_A", "lora_B", MAGNITUDE))
 
 
 def base_parameters(unet: nn.Module) -> dict[str, nn.Parameter]:
@@ -111,8 +119,9 @@ def select_parameters(unet: nn.Module, name: str) -> dict[str, nn.Parameter]:
 def attach_lora(unet: UNet, config: LoRAConfig) -> None:
     """Puts a fresh LoRA on a frozen UNet; what the UNet computes stays the same to the last bit.
 
-    Its weights are float32 even on a half-precision UNet, and the random ones are drawn on the CPU from the
-    configuration's seed: every process and device starts from the same numbers.
+    With DoRA it stays the same up to rounding: its norms are multiplied in and divided out again. The LoRA's weights
+    are float32 even on a half-precision UNet, and the random ones are drawn on the CPU from the configuration's seed:
+    every process and device starts from the same numbers.
     """
     import peft
 
@@ -121,6 +130,7 @@ def attach_lora(unet: UNet, config: LoRAConfig) -> None:
         lora_alpha=config.alpha,  # ty: ignore[invalid-argument-type]  peft says int and takes any number
         target_modules=list(config.targets),
         init_lora_weights="gaussian",
+        use_dora=config.dora,
     )
     with torch.random.fork_rng(devices=[]):
         unet.add_adapter(settings, adapter_name=ADAPTER)
@@ -131,21 +141,25 @@ def attach_lora(unet: UNet, config: LoRAConfig) -> None:
                 parameter.data = parameter.data.float()
                 if ".lora_A." in name:
                     parameter.copy_(torch.randn(parameter.shape, generator=generator) / config.rank)
+        for layer in lora_layers(unet).values():  # peft rounds the norms to the precision of the weights
+            if _has_magnitude(layer):
+                layer.lora_magnitude_vector[ADAPTER].weight.copy_(_norms(layer))
 
 
 @torch.no_grad()
-def merged_state(unet: nn.Module) -> dict[str, Tensor]:
+def merged_state(unet: nn.Module, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
     """Returns the weights of a plain UNet that computes the same: base weights, with any LoRA added in.
 
-    Tensors that no LoRA touches share memory with the UNet's.
+    Args:
+        unet: With a LoRA or without.
+        dtype: Precision of the weights, to which sums are rounded once; None leaves each as it is. Tensors that no
+            LoRA touches and that have it already share memory with the UNet's.
     """
     state: dict[str, Tensor] = {name: value.detach() for name, value in base_parameters(unet).items()}
     state |= {plain_name(name): value for name, value in unet.named_buffers()}
-    for name, layer in _lora_layers(unet).items():
-        weight = state[f"{name}.weight"]
-        update = layer.get_delta_weight(ADAPTER)
-        state[f"{name}.weight"] = (weight.float() + update.float()).to(weight.dtype)
-    return state
+    for name, update in lora_updates(unet):
+        state[name] = (state[name].float() + update).to(dtype or state[name].dtype)
+    return state if dtype is None else {name: value.to(dtype) for name, value in state.items()}
 
 
 @torch.no_grad()
@@ -158,13 +172,51 @@ def merge_lora(unet: UNet) -> None:
     unet.unload_lora()
 
 
-def _lora_layers(unet: nn.Module) -> dict[str, Any]:
+def lora_layers(unet: nn.Module) -> dict[str, Any]:
     """Returns the layers that peft has wrapped, by their plain names."""
     if not getattr(unet, "peft_config", None):
         return {}
     from peft.tuners.lora import LoraLayer
 
-    return {name: module for name, module in unet.named_modules() if isinstance(module, LoraLayer)}
+    return {plain_name(name): module for name, module in unet.named_modules() if isinstance(module, LoraLayer)}
+
+
+def lora_updates(unet: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Gives by how much a LoRA changes each weight, by the weight's plain name; with gradient where it is enabled.
+
+    DoRA's change is m (V + BA) / |V + BA| - V over each output's weights, where the norm in the denominator carries no
+    gradient, as in training (equation 5 and section 4.3 of its paper).
+    """
+    for name, layer in lora_layers(unet).items():
+        update = layer.get_delta_weight(ADAPTER).float()
+        if _has_magnitude(layer):
+            weight = layer.base_layer.weight.float()
+            scale = layer.lora_magnitude_vector[ADAPTER].weight / _norms(layer, update).detach()
+            scale = scale.view(-1, *[1] * (weight.ndim - 1))
+            update = (scale - 1) * weight + scale * update
+        yield f"{name}.weight", update
+
+
+def _has_magnitude(layer: Any) -> bool:
+    return ADAPTER in layer.lora_magnitude_vector
+
+
+def _norms(layer: Any, update: Tensor | None = None) -> Tensor:
+    """Returns the norms of a layer's weights for each output, with an update added or without, in DoRA's shape."""
+    weight = layer.base_layer.weight.float()
+    magnitude = layer.lora_magnitude_vector[ADAPTER]
+    return magnitude.get_weight_norm(weight, torch.zeros_like(weight) if update is None else update, scaling=1)
+
+
+@contextmanager
+def _norms_in_proportion(layer: Any) -> Generator[None]:
+    """Multiplies DoRA's norms, where a layer has them, by how those of its weights grow within the `with` block."""
+    if layer is None or not _has_magnitude(layer):
+        yield
+        return
+    before = _norms(layer)
+    yield
+    layer.lora_magnitude_vector[ADAPTER].weight.mul_(_norms(layer) / before)
 
 
 @dataclass(frozen=True)
@@ -192,6 +244,9 @@ class WeightDelta:
     def apply(self, unet: nn.Module, scale: float = 1.0) -> None:
         """Adds `scale` times the differences to the UNet's own weights, in place; -1 takes them back.
 
+        A LoRA stays on top. The norms that DoRA has learned grow as those of the weights beneath do: else they would
+        undo part of the change, and one that is fresh would no longer be without effect.
+
         Raises:
             ValueError: The UNet lacks a parameter, or has it in another shape; nothing is changed then.
         """
@@ -202,10 +257,27 @@ class WeightDelta:
             if parameters[name].shape != difference.shape:
                 expected, got = tuple(difference.shape), tuple(parameters[name].shape)
                 raise ValueError(f"{name!r} must have the weight delta's shape {expected}, got {got}")
+        layers = {f"{name}.weight": layer for name, layer in lora_layers(unet).items()}
         for name, difference in self.tensors.items():
             parameter = parameters[name]
-            parameter.copy_(parameter.float() + scale * difference.to(parameter.device))
+            with _norms_in_proportion(layers.get(name)):
+                parameter.copy_(parameter.float() + scale * difference.to(parameter.device))
         torch.clear_autocast_cache()
+
+    @contextmanager
+    def applied(self, unet: nn.Module) -> Generator[None]:
+        """Adds the differences for the length of a `with` block and puts back the very bits that were there."""
+        named = {plain_name(name): value for name, value in unet.named_parameters()}
+        norms = (f"{name.removesuffix('.weight')}.{MAGNITUDE}.{ADAPTER}.weight" for name in self.tensors)
+        before = {name: named[name].detach().clone() for name in (*self.tensors, *norms) if name in named}
+        self.apply(unet)
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for name, value in before.items():
+                    named[name].copy_(value)
+            torch.clear_autocast_cache()
 
     def save(self, folder: str | Path) -> None:
         """Writes the differences as safetensors, and their names and shapes as JSON."""

@@ -120,8 +120,8 @@ def save_pipeline(folder: Path, vae, text_encoder, tokenizer, unet) -> None:
     """Saves the parts as a diffusers pipeline in half precision."""
     import torch
 
-    from overpaint.policy.saving import plain_pipeline
+    from overpaint.policy.saving import plain_pipeline, write_pipeline
 
     for network in (vae, text_encoder, unet):
         network.to(torch.float16)
-    plain_pipeline(unet, vae, text_encoder, tokenizer, scheduler()).save_pretrained(folder)
+    write_pipeline(plain_pipeline(unet, vae, text_encoder, tokenizer, scheduler()), folder)

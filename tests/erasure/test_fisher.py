@@ -155,7 +155,10 @@ def test_with_a_lora_it_is_that_of_the_weights_beneath(few_timesteps: Callable[.
     )
 
 
-def test_changes_are_those_of_the_weights_with_and_without_a_lora(make_policy: Callable[..., DiffusionPolicy]) -> None:
+@pytest.mark.parametrize("lora", [LoRAConfig(), LoRAConfig(dora=True)], ids=["LoRA", "DoRA"])
+def test_changes_are_those_of_the_weights_with_and_without_a_lora(
+    make_policy: Callable[..., DiffusionPolicy], lora: LoRAConfig
+) -> None:
     trained = make_policy(train="xattn")
     start = start_of(trained)
     assert not any(change.any() for change in changes(trained, start).values())
@@ -166,7 +169,7 @@ def test_changes_are_those_of_the_weights_with_and_without_a_lora(make_policy: C
         assert change.requires_grad
         torch.testing.assert_close(change, torch.full_like(change, 0.25), rtol=0, atol=1e-6)
 
-    tuned = make_policy(lora=LoRAConfig())
+    tuned = make_policy(lora=lora)
     assert start_of(tuned) == {}
     with torch.no_grad():
         for parameter in tuned.trainable_parameters():

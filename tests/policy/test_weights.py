@@ -312,3 +312,99 @@ def test_damaged_folder_of_a_delta_is_refused(delta: WeightDelta, tmp_path: Path
     (tmp_path / "weight_delta.json").write_text('{"format": "another"}')
     with pytest.raises(ValueError, match=r"must be of format 'overpaint.WeightDelta/1', got 'another'"):
         WeightDelta.load(tmp_path)
+
+
+# DoRA.
+
+
+DORA = LoRAConfig(rank=2, alpha=6.0, targets=("to_q", "attn2.to_k", "conv1"), dora=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_fresh_dora_changes_nothing_but_rounding(
+    make_policy: Callable[..., DiffusionPolicy], dtype: torch.dtype
+) -> None:
+    bare, fresh = make_policy(dtype=dtype), make_policy(dtype=dtype, lora=DORA)
+    torch.testing.assert_close(images(fresh), images(bare), rtol=0, atol=1e-5 if dtype == torch.float32 else 2e-2)
+    assert {parameter.dtype for parameter in fresh.trainable_parameters()} == {torch.float32}
+    name = "down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k"
+    norms = bare.unet.get_submodule(name).weight.float().norm(dim=1)
+    torch.testing.assert_close(fresh.trainable_state()[f"{name}.lora_magnitude_vector.default.weight"], norms)
+
+
+def test_dora_is_the_equation_of_its_paper(
+    make_policy: Callable[..., DiffusionPolicy], stir: Callable[[DiffusionPolicy], None]
+) -> None:
+    policy = make_policy(lora=DORA)
+    stir(policy)
+    before = {name: value.clone() for name, value in make_policy().unet.state_dict().items()}
+    state = policy.trainable_state()
+    layers = [name.removesuffix(".lora_A.default.weight") for name in state if ".lora_A." in name]
+    merged = merged_state(policy.unet)
+    assert {name for name, value in merged.items() if not torch.equal(value, before[name])} == {
+        f"{layer}.weight" for layer in layers
+    }
+    for layer in (layer for layer in layers if "attn" in layer):
+        turned = 3.0 * state[f"{layer}.lora_B.default.weight"] @ state[f"{layer}.lora_A.default.weight"]
+        turned = before[f"{layer}.weight"] + turned
+        norms = state[f"{layer}.lora_magnitude_vector.default.weight"]
+        expected = norms[:, None] * turned / turned.norm(dim=1, keepdim=True)
+        torch.testing.assert_close(merged[f"{layer}.weight"], expected, rtol=1e-4, atol=1e-6)
+
+
+def test_dora_is_trained_saved_merged_and_left_for_the_reference(
+    make_policy: Callable[..., DiffusionPolicy],
+    stir: Callable[[DiffusionPolicy], None],
+    plain_images: Callable[..., Tensor],
+    pipeline_dir: Path,
+    tmp_path: Path,
+) -> None:
+    policy = make_policy(lora=DORA)
+    before = images(make_policy())
+    stir(policy)
+    trained = images(policy)
+    assert (trained - before).abs().max() > 1e-3
+    with policy.reference():
+        assert torch.equal(images(policy), before)
+    loss(policy).backward()
+    assert all(p.grad is not None and p.grad.any() for p in policy.trainable_parameters())
+    assert sum("magnitude" in name for name in policy.trainable_state()) == len(policy.trainable_state()) / 3
+    policy.save_lora(tmp_path)
+    fresh = make_policy()
+    fresh.load_lora(tmp_path)
+    assert fresh.lora == DORA
+    assert torch.equal(images(fresh), trained)
+    plain = plain_images(pipeline_dir, tmp_path)
+    torch.testing.assert_close(plain, policy.draw(PROMPTS, steps=3, seeds=SEEDS), rtol=0, atol=1e-4)
+    torch.testing.assert_close(images(DiffusionPolicy(policy.to_pipeline())), trained, rtol=0, atol=1e-4)
+    policy.merge_lora()
+    torch.testing.assert_close(images(policy), trained, rtol=0, atol=1e-4)
+    assert not any("lora" in name for name in policy.unet.state_dict())
+
+
+def test_dora_does_not_undo_a_change_of_the_weights_beneath(
+    delta: WeightDelta, make_policy: Callable[..., DiffusionPolicy], stir: Callable[[DiffusionPolicy], None]
+) -> None:
+    changed, fresh = make_policy(), make_policy(lora=DORA)
+    original = images(changed)
+    delta.apply(changed.unet)
+    delta.apply(fresh.unet)
+    torch.testing.assert_close(images(fresh), images(changed), rtol=0, atol=1e-5)
+    assert (images(fresh) - original).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("config", [LoRAConfig(), DORA], ids=["LoRA", "DoRA"])
+def test_a_delta_that_is_applied_for_a_while_leaves_no_bit_changed(
+    delta: WeightDelta,
+    make_policy: Callable[..., DiffusionPolicy],
+    stir: Callable[[DiffusionPolicy], None],
+    config: LoRAConfig,
+) -> None:
+    policy = make_policy(lora=config)
+    stir(policy)
+    before = {name: value.clone() for name, value in policy.unet.state_dict().items()}
+    drawn = images(policy)
+    with delta.applied(policy.unet):
+        assert (images(policy) - drawn).abs().max() > 1e-3
+    assert all(torch.equal(before[name], value) for name, value in policy.unet.state_dict().items())
+    assert torch.equal(images(policy), drawn)

@@ -9,13 +9,19 @@ from overpaint.policy import DiffusionPolicy, LoRAConfig, WeightDelta, merged_st
 from refl import distance_to_reference
 
 
-@pytest.mark.parametrize("options", [{"lora": LoRAConfig()}, {"train": "xattn"}], ids=["lora", "xattn"])
+@pytest.mark.parametrize(
+    "options",
+    [{"lora": LoRAConfig()}, {"lora": LoRAConfig(dora=True)}, {"train": "xattn"}],
+    ids=["lora", "dora", "xattn"],
+)
 def test_nothing_trained_is_no_distance(options: dict, make_policy: Callable[..., DiffusionPolicy]) -> None:
     assert distance_to_reference(make_policy(**options)) == 0.0
 
 
 @pytest.mark.parametrize(
-    "options", [{"lora": LoRAConfig(rank=2, alpha=6.0)}, {"train": "xattn"}], ids=["lora", "xattn"]
+    "options",
+    [{"lora": LoRAConfig(rank=2, alpha=6.0)}, {"lora": LoRAConfig(rank=2, dora=True)}, {"train": "xattn"}],
+    ids=["lora", "dora", "xattn"],
 )
 def test_distance_is_the_norm_of_the_change_of_weights(
     options: dict, make_policy: Callable[..., DiffusionPolicy], stir: Callable[[DiffusionPolicy], None]

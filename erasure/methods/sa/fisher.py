@@ -25,7 +25,7 @@ from overpaint.policy.atomic import atomic_file, this_process
 from overpaint.policy.digest import tensors_hash
 from overpaint.policy.noise import draw_noise
 from overpaint.policy.types import Latents
-from overpaint.policy.weights import ADAPTER, base_parameters, plain_name
+from overpaint.policy.weights import base_parameters, lora_layers, lora_updates
 from overpaint.settings import Field, settings
 from overpaint.training.logging import progress_bar
 
@@ -199,7 +199,7 @@ def watched_weights(policy: DiffusionPolicy) -> dict[str, nn.Parameter]:
     if policy.lora is None:
         return dict(zip(policy.trainable_state(), policy.trainable_parameters(), strict=True))
     own = base_parameters(policy.unet)
-    return {f"{name}.weight": own[f"{name}.weight"] for name in _lora_layers(policy)}
+    return {f"{name}.weight": own[f"{name}.weight"] for name in lora_layers(policy.unet)}
 
 
 def start_of(policy: DiffusionPolicy) -> dict[str, Tensor]:
@@ -215,7 +215,7 @@ def changes(policy: DiffusionPolicy, start: Mapping[str, Tensor]) -> dict[str, T
     if policy.lora is None:
         return {name: value - start[name] for name, value in watched_weights(policy).items()}
     with torch.autocast(policy.device.type, enabled=False):
-        return {f"{name}.weight": layer.get_delta_weight(ADAPTER) for name, layer in _lora_layers(policy).items()}
+        return dict(lora_updates(policy.unet))
 
 
 @contextmanager
@@ -231,13 +231,6 @@ def at_reference(policy: DiffusionPolicy, weights: Sequence[nn.Parameter]) -> Ge
         finally:
             for weight, had in zip(weights, before, strict=True):
                 weight.requires_grad_(had)
-
-
-def _lora_layers(policy: DiffusionPolicy) -> dict[str, Any]:
-    """Returns the layers that have a LoRA, by their plain names."""
-    from peft.tuners.lora import LoraLayer
-
-    return {plain_name(name): layer for name, layer in policy.unet.named_modules() if isinstance(layer, LoraLayer)}
 
 
 def _record(

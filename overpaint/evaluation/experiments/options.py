@@ -77,7 +77,7 @@ class RunOptions:
     iterations: int | None = Field(None, ge=1)
     """Iterations of training; None is the program's number for the model."""
 
-    learning_rate: float | None = Field(None, ge=0)
+    learning_rate: float | None = Field(None, gt=0)
     """Of what is trained; None is the program's for the model."""
 
     run: TrainingConfig | None = None
