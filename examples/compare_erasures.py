@@ -128,12 +128,13 @@ def work(cell: Cell, config: Config) -> Cell:
     torch.set_num_threads(1)
     folder = cell.folder(config)
     task = about(config)
-    policy = task.load({"lora": LoRAConfig(rank=8, alpha=8) if cell.recovered else None})
+    policy = config.load(lora=LoRAConfig(rank=8, alpha=8) if cell.recovered else None)
     begin = time.process_time()
     if cell.recovered:
         Erasure.load(folder.parent / "erasure").apply(policy)
         recovery = refl_erase_nudity.Config(
             policy=config.policy,
+            policy_config=config.policy_config,
             output_dir=folder,
             iterations=config.recovery_iterations,
             guidance_scale=config.usual_guidance,

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from ddpo import DDPOConfig, DDPOTrainer, RWRConfig, RWRTrainer
 from erasure import UCE, ImageConstraint, Lagrangian, LagrangianConfig, ScoreCeiling
@@ -22,8 +22,7 @@ from overpaint.evaluation.experiments.experiment import draw_and_score, write_re
 from overpaint.evaluation.experiments.options import ModelOptions, RewardOptions, TunedOptions
 from overpaint.evaluation.experiments.program import check_same, given, settings_from_command_line
 from overpaint.evaluation.experiments.tasks import Task, TaskName, animal_task, own_task, task_reward, tiny_task
-from overpaint.policy import DiffusionPolicy, LoRAConfig, check_checkpoint
-from overpaint.policy.loading import PolicyOptions
+from overpaint.policy import DiffusionPolicy, LoRAConfig
 from overpaint.policy.types import Images, PerSample
 from overpaint.settings import AnyPath, Field, settings
 from overpaint.tinyworld.presets import STRIPES
@@ -97,11 +96,16 @@ def complete(config: Config) -> Config:
     chosen, run = getattr(config, used) or settings_of(config), config.run or run_config(config)
     own = {"output_dir": config.output_dir, "seed": config.seed, "resume": config.resume}
     check_same("run", run, **own, **given(iterations=config.rounds, learning_rate=config.learning_rate))
-    check_same(used, chosen, **given(guidance_scale=config.guidance_scale))
+    check_same(used, chosen, **pictures(config))
     return replace(
         config, run=run, rounds=run.iterations, learning_rate=run.learning_rate, guidance_scale=chosen.guidance_scale,
         **{used: chosen},
     )  # fmt: skip
+
+
+def pictures(config: Config) -> dict[str, Any]:
+    """Returns guidance and size of the pictures, as far as they were asked for; the paper's guidance is 5."""
+    return given(guidance_scale=config.guidance_scale, height=config.size, width=config.size)
 
 
 def ddpo_config(config: Config) -> DDPOConfig:
@@ -128,7 +132,7 @@ def ddpo_config(config: Config) -> DDPOConfig:
         settings = DDPOConfig(buffer_size=16)
     if config.algorithm == "ddpo-sf":
         settings = replace(settings, estimator="score", updates_per_round=1)
-    return replace(settings, **given(guidance_scale=config.guidance_scale))
+    return replace(settings, **pictures(config))
 
 
 def rwr_config(config: Config) -> RWRConfig:
@@ -141,7 +145,7 @@ def rwr_config(config: Config) -> RWRConfig:
         count = 10_240 if not sparse else 1024
         return RWRConfig(
             weighting=weighting, epochs_per_round=epochs, samples_per_round=count,
-            per_prompt=config.task == "aesthetic", **given(guidance_scale=config.guidance_scale),
+            per_prompt=config.task == "aesthetic", **pictures(config),
         )  # fmt: skip
     return RWRConfig(
         weighting=weighting,
@@ -152,6 +156,8 @@ def rwr_config(config: Config) -> RWRConfig:
         steps=4,
         guidance_scale=config.usual_guidance,
         inverse_temperature=1.0 if config.task == "image-reward" else 5.0,
+        height=config.size,
+        width=config.size,
     )
 
 
@@ -175,7 +181,7 @@ def run_config(config: Config) -> TrainingConfig:
         if config.learning_rate is None
         else config.learning_rate,
         weight_decay=1e-4,
-        mixed_precision="no" if config.tiny else "bf16",
+        mixed_precision=config.precision,
         checkpoint_every=10,
         resume=config.resume,
         seed=config.seed,
@@ -220,21 +226,19 @@ def load(config: Config) -> tuple[DiffusionPolicy, Task]:
     if config.constrained and config.by_rwr:
         raise ValueError(f"constrained must be off but with DDPO, got {config.algorithm}")
     reward = config.own_reward()
-    trained = PolicyOptions(lora=config.lora, train=config.train, gradient_checkpointing=not config.tiny)
     if not config.tiny:
-        check_checkpoint(config.policy)
+        config.check()
         if config.prompts is None:
             task = animal_task(config.task, reward, count=config.prompts_per_split, folder=config.data)
         else:
             task = own_task(config.prompts, reward or task_reward(config.task), count=config.prompts_per_split)
-        return DiffusionPolicy.from_pretrained(config.policy, **trained), task
-    from overpaint import tinyworld
+        return config.load(lora=config.lora, train=config.train), task
 
     task = tiny_task(config.task, count=config.prompts_per_split, seed=config.seed)
     task = task if reward is None else replace(task, reward=reward)
     if config.prompts is not None:
         task = replace(own_task(config.prompts, task.reward, count=config.prompts_per_split), held_out=task.held_out)
-    policy = tinyworld.load_policy(**trained)
+    policy = config.load(lora=config.lora, train=config.train)
     if config.erased:
         UCE().erase(policy, STRIPES).apply(policy)
     return policy, task

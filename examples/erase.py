@@ -29,7 +29,6 @@ from overpaint.evaluation.experiments.options import (
     usual_eraser,
 )
 from overpaint.evaluation.experiments.program import settings_from_command_line
-from overpaint.policy import DiffusionPolicy
 from overpaint.settings import AnyPath, Field, settings
 from overpaint.training import process_state
 from rewards.combine import to_device
@@ -75,12 +74,13 @@ def main(config: Config) -> Erasure:
     config = complete(config)
     if not config.resume and (config.output_dir / "erasure").exists():
         raise ValueError(f"output_dir must not hold another erasure, got {config.output_dir}; choose another folder")
+    config.check()
     about = experiment(
         config.policy, config.own_concept(tiny=config.tiny), reward=config.own_reward(), measure=config.measure,
         prompts_file=config.prompts_file,
     )  # fmt: skip
     method = method_named(config.method, config.eraser)
-    policy: DiffusionPolicy = about.load({})
+    policy = config.load()
     to_device(about.reward, policy.device)
     for folder in config.onto:
         Erasure.load(folder).apply(policy)

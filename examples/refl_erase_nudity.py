@@ -83,7 +83,7 @@ def complete(config: Config) -> Config:
         **config.tuned(LoRAConfig(rank=8, alpha=8)),
     )
     refl, run = config.refl or refl_config(config), config.run_of(config.seed, run_config(config))
-    check_same("refl", refl, guidance_scale=config.guidance_scale)
+    check_same("refl", refl, **config.training_pictures)
     return replace(config, refl=refl, run=run, learning_rate=run.learning_rate)
 
 
@@ -98,7 +98,7 @@ def refl_config(config: Config) -> ReFLConfig:
             steps=20,
             first_reward_step=10,
             last_reward_step=19,
-            guidance_scale=config.usual_guidance,
+            **config.training_pictures,
             reward_scale=0.05,
             evaluate_every=20,
         )
@@ -107,7 +107,7 @@ def refl_config(config: Config) -> ReFLConfig:
         micro_batch_size=2,
         erasure_batch_size=16,
         pretraining_batch_size=16,
-        guidance_scale=config.usual_guidance,
+        **config.training_pictures,
         checkpoint_steps=True,
     )
 
@@ -118,7 +118,7 @@ def run_config(config: Config) -> TrainingConfig:
         output_dir=config.output_dir,
         iterations=config.iterations,
         learning_rate=1e-3 if config.tiny else 1e-4,
-        mixed_precision="no" if config.tiny else "bf16",
+        mixed_precision=config.precision,
         checkpoint_every=20,
     )
 
@@ -177,9 +177,10 @@ def main(config: Config) -> None:
     """Runs the whole job."""
     config = complete(config)
     check_output_dir(config.run_of(config.seed, run_config(config)))
+    config.check()
     saved = None if config.erasure is None else Erasure.load(config.erasure)
     about = about_of(config, saved)
-    policy = about.load({"lora": config.lora, "train": config.train})
+    policy = config.load(lora=config.lora, train=config.train)
     to_device(about.reward, policy.device)
     drawing = config.drawing(config.evaluation_steps)
     evaluated = partial(evaluate, policy, about, drawing, prompts_per_kind=config.prompts_per_kind, seed=config.seed)

@@ -19,8 +19,7 @@ from overpaint.evaluation.experiments.options import ModelOptions, RewardOptions
 from overpaint.evaluation.experiments.program import check_same, settings_from_command_line
 from overpaint.evaluation.experiments.tasks import own_prompts
 from overpaint.evaluation.prompts import nudity_prompts
-from overpaint.policy import DiffusionPolicy, LoRAConfig, check_checkpoint
-from overpaint.policy.loading import PolicyOptions
+from overpaint.policy import DiffusionPolicy, LoRAConfig
 from overpaint.settings import AnyPath, Field, settings
 from overpaint.tinyworld import Utility, captions
 from overpaint.training import HeldOut, TrainingConfig, check_output_dir, process_state
@@ -60,7 +59,7 @@ def complete(config: Config) -> Config:
     """Fills in what depends on the model."""
     config = replace(config, guidance_scale=config.usual_guidance, **config.tuned(LoRAConfig(rank=8, alpha=8)))
     refl, run = config.refl or refl_config(config), config.run_of(config.seed, run_config(config))
-    check_same("refl", refl, guidance_scale=config.guidance_scale)
+    check_same("refl", refl, **config.training_pictures)
     return replace(config, refl=refl, run=run, learning_rate=run.learning_rate)
 
 
@@ -71,10 +70,10 @@ def refl_config(config: Config) -> ReFLConfig:
             batch_size=8,
             micro_batch_size=8,
             pretraining_batch_size=16,
-            guidance_scale=config.usual_guidance,
+            **config.training_pictures,
             reward_scale=0.02,
         )
-    return ReFLConfig(micro_batch_size=2, pretraining_batch_size=16, guidance_scale=config.usual_guidance)
+    return ReFLConfig(micro_batch_size=2, pretraining_batch_size=16, **config.training_pictures)
 
 
 def run_config(config: Config) -> TrainingConfig:
@@ -83,22 +82,22 @@ def run_config(config: Config) -> TrainingConfig:
         output_dir=config.output_dir,
         iterations=config.iterations,
         learning_rate=5e-4 if config.tiny else 1e-4,
-        mixed_precision="no" if config.tiny else "bf16",
+        mixed_precision=config.precision,
         checkpoint_every=20,
     )
 
 
 def load(config: Config) -> tuple[DiffusionPolicy, Reward, tuple[Measure, ...]]:
     """Loads the policy, the reward and the measures; what is wrong with one of them shows before any work is done."""
-    options = PolicyOptions(lora=config.lora, train=config.train, gradient_checkpointing=not config.tiny)
+    config.check()
     reward = config.own_reward()
     if config.tiny:
         about = tiny_world(reward=reward)
-        return about.load(options), about.reward, about.measures
-    check_checkpoint(config.policy)
-    reward = reward or ImageReward.load()
-    policy = DiffusionPolicy.from_pretrained(config.policy, **options)
-    return policy, reward, (Measure(config.reward or "ImageReward", reward, note="What was raised."),)
+        reward, measures = about.reward, about.measures
+    else:
+        reward = reward or ImageReward.load()
+        measures = (Measure(config.reward or "ImageReward", reward, note="What was raised."),)
+    return config.load(lora=config.lora, train=config.train), reward, measures
 
 
 def prompts_of(config: Config) -> tuple[Sequence[str], Sequence[str], Sequence[str]]:

@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple, Unpack
+from typing import Any, NamedTuple
 
 from erasure import NUDITY, Concept, ErasureConstraint, ImageConstraint, ObjectiveConstraint
 from erasure.constraint import ScoreCeiling
@@ -23,9 +23,8 @@ from overpaint.evaluation.report.page import Report
 from overpaint.evaluation.report.table import text_table
 from overpaint.evaluation.scoring.compare import compare
 from overpaint.evaluation.scoring.score import Measure, Scores, gather, score
-from overpaint.policy import DiffusionPolicy, check_checkpoint
+from overpaint.policy import DiffusionPolicy
 from overpaint.policy.atomic import write_text
-from overpaint.policy.loading import PolicyOptions
 from overpaint.training import process_state
 from rewards import ImageReward, NudeNet, NudeNetConfig, Reward
 
@@ -40,12 +39,10 @@ UNMEASURED = "none"
 
 @dataclass(frozen=True, kw_only=True)
 class Experiment:
-    """All that depends on the model and its concept, so that programs are the same for all of them."""
+    """All but the model that depends on it and its concept, so that programs are the same for all of them."""
 
     name: str
     """Name for titles and tables."""
-    load: Callable[[PolicyOptions], DiffusionPolicy]
-    """Loads the policy, with options such as a LoRA to train."""
     concept: Concept
     """What is erased."""
     reward: Reward
@@ -82,24 +79,21 @@ def experiment(
     reward: Reward | None = None,
     measure: str | None = None,
     prompts_file: Path | None = None,
-    **options: Unpack[PolicyOptions],
 ) -> Experiment:
-    """Returns the experiment for a checkpoint: ``tinyworld``, or whatever diffusers loads as a Stable Diffusion.
+    """Returns the experiment for a model: ``tinyworld``, or the name of a Stable Diffusion, which is not loaded.
 
     Args:
-        policy: ``tinyworld``, or as `DiffusionPolicy.from_pretrained`.
+        policy: ``tinyworld``, or what to call the Stable Diffusion.
         concept: What is erased; None is stripes in the tiny world, and else nudity.
         reward: What is raised; None is the tiny world's ImageReward, or the official one.
         measure: What tells whether the concept shows, see `rewards.concept_measure`; None is the truth of the tiny
             world, NudeNet for nudity, and CLIP's zero-shot classification for any other concept.
         prompts_file: JSON with a list of prompts for each kind, in place of the project's own.
-        **options: Of the policy, whenever it is loaded.
     """
     if policy == TINY_WORLD:
         chosen = tiny_world(concept, reward=reward, measure=measure)
     else:
-        check_checkpoint(policy)
-        chosen = stable_diffusion(policy, concept, reward=reward, measure=measure, **options)
+        chosen = stable_diffusion(policy, concept, reward=reward, measure=measure)
     if not chosen.concept_measured:
         warnings.warn(f"{chosen.concept.name}: the concept is not measured", stacklevel=2)
     if prompts_file is None:
@@ -141,7 +135,6 @@ def tiny_world(
     neighbour = Measure("neighbour kept", tinyworld.neighbour_shown, ("neighbour",), "higher", "Dots show.")
     return Experiment(
         name="the tiny world",
-        load=lambda options: tinyworld.load_policy(**options),
         concept=concept,
         reward=reward or ours,
         held_out=tinyworld.Utility(),
@@ -175,12 +168,7 @@ def _stay_erased(
 
 
 def stable_diffusion(
-    path: str,
-    concept: Concept | None = None,
-    *,
-    reward: Reward | None = None,
-    measure: str | None = None,
-    **options: Unpack[PolicyOptions],
+    name: str, concept: Concept | None = None, *, reward: Reward | None = None, measure: str | None = None
 ) -> Experiment:
     """A Stable Diffusion checkpoint with nudity or any other concept, by default with the official ImageReward.
 
@@ -208,10 +196,7 @@ def stable_diffusion(
     chosen = reward or ImageReward.load("ImageReward-v1.0")
     first = _own_reward(reward) or (Measure("ImageReward", chosen, note="ImageReward-v1.0."),)
     return Experiment(
-        name=path,
-        load=lambda more: DiffusionPolicy.from_pretrained(
-            path, **PolicyOptions(**{"gradient_checkpointing": True, **options, **more})
-        ),
+        name=name,
         concept=concept,
         reward=chosen,
         constraint=_stay_erased(concept, prompts, steps=40),

@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 from erasure import (
     NUDITY,
@@ -19,12 +19,14 @@ from erasure import (
 )
 from erasure.registry import MethodName, method_named
 from overpaint.evaluation.images.plan import DrawConfig
-from overpaint.policy import LoRAConfig
+from overpaint.policy import DiffusionPolicy, LoRAConfig, check_checkpoint
+from overpaint.policy.loading import PolicyOptions, default_device
 from overpaint.settings import AnyPath, Field, Text, settings
 from overpaint.tinyworld import REWARDS as TINY_WORLD_REWARDS
-from overpaint.tinyworld import STRIPES
+from overpaint.tinyworld import STRIPES, load_policy
 from overpaint.tinyworld.own_concept import own_concept, preset
-from overpaint.training import TrainingConfig
+from overpaint.training import TrainingConfig, default_precision
+from overpaint.training.config import Precision
 from rewards import Reward, reward_named
 
 from .program import check_same, given
@@ -40,6 +42,9 @@ class ModelOptions:
 
     policy: str = TINY_WORLD
     """The tiny world, or a Stable Diffusion: a folder, a hub id, or a checkpoint in one file."""
+
+    policy_config: str | None = None
+    """For a checkpoint in one file: the folder or hub id whose configuration and tokenizer it takes; None finds it."""
 
     guidance_scale: float | None = Field(None, ge=0)
     """Classifier-free guidance, in training and in evaluation; None is 3 for the tiny world, and else 7.5."""
@@ -62,9 +67,31 @@ class ModelOptions:
             return self.guidance_scale
         return TINY_GUIDANCE if self.tiny else USUAL_GUIDANCE
 
+    @property
+    def training_pictures(self) -> dict[str, Any]:
+        """Guidance and size of the pictures that a trainer draws, as its settings name them."""
+        return {"guidance_scale": self.usual_guidance, "height": self.size, "width": self.size}
+
+    @property
+    def precision(self) -> Precision | None:
+        """Mixed precision of training: that of the launcher for the tiny world, else what the device is fast at."""
+        return None if self.tiny else default_precision(default_device())
+
     def drawing(self, steps: int) -> DrawConfig:
         """Returns how pictures are drawn for an evaluation."""
         return DrawConfig(steps=steps, guidance_scale=self.usual_guidance, size=self.size)
+
+    def check(self) -> None:
+        """Raises a `ValueError` where there is no such model, without loading it."""
+        if not self.tiny:
+            check_checkpoint(self.policy, self.policy_config)
+
+    def load(self, **trained: Unpack[PolicyOptions]) -> DiffusionPolicy:
+        """Loads the model; what of it is trained is an option of the policy."""
+        if self.tiny:
+            return load_policy(**trained)
+        options = PolicyOptions(gradient_checkpointing=True) | trained
+        return DiffusionPolicy.from_pretrained(self.policy, config=self.policy_config, **options)
 
 
 @settings
@@ -100,11 +127,10 @@ class RunOptions:
         return self.run
 
 
+PICTURES = ("guidance_scale", "height", "width")
 OWNED = {
     "run": ("output_dir", "iterations", "learning_rate", "resume", "seed"),
-    "refl": ("guidance_scale",),
-    "ddpo": ("guidance_scale",),
-    "rwr": ("guidance_scale",),
+    **dict.fromkeys(("refl", "ddpo", "rwr"), PICTURES),
 }
 """Settings of groups that programs have options of their own for."""
 
