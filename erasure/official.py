@@ -62,7 +62,6 @@ def official_erasure(
     if not isinstance(base, DiffusionPolicy):
         check_pipeline(base)
     release = release_at(path, base)
-    _check_base_fits(release, base, path)
     change: Change
     if is_lora_file(release.tensors):
         folder = path if path.is_dir() else path.parent
@@ -72,6 +71,7 @@ def official_erasure(
         layout, change = "erasers", _erasers(release.tensors, base.unet, path)
     else:
         layout, change = release.layout, _weight_change(_differences(release, base.unet, path), path)
+    _check_other_parts(release, base, path)
     config = {
         "source": path.name,
         "layout": layout,
@@ -102,7 +102,7 @@ def erasure_between(
     weights = {name: value for name, value in merged_state(erased.unet).items() if name in base_parameters(erased.unet)}
     predicted = erased.scheduler.config.get("prediction_type", "epsilon")
     release = Release("two models in memory", weights, parts, [], True, predicted)
-    _check_base_fits(release, original, source)
+    _check_other_parts(release, original, source)
     change = _weight_change(_differences(release, original.unet, source), source)
     return _erasure(original, method, {"layout": release.layout}, concept, change)
 
@@ -239,7 +239,7 @@ def _other_parts(model: DiffusionPolicy | Pipeline) -> dict[str, Any]:
     return {"text_encoder": model.text_encoder, "vae": model.vae}
 
 
-def _check_base_fits(release: Release, base: DiffusionPolicy | Pipeline, source: Path) -> None:
+def _check_other_parts(release: Release, base: DiffusionPolicy | Pipeline, source: Path) -> None:
     """Raises a `ValueError` where anything but the UNet is not the base's."""
     predicted = base.scheduler.config.get("prediction_type", "epsilon")
     if release.prediction_type not in (None, predicted):

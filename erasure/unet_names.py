@@ -53,7 +53,7 @@ def check_known(found: Mapping[str, str | None], known: Collection[str], source:
     if foreign:
         raise ValueError(
             f"{source} must hold weights of the base's UNet, and {foreign[0]!r} is none of them ({len(foreign)} of its "
-            f"{len(found)} names are not); by its names it is of {_kind(found)} model"
+            f"{len(found)} names are not); by this name it is of {_kind(foreign)} model"
         )
 
 
@@ -65,6 +65,7 @@ def without_wrappers(name: str) -> str:
 
 
 def _kind(names: Iterable[str]) -> str:
+    """Returns the kind of model that foreign names are of, a Stable Diffusion with other layers being one."""
     joined = "\n".join(names)
     return next((kind for kind, pattern in KINDS if re.search(pattern, joined)), "another")
 

@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import re
 import zipfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -78,15 +79,15 @@ def read_pickle(file: Path) -> Any:
     try:
         return torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
     except pickle.UnpicklingError as error:
-        if "weights_only" not in str(error) and "Unsupported" not in str(error):
-            raise ValueError(f"{file} must be a file of torch.save, and cannot be read as one: {error}") from error
-        raise ValueError(
-            f"{file} must hold tensors, numbers and texts only, as unpickling anything else runs code of the file's "
-            f"author, and it holds more: {str(error).splitlines()[-1].strip()} If you trust it, read it once with "
-            "torch.load(file, weights_only=False), save its state dict with torch.save, and give that file"
-        ) from error
+        if needed := re.search(r"Unsupported global: GLOBAL (\S+)", str(error)):
+            raise ValueError(
+                f"{file} must hold tensors, numbers and texts only, as unpickling anything else runs code, and it "
+                f"needs {needed[1]}. If you trust it, read it once with torch.load(file, weights_only=False), save its "
+                "state dict alone with torch.save, and give that file"
+            ) from error
+        raise ValueError(f"{file} must be a file of torch.save, and is none, or is damaged") from error
     except (RuntimeError, EOFError, KeyError, ValueError) as error:
-        raise ValueError(f"{file} must be a file of torch.save, and cannot be read as one: {error}") from error
+        raise ValueError(f"{file} must be a file of torch.save, and is none, or is damaged: {error}") from error
 
 
 def read_weights(files: Sequence[Path]) -> Any:
@@ -148,4 +149,4 @@ def _leaves(prefix: str, content: Any, source: Path) -> Iterator[tuple[str, Tens
             yield from _leaves(f"{prefix}.{name}" if prefix else str(name), value, source)
     else:
         where = f" at {prefix!r}" if prefix else ""
-        raise ValueError(f"{source} must hold tensors by name, got a {type(content).__name__}{where}")
+        raise ValueError(f"{source} must hold tensors by name, got {type(content).__name__}{where}")
