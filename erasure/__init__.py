@@ -16,6 +16,7 @@ from .methods.sa import SA, SAConfig
 from .methods.safree import SAFREE, SAFREEConfig
 from .methods.sld import SLD, SLDConfig
 from .methods.uce import UCE, UCEConfig
+from .official import load_erasure
 from .protocols import ConceptBatch, Edit, Objective
 from .reference_distance import ReferenceDistance, ReferenceDistanceConfig
 from .registry import METHODS, ErasureMethod, erase, method_named
@@ -67,6 +68,7 @@ __all__ = [
     "WeightChange",
     "erase",
     "erase_by_descent",
+    "load_erasure",
     "method_named",
     "strongest_erasure",
     "strongest_setting",

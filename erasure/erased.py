@@ -48,6 +48,28 @@ class Erasure:
         plain = json.loads(json.dumps(config))
         return cls(method=method, config=plain, concept=concept, change=change, base=change.base(policy.unet))
 
+    @classmethod
+    def from_official(
+        cls, path: str | Path, *, base: DiffusionPolicy | Pipeline, concept: Concept, method: str | None = None
+    ) -> "Erasure":
+        """Reads an erased model that others have released; see `erasure.official.official_erasure`."""
+        from .official import official_erasure
+
+        return official_erasure(path, base=base, concept=concept, method=method)
+
+    @classmethod
+    def between(
+        cls,
+        original: DiffusionPolicy | Pipeline,
+        erased: DiffusionPolicy | Pipeline,
+        concept: Concept,
+        method: str = "none",
+    ) -> "Erasure":
+        """Returns what leads from a model to an erased one; see `erasure.official.erasure_between`."""
+        from .official import erasure_between
+
+        return erasure_between(original, erased, concept, method)
+
     def apply(self, policy: DiffusionPolicy, *, check_base: bool = True) -> None:
         """Changes a policy in place, before training; the erased policy is then its reference. A LoRA stays on top.
 
