@@ -17,6 +17,11 @@ RECORD_FILE = "erasure.json"
 RECORD_FORMAT = "overpaint.Erasure/2"
 
 
+def is_saved(path: str | Path) -> bool:
+    """Returns whether `Erasure.save` wrote a folder."""
+    return (Path(path).expanduser() / RECORD_FILE).is_file()
+
+
 @dataclass(frozen=True, kw_only=True)
 class Erasure:
     """A concept, erased by a method with certain settings: what changes in the model, and how that came about.

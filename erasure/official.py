@@ -14,8 +14,8 @@ from torch import Tensor
 
 from overpaint.policy import DiffusionPolicy, WeightDelta
 from overpaint.policy.added import added_networks
-from overpaint.policy.loading import check_pipeline
 from overpaint.policy.parts import Pipeline, UNet
+from overpaint.policy.takeover import take_over
 from overpaint.policy.weights import base_parameters, merged_state
 from rewards.public_files import sha256_of
 
@@ -60,7 +60,7 @@ def official_erasure(
     """
     path = Path(path).expanduser()
     if not isinstance(base, DiffusionPolicy):
-        check_pipeline(base)
+        take_over(base)
     release = release_at(path, base)
     change: Change
     if is_lora_file(release.tensors):
@@ -94,7 +94,7 @@ def erasure_between(
     """
     for model in (original, erased):
         if not isinstance(model, DiffusionPolicy):
-            check_pipeline(model)
+            take_over(model)
     source = Path("the erased model")
     if added_networks(erased.unet) or (isinstance(erased, DiffusionPolicy) and erased.guard is not None):
         raise ValueError(f"{source} must differ from the original in weights, and has added networks or a guard")

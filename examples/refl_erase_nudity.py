@@ -10,13 +10,17 @@ states of the model are compared on the same prompts and seeds: ``before``, ``er
 ``recovered`` (by ReFL under the constraint).
 """
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
+from typing import Literal
 
-from erasure import Erasure, ImageConstraint
+from erasure import NUDITY, Erasure, ImageConstraint
 from erasure.changes import WeightChange
+from erasure.erased import is_saved
+from erasure.official import load_erasure
 from erasure.registry import MethodName, erase, method_named
 from overpaint.evaluation import Panel
 from overpaint.evaluation.experiments.experiment import Evaluation, Experiment, evaluate, experiment, write_results
@@ -30,7 +34,7 @@ from overpaint.evaluation.experiments.options import (
     usual_eraser,
 )
 from overpaint.evaluation.experiments.program import check_same, settings_from_command_line
-from overpaint.policy import DiffusionPolicy, LoRAConfig
+from overpaint.policy import DiffusionPolicy, LoRAConfig, check_checkpoint
 from overpaint.settings import AnyPath, Field, settings
 from overpaint.training import HeldOut, TrainingConfig, check_output_dir, process_state
 from refl import ReFLConfig, ReFLTrainer
@@ -44,8 +48,11 @@ class Config(RewardOptions, TunedOptions, RunOptions, ConceptOptions, ModelOptio
     output_dir: AnyPath = Path("runs/refl_erase_nudity")
     """Where everything is written."""
 
-    method: MethodName = "uce"
-    """What erases."""
+    method: MethodName | Literal["none"] = "uce"
+    """What erases; "none" is for a model that is erased already."""
+
+    original: str | None = None
+    """With the method "none": the model before it was erased, to compare with; a folder, a hub id or a file."""
 
     eraser: EraserSettings | None = None
     """Settings of the method; None is those that were found for the tiny world, and else its authors'."""
@@ -54,7 +61,8 @@ class Config(RewardOptions, TunedOptions, RunOptions, ConceptOptions, ModelOptio
     """Strength of the erasure, for methods that have one; 1 is the method's own setting."""
 
     erasure: AnyPath | None = None
-    """A folder of a saved erasure (`Erasure.save`), in place of computing one."""
+    """In place of computing one: a folder of a saved erasure (`Erasure.save`), or a file or folder of erased weights as
+    ESD, UCE, AC, SA, MACE, Receler and EraseFlow release them."""
 
     iterations: int = Field(80, ge=1)
     """ReFL iterations of the recovery."""
@@ -74,12 +82,13 @@ class Config(RewardOptions, TunedOptions, RunOptions, ConceptOptions, ModelOptio
 
 def complete(config: Config) -> Config:
     """Fills in what depends on the model, the method and the concept."""
-    tiny = config.tiny
-    usual = usual_eraser(config.method, config.own_concept(tiny=tiny), tiny=tiny, seed=config.seed)
+    tiny, eraser = config.tiny, config.eraser
+    if config.method != "none":
+        eraser = eraser or usual_eraser(config.method, config.own_concept(tiny=tiny), tiny=tiny, seed=config.seed)
     config = replace(
         config,
         guidance_scale=config.usual_guidance,
-        eraser=config.eraser or usual,
+        eraser=eraser,
         **config.tuned(LoRAConfig(rank=8, alpha=8)),
     )
     refl, run = config.refl or refl_config(config), config.run_of(config.seed, run_config(config))
@@ -123,29 +132,58 @@ def run_config(config: Config) -> TrainingConfig:
     )
 
 
-def about_of(config: Config, saved: Erasure | None) -> Experiment:
+def check(config: Config) -> None:
+    """Checks what joins several options, before any work.
+
+    Raises:
+        ValueError: The model is said to be erased already, and an erasure is given, or it is the tiny world's; or an
+            original is given to a model that is not.
+    """
+    config.check()
+    if config.method != "none":
+        if config.original is not None:
+            raise ValueError(f"original must come with the method none, got {config.original!r} with {config.method}")
+    elif config.erasure is not None:
+        raise ValueError(f"erasure must be None with the method none, got {config.erasure}")
+    elif config.tiny:
+        raise ValueError("policy must be an erased model with the method none, got the tiny world's original")
+    elif config.original is not None:
+        check_checkpoint(config.original)
+
+
+def about_of(config: Config) -> Experiment:
     """Returns what is erased from what; a saved erasure brings its concept.
 
     Raises:
         ValueError: The concept that is asked for is not that of the saved erasure.
     """
     concept = config.own_concept(tiny=config.tiny)
-    if saved is not None and concept is not None and concept.phrases != saved.concept.phrases:
-        raise ValueError(
-            f"concept must be the saved erasure's, {', '.join(saved.concept.phrases)}, got {', '.join(concept.phrases)}"
-        )
+    if config.erasure is not None and is_saved(config.erasure):
+        saved = Erasure.load(config.erasure).concept
+        if concept is not None and concept.phrases != saved.phrases:
+            raise ValueError(
+                f"concept must be the saved erasure's, {', '.join(saved.phrases)}, got {', '.join(concept.phrases)}"
+            )
+        concept = saved
+    elif config.erasure is not None and concept is None:
+        usual = "stripes" if config.tiny else NUDITY.name
+        warnings.warn(f"{config.erasure} does not say what it erased, taken for {usual}; see --concept", stacklevel=2)
     return experiment(
-        config.policy, concept if saved is None else saved.concept, reward=config.own_reward(),
-        measure=config.measure, prompts_file=config.prompts_file,
-    )  # fmt: skip
+        config.policy, concept, reward=config.own_reward(), measure=config.measure, prompts_file=config.prompts_file
+    )
 
 
 def erasure_for(config: Config, policy: DiffusionPolicy, about: Experiment) -> Erasure:
-    """Computes the erasure that is asked for.
+    """Returns the erasure that is asked for: one that is kept, one that is computed now, or that of an erased model.
 
     Raises:
-        ValueError: A strength is given to a method that has none.
+        ValueError: A strength is given to a method that has none, or what is kept does not fit the policy.
     """
+    if config.erasure is not None:
+        concept = None if is_saved(config.erasure) else about.concept
+        return load_erasure(config.erasure, base=policy, concept=concept)
+    if config.method == "none":
+        return Erasure.between(policy, config.load(), about.concept)
     return erase(
         method_named(config.method, config.eraser),
         policy,
@@ -177,17 +215,19 @@ def main(config: Config) -> None:
     """Runs the whole job."""
     config = complete(config)
     check_output_dir(config.run_of(config.seed, run_config(config)))
-    config.check()
-    saved = None if config.erasure is None else Erasure.load(config.erasure)
-    about = about_of(config, saved)
-    policy = config.load(lora=config.lora, train=config.train)
+    check(config)
+    about = about_of(config)
+    beginning = config if config.original is None else replace(config, policy=config.original, policy_config=None)
+    policy = beginning.load(lora=config.lora, train=config.train)
     to_device(about.reward, policy.device)
     drawing = config.drawing(config.evaluation_steps)
     evaluated = partial(evaluate, policy, about, drawing, prompts_per_kind=config.prompts_per_kind, seed=config.seed)
 
-    erasure = saved or erasure_for(config, policy, about)  # changes nothing yet
-    evaluations = [evaluated(model="before")]
-    erasure.apply(policy)
+    erasure, evaluations = None, []
+    if config.method != "none" or config.original is not None:
+        erasure = erasure_for(config, policy, about)  # changes nothing yet
+        evaluations.append(evaluated(model="before"))
+        erasure.apply(policy)
     evaluations.append(evaluated(model="erased"))
     recover(config, policy, about)
     evaluations.append(evaluated(model="recovered"))
@@ -195,16 +235,22 @@ def main(config: Config) -> None:
 
 
 def write(
-    config: Config, about: Experiment, policy: DiffusionPolicy, erasure: Erasure, evaluations: Sequence[Evaluation]
+    config: Config,
+    about: Experiment,
+    policy: DiffusionPolicy,
+    erasure: Erasure | None,
+    evaluations: Sequence[Evaluation],
 ) -> None:
     """Prints the table, and saves weights, numbers and the report."""
     if not process_state().is_main_process:
         return
     folder = config.output_dir
-    erasure.save(folder / "erasure")
+    eraser = "its eraser" if erasure is None else erasure.method
+    if erasure is not None:
+        erasure.save(folder / "erasure")
     if policy.lora is not None:
         policy.save_lora(folder / "lora")
-    if isinstance(erasure.change, WeightChange):
+    if erasure is None or isinstance(erasure.change, WeightChange):
         policy.save_pipeline(folder / "pipeline")
     on_images = isinstance(about.constraint, ImageConstraint)
     cost = "The detector's score minus its ceiling" if on_images else "The loss over its ceiling, minus 1"
@@ -214,12 +260,12 @@ def write(
         config,
         program="accelerate launch examples/refl_erase_nudity.py",
         usual=complete(Config(policy=config.policy, method=config.method)),
-        title=f"{about.concept.name}: {erasure.method}, then ReFL",
-        lead=f"{erasure.method} was applied to {about.name}, against {about.concept.name}; ReFL then tuned it for "
-        "the reward under the constraint that the concept stays gone.",
+        title=f"{about.concept.name}: {eraser}, then ReFL",
+        lead=f"{eraser} was applied to {config.original or about.name}, against {about.concept.name}; ReFL then tuned "
+        "it for the reward under the constraint that the concept stays gone.",
         models={
-            "before": f"{about.name}, as it came",
-            "erased": f"after {erasure.method}",
+            **({} if erasure is None else {"before": f"{config.original or about.name}, as it came"}),
+            "erased": f"after {eraser}",
             "recovered": f"then {config.iterations} iterations of ReFL, under the constraint",
         },
         metrics=folder / "metrics.jsonl",
@@ -238,7 +284,7 @@ def write(
             ),
             Panel(title="Weight of the constraint", tags={"weight": "erasure/weight"}),
         ),
-        settings={"refl": asdict(config.refl or refl_config(config)), "erasure": erasure.config},
+        settings={"refl": asdict(config.refl or refl_config(config)), "erasure": erasure.config if erasure else {}},
     )
     print(text)
 
