@@ -8,6 +8,7 @@ from .blip_network import BlipTokenizer
 from .clip import CLIPScore, CLIPScoreConfig
 from .clip_encoder import ClipEncoder, ClipTokenizer
 from .combine import Clipped, Standardised, WeightedSum
+from .function import FunctionReward, as_reward
 from .hps import HPSv2
 from .http_json import HttpConfig, HttpError
 from .image_reward import ImageReward, ImageRewardConfig
@@ -16,7 +17,7 @@ from .named import FACTORIES, reward_named
 from .nudity import NudeNet, NudeNetConfig, OpenNSFW
 from .pick import PickScore
 from .remote import RemoteConfig, RemoteReward
-from .types import Reward, scores_of
+from .types import Reward, RewardLike, ScoresError, scores_of
 from .vlm import LocalVLM, LocalVLMConfig, VisionLanguageModel
 from .vlm_server import ServedVLM, ServedVLMConfig
 
@@ -38,6 +39,7 @@ __all__ = [
     "ClipTokenizer",
     "Clipped",
     "Compressibility",
+    "FunctionReward",
     "HPSv2",
     "HttpConfig",
     "HttpError",
@@ -54,13 +56,16 @@ __all__ = [
     "RemoteConfig",
     "RemoteReward",
     "Reward",
+    "RewardLike",
     "ScoredAnswer",
+    "ScoresError",
     "ServedVLM",
     "ServedVLMConfig",
     "Standardised",
     "StrictAlignment",
     "VisionLanguageModel",
     "WeightedSum",
+    "as_reward",
     "reward_named",
     "scores_of",
 ]
