@@ -8,6 +8,7 @@ from .blip_network import BlipTokenizer
 from .clip import CLIPScore, CLIPScoreConfig
 from .clip_encoder import ClipEncoder, ClipTokenizer
 from .combine import Clipped, Standardised, WeightedSum
+from .concept_measure import DETECTOR_CONCEPTS, SHOWN_FROM, concept_measure
 from .function import FunctionReward, as_reward
 from .hps import HPSv2
 from .http_json import HttpConfig, HttpError
@@ -20,9 +21,12 @@ from .remote import RemoteConfig, RemoteReward
 from .types import Reward, RewardLike, ScoresError, scores_of
 from .vlm import LocalVLM, LocalVLMConfig, VisionLanguageModel
 from .vlm_server import ServedVLM, ServedVLMConfig
+from .zero_shot import CLIPZeroShot, CLIPZeroShotConfig
 
 __all__ = [
+    "DETECTOR_CONCEPTS",
     "FACTORIES",
+    "SHOWN_FROM",
     "Aesthetic",
     "AestheticHead",
     "Alignment",
@@ -35,6 +39,8 @@ __all__ = [
     "BlipTokenizer",
     "CLIPScore",
     "CLIPScoreConfig",
+    "CLIPZeroShot",
+    "CLIPZeroShotConfig",
     "ClipEncoder",
     "ClipTokenizer",
     "Clipped",
@@ -66,6 +72,7 @@ __all__ = [
     "VisionLanguageModel",
     "WeightedSum",
     "as_reward",
+    "concept_measure",
     "reward_named",
     "scores_of",
 ]

@@ -311,10 +311,18 @@ class BlipNetwork(nn.Module):
         """Loads an official checkpoint's file, a folder that holds it, or a folder of `save_pretrained`; frozen.
 
         Config and vocabulary are those of `from_official`; a folder of `save_pretrained` has its own.
+
+        Raises:
+            FileNotFoundError: A folder holds neither; or as the two.
         """
         path = Path(path).expanduser()
         official = path / cls.official_file if path.is_dir() else path
-        return cls.from_official(official, config, vocab) if official.is_file() else cls.from_pretrained(path)
+        if official.is_file():
+            return cls.from_official(official, config, vocab)
+        if not (path / "config.json").is_file():
+            found = f"got {path}, which has neither"
+            raise FileNotFoundError(f"a folder must hold {cls.official_file}, or what save_pretrained wrote, {found}")
+        return cls.from_pretrained(path)
 
     @classmethod
     def from_pretrained(cls: type[Network], folder: str | Path) -> Network:

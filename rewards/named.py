@@ -71,16 +71,15 @@ def reward_named(
     Raises:
         ValueError: There is no such thing, what it makes is no reward, or it takes no weights or no vocabulary.
     """
-    options = {"weights": weights, "vocab": vocab}
-    given = {option: Path(path).expanduser() for option, path in options.items() if path is not None}
     if name.startswith(("http://", "https://")):
-        if given:
-            raise ValueError(f"{next(iter(given))} must be given to the server, and not beside its address {name!r}")
+        if weights is not None or vocab is not None:
+            option = "vocab" if weights is None else "weights"
+            raise ValueError(f"{option} must be given to the server, and not beside its address {name!r}")
         variable = TOKEN_VARIABLE if TOKEN_VARIABLE in os.environ else None
         return RemoteReward(RemoteConfig(url=name, token_variable=variable))
     factories = {**FACTORIES, **more}
     found = factories[name] if name in factories else object_named(name, "reward", factories)
-    return _made(found, name, given)
+    return reward_made(found, name, weights=weights, vocab=vocab)
 
 
 def object_named(name: str, field: str, known: Mapping[str, object]) -> object:
@@ -112,9 +111,16 @@ def object_named(name: str, field: str, known: Mapping[str, object]) -> object:
         ) from error
 
 
-def _made(found: object, name: str, given: Mapping[str, Path]) -> Reward:
-    """Makes a reward of what a name stands for, which may be one, or its class, or a function that makes it."""
-    arguments: dict[str, Any] = dict(given)
+def reward_made(
+    found: object, name: str, *, weights: str | Path | None = None, vocab: str | Path | None = None
+) -> Reward:
+    """Makes a reward of what a name stands for: a function of images and prompts, a reward, its class, or its factory.
+
+    Raises:
+        ValueError: It is none, or takes no weights or no vocabulary.
+    """
+    options = {"weights": weights, "vocab": vocab}
+    arguments: dict[str, Any] = {key: Path(path).expanduser() for key, path in options.items() if path is not None}
     if callable(found) and _is_factory(found, name):
         positional = [arguments.pop("weights")] if "weights" in arguments and found in WEIGHTS_FIRST else []
         signature = signature_of(found)
