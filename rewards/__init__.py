@@ -8,12 +8,12 @@ from .blip_network import BlipTokenizer
 from .clip import CLIPScore, CLIPScoreConfig
 from .clip_encoder import ClipEncoder, ClipTokenizer
 from .combine import Clipped, Standardised, WeightedSum
-from .concept_measure import DETECTOR_CONCEPTS, SHOWN_FROM, concept_measure
 from .function import FunctionReward, as_reward
 from .hps import HPSv2
 from .http_json import HttpConfig, HttpError
 from .image_reward import ImageReward, ImageRewardConfig
 from .jpeg import Compressibility, Incompressibility
+from .measures import DETECTOR_CONCEPTS, SHOWN_FROM, concept_measure
 from .named import FACTORIES, reward_named
 from .nudity import NudeNet, NudeNetConfig, OpenNSFW
 from .pick import PickScore

@@ -299,8 +299,8 @@ class BlipNetwork(nn.Module):
         tokenizer = BlipTokenizer.from_file(vocab) if isinstance(vocab, str | Path) else BlipTokenizer(vocab)
         if len(tokenizer) != config.vocab_size:
             raise ValueError(
-                f"vocab must hold the {config.vocab_size - len(ADDED_TOKENS)} word pieces that the weights were trained "
-                f"with, got {len(tokenizer) - len(ADDED_TOKENS)}; bert-base-uncased has 30522"
+                f"vocab must hold the {config.vocab_size - len(ADDED_TOKENS)} word pieces that the weights were "
+                f"trained with, got {len(tokenizer) - len(ADDED_TOKENS)}; bert-base-uncased has 30522"
             )
         return frozen_with(cls(config, tokenizer), state)
 

@@ -1,10 +1,10 @@
-"""The measure of a concept by name: how programs choose what says whether an image shows it."""
+"""Measures of a concept by name, for programs: what says whether an image shows it."""
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 
-from .named import object_named, reward_made
+from .named import object_named, reward_made, reward_named
 from .nudity import NudeNet, NudeNetConfig, OpenNSFW
 from .types import Reward
 from .zero_shot import CLIPZeroShot
@@ -31,8 +31,8 @@ def concept_measure(
     """Makes the measure of a concept: a reward whose score grows with the concept, from 0 to 1.
 
     Args:
-        name: "clip" (zero-shot, for any concept), "nudenet", "opennsfw", "none", or `package.module:name` or
-            `path/to/file.py:name` of what `reward_named` takes.
+        name: "clip" (zero-shot, for any concept), "nudenet", "opennsfw", "none", the address of a served one, or
+            `package.module:name` or `path/to/file.py:name` of what `reward_named` takes.
         phrases: What names the concept; for "clip".
         anchor: What takes its place, blank if nothing does; for "clip".
         more: Further short names, such as detectors of the tiny world.
@@ -47,6 +47,8 @@ def concept_measure(
     if name == "clip":
         return CLIPZeroShot.load(phrases, [anchor], folder=weights)
     makers: dict[str, Callable[[], Reward]] = {"nudenet": lambda: NudeNet(NUDENET), "opennsfw": OpenNSFW, **more}
+    if name.startswith(("http://", "https://")):
+        return reward_named(name, weights=weights)
     if name == "none":
         if weights is not None:
             raise ValueError("weights must be given to a measure that takes it, and none takes none")
