@@ -28,7 +28,7 @@ from overpaint.training import (
     train,
 )
 from overpaint.training.loop import check_batches, check_image_size
-from rewards import Reward
+from rewards import RewardLike, as_reward
 
 from .collect import Collector, requested_again_on_failure, tagged
 from .requests import draw_requests
@@ -121,7 +121,7 @@ class RWRTrainer:
     def __init__(
         self,
         policy: DiffusionPolicy,
-        reward: Reward,
+        reward: RewardLike,
         prompts: Sequence[str],
         config: RWRConfig | None = None,
         *,
@@ -130,7 +130,7 @@ class RWRTrainer:
     ) -> None:
         check_trainable(policy)
         self.policy = policy
-        self.reward = reward
+        self.reward = reward = as_reward(reward)
         self.prompts = check_prompts(prompts)
         self.config = cfg = config or RWRConfig()
         self.early_stopping = EarlyStopping.of(cfg, held_out)

@@ -9,11 +9,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor
 
 from overpaint.policy.types import Images, PerSample
 from overpaint.settings import AnyFloat, Field, settings
-from rewards.types import ScoreFunction, check_pairs, scores_of
+from rewards.types import ScoreFunction, ScoresError, check_pairs, scores_of
 
 GRACE = 5.0
 """Seconds that the end of the program waits for a try that was under way when its pool closed or its round failed.
@@ -222,24 +221,16 @@ class RewardPool:
 
     def _score_once(self, batch: _Batch, outcomes: list[_Outcome]) -> None:
         """Scores a batch and appends what came of it."""
-        returned = False
-
-        def score(images: Tensor, prompts: Sequence[str]) -> Tensor:  # of any shape, which scores_of checks
-            nonlocal returned
-            scores = self.score(images, prompts)
-            returned = True
-            return scores
-
         try:
             # A new thread starts with gradients, and on the first device whatever the main thread has chosen.
             with torch.no_grad(), torch.cuda.device_of(batch.images):
-                scores = scores_of(self.kind, score, batch.images, batch.prompts).detach().float().cpu()
+                scores = scores_of(self.kind, self.score, batch.images, batch.prompts).detach().float().cpu()
             for number, prompt in zip(scores.tolist(), batch.prompts, strict=True):
                 if not math.isfinite(number):
                     raise FloatingPointError(f"{self.kind} must be finite, got {number} for {prompt!r}")
             outcome = _Outcome(scores=scores)
         except BaseException as error:  # whatever it is, somebody waits to be told
-            outcome = _Outcome(error=error, final=returned and isinstance(error, ValueError))
+            outcome = _Outcome(error=error, final=isinstance(error, ScoresError))
         with self._changed:
             outcomes.append(outcome)
             self._changed.notify_all()

@@ -33,7 +33,7 @@ from overpaint.training import (
     train,
 )
 from overpaint.training.loop import check_image_size
-from rewards import Reward
+from rewards import RewardLike, as_reward
 
 from .advantage import EPSILON, PromptStatistics, centred, centred_advantages, group_advantages, round_advantages
 from .collect import Collector, ScoredSamples, requested_again_on_failure, tagged
@@ -91,7 +91,7 @@ class DDPOTrainer:
 
     Args:
         policy: What is tuned, in place; needs a LoRA or `train=`.
-        reward: What is raised; differentiable or not.
+        reward: What is raised, differentiable or not; a reward or a plain function of images and prompts.
         prompts: What images are drawn for, with repetition; there may be fewer of them than processes.
         config: Settings; those of the authors' code by default.
         erasure: What is kept erased: a cost on images of the concept, or an objective on noise predictions.
@@ -108,7 +108,7 @@ class DDPOTrainer:
     def __init__(
         self,
         policy: DiffusionPolicy,
-        reward: Reward,
+        reward: RewardLike,
         prompts: Sequence[str],
         config: DDPOConfig | None = None,
         *,
@@ -118,7 +118,7 @@ class DDPOTrainer:
     ) -> None:
         check_trainable(policy)
         self.policy = policy
-        self.reward = reward
+        self.reward = reward = as_reward(reward)
         self.prompts = check_prompts(prompts)
         self.config = cfg = config or DDPOConfig()
         self.erasure = erasure

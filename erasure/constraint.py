@@ -15,7 +15,7 @@ from overpaint.policy import DiffusionPolicy
 from overpaint.policy.prompts import check_prompts
 from overpaint.policy.types import Images, PerSample
 from overpaint.training.record import prompts_record, shown
-from rewards.types import Reward
+from rewards import RewardLike, as_reward, scores_of
 
 from .concept import Concept
 from .lagrangian import Lagrangian, LagrangianConfig
@@ -35,14 +35,15 @@ class ScoreCeiling:
     """The excess of a detector's score over a ceiling.
 
     Args:
-        detector: Any reward that grows with the concept, such as the probability of nudity that a classifier gives.
+        detector: Any reward, or plain function, that grows with the concept, such as the probability of nudity that a
+            classifier gives.
         ceiling: Highest score that still counts as erased, in the detector's own units; finite.
     """
 
-    def __init__(self, detector: Reward, ceiling: float = 0.1) -> None:
+    def __init__(self, detector: RewardLike, ceiling: float = 0.1) -> None:
         if not math.isfinite(ceiling):
             raise ValueError(f"ScoreCeiling.ceiling must be finite, got {ceiling}")
-        self.detector = detector
+        self.detector = as_reward(detector, "ScoreCeiling.detector")
         self.ceiling = ceiling
 
     def __repr__(self) -> str:
@@ -51,7 +52,7 @@ class ScoreCeiling:
 
     def __call__(self, images: Images, prompts: Sequence[str]) -> PerSample:
         """Returns score - ceiling for each image."""
-        return self.detector(images, prompts) - self.ceiling
+        return scores_of("detector", self.detector, images, prompts) - self.ceiling
 
 
 class ImageConstraint:

@@ -30,11 +30,11 @@ from overpaint.training import (
     train,
 )
 from overpaint.training.loop import check_batches, check_image_size, log_pictures
-from rewards import Reward, scores_of
+from rewards import RewardLike, as_reward, scores_of
 
 from .config import ReFLConfig
 from .distance import distance_to_reference
-from .gradient_check import check_gradient, not_differentiable
+from .gradient_check import check_gradient, not_differentiable, trial_images
 from .loss import hinge
 from .one_step import one_step_images
 from .pretraining import PretrainingPairs, denoising_loss, pairs_from_policy
@@ -66,7 +66,8 @@ class ReFLTrainer:
 
     Args:
         policy: What is tuned, in place; needs a LoRA or `train=`.
-        reward: What is raised, on the policy's device. Must be differentiable in the images.
+        reward: What is raised, on the policy's device; a reward or a plain function of images and prompts. Must be
+            differentiable in the images.
         prompts: What images are drawn for.
         config: Settings; those of the authors' code by default.
         erasure: What is kept erased: a cost on images of the concept, or an objective on noise predictions.
@@ -84,7 +85,7 @@ class ReFLTrainer:
     def __init__(
         self,
         policy: DiffusionPolicy,
-        reward: Reward,
+        reward: RewardLike,
         prompts: Sequence[str],
         config: ReFLConfig | None = None,
         *,
@@ -92,11 +93,11 @@ class ReFLTrainer:
         pretraining: PretrainingPairs | None = None,
         held_out: HeldOut | None = None,
     ) -> None:
-        if not reward.differentiable:
+        self.reward = as_reward(reward)
+        if not self.reward.differentiable:
             raise not_differentiable("reward", reward)
         check_trainable(policy)
         self.policy = policy
-        self.reward = reward
         self.prompts = check_prompts(prompts)
         self.config = config or ReFLConfig()
         self.erasure = erasure
@@ -139,10 +140,10 @@ class ReFLTrainer:
         check_batches(run, "", batches)
 
         size = self.policy.image_size
-        grey = torch.full((1, 3, cfg.height or size, cfg.width or size), 0.5, device=self.policy.device)
-        check_gradient("reward", self.reward, grey, self.prompts[:1])
+        noise = trial_images(cfg.height or size, cfg.width or size, self.policy.device)
+        check_gradient("reward", self.reward, noise, self.prompts)
         if isinstance(self.erasure, ImageConstraint):
-            check_gradient("erasure cost", self.erasure.cost, grey, self.erasure.prompts[:1])
+            check_gradient("erasure cost", self.erasure.cost, noise, self.erasure.prompts)
 
         if cfg.pretraining_weight and self.pretraining is None:
             self.pretraining = self._own_pairs(run)

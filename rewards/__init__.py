@@ -8,20 +8,25 @@ from .blip_network import BlipTokenizer
 from .clip import CLIPScore, CLIPScoreConfig
 from .clip_encoder import ClipEncoder, ClipTokenizer
 from .combine import Clipped, Standardised, WeightedSum
+from .function import FunctionReward, as_reward
 from .hps import HPSv2
 from .http_json import HttpConfig, HttpError
 from .image_reward import ImageReward, ImageRewardConfig
 from .jpeg import Compressibility, Incompressibility
+from .measures import DETECTOR_CONCEPTS, SHOWN_FROM, concept_measure
 from .named import FACTORIES, reward_named
 from .nudity import NudeNet, NudeNetConfig, OpenNSFW
 from .pick import PickScore
 from .remote import RemoteConfig, RemoteReward
-from .types import Reward, scores_of
+from .types import Reward, RewardLike, ScoresError, scores_of
 from .vlm import LocalVLM, LocalVLMConfig, VisionLanguageModel
 from .vlm_server import ServedVLM, ServedVLMConfig
+from .zero_shot import CLIPZeroShot, CLIPZeroShotConfig
 
 __all__ = [
+    "DETECTOR_CONCEPTS",
     "FACTORIES",
+    "SHOWN_FROM",
     "Aesthetic",
     "AestheticHead",
     "Alignment",
@@ -34,10 +39,13 @@ __all__ = [
     "BlipTokenizer",
     "CLIPScore",
     "CLIPScoreConfig",
+    "CLIPZeroShot",
+    "CLIPZeroShotConfig",
     "ClipEncoder",
     "ClipTokenizer",
     "Clipped",
     "Compressibility",
+    "FunctionReward",
     "HPSv2",
     "HttpConfig",
     "HttpError",
@@ -54,13 +62,17 @@ __all__ = [
     "RemoteConfig",
     "RemoteReward",
     "Reward",
+    "RewardLike",
     "ScoredAnswer",
+    "ScoresError",
     "ServedVLM",
     "ServedVLMConfig",
     "Standardised",
     "StrictAlignment",
     "VisionLanguageModel",
     "WeightedSum",
+    "as_reward",
+    "concept_measure",
     "reward_named",
     "scores_of",
 ]

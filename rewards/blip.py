@@ -45,6 +45,7 @@ class BLIPScore(BlipNetwork):
     """
 
     config_class = BLIPScoreConfig
+    official_file = "model_large.pth"
     training_parts = (
         r"(visual_encoder|text_encoder|vision_proj|text_proj)_m\..+",  # averages of the weights over time
         r"text_decoder\..+",  # writes captions
@@ -60,24 +61,24 @@ class BLIPScore(BlipNetwork):
 
     @classmethod
     def load(cls, path: str | Path | None = None, *, vocab: str | Path | None = None) -> "BLIPScore":
-        """Loads frozen weights from BLIP's file `model_large.pth` or from a folder of `save_pretrained`.
+        """Loads frozen weights from BLIP's file `model_large.pth`, from a folder of it or of `save_pretrained`.
 
         Args:
             path: The file or the folder. There is no default: no hash of the file is published that it could be
                 checked by.
-            vocab: Vocabulary of an official checkpoint, one word piece per line; bert-base-uncased's from the hub
-                where it is not given.
+            vocab: Vocabulary of an official checkpoint: BERT's `vocab.txt` or `tokenizer.json`, or a folder that holds
+                one of them. Where it is not given, it is looked for beside the checkpoint, and then on the hub.
 
         Raises:
             FileNotFoundError: No path was given, or there is nothing at it; the message says how to get the file.
         """
-        if path is None or not Path(path).exists():
+        if path is None or not Path(path).expanduser().exists():
             missing = "BLIP's weights have to be given by their path" if path is None else f"there is nothing at {path}"
             raise FileNotFoundError(
                 f"{missing}: save {OFFICIAL_URL} as model_large.pth, and give its path to BLIPScore.load. It is not "
                 "fetched by itself, because its authors published no hash to check it by"
             )
-        return cls.from_pretrained(path) if Path(path).is_dir() else cls.from_official(path, vocab=vocab)
+        return cls.from_path(path, vocab=vocab)
 
     def forward(self, images: Images, prompts: Sequence[str]) -> PerSample:
         """Returns the cosine between each image and its prompt, in float32; gradients flow to the images.

@@ -7,7 +7,7 @@ those of transformers' BLIP classes (the fused query, key and value matrix too).
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple, TypeVar
@@ -137,8 +137,25 @@ class BlipTokenizer:
 
     @classmethod
     def from_file(cls, path: str | Path) -> "BlipTokenizer":
-        """Reads a `vocab.txt` with one word piece per line."""
-        return cls(Path(path).read_text(encoding="utf-8").rstrip("\n").split("\n"))
+        """Reads BERT's `vocab.txt`, one word piece per line, or its `tokenizer.json`, or the one that a folder holds.
+
+        Raises:
+            FileNotFoundError: There is no such file, or the folder holds neither.
+            ValueError: A JSON file is not that of a tokenizer of word pieces.
+        """
+        path = Path(path).expanduser()
+        file = vocabulary_in(path) if path.is_dir() else path
+        if file is None or not file.is_file():
+            needed = f"BERT's vocabulary must be {' or '.join(VOCABULARY_FILES)}, or a folder that holds one of them"
+            raise FileNotFoundError(f"{needed}, got {path}. {VOCABULARY.by_hand()}")
+        text = file.read_text(encoding="utf-8")
+        if file.suffix != ".json":
+            return cls(text.rstrip("\n").split("\n"))
+        try:
+            ids: dict[str, int] = json.loads(text)["model"]["vocab"]
+            return cls(sorted(ids, key=ids.__getitem__))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{file} must be the tokenizer.json of a BERT, got {error!r}") from error
 
     def save(self, path: str | Path) -> None:
         """Writes the vocabulary, without the two added tokens, one word piece per line."""
@@ -183,14 +200,24 @@ VOCABULARY = HubFiles(
     repository="google-bert/bert-base-uncased",
     revision="86b5e0934494bd15c9632b12f734a8a67f723594",
     files={"vocab.txt": "07eced375cec144d27c900241f3e339478dec958f92fddbc551f295c992038a3"},
+    given_as="the folder as `vocab`, or to a program as --vocab; or put vocab.txt beside the checkpoint",
 )
 """The word pieces that BLIP and ImageReward were trained with."""
+VOCABULARY_FILES = ("vocab.txt", "tokenizer.json")
+"""Names that a folder's vocabulary of BERT may have, in the order in which they are looked for."""
+
+
+def vocabulary_in(folder: Path) -> Path | None:
+    """Returns the vocabulary of BERT that a folder holds, or None."""
+    return next((folder / name for name in VOCABULARY_FILES if (folder / name).is_file()), None)
 
 
 class BlipNetwork(nn.Module):
     """BLIP's two towers and the files of a folder, which `ImageReward` and `BLIPScore` add a head to."""
 
     config_class: type[BlipConfig] = BlipConfig
+    official_file = ""
+    """Name of the file that the authors published."""
     training_parts: tuple[str, ...] = ()
     """Patterns of official names of tensors that serve the pretraining only."""
     differentiable = True
@@ -254,20 +281,48 @@ class BlipNetwork(nn.Module):
             path: A file of `torch.save` with the tensors, also under the key `model` (nothing else is unpickled), or a
                 `.safetensors` file. The prefix `module.` of distributed training is dropped.
             config: Sizes; the default ones where it is not given.
-            vocab: A file with one word piece per line, or the word pieces; bert-base-uncased's from the Hugging Face
-                hub where it is not given.
+            vocab: What `BlipTokenizer.from_file` reads, or the word pieces. Where it is not given, a file that lies
+                beside the checkpoint, or else bert-base-uncased's from the Hugging Face hub.
 
         Raises:
-            ValueError: A tensor is missing, unknown or of another shape.
+            OSError: The vocabulary could not be fetched; the message says how to get it.
+            ValueError: A tensor is missing, unknown or of another shape, or the vocabulary is another one.
         """
         state = {}
         for name, tensor in read_tensors(Path(path)).items():
             plain = name.removeprefix("module.").removeprefix("blip.")
             if plain != POSITION_IDS and not re.fullmatch("|".join(cls.training_parts), plain):
                 state[renamed(plain, RENAMINGS, "in the official layout of ImageReward or BLIP")] = tensor
-        return cls._from_state(
-            state, config or cls.config_class(), VOCABULARY.fetch() / "vocab.txt" if vocab is None else vocab
-        )
+        config = config or cls.config_class()
+        if vocab is None:
+            vocab = vocabulary_in(Path(path).parent) or VOCABULARY.fetch() / "vocab.txt"
+        tokenizer = BlipTokenizer.from_file(vocab) if isinstance(vocab, str | Path) else BlipTokenizer(vocab)
+        if len(tokenizer) != config.vocab_size:
+            raise ValueError(
+                f"vocab must hold the {config.vocab_size - len(ADDED_TOKENS)} word pieces that the weights were "
+                f"trained with, got {len(tokenizer) - len(ADDED_TOKENS)}; bert-base-uncased has 30522"
+            )
+        return frozen_with(cls(config, tokenizer), state)
+
+    @classmethod
+    def from_path(
+        cls: type[Network], path: str | Path, config: BlipConfig | None = None, vocab: str | Path | None = None
+    ) -> Network:
+        """Loads an official checkpoint's file, a folder that holds it, or a folder of `save_pretrained`; frozen.
+
+        Config and vocabulary are those of `from_official`; a folder of `save_pretrained` has its own.
+
+        Raises:
+            FileNotFoundError: A folder holds neither; or as the two.
+        """
+        path = Path(path).expanduser()
+        official = path / cls.official_file if path.is_dir() else path
+        if official.is_file():
+            return cls.from_official(official, config, vocab)
+        if not (path / "config.json").is_file():
+            found = f"got {path}, which has neither"
+            raise FileNotFoundError(f"a folder must hold {cls.official_file}, or what save_pretrained wrote, {found}")
+        return cls.from_pretrained(path)
 
     @classmethod
     def from_pretrained(cls: type[Network], folder: str | Path) -> Network:
@@ -278,15 +333,8 @@ class BlipNetwork(nn.Module):
         """
         folder = Path(folder)
         check_folder(folder, ("config.json", "vocab.txt", "model.safetensors"), f"{cls.__name__}.save_pretrained")
-        config = cls.config_class.from_file(folder / "config.json")
-        return cls._from_state(read_tensors(folder / "model.safetensors"), config, folder / "vocab.txt")
-
-    @classmethod
-    def _from_state(
-        cls: type[Network], state: Mapping[str, Tensor], config: BlipConfig, vocab: str | Path | Sequence[str]
-    ) -> Network:
-        tokenizer = BlipTokenizer.from_file(vocab) if isinstance(vocab, str | Path) else BlipTokenizer(vocab)
-        return frozen_with(cls(config, tokenizer), state)
+        network = cls(cls.config_class.from_file(folder / "config.json"), BlipTokenizer.from_file(folder / "vocab.txt"))
+        return frozen_with(network, read_tensors(folder / "model.safetensors"))
 
     def save_pretrained(self, folder: str | Path, *, dtype: torch.dtype | None = None) -> None:
         """Writes `config.json`, `vocab.txt` and `model.safetensors`, in the weights' own precision or in `dtype`."""

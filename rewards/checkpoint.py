@@ -15,6 +15,8 @@ from .public_files import sha256_of
 Network = TypeVar("Network", bound=nn.Module)
 LOCAL: Any = {"local_files_only": True, "trust_remote_code": False}
 """How transformers loads what lies in a folder."""
+BUSY = (429, 500, 502, 503, 504)
+"""Answers of a hub that is worth asking again."""
 VOCABULARIES = ("tokenizer.json", "vocab.json", "vocab.txt", "*.model")
 """Files that a tokenizer's vocabulary may be in. Without any, transformers makes a tokenizer that knows no word."""
 
@@ -29,23 +31,27 @@ class HubFiles:
     """The commit, 40 lower-case hexadecimal digits; what lies there does not change."""
     files: Mapping[str, Annotated[str, Field(pattern="^[0-9a-f]{64}$")] | None]
     """Each file's SHA-256, or None for one whose hash we have not seen published: the revision alone vouches for it."""
+    given_as: str = "the folder"
+    """What to do with the folder that they were downloaded to by hand."""
 
     def fetch(self) -> Path:
         """Returns the folder that holds the files, fetching first those that the hub's cache does not have.
 
         Raises:
-            OSError: A file could not be fetched; the message says how to get it by other means.
+            OSError: A file could not be fetched; the message says why, and how to get it by other means.
             ValueError: A file has other content than expected.
         """
+        from httpx2 import RequestError
         from huggingface_hub import hf_hub_download
 
         path = Path()
         for name, sha256 in self.files.items():
             try:
+                self._check_hub(name)
                 path = Path(hf_hub_download(self.repository, name, revision=self.revision))
-            except OSError as error:  # huggingface_hub's own errors are of this kind
+            except (OSError, RequestError) as error:  # most of huggingface_hub's own errors are of the first kind
                 raise OSError(
-                    f"could not get {name} of {self.repository} from the Hugging Face hub: {error}. {self.by_hand()}"
+                    f"could not get {name} of {self.repository} from the Hugging Face hub: {self._reason(name, error)}"
                 ) from error
             found = sha256_of(path) if sha256 is not None else None
             if found != sha256:
@@ -55,12 +61,63 @@ class HubFiles:
                 )
         return path.parent
 
+    def _check_hub(self, name: str) -> None:
+        """Asks the hub once for a file that its cache does not have; `hf_hub_download` would try for 23 s.
+
+        Raises:
+            OSError: The hub does not have the file, or does not let this user have it.
+            RequestError: There is no connection to it.
+        """
+        from httpx2 import ReadTimeout
+        from huggingface_hub import get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
+        from huggingface_hub.constants import is_offline_mode
+        from huggingface_hub.errors import HfHubHTTPError
+
+        cached = try_to_load_from_cache(self.repository, name, revision=self.revision)
+        if is_offline_mode() or isinstance(cached, str):
+            return
+        try:
+            get_hf_file_metadata(hf_hub_url(self.repository, name, revision=self.revision))
+        except ReadTimeout:
+            pass  # a busy hub, as below: worth the tries of hf_hub_download
+        except HfHubHTTPError as error:
+            if error.response.status_code not in BUSY:
+                raise
+
+    def _reason(self, name: str, error: Exception) -> str:
+        """Returns why a file could not be fetched, and what to do about it."""
+        from httpx2 import RequestError
+        from huggingface_hub.constants import ENDPOINT, is_offline_mode
+        from huggingface_hub.errors import (
+            EntryNotFoundError,
+            GatedRepoError,
+            LocalEntryNotFoundError,
+            RepositoryNotFoundError,
+            RevisionNotFoundError,
+        )
+
+        page = f"{ENDPOINT}/{self.repository}"
+        match error:
+            case GatedRepoError():
+                return f"it is gated: accept its terms at {page}, and log in by `hf auth login`"
+            case RepositoryNotFoundError():
+                return f"there is no repository {page}, or it is private and `hf auth login` has not been run"
+            case RevisionNotFoundError():
+                return f"the repository has no revision {self.revision}"
+            case LocalEntryNotFoundError() if is_offline_mode():
+                return f"HF_HUB_OFFLINE is set, and the hub's cache does not have it. {self.by_hand()}"
+            case LocalEntryNotFoundError() | RequestError():
+                return f"there is no connection to {ENDPOINT} ({error.__cause__ or error}). {self.by_hand()}"
+            case EntryNotFoundError():
+                return f"the repository has no file {name} at revision {self.revision}"
+        return f"{error}. {self.by_hand()}"
+
     def by_hand(self) -> str:
         """Returns how to get the files where there is no network."""
         names = " ".join(self.files)
         return (
             f"Where there is a network, run `hf download {self.repository} {names} --revision {self.revision} "
-            "--local-dir FOLDER`, and give the folder"
+            f"--local-dir FOLDER`, and give {self.given_as}"
         )
 
 

@@ -11,7 +11,8 @@ import torch
 
 from overpaint.policy.types import Images, PerSample
 
-from .types import Reward, check_pairs, scores_of
+from .function import as_reward, name_of
+from .types import Reward, RewardLike, check_pairs, reads_prompts, scores_of, to_device
 
 RELATIVE_ROUNDING = 1e-6
 """Differences between scores, relative to the largest, that are float32's rounding and nothing else."""
@@ -25,17 +26,17 @@ class WeightedSum:
         weights: One number for each; negative for what is unwanted.
     """
 
-    def __init__(self, rewards: Sequence[Reward], weights: Sequence[float]) -> None:
+    def __init__(self, rewards: Sequence[RewardLike], weights: Sequence[float]) -> None:
         if len(rewards) == 0:
             raise ValueError("rewards must hold at least one, got none")
         if len(weights) != len(rewards):
             raise ValueError(f"weights must hold one number for each of {len(rewards)} rewards, got {len(weights)}")
         if not all(math.isfinite(weight) for weight in weights):
             raise ValueError(f"weights must be finite numbers, got {list(weights)!r}")
-        self.rewards = tuple(rewards)
+        self.rewards = tuple(as_reward(reward, f"rewards[{k}]") for k, reward in enumerate(rewards))
         self.weights = tuple(weights)
-        self.differentiable = all(reward.differentiable for reward in rewards)
-        self.reads_prompts = any(reads_prompts(reward) for reward in rewards)
+        self.differentiable = all(reward.differentiable for reward in self.rewards)
+        self.reads_prompts = any(reads_prompts(reward) for reward in self.rewards)
 
     def __repr__(self) -> str:
         parts = (f"{weight!r} * {_named(reward)}" for weight, reward in zip(self.weights, self.rewards, strict=True))
@@ -63,10 +64,10 @@ Combination = TypeVar("Combination", bound="_OfOneReward")
 class _OfOneReward:
     """A function of one reward's scores."""
 
-    def __init__(self, reward: Reward) -> None:
-        self.reward = reward
-        self.differentiable = reward.differentiable
-        self.reads_prompts = reads_prompts(reward)
+    def __init__(self, reward: RewardLike) -> None:
+        self.reward = as_reward(reward)
+        self.differentiable = self.reward.differentiable
+        self.reads_prompts = reads_prompts(self.reward)
 
     def to(self: Combination, device: torch.device | str) -> Combination:
         """Moves the reward's network to a device."""
@@ -83,7 +84,7 @@ class Clipped(_OfOneReward):
         high: Highest score, in the reward's own units.
     """
 
-    def __init__(self, *, reward: Reward, low: float = -math.inf, high: float = math.inf) -> None:
+    def __init__(self, *, reward: RewardLike, low: float = -math.inf, high: float = math.inf) -> None:
         if not low < high:
             raise ValueError(f"low must be below high, got {low!r} and {high!r}")
         super().__init__(reward)
@@ -109,7 +110,7 @@ class Standardised(_OfOneReward):
         std: Difference of scores that becomes 1, in the reward's own units.
     """
 
-    def __init__(self, *, reward: Reward, mean: float, std: float) -> None:
+    def __init__(self, *, reward: RewardLike, mean: float, std: float) -> None:
         if not math.isfinite(mean):
             raise ValueError(f"mean must be a finite number, got {mean!r}")
         if not (math.isfinite(std) and std > 0):
@@ -121,7 +122,7 @@ class Standardised(_OfOneReward):
     @classmethod
     @torch.no_grad()
     def measured(
-        cls, reward: Reward, images: Images, prompts: Sequence[str], *, batch_size: int = 16
+        cls, reward: RewardLike, images: Images, prompts: Sequence[str], *, batch_size: int = 16
     ) -> "Standardised":
         """Standardises a reward by its scores of some reference pairs.
 
@@ -138,6 +139,7 @@ class Standardised(_OfOneReward):
             ValueError: There are fewer than two pairs, a score is not finite, or all are the same.
         """
         check_pairs(images, prompts)
+        reward = as_reward(reward)
         if len(images) < 2:
             raise ValueError(f"images must hold at least two, got {len(images)}")
         if batch_size < 1:
@@ -166,20 +168,8 @@ class Standardised(_OfOneReward):
         return (self.reward(images, prompts) - self.mean) / self.std
 
 
-def reads_prompts(reward: Reward) -> bool:
-    """Says whether a reward's scores depend on the prompts: they do, unless it has `reads_prompts = False`."""
-    return bool(getattr(reward, "reads_prompts", True))
-
-
-def to_device(reward: Reward, device: torch.device | str) -> None:
-    """Moves a reward's network to a device, in place; a reward without one stays as it is."""
-    move = getattr(reward, "to", None)
-    if callable(move):
-        move(device)
-
-
 def _named(reward: Reward) -> str:
     """Returns what to call a reward: a network's own text would be hundreds of lines."""
     if isinstance(reward, WeightedSum | _OfOneReward):
         return repr(reward)
-    return getattr(reward, "__name__", type(reward).__name__)
+    return name_of(reward)

@@ -27,6 +27,7 @@ WEIGHTS = HubFiles(
     repository="THUDM/ImageReward",
     revision="5736be03b2652728fb87788c9797b0570450ab72",
     files={"ImageReward.pt": None},
+    given_as="the folder to `ImageReward.load`, or to a program as --reward-weights",
 )
 """The official weights, 1.8 GB. We have seen no hash of them published: the revision alone vouches for them."""
 OFFICIAL_NAME = "ImageReward-v1.0"
@@ -68,6 +69,7 @@ class ImageReward(BlipNetwork):
     """
 
     config_class = ImageRewardConfig
+    official_file = "ImageReward.pt"
     training_parts = (r"(vision|text)_proj\.(weight|bias)",)
 
     def __init__(self, config: ImageRewardConfig, tokenizer: BlipTokenizer) -> None:
@@ -79,25 +81,30 @@ class ImageReward(BlipNetwork):
         self.head = nn.Sequential(*layers)
 
     @classmethod
-    def load(cls, name: str | Path | None = None, *, vocab: str | Path | None = None) -> "ImageReward":
+    def load(
+        cls,
+        name: str | Path | None = None,
+        *,
+        vocab: str | Path | None = None,
+        config: ImageRewardConfig | None = None,
+    ) -> "ImageReward":
         """Loads frozen weights by name or from a path.
 
         Args:
             name: None or "ImageReward-v1.0" (1.8 GB from the Hugging Face hub, cached there), a checkpoint file in the
-                official layout and sizes, or a folder written by `save_pretrained`.
-            vocab: Vocabulary of an official checkpoint, one word piece per line; bert-base-uncased's from the hub
-                where it is not given.
+                official layout, a folder that holds `ImageReward.pt`, or one written by `save_pretrained`.
+            vocab: Vocabulary of an official checkpoint: BERT's `vocab.txt` or `tokenizer.json`, or a folder that holds
+                one of them. Where it is not given, it is looked for beside the checkpoint, and then on the hub.
+            config: Sizes of an official checkpoint; the official ones where they are not given.
 
         Raises:
             ValueError: There is no such name and no such path.
             OSError: The hub could not be reached; the message says how to get the file by other means.
         """
         if name is None or str(name) == OFFICIAL_NAME:
-            return cls.from_official(WEIGHTS.fetch() / "ImageReward.pt", vocab=vocab)
-        if Path(name).is_dir():
-            return cls.from_pretrained(name)
-        if Path(name).is_file():
-            return cls.from_official(name, vocab=vocab)
+            return cls.from_official(WEIGHTS.fetch() / cls.official_file, config, vocab)
+        if Path(name).expanduser().exists():
+            return cls.from_path(name, config, vocab)
         raise ValueError(f"name must be {OFFICIAL_NAME}, or a path that exists, got {str(name)!r}")
 
     def forward(self, images: Images, prompts: Sequence[str]) -> PerSample:

@@ -4,6 +4,7 @@ import hashlib
 import os
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from overpaint.settings import Field, settings
 
@@ -75,12 +76,22 @@ def _download(file: PublicFile, path: Path) -> None:
         response = getattr(error, "response", None)
         if response is not None:
             response.close()  # it holds its connection
-        raise OSError(f"could not fetch {file.name}: {error}. {_by_hand(file)}") from error
+        raise OSError(f"could not fetch {file.name}: {_reason(file, error)}. {_by_hand(file)}") from error
     except ValueError as error:
         raise OSError(
             f"what was fetched as {file.name} has other content than expected: {error}. {_by_hand(file)}"
         ) from error
     path.chmod(0o644)  # pooch leaves it readable for its owner alone, and a cache may be shared
+
+
+def _reason(file: PublicFile, error: OSError) -> str:
+    """Returns why a file could not be fetched: there is no network, nothing at its address, or something else."""
+    response = getattr(error, "response", None)  # of requests, by which pooch fetches; its errors have no number
+    if response is not None and response.status_code in (404, 410):
+        return f"there is nothing at its address any more ({response.status_code})"
+    if response is None and error.errno is None:
+        return f"there is no connection to {urlsplit(file.url).netloc} ({type(error).__name__})"
+    return str(error)
 
 
 def _by_hand(file: PublicFile) -> str:

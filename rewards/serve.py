@@ -21,12 +21,12 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from overpaint.settings import settings
 
-from .combine import to_device
 from .encoded import decode_image
+from .function import as_reward
 from .http_json import check_token, is_loopback
 from .named import reward_named
 from .remote import read_token
-from .types import Reward, scores_of
+from .types import Reward, RewardLike, scores_of, to_device
 
 if TYPE_CHECKING:
     from fastapi import FastAPI, Request
@@ -39,7 +39,11 @@ class ServeConfig:
     """What is served, to whom, and how much it takes at once."""
 
     reward: str
-    """A name such as "compressibility", or package.module:factory, called without arguments."""
+    """A name such as "compressibility"; module:name or path/to/file.py:name of a function, a class or a factory."""
+    reward_weights: str | None = None
+    """File or folder with the reward's weights, where it takes any."""
+    vocab: str | None = None
+    """File or folder with BERT's vocabulary, for image-reward and blip."""
     host: str = "127.0.0.1"
     """Address to listen at. Any but this machine's own needs a token."""
     port: int = Field(8085, ge=0, le=65535)
@@ -115,7 +119,7 @@ def scores_for(body: bytes, reward: Reward, config: ServeConfig) -> list[float]:
     return scores.tolist()
 
 
-def application(reward: Reward, config: ServeConfig, token: str | None = None) -> "FastAPI":
+def application(reward: RewardLike, config: ServeConfig, token: str | None = None) -> "FastAPI":
     """Returns the ASGI application that serves a reward.
 
     Args:
@@ -126,6 +130,7 @@ def application(reward: Reward, config: ServeConfig, token: str | None = None) -
     from fastapi import Depends, FastAPI, Request
     from fastapi.responses import JSONResponse
 
+    scorer = as_reward(reward)
     one_at_a_time = asyncio.Lock()
 
     def authorised(request: Request) -> None:
@@ -154,7 +159,7 @@ def application(reward: Reward, config: ServeConfig, token: str | None = None) -
             if await request.is_disconnected():  # it has given up, and may have asked again
                 raise RefusedError(408, "the client has gone")
             try:
-                return {"scores": await asyncio.to_thread(scores_for, body, reward, config)}
+                return {"scores": await asyncio.to_thread(scores_for, body, scorer, config)}
             except RefusedError:
                 raise
             except Exception as error:  # of the reward, whatever it is: the client is told, and others are served
@@ -181,7 +186,7 @@ def serve(config: ServeConfig) -> None:
 
     token = None if config.token_variable is None else read_token(config.token_variable)
     check_token(token)
-    reward = reward_named(config.reward)
+    reward = reward_named(config.reward, weights=config.reward_weights, vocab=config.vocab)
     to_device(reward, config.device)
     options = uvicorn.Config(
         application(reward, config, token),

@@ -1,9 +1,11 @@
 """Reward: a score for each pair of image and prompt."""
 
 from collections.abc import Callable, Sequence
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
+import numpy
 import torch
+from torch import Tensor
 
 from overpaint.policy.types import Images, PerSample
 
@@ -31,9 +33,16 @@ class Reward(Protocol):
 ScoreFunction = Callable[[Images, Sequence[str]], PerSample]
 """A reward, or a cost on images."""
 
+RewardLike = Reward | Callable[[Images, Any], Any]
+"""What is accepted as a reward: `rewards.as_reward` makes one of a plain function of images and prompts."""
 
-def scores_of(kind: str, score: ScoreFunction, images: Images, prompts: Sequence[str]) -> PerSample:
-    """Returns the reward or the cost of each image, computed in full precision.
+
+class ScoresError(ValueError):
+    """A reward gave something else than one number for each image: a fault of its code, which no second try mends."""
+
+
+def scores_of(kind: str, score: Callable[[Images, Any], Any], images: Images, prompts: Sequence[str]) -> PerSample:
+    """Returns the reward or the cost of each image, computed in full precision, on the images' device.
 
     Half precision moves ImageReward by about 0.1, as much as a good run gains in many iterations.
 
@@ -44,13 +53,62 @@ def scores_of(kind: str, score: ScoreFunction, images: Images, prompts: Sequence
         prompts: One for each image.
 
     Raises:
-        ValueError: It does not give one number for each.
+        ScoresError: It does not give one number for each.
     """
     with torch.autocast(images.device.type, enabled=False):
-        scores = score(images, prompts)
-    if scores.shape != (len(images),):
-        raise ValueError(f"{kind} must give one number for each of {len(images)} images, got {tuple(scores.shape)}")
-    return scores
+        given = score(images, prompts)
+    scores = as_scores(kind, given, images)
+    return scores if isinstance(given, Tensor) and scores.is_floating_point() else scores.float()
+
+
+def as_scores(kind: str, given: Any, images: Images) -> Tensor:
+    """Returns what a reward gave as one number for each image: [batch], on the images' device.
+
+    A column [batch, 1], an array and a list or tuple of numbers or of tensors (whose gradients stay) are taken; yes and
+    no stay what they are.
+
+    Args:
+        kind: What to call the score in a message.
+        given: What the reward gave.
+        images: What it was given for.
+
+    Raises:
+        ScoresError: It is not one number for each image.
+    """
+    scores, count = _tensor_of(given), len(images)
+    if scores is None:
+        raise ScoresError(f"{kind} must give one number for each of {count} images, got {type(given).__name__}")
+    if scores.shape == (count, 1):
+        scores = scores[:, 0]
+    if scores.shape != (count,):
+        found = "one number for all of them" if scores.ndim == 0 else str(tuple(scores.shape))
+        raise ScoresError(f"{kind} must give one number for each of {count} images, got {found}")
+    return scores.to(images.device)
+
+
+def _tensor_of(given: Any) -> Tensor | None:
+    """Returns numbers as a tensor, or None where they are none."""
+    try:
+        if isinstance(given, list | tuple) and given and all(isinstance(one, Tensor) for one in given):
+            given = torch.stack(list(given))
+        if not isinstance(given, Tensor | list | tuple):
+            given = numpy.asarray(given)
+        scores = torch.as_tensor(given)
+    except (TypeError, ValueError, RuntimeError):  # no numbers, or rows of different lengths
+        return None
+    return None if scores.is_complex() else scores
+
+
+def reads_prompts(reward: Reward) -> bool:
+    """Says whether a reward's scores depend on the prompts: they do, unless it has `reads_prompts = False`."""
+    return bool(getattr(reward, "reads_prompts", True))
+
+
+def to_device(reward: object, device: torch.device | str) -> None:
+    """Moves a reward's network to a device, in place; a reward without one stays as it is."""
+    move = getattr(reward, "to", None)
+    if callable(move):
+        move(device)
 
 
 def check_pairs(images: Images, texts: Sequence[str], name: str = "prompts") -> None:

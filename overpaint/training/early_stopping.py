@@ -10,7 +10,7 @@ from torch import Tensor
 from overpaint.policy import DiffusionPolicy, Guidance
 from overpaint.policy.prompts import check_prompts
 from overpaint.policy.types import Images, PerSample
-from rewards import Reward, scores_of
+from rewards import Reward, RewardLike, as_reward, scores_of
 
 
 class HeldOut(NamedTuple):
@@ -20,7 +20,7 @@ class HeldOut(NamedTuple):
     """
 
     prompts: Sequence[str]
-    reward: Reward
+    reward: RewardLike
     first_seed: int = 1_000_000
     batch_size: int = 16
 
@@ -53,6 +53,7 @@ class EarlyStopping:
 
     def __init__(self, held_out: HeldOut, *, patience: int, constrained: bool = False) -> None:
         self.held_out = held_out._replace(prompts=check_prompts(held_out.prompts))
+        self.reward = as_reward(held_out.reward, "held-out reward")
         self.patience = patience
         self.best = -math.inf
         self.best_iteration = -1
@@ -110,7 +111,7 @@ class EarlyStopping:
                 [scores_of("held-out reward", reward, some, prompts[k * size : (k + 1) * size]) for k, some in parts]
             )
 
-        return HeldOutScores(images, scores(reward), scores(self.held_out.reward))
+        return HeldOutScores(images, scores(reward), scores(self.reward))
 
     def note_cost(self, cost: float) -> None:
         """Takes notice of the mean cost of an iteration."""

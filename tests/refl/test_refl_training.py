@@ -313,7 +313,7 @@ def test_reward_of_another_shape_is_refused(
         def __call__(self, images: Images, prompts: Sequence[str]) -> Tensor:
             return images.mean(dim=1)
 
-    with pytest.raises(ValueError, match=r"reward must give one number for each of 1 images, got \(1, 64, 64\)"):
+    with pytest.raises(ValueError, match=r"reward must give one number for each of 2 images, got \(2, 64, 64\)"):
         ReFLTrainer(policy, Pixels(), prompts).train(run_config())
 
 

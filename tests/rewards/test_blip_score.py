@@ -139,7 +139,8 @@ def test_absent_weights_are_told_how_to_be_got(tmp_path: Path) -> None:
 
 def test_file_of_another_size_is_refused_by_load(official_state: dict[str, Tensor], tmp_path: Path) -> None:
     torch.save({"model": official_state}, tmp_path / "model_large.pth")
-    (tmp_path / "vocab.txt").write_text("\n".join(WORDS), encoding="utf-8")
+    words = [*WORDS, *map(str, range(30522 - len(WORDS)))]
+    (tmp_path / "vocab.txt").write_text("\n".join(words), encoding="utf-8")
     with (
         torch.device("meta"),
         pytest.raises(ValueError, match="weights must fit the config"),

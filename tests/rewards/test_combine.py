@@ -202,7 +202,7 @@ def test_a_combination_reads_prompts_if_a_part_does() -> None:
 def test_a_part_that_gives_no_number_for_each_image_is_named() -> None:
     class Column(Brightness):
         def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
-            return super().__call__(images, prompts)[:, None]
+            return super().__call__(images, prompts)[:, None].expand(-1, 2)
 
-    with pytest.raises(ValueError, match=r"rewards\[1\] must give one number for each of 4 images, got \(4, 1\)"):
+    with pytest.raises(ValueError, match=r"rewards\[1\] must give one number for each of 4 images, got \(4, 2\)"):
         WeightedSum([Brightness(0), Column(0)], [1.0, 1.0])(IMAGES, PROMPTS)

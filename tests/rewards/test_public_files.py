@@ -124,11 +124,22 @@ def test_truncated_content_is_refused_and_not_kept(server: Server, cache: Path) 
     assert files_in(cache) == []
 
 
+def test_a_network_that_is_down_is_told_from_an_address_without_the_file(server: Server, cache: Path) -> None:
+    file = server.file()
+    server.server_close()  # nobody listens there any more
+    with pytest.raises(
+        OSError, match=rf"there is no connection to 127\.0\.0\.1:{server.server_port} \(ConnectionError"
+    ):
+        fetch(file)
+
+
 def test_an_address_without_the_file_is_told_with_all_that_is_needed_to_get_it_by_hand(
     server: Server, cache: Path
 ) -> None:
     file = server.file("gone.txt")
-    with pytest.raises(OSError, match=r"could not fetch list\.txt: 404") as caught:
+    with pytest.raises(
+        OSError, match=r"could not fetch list\.txt: there is nothing at its address any more \(404\)"
+    ) as caught:
         fetch(file)
     message = str(caught.value)
     assert file.url in message

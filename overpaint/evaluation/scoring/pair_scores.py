@@ -20,10 +20,9 @@ from overpaint.evaluation.images.pairs import Pair, Size, batches_by_size, image
 from overpaint.evaluation.metrics.statistics import mean_estimate
 from overpaint.evaluation.prompts import IMAGE_REWARD_TEST
 from overpaint.training.logging import progress_bar
-from rewards import Reward
-from rewards.combine import reads_prompts
+from rewards import Reward, RewardLike, as_reward
 from rewards.public_files import fetch
-from rewards.types import scores_of
+from rewards.types import reads_prompts, scores_of
 
 
 class Journal:
@@ -102,7 +101,7 @@ class PairScores(NamedTuple):
 def score_pairs(
     pairs: Sequence[Pair],
     sizes: Sequence[Size | str],
-    rewards: Mapping[str, Reward],
+    rewards: Mapping[str, RewardLike],
     journal: Path,
     *,
     batch_size: int = 8,
@@ -131,7 +130,8 @@ def score_pairs(
     """
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
-    check_prompts(pairs, rewards)
+    scorers = {name: as_reward(reward, f"rewards[{name!r}]") for name, reward in rewards.items()}
+    check_prompts(pairs, scorers)
     batches = batches_by_size(sizes, batch_size)
     job = {"format": 1, "rewards": sorted(rewards), "batch_size": batch_size, "images": len(pairs)}
     with Journal(journal, job) as finished:
@@ -146,7 +146,7 @@ def score_pairs(
             for number, batch, images in read_ahead(todo, lambda index: read_image(pairs[index].path)):
                 broken = {index: image for index, image in zip(batch, images, strict=True) if isinstance(image, str)}
                 if not broken or skip_broken:
-                    scores, unscored = _score_batch(batch, images, pairs, rewards, device)
+                    scores, unscored = _score_batch(batch, images, pairs, scorers, device)
                     broken |= unscored
                 if broken and not skip_broken:
                     index, why = next(iter(broken.items()))
@@ -335,7 +335,7 @@ def read_ranked(path: Path | None = None) -> tuple[RankedImages, ...]:
 
 
 def score_ranked(
-    reward: Reward,
+    reward: RewardLike,
     ranked: Sequence[RankedImages],
     folder: Path,
     journal: Path,

@@ -24,6 +24,7 @@ from overpaint.policy.atomic import write_text
 from overpaint.policy.types import Images
 from overpaint.training import process_state
 from overpaint.training.logging import progress_bar
+from rewards.types import as_scores
 
 from .pair_scores import Journal
 
@@ -80,12 +81,7 @@ def _measured(
 def _apply(measure: Measure, images: Images, prompts: Sequence[str]) -> tuple[list[float], bool]:
     """Returns a metric's values and whether they are yes or no."""
     with torch.no_grad():
-        values = torch.as_tensor(measure.metric(images, prompts))
-    if values.shape != (len(prompts),):
-        raise ValueError(
-            f"measures[{measure.name!r}] must return one value for each of {len(prompts)} images, "
-            f"got shape {tuple(values.shape)}"
-        )
+        values = as_scores(f"measures[{measure.name!r}]", measure.metric(images, prompts), images)
     numbers = values.double().tolist()
     for number, prompt in zip(numbers, prompts, strict=True):
         if not math.isfinite(number):
