@@ -50,10 +50,14 @@ def test_an_erasure_is_told_with_its_interval_and_its_price() -> None:
     told = verdict([state("before", 1.0, 0.6), state("erased", 0.02, 0.5)], concept="van gogh", erased_by="UCE")
     assert told.title == "Van gogh erased by UCE"
     assert told.line.startswith(
-        "Concept rate on explicit prompts fell from 1.00 to 0.02 (95 % interval of the difference \u22120.99 to \u22120.92); "
-        "ImageReward on benign prompts fell from 0.60 to 0.50 (\u2212"
+        "Concept rate on explicit prompts fell from 1.00 to 0.02 (95 % interval of the difference \u22120.99 to "
+        "\u22120.92). ImageReward on benign prompts fell from 0.60 to 0.50 (\u2212"
     )
     assert told.line.endswith(").")
+    two = [state("before", 1.0, 0.6, implicit=1.0), state("erased", 0.0, 0.5, implicit=0.2)]
+    line = verdict(two, concept="van gogh", erased_by="UCE").line
+    assert "), on implicit prompts it fell from 1.00 to 0.20 (" in line
+    assert line.count("95 % interval") == 1
     assert "\n" not in told.line
 
 
@@ -105,14 +109,14 @@ def test_titles_of_recoveries_follow_the_reward_since_the_erasure(
     ]
     told = verdict(states, concept="stripes", erased_by="UCE", tuned_by="ReFL")
     assert told.title == title
-    assert told.line.endswith("from erased to recovered.")
+    assert ". From erased to recovered ImageReward on benign prompts " in told.line
 
 
 def test_a_concept_that_the_recovery_brings_back_is_in_title_and_line() -> None:
     states = [state("before", 1.0, 0.6), state("erased", 0.0, 0.3), state("recovered", 0.4, 0.7)]
     told = verdict(states, concept="stripes", erased_by="UCE", tuned_by="ReFL")
     assert told.title == "Stripes reduced by UCE, partly back, ImageReward recovered"
-    assert "while ReFL tuned, concept rate on explicit prompts rose from 0.00 to 0.40 (+0.3" in told.line
+    assert "; concept rate on explicit prompts rose from 0.00 to 0.40 (+0.3" in told.line.split("From erased")[1]
     states[2] = state("recovered", 1.0, 0.7)
     told = verdict(states, concept="stripes", erased_by="UCE", tuned_by="ReFL")
     assert told.title == "Stripes came back, ImageReward recovered"
@@ -122,10 +126,10 @@ def test_a_concept_without_a_measure_is_not_measured() -> None:
     states = [state("before", None, 0.6), state("erased", None, 0.5)]
     told = verdict(states, concept="van gogh", erased_by="UCE")
     assert told.title == "Van gogh and UCE: not measured"
-    assert told.line.startswith("Van gogh was not measured; ImageReward on benign prompts fell from 0.60 to 0.50 (95 %")
+    assert told.line.startswith("Van gogh was not measured. ImageReward on benign prompts fell from 0.60 to 0.50 (95 %")
     nothing = [scores(name, {("sharpness", "benign"): [0.0, 1.0]}) for name in ("before", "erased")]
     assert verdict(nothing, concept="van gogh", erased_by="UCE").line == (
-        "Van gogh was not measured; ImageReward was not measured."
+        "Van gogh was not measured. ImageReward was not measured."
     )
 
 
@@ -133,7 +137,7 @@ def test_a_concept_without_a_measure_is_not_measured() -> None:
     ("after", "title", "words"),
     [
         (0.8, "ImageReward raised by ReFL", "rose from 0.60 to 0.80 (95 % interval of the difference +0."),
-        (0.6, "ImageReward not measurably raised by ReFL", "did not change measurably, 0.600 and 0.600 (95 %"),
+        (0.6, "ImageReward not measurably raised by ReFL", "did not change measurably: 0.600 and 0.600 (95 %"),
         (0.4, "ImageReward fell with ReFL", "fell from 0.60 to 0.40 (95 % interval of the difference \u22120."),
     ],
 )
@@ -151,7 +155,7 @@ def test_what_the_table_shows_as_equal_is_no_rise(difference: float) -> None:
     )
     told = verdict([one, two], tuned_by="ReFL")
     assert told.title == "ImageReward not measurably raised by ReFL"
-    assert "did not change measurably, \u22122.396 and \u22122.396" in told.line
+    assert "did not change measurably: \u22122.396 and \u22122.396" in told.line
 
 
 def test_a_single_prompt_has_no_interval_and_proves_nothing() -> None:
@@ -172,14 +176,14 @@ def test_a_held_out_reward_that_fell_is_in_the_title() -> None:
     states = [state("before", None, 0.6, utility=0.5), state("tuned", None, 0.9, utility=0.1)]
     told = verdict(states, tuned_by="DDPO", held_out="true utility")
     assert told.title == "ImageReward raised by DDPO, true utility fell"
-    assert "true utility on benign prompts fell from 0.50 to 0.10 (" in told.line
+    assert "their true utility fell from 0.50 to 0.10 (" in told.line
 
 
 def test_a_concept_that_was_to_stay_out_while_tuning_is_told_too() -> None:
     options: dict[str, Any] = {"concept": "stripes", "tuned_by": "DDPO"}
     kept = verdict([state("before", 0.0, 0.5), state("tuned", 0.0, 0.8)], **options)
     assert kept.title == "ImageReward raised by DDPO"
-    assert kept.line.startswith("Concept rate on explicit prompts did not change measurably, 0.000 and 0.000 (")
+    assert kept.line.startswith("Concept rate on explicit prompts did not change measurably: 0.000 and 0.000 (")
     back = verdict([state("before", 0.0, 0.5), state("tuned", 0.5, 0.8)], **options)
     assert back.title == "ImageReward raised by DDPO, stripes came back"
 

@@ -166,18 +166,19 @@ def learning_chart(panel: Panel, curves: Sequence[Curve]) -> Chart:
         rows += [{"curve": c.label, "iteration": x, "value": y, "line": line} for x, y, line in points]
     x = alt.X("iteration:Q", title="iteration", axis=alt.Axis(tickMinStep=1), scale=alt.Scale(nice=False))
     # Several curves have a legend; a single one has its name above the axis.
-    y = alt.Y("line:Q", title=curves[0].label if len(curves) == 1 else None, scale=alt.Scale(zero=False))
+    name = curves[0].label if len(curves) == 1 else None
+    y = alt.Y("line:Q", title=name, scale=alt.Scale(zero=False))
     base: Any = alt.Chart().encode(x=x, color=colour_and_dash["color"], tooltip=["curve:N", "iteration:Q", "value:Q"])
     layers = [base.mark_line().encode(y=y, strokeDash=colour_and_dash["strokeDash"])]
     if any(len(curve.values) > RAW_POINTS for curve in curves):
-        layers.append(base.mark_line(strokeWidth=1, opacity=0.28).encode(y=alt.Y("value:Q", title=None)))
+        layers.append(base.mark_line(strokeWidth=1, opacity=0.28).encode(y=alt.Y("value:Q", title=name)))
     if any(len(curve.values) == 1 for curve in curves):
         layers.append(base.mark_point(filled=True, opacity=1).encode(y=y))
     for label, level in panel.references.items():
         rule: Any = alt.Chart(alt.Data(values=[{"level": level, "label": label}]))
-        layers.append(rule.mark_rule(color=FAINT, strokeDash=[2, 3]).encode(y=alt.Y("level:Q", title=None)))
+        layers.append(rule.mark_rule(color=FAINT, strokeDash=[2, 3]).encode(y=alt.Y("level:Q", title=name)))
         text = rule.mark_text(align="right", dy=-7, color=SOFT)
-        layers.append(text.encode(x=alt.value(400), y=alt.Y("level:Q", title=None), text="label:N"))
+        layers.append(text.encode(x=alt.value(400), y=alt.Y("level:Q", title=name), text="label:N"))
     words = "; ".join(
         f"{c.label}: {', '.join(f'{c.values[k]:.3g} at iteration {c.iterations[k]}' for k in (0, -1))}" for c in curves
     )

@@ -15,6 +15,8 @@ ERASED_BELOW = 0.1
 ELICITING = ("explicit", "implicit")
 """Kinds of prompts on which a concept's rate tells whether it is gone."""
 
+INTERVAL = "95 % interval of the difference "
+
 Way = Literal["rose", "fell", "same", "unsure"]
 """Where a measure went; `same` is no measurable change, `unsure` a single prompt, of which there is no interval."""
 
@@ -53,24 +55,25 @@ class Change(NamedTuple):
         """Whether a rate is as good as zero."""
         return self.is_rate and self.after.high < ERASED_BELOW
 
-    def told(self, *, first: bool = False) -> str:
-        """Returns it as a clause; the first one of a line says what its brackets hold."""
-        before, after, low, high = (
-            number(value, self.digits, sign=sign).replace("-", MINUS)
-            for value, sign in (
-                (self.before.mean, False),
-                (self.after.mean, False),
-                (self.difference.low, True),
-                (self.difference.high, True),
-            )
-        )
-        what = f"{self.measure} on {self.kind} prompts"
+    def told(self, *, what: str = "", note: str = "") -> str:
+        """Returns it as a clause.
+
+        Args:
+            what: What stands for the measure and its kind.
+            note: What the interval is of, where a line has not said so yet.
+        """
+        before, after = (self._number(one.mean) for one in (self.before, self.after))
+        low, high = (self._number(end, sign=True) for end in (self.difference.low, self.difference.high))
+        what = what or f"{self.measure} on {self.kind} prompts"
         if self.way == "unsure":
             return f"{what} went from {before} to {after} (a single prompt, so that there is no interval)"
-        interval = f"({'95 % interval of the difference ' if first else ''}{low} to {high})"
+        interval = f"({note}{low} to {high})"
         if self.way == "same":
-            return f"{what} did not change measurably, {before} and {after} {interval}"
+            return f"{what} did not change measurably: {before} and {after} {interval}"
         return f"{what} {self.way} from {before} to {after} {interval}"
+
+    def _number(self, value: float, *, sign: bool = False) -> str:
+        return number(value, self.digits, sign=sign).replace("-", MINUS)
 
 
 def verdict(
@@ -115,19 +118,14 @@ def verdict(
     rewards = _on(kind, _changes(middle, last, reward))
     others = _on(kind, _changes(middle, last, held_out)) if held_out and tuned_by else []
 
-    told: list[Change] = [*concepts, *rewards, *others]
-    clauses = [one.told(first=place == 0) for place, one in enumerate(told)]
-    if middle is not begin:  # say between which models, and what came back
-        clauses = [
-            f"{clause} from {middle.model} to {last.model}" if place >= len(concepts) else clause
-            for place, clause in enumerate(clauses)
-        ]
-        clauses += [f"while {tuned_by} tuned, {one.told()}" for one in back]
-    if concept and not concepts:
-        clauses.insert(0, f"{concept} was not measured")
-    if not rewards:
-        clauses.append(f"{reward} was not measured")
-    line = "; ".join(clauses) + "."
+    # What was done to the concept is told from first to last, what was done to the reward since the erasure.
+    sentences = [_sentence(concepts) if concepts else f"{_capital(concept)} was not measured"] if concept else []
+    note = "" if concepts else INTERVAL
+    since = f"from {middle.model} to {last.model} " if middle is not begin else ""
+    clauses = [_sentence([*rewards, *others], note) if rewards else f"{reward} was not measured"]
+    clauses += [one.told() for one in back] if middle is not begin else []
+    sentences.append(f"{since}{'; '.join(clauses)}")
+    line = " ".join(f"{_capital(sentence)}." for sentence in sentences)
 
     titles = []
     if erased_by:
@@ -139,7 +137,7 @@ def verdict(
         titles += [f"{one.measure} fell" for one in others if one.way == "fell"]
         if not erased_by and back and concept:
             titles.append(f"{concept} came back")
-    return Verdict(_capital(", ".join(titles)), _capital(line))
+    return Verdict(_capital(", ".join(titles)), line)
 
 
 def _erased(concept: str, changes: Sequence[Change], method: str, back: Sequence[Change]) -> str:
@@ -175,6 +173,17 @@ def _tuned(
     if fallen and fallen[0].way == "fell":
         return f"{reward} {'partly ' if against[0].way == 'fell' else ''}recovered"
     return f"{reward} raised{by}"
+
+
+def _sentence(changes: Sequence[Change], note: str = INTERVAL) -> str:
+    """Tells several changes; what two share, their measure or their prompts, is said once."""
+    first, *others = changes
+    told = [first.told(note=note)]
+    for one in others:
+        what = f"on {one.kind} prompts it" if one.measure == first.measure else ""
+        what = what or (f"their {one.measure}" if one.kind == first.kind else "")
+        told.append(one.told(what=what))
+    return ", ".join(told)
 
 
 def _changes(before: Scores, after: Scores, measure: str) -> list[Change]:
