@@ -51,7 +51,8 @@ Distinct = Annotated[tuple[T, ...], AfterValidator(_distinct)]
 """A tuple that holds nothing twice."""
 
 
-@dataclass_transform(frozen_default=True, kw_only_default=True, field_specifiers=(Field,))
+# `Field` is no field specifier to type checkers: of one they take a default by keyword only, and here it comes first.
+@dataclass_transform(frozen_default=True, kw_only_default=True)
 def settings(cls: type[T]) -> type[T]:
     """Makes a class of fields a settings dataclass.
 

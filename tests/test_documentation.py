@@ -120,6 +120,30 @@ def test_the_readme_is_short() -> None:
     assert len((ROOT / "README.md").read_text().splitlines()) <= 170
 
 
+def test_code_of_readme_and_docs_is_under_80_columns() -> None:
+    # What programs print, in blocks without a language, is as wide as it is printed.
+    wide = [
+        f"{path.relative_to(ROOT)}: {line}"
+        for path in (ROOT / "README.md", *(ROOT / "docs").rglob("*.md"))
+        for block in re.findall(r"^ *```\w+$.*?^ *```$", path.read_text(), re.DOTALL | re.MULTILINE)
+        for line in block.splitlines()
+        if len(line) >= 80
+    ]
+    assert wide == []
+
+
+def test_type_checkers_accept_the_readmes_python(tmp_path: Path) -> None:
+    pytest.importorskip("mypy")
+    shown = [block.code for block in blocks((ROOT / "README.md").read_text())]
+    (tmp_path / "readme.py").write_text("\n".join(shown))
+    done = subprocess.run(
+        [sys.executable, "-m", "mypy", "--strict", "--follow-imports", "silent", "--config-file",
+         str(ROOT / "pyproject.toml"), "readme.py"],
+        cwd=tmp_path, env={**os.environ, "MYPYPATH": str(ROOT)}, capture_output=True, text=True, timeout=280,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
 def test_links_of_readme_and_docs_lead_to_files() -> None:
     broken = [
         (path.name, target)

@@ -19,6 +19,7 @@ from .report.charts import Chart, Curve, Panel, series_chart
 from .report.page import Report, Section, chart_section
 from .report.pareto import Point, pareto_chart
 from .report.table import Table, text_table
+from .report.verdict import Verdict, verdict
 from .scoring.compare import Comparison, Row, compare
 from .scoring.score import Column, Measure, Metric, Scores, gather, merge, score, write_scores
 
@@ -51,6 +52,7 @@ __all__ = [
     "Scores",
     "Section",
     "Table",
+    "Verdict",
     "chart_section",
     "compare",
     "draw",
@@ -72,6 +74,7 @@ __all__ = [
     "text_table",
     "to_images",
     "to_pixels",
+    "verdict",
     "write_folder",
     "write_scores",
 ]

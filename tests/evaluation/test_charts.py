@@ -4,6 +4,7 @@ import itertools
 import json
 import math
 import random
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -19,6 +20,7 @@ from overpaint.evaluation.report.charts import (
     band_of,
     learning_chart,
     metrics_by_tag,
+    panel_charts,
     panel_curves,
     script,
     series_chart,
@@ -69,6 +71,28 @@ def test_a_panel_takes_its_tags_in_order_and_leaves_out_what_was_not_logged() ->
     assert curves == (Curve("learned", (0,), (1.0,)), Curve("true", (0, 5), (0.2, 0.1)))
 
 
+def test_two_measures_do_not_share_an_axis_and_one_measure_may() -> None:
+    metrics = {"reward/a": {0: -2.0, 5: -1.0}, "reward/b": {0: 0.1, 5: 0.2}}
+    panel = Panel(title="Held out", tags={"ImageReward": "reward/a", "utility": "reward/b"}, caption="Look.")
+    charts = panel_charts(panel, metrics)
+    assert [[row["value"] for row in data(chart.spec)] for chart in charts] == [[-2.0, -1.0], [0.1, 0.2]]
+    assert [chart.caption for chart in charts] == ["", "Look."]
+    for chart, label in zip(charts, panel.tags, strict=True):
+        assert label in texts(svg(chart.spec))  # what the axis is of
+    (shared,) = panel_charts(replace(panel, same_unit=True), metrics)
+    assert [row["value"] for row in data(shared.spec)] == [-2.0, -1.0, 0.1, 0.2]
+    (alone,) = panel_charts(panel, {"reward/b": metrics["reward/b"]})
+    assert alone.caption == "Look."
+    assert panel_charts(panel, {}) == []
+
+
+def test_a_level_needs_to_know_its_axis() -> None:
+    tags = {"ImageReward": "reward/a", "utility": "reward/b"}
+    with pytest.raises(ValueError, match=r"references must be of .*, got \['before'\] for \['ImageReward', "):
+        Panel(title="t", tags=tags, references={"before": 1.0})
+    assert Panel(title="t", tags=tags, references={"before": 1.0}, same_unit=True).references == {"before": 1.0}
+
+
 def test_smoothing_averages_inside_and_follows_a_straight_line_to_its_ends() -> None:
     assert smoothed([0.0, 3.0, 0.0, 3.0, 0.0, 3.0, 0.0], window=3)[1:-1] == pytest.approx((1.0, 2.0, 1.0, 2.0, 1.0))
     line = [0.5 * k - 2.0 for k in range(20)]
@@ -95,7 +119,8 @@ def test_few_values_are_drawn_as_they_are_and_many_smoothed_over_them() -> None:
     assert len(many.table.lines) == 21  # evenly spaced over all, from the first to the last
     assert [many.table.lines[k].name for k in (0, -1)] == ["0", str(count - 1)]
     assert {"a", "b", "before"} <= set(texts(svg(few.spec)))
-    assert "a" not in texts(svg(many.spec))  # a single curve needs no legend
+    assert "legend" not in svg(many.spec)  # a single curve needs none: its axis has its name
+    assert texts(svg(many.spec)).count("a") == 1
 
 
 def test_a_single_value_is_a_point() -> None:

@@ -1,11 +1,13 @@
 """The report as a reader meets it: opened in Chromium, filtered, in the dark, on a phone, without scripts."""
 
+import io
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pytest
+from PIL import Image
 
 from overpaint.evaluation import (
     DrawConfig,
@@ -75,6 +77,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
         Report(
             title="A report with one of everything",
             lead="Noise, and what was measured of it.",
+            verdict="Brightness rose.",
             comparison=compare(scores),
             sections=[
                 Section(
@@ -239,10 +242,10 @@ def test_a_phone_shows_the_page_without_scrolling_sideways(visit: Callable[..., 
         summary.tap()
     assert page.evaluate("document.documentElement.scrollWidth") == 390
     assert page.evaluate("window.innerWidth") == 390
-    wide = page.locator("#results .scroll")
+    wide = page.locator("#numbers .scroll")
     assert wide.evaluate("(one) => [one.scrollWidth > one.clientWidth, one.clientWidth <= 390]") == [True, True]
     # The names of rows stay in sight while the numbers move.
-    name = page.locator("#results tbody th.kind").first
+    name = page.locator("#numbers tbody tr:not(.over) th").first
     before = name.bounding_box()
     wide.evaluate("(one) => { one.scrollLeft = 80; }")
     assert name.bounding_box() == before
@@ -250,6 +253,54 @@ def test_a_phone_shows_the_page_without_scrolling_sideways(visit: Callable[..., 
         box and box["x"] >= 0 and box["x"] + box["width"] <= 390
         for box in (i.bounding_box() for i in page.locator("img").all())
     )
+
+
+@pytest.mark.parametrize("width", [320, 390, 620])
+def test_a_phone_shows_every_model_of_the_results_and_the_pictures_of_a_prompt_side_by_side(
+    visit: Callable[..., Opened], width: int
+) -> None:
+    page = visit(viewport={"width": width, "height": 844}, has_touch=True, is_mobile=True).page
+    results = page.locator("#results .scroll")
+    assert results.evaluate("(one) => [one.scrollLeft, one.scrollWidth <= one.clientWidth]") == [0, True]
+    for text in results.locator("tr td:last-child .mean, tr td:last-child .change").all():
+        box = text.bounding_box()
+        assert box
+        assert 0 <= box["x"] < box["x"] + box["width"] <= width
+    for card in page.locator(".card").all():
+        boxes = [box for box in (image.bounding_box() for image in card.locator("img").all()) if box]
+        assert len(boxes) == len(MODELS)
+        assert len({round(box["y"]) for box in boxes}) == 1  # in one row
+        assert [box["x"] for box in boxes] == sorted({box["x"] for box in boxes})
+
+
+def test_a_phone_names_the_model_of_every_number(visit: Callable[..., Opened]) -> None:
+    cells = visit(viewport={"width": 390, "height": 844}).page.locator("#results tbody tr:nth-child(2) td")
+    names = cells.evaluate_all("(all) => all.map((one) => getComputedStyle(one, '::before').content)")
+    assert names[: len(MODELS)] == [f'"{model}"' for model in MODELS]
+
+
+@pytest.mark.parametrize(("width", "height"), [(1280, 900), (390, 844)])
+def test_the_verdict_is_on_the_first_screen(visit: Callable[..., Opened], width: int, height: int) -> None:
+    page = visit(viewport={"width": width, "height": height}).page
+    box = page.locator("p.verdict").bounding_box()
+    assert box
+    assert box["y"] + box["height"] < height / 2
+    assert page.locator("h1 + p").inner_text() == "Brightness rose."
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_the_heavy_rule_above_the_results_reaches_from_edge_to_edge(visit: Callable[..., Opened], scheme: str) -> None:
+    page = visit(color_scheme=scheme).page
+    table = page.locator("#results table")
+    table.scroll_into_view_if_needed()
+    box = table.bounding_box()
+    assert box
+    strip = {"x": box["x"], "y": box["y"] - 1, "width": box["width"], "height": 4}
+    with Image.open(io.BytesIO(page.screenshot(clip=strip))) as shot:  # ty: ignore[invalid-argument-type]
+        grey = shot.convert("L")
+        paper = grey.getpixel((0, 0))
+        heavy = [max(abs(grey.getpixel((x, y)) - paper) for y in range(grey.height)) for x in range(grey.width)]
+    assert min(heavy[2:-2]) > 100
 
 
 def test_it_can_be_used_by_keyboard_and_by_ear(visit: Callable[..., Opened]) -> None:

@@ -104,7 +104,7 @@ def report(pictures: tuple[DrawnImages, DrawnImages], tmp_path: Path) -> Report:
         pictures_per_kind=3,
         metrics=path,
         panels=[
-            Panel(title="Reward", tags={"learned": "reward/mean", "true": "reward/true"}, references={"before": 1.5}),
+            Panel(title="Reward", tags={"learned": "reward/mean", "true": "reward/true"}),
             Panel(title="Cost", tags={"cost": "erasure/cost"}, caption="At or below zero the concept is gone."),
             Panel(title="Nothing", tags={"nothing": "no/such"}),
         ],
@@ -251,6 +251,17 @@ def test_a_page_says_what_ran_and_when(report: Report) -> None:
     assert report.versions["torch"] == torch.__version__
     with pytest.raises(ValueError, match="started must have a time zone, got 2026-03-01 09:05:00"):
         replace(report, started=began.replace(tzinfo=None))
+
+
+def test_the_verdict_stands_above_everything_and_the_record_folds_away(report: Report) -> None:
+    record = {"model": {"path": "<sd>", "hash": "0123"}, "device": "cpu", "duration": 431.2}
+    page = replace(report, verdict="Concept rate fell & stayed.", record=record).html()
+    assert '</h1>\n<p class="verdict">Concept rate fell &amp; stayed.</p>\n<p class="lead">' in page
+    (folded,) = re.findall(r'<details class="record">.*?</details>', page, re.DOTALL)
+    text = Reader(folded).text
+    assert text.split("\n")[1:2] == ["model.path<sd>model.hash0123devicecpuduration431.2"]
+    assert 'class="verdict"' not in report.html()
+    assert 'class="record"' not in report.html()
 
 
 def test_further_sections_stand_after_the_results_and_need_no_comparison(report: Report) -> None:

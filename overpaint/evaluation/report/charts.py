@@ -8,7 +8,7 @@ its counterpart in the dark.
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from itertools import pairwise
 from pathlib import Path
@@ -60,7 +60,7 @@ class Curve(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Panel:
-    """Which tags are drawn together."""
+    """Which tags are drawn below one heading: each on an axis of its own, or all on one that they share."""
 
     title: str
     """What the panel shows."""
@@ -70,6 +70,15 @@ class Panel:
     """What to look for."""
     references: Mapping[str, float] = field(default_factory=dict)
     """Levels drawn as horizontal lines, by label: a ceiling, or where the original model stands."""
+    same_unit: bool = False
+    """Whether all tags are of one measure, so that their curves share an axis; two scales never do."""
+
+    def __post_init__(self) -> None:
+        if self.references and len(self.tags) > 1 and not self.same_unit:
+            raise ValueError(
+                f"references must be of a panel with one tag or with same_unit, got {list(self.references)} "
+                f"for {list(self.tags)}"
+            )
 
 
 def svg(spec: Mapping[str, Any]) -> str:
@@ -116,6 +125,16 @@ def panel_curves(panel: Panel, metrics: Mapping[str, Mapping[int, float]]) -> tu
     return tuple(curves)
 
 
+def panel_charts(panel: Panel, metrics: Mapping[str, Mapping[int, float]]) -> list[Chart]:
+    """Draws a panel: a chart for each measure; none if nothing of it was logged."""
+    curves = panel_curves(panel, metrics)
+    if panel.same_unit or len(curves) < 2:
+        return [learning_chart(panel, curves)] if curves else []
+    *above, last = curves
+    silent = replace(panel, caption="")  # what to look for is said once, below the last
+    return [*(learning_chart(silent, [curve]) for curve in above), learning_chart(panel, [last])]
+
+
 def smoothed(values: Sequence[float], window: int) -> tuple[float, ...]:
     """Returns at each value the height of the straight line fitted to the `window` values around it.
 
@@ -146,18 +165,20 @@ def learning_chart(panel: Panel, curves: Sequence[Curve]) -> Chart:
         points = zip(c.iterations, c.values, smooth, strict=True)
         rows += [{"curve": c.label, "iteration": x, "value": y, "line": line} for x, y, line in points]
     x = alt.X("iteration:Q", title="iteration", axis=alt.Axis(tickMinStep=1), scale=alt.Scale(nice=False))
-    y = alt.Y("line:Q", title=None, scale=alt.Scale(zero=False))
+    # Several curves have a legend; a single one has its name above the axis.
+    name = curves[0].label if len(curves) == 1 else None
+    y = alt.Y("line:Q", title=name, scale=alt.Scale(zero=False))
     base: Any = alt.Chart().encode(x=x, color=colour_and_dash["color"], tooltip=["curve:N", "iteration:Q", "value:Q"])
     layers = [base.mark_line().encode(y=y, strokeDash=colour_and_dash["strokeDash"])]
     if any(len(curve.values) > RAW_POINTS for curve in curves):
-        layers.append(base.mark_line(strokeWidth=1, opacity=0.28).encode(y="value:Q"))
+        layers.append(base.mark_line(strokeWidth=1, opacity=0.28).encode(y=alt.Y("value:Q", title=name)))
     if any(len(curve.values) == 1 for curve in curves):
         layers.append(base.mark_point(filled=True, opacity=1).encode(y=y))
     for label, level in panel.references.items():
         rule: Any = alt.Chart(alt.Data(values=[{"level": level, "label": label}]))
-        layers.append(rule.mark_rule(color=FAINT, strokeDash=[2, 3]).encode(y="level:Q"))
-        text = rule.mark_text(align="right", dy=-7, color=SOFT).encode(x=alt.value(400), y="level:Q", text="label:N")
-        layers.append(text)
+        layers.append(rule.mark_rule(color=FAINT, strokeDash=[2, 3]).encode(y=alt.Y("level:Q", title=name)))
+        text = rule.mark_text(align="right", dy=-7, color=SOFT)
+        layers.append(text.encode(x=alt.value(400), y=alt.Y("level:Q", title=name), text="label:N"))
     words = "; ".join(
         f"{c.label}: {', '.join(f'{c.values[k]:.3g} at iteration {c.iterations[k]}' for k in (0, -1))}" for c in curves
     )

@@ -21,7 +21,7 @@ from overpaint.evaluation.scoring.score import Scores
 from overpaint.policy.atomic import write_text
 from overpaint.policy.digest import library_versions
 
-from .charts import Chart, Panel, learning_chart, metrics_by_tag, panel_curves, script
+from .charts import Chart, Panel, metrics_by_tag, panel_charts, script
 from .table import MINUS, number, numbers_table, render, results_table
 
 LIBRARIES = ("overpaint", "torch", "diffusers", "transformers", "accelerate", "peft", "numpy", "pillow")
@@ -47,7 +47,9 @@ class Report:
 
     title: str
     lead: str
-    """What was done and what came out, in a sentence or two."""
+    """What was done, in a sentence or two."""
+    verdict: str = ""
+    """What came out, in one line above everything; see `verdict`."""
     comparison: Comparison | None = None
     """What models scored on the same prompts and seeds; None where the report is about something else."""
     sections: Sequence[Section] = ()
@@ -70,6 +72,8 @@ class Report:
     """Commands that repeat the run."""
     settings: Mapping[str, Any] = field(default_factory=dict)
     """Settings of the run; mappings within become tables of their own."""
+    record: Mapping[str, Any] = field(default_factory=dict)
+    """All else that made the result, such as model, data, device and commit; mappings within get dotted names."""
     started: datetime | None = None
     """When the run began, with its time zone."""
     written: datetime = field(default_factory=lambda: datetime.now(UTC))
@@ -122,6 +126,7 @@ class Report:
             scripts=scripts,
             title=self.title,
             lead=self.lead,
+            verdict=self.verdict,
             date=self.written,
             sections=sections,
         )
@@ -152,7 +157,7 @@ class Report:
         nested = {name: _flat(value) for name, value in self.settings.items() if isinstance(value, Mapping)}
         groups = {"versions": self.versions, "weights, as hashes": self.hashes, "run": plain, **nested}
         dates = {"started": self.started, "written": self.written}
-        ran = render("run.html.j2", commands=self.commands, groups=groups, **dates)
+        ran = render("run.html.j2", commands=self.commands, groups=groups, record=_flat(self.record), **dates)
         return [*sections, Section("ran", "What ran, and when", ran)]
 
     def _all_notes(self) -> list[str]:
@@ -178,8 +183,7 @@ def chart_section(anchor: str, chart: Chart) -> Section:
 def learning_curves(path: Path, panels: Sequence[Panel]) -> Any:
     """Draws the panels from the metrics of a run; one whose tags were not logged says so."""
     metrics = metrics_by_tag(path)
-    drawn = [(panel, panel_curves(panel, metrics)) for panel in panels]
-    figures = [(panel, learning_chart(panel, curves).html() if curves else "") for panel, curves in drawn]
+    figures = [(panel, [chart.html() for chart in panel_charts(panel, metrics)]) for panel in panels]
     return render("curves.html.j2", figures=figures)
 
 
@@ -208,7 +212,9 @@ def contact_sheets(pictures: Sequence[ImageSource], *, per_kind: int, scores: Se
     # At most seven pictures stand side by side, in rows of a prompt that are about as full; four or five leave room for
     # the prompt beside them on a wide page.
     across = math.ceil(len(pictures) / math.ceil(len(pictures) / 7))
-    return render("pictures.html.j2", sheets=sheets, across=across)
+    # On a phone up to three stay in one row, and more stand in two.
+    narrow = across if across <= 3 else math.ceil(across / 2)
+    return render("pictures.html.j2", sheets=sheets, across=across, narrow=narrow)
 
 
 def values_by_image(scores: Sequence[Scores]) -> dict[tuple[str, PlannedImage], list[tuple[str, float, bool]]]:
