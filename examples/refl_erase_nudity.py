@@ -260,7 +260,13 @@ def write(
         config,
         program="accelerate launch examples/refl_erase_nudity.py",
         usual=complete(Config(policy=config.policy, method=config.method)),
-        title=f"{about.concept.name}: {eraser}, then ReFL",
+        told={
+            "concept": about.concept.name,
+            "erased_by": "" if erasure is None else eraser,
+            "tuned_by": "ReFL",
+            "reward": "ImageReward" if config.reward is None else "reward",
+            "held_out": "true utility" if config.tiny else "",
+        },
         lead=f"{eraser} was applied to {config.original or about.name}, against {about.concept.name}; ReFL then tuned "
         "it for the reward under the constraint that the concept stays gone.",
         models={

@@ -145,7 +145,11 @@ def main(config: Config) -> None:
         config,
         program="accelerate launch examples/refl_finetune.py",
         usual=complete(Config(policy=config.policy)),
-        title=f"{config.reward or 'ImageReward'} by ReFL",
+        told={
+            "tuned_by": "ReFL",
+            "reward": measures[0].name,
+            "held_out": "true utility" if config.tiny else "",
+        },
         lead=f"{config.iterations} iterations of ReFL on {'the tiny world' if config.tiny else config.policy}.",
         metrics=config.output_dir / "metrics.jsonl",
         panels=(

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .takeover import PIPELINE_CLASSES, check_unet
+from .takeover import PIPELINE_CLASSES, check_scheduler, check_unet
 
 PARTS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
 
@@ -38,8 +38,17 @@ class CheckpointFiles:
     """Where the configuration lies; for a hub id, in the cache."""
 
     def read(self, name: str) -> Mapping[str, Any]:
-        """Returns a file of the configuration."""
-        values: Mapping[str, Any] = json.loads((self.folder / name).read_text(encoding="utf-8"))
+        """Returns a file of the configuration.
+
+        Raises:
+            ValueError: It is not there, or no JSON.
+        """
+        if not (self.folder / name).is_file():
+            raise ValueError(f"a checkpoint's folder must hold {name}, and {self.name} does not")
+        try:
+            values: Mapping[str, Any] = json.loads((self.folder / name).read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ValueError(f"{name} of {self.name} must be JSON, got {error}") from error
         return values
 
     def check(self) -> None:
@@ -48,8 +57,6 @@ class CheckpointFiles:
         Raises:
             ValueError: They are not.
         """
-        if "model_index.json" not in self.files:
-            raise ValueError(f"a checkpoint's folder must hold model_index.json, and {self.name} does not")
         kind = self.read("model_index.json").get("_class_name")
         if kind not in PIPELINE_CLASSES:
             raise ValueError(f"the checkpoint must be a {PIPELINE_CLASSES[0]}, and {self.name} is a {kind}")
@@ -57,6 +64,13 @@ class CheckpointFiles:
             if not any(file.startswith(f"{part}/") for file in self.files):
                 raise ValueError(f"a checkpoint's folder must hold {part}/, and {self.name} does not")
         check_unet(self.read("unet/config.json"))
+        import diffusers
+
+        config = self.read("scheduler/scheduler_config.json")
+        make: Any = getattr(diffusers, str(config.get("_class_name")), None)
+        if make is None:
+            raise ValueError(f"the scheduler must be one of diffusers, got {config.get('_class_name')} in {self.name}")
+        check_scheduler(make.from_config(config))
 
     def variants(self) -> dict[str, str]:
         """Returns the variant of each network that has its weights under no other name.

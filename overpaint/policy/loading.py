@@ -97,6 +97,7 @@ def _load_parts(path: str | Path, options: dict[str, Any], config: str | Path | 
 def _load_file(path: str | Path, options: dict[str, Any], config: str | Path | None) -> Pipeline:
     """Loads a single file; one whose header cannot be read is left to diffusers, which says what is wrong with it."""
     from diffusers import StableDiffusionPipeline
+    from diffusers.loaders.single_file_utils import SingleFileComponentError
     from diffusers.utils import logging as of_diffusers
 
     try:
@@ -114,6 +115,8 @@ def _load_file(path: str | Path, options: dict[str, Any], config: str | Path | N
             )
     except OSError as error:
         raise ValueError(f"the checkpoint must be a .safetensors or .ckpt file, and {path} is neither") from error
+    except SingleFileComponentError as error:  # a text encoder under names that diffusers does not know
+        raise ValueError(f"{path} must hold all three networks under names that diffusers knows: {error}") from error
     except NotImplementedError as error:  # what the file does not hold has no data that could be converted
         raise ValueError(lacking) from error
     networks = (pipeline.unet, pipeline.vae, pipeline.text_encoder)

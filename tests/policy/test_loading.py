@@ -244,6 +244,35 @@ def test_unet_that_reads_more_is_refused_by_its_configuration(
         check_checkpoint(pipeline_copy)
 
 
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        (
+            {"_class_name": "DDIMScheduler", "clip_sample": True},
+            r"clip_sample must be False, .* set it in scheduler_conf",
+        ),
+        ({"prediction_type": "flow"}, "prediction_type must be one of"),
+        ({"_class_name": "MyScheduler"}, "must be one of diffusers, got MyScheduler"),
+    ],
+)
+def test_scheduler_is_checked_before_weights_are_loaded(
+    changed: dict[str, Any], message: str, pipeline_copy: Path
+) -> None:
+    check_checkpoint(pipeline_copy)
+    change(pipeline_copy / "scheduler" / "scheduler_config.json", **changed)
+    with pytest.raises(ValueError, match=message):
+        check_checkpoint(pipeline_copy)
+
+
+def test_damaged_configuration_is_refused_by_name(pipeline_copy: Path) -> None:
+    (pipeline_copy / "unet" / "config.json").write_text('{"in_channels": ')
+    with pytest.raises(ValueError, match=r"unet/config.json of .*pipeline must be JSON, got Expecting value"):
+        check_checkpoint(pipeline_copy)
+    (pipeline_copy / "unet" / "config.json").unlink()
+    with pytest.raises(ValueError, match=r"must hold unet/config.json, and .*pipeline does not"):
+        check_checkpoint(pipeline_copy)
+
+
 def test_home_is_expanded(pipeline_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(pipeline_dir.parent))
     for path in (f"~/{pipeline_dir.name}", Path("~") / pipeline_dir.name):

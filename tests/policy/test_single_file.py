@@ -176,6 +176,14 @@ def test_file_that_lacks_a_weight_is_refused(
         DiffusionPolicy.from_pretrained(file, config=config, device="cpu", dtype=dtype)
 
 
+def test_file_with_names_that_diffusers_does_not_know_is_refused(
+    weights: dict[str, Tensor], config: Path, tmp_path: Path
+) -> None:
+    older = renamed(weights, "cond_stage_model.transformer.text_model.", "cond_stage_model.transformer.")
+    with pytest.raises(ValueError, match=r"under names that diffusers knows: .*CLIPTextModel"):
+        DiffusionPolicy.from_pretrained(save(tmp_path / "m.safetensors", older), config=config, device="cpu")
+
+
 def test_configuration_is_needed_where_the_hub_cannot_be_reached(
     weights: dict[str, Tensor], config: Path, tmp_path: Path
 ) -> None:

@@ -21,20 +21,22 @@ from overpaint.evaluation.own_prompts import concept_prompts, read_prompt_kinds
 from overpaint.evaluation.prompts import nudity_prompts
 from overpaint.evaluation.report.page import Report
 from overpaint.evaluation.report.table import text_table
+from overpaint.evaluation.report.verdict import verdict
 from overpaint.evaluation.scoring.compare import compare
 from overpaint.evaluation.scoring.score import Measure, Scores, gather, score
 from overpaint.policy import DiffusionPolicy
 from overpaint.policy.atomic import write_text
-from overpaint.training import process_state
-from rewards import ImageReward, NudeNet, NudeNetConfig, Reward
+from overpaint.tinyworld import REWARDS as TINY_WORLD_REWARDS
+from overpaint.training import process_state, read_run_record
+from overpaint.training.record import RECORD
+from rewards import DETECTOR_CONCEPTS, SHOWN_FROM, ImageReward, Reward, concept_measure
+from rewards.measures import NUDENET
 
 from .options import OWNED, TINY_WORLD
 from .program import command_line, settings_yaml
 
 CONCEPT_RATE = "concept rate"
 """Name of the measure that tells how often the concept shows."""
-UNMEASURED = "none"
-"""What measures no concept."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -185,14 +187,7 @@ def stable_diffusion(
         neighbours = [text for text in concept.preserve if text.strip()]
         return concept_prompts(concept.phrases, neighbours, kind, count, seed)
 
-    if measure is None and nudity:
-        nudenet = NudeNetConfig(threshold=0.6, count="images")
-        detector = NudeNet(nudenet)
-        labels = len(nudenet.labels)
-        note = f"NudeNet 3.4, {labels} exposed labels, threshold {nudenet.threshold}, counted once per image."
-        shown = (_concept_rate(lambda i, p: detector(i, p) > 0, note),)
-    else:
-        shown = _named_measure(measure or "clip", concept)
+    shown = _named_measure(measure or ("nudenet" if nudity else "clip"), concept)
     chosen = reward or ImageReward.load("ImageReward-v1.0")
     first = _own_reward(reward) or (Measure("ImageReward", chosen, note="ImageReward-v1.0."),)
     return Experiment(
@@ -205,16 +200,26 @@ def stable_diffusion(
     )
 
 
+NUDENET_NOTE = (
+    f"NudeNet 3.4, {len(NUDENET.labels)} exposed labels, threshold {NUDENET.threshold}, counted once per image."
+)
+
+
 def _concept_rate(metric: Any, note: str) -> Measure:
     return Measure(CONCEPT_RATE, metric, ("explicit", "implicit", "benign"), "lower", note)
 
 
 def _named_measure(name: str, concept: Concept) -> tuple[Measure, ...]:
-    """Returns the measure of a concept by its name; none for `UNMEASURED`."""
-    if name == UNMEASURED:
-        return ()
-    found = concept_measure(name, concept.phrases, concept.anchor)
-    return (_concept_rate(found.shown, found.note),)
+    """Returns the measure of a concept by its name, if it is to be measured.
+
+    Raises:
+        ValueError: It is one of another concept.
+    """
+    if concept.name not in (known := DETECTOR_CONCEPTS.get(name, {concept.name})):
+        raise ValueError(f"measure must be one that knows {concept.name!r}, got {name}, which knows {', '.join(known)}")
+    found = concept_measure(name, concept.phrases, concept.anchor, more=TINY_WORLD_REWARDS)
+    note = NUDENET_NOTE if name == "nudenet" else f"{name} gives {SHOWN_FROM} or more."
+    return () if found is None else (_concept_rate(lambda i, p: found(i, p) >= SHOWN_FROM, note),)
 
 
 def _own_reward(reward: Reward | None) -> tuple[Measure, ...]:
@@ -295,6 +300,7 @@ def write_results(
     program: str,
     usual: Any = None,
     settings: Any = None,
+    told: Mapping[str, Any],
     **page: Any,
 ) -> str:
     """Writes the table that compares models, the numbers, the settings and the report; returns what to print.
@@ -306,18 +312,24 @@ def write_results(
         program: What starts it, as for `command_line`.
         usual: The settings that hold when all options are left out but those that decide others.
         settings: Further settings for the page, by name.
-        page: Further fields of `Report`, such as `title` and `lead`.
+        told: What was done, for the `verdict`, which the page is named by.
+        page: Further fields of `Report`, such as `lead`.
     """
     comparison = compare([one.scores for one in evaluations])
     table = text_table(comparison)
     comparison.save(folder / "comparison.json")
     write_text(folder / "table.txt", table + "\n")
     write_text(folder / "settings.yaml", settings_yaml(config, OWNED))
+    found = verdict([one.scores for one in evaluations], **told)
+    record = read_run_record(folder) if (folder / RECORD).is_file() else {}
     Report(
+        title=found.title,
+        verdict=found.line,
+        record={name: value for name, value in record.items() if name not in ("settings", "libraries")},
         comparison=comparison,
         pictures=[one.images for one in evaluations],
         commands=[command_line(program, config, usual)],
         settings={"run": asdict(config), **(settings or {})},
         **page,
     ).save(folder / "report.html")
-    return f"{table}\n\nThe report, with pictures: {folder / 'report.html'}"
+    return f"{found.line}\n\n{table}\n\nThe report, with pictures: {folder / 'report.html'}"

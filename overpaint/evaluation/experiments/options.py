@@ -235,4 +235,6 @@ class RewardOptions:
         """Returns the reward that was asked for; None where none was."""
         if self.reward is None and self.reward_weights is None and self.vocab is None:
             return None
-        return reward_named(self.reward or "image-reward", TINY_WORLD_REWARDS)
+        return reward_named(
+            self.reward or "image-reward", TINY_WORLD_REWARDS, weights=self.reward_weights, vocab=self.vocab
+        )
