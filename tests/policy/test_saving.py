@@ -28,7 +28,7 @@ def plain_images(folder: Path, lora: Path | None = None) -> Tensor:
     pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)
     pipeline.set_progress_bar_config(disable=True)
     latents = SampleNoise(SEEDS, height=8, width=8, device=torch.device("cpu")).draw()
-    return pipeline(PROMPTS, num_inference_steps=STEPS, guidance_scale=5.0, latents=latents, output_type="pt").images
+    return pipeline(PROMPTS, num_inference_steps=STEPS, latents=latents, output_type="pt").images
 
 
 @pytest.mark.parametrize("config", [LoRAConfig(), LoRAConfig(rank=2, alpha=6.0, targets=("attn2.to_k", "conv1"))])
