@@ -108,7 +108,7 @@ def test_a_network_that_rewards_is_known_by_its_weights() -> None:
     judge = Judge(2, 1)
     before = reward_record(judge)
     with torch.no_grad():
-        judge.bias += 1
+        judge.bias.add_(1)
     after = reward_record(judge)
     assert before.keys() == {"class", "differentiable", "weights"}
     assert before["weights"] != after["weights"]
