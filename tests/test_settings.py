@@ -106,8 +106,8 @@ def test_tyro_reads_them(capsys: pytest.CaptureFixture[str]) -> None:
     assert "How many." in capsys.readouterr().out
 
 
-def test_a_paths_tilde_is_the_home_folder(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HOME", "/home/somebody")
-    assert Outer(folder=Path("~/runs")).folder == Path("/home/somebody/runs")
+def test_a_paths_tilde_is_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert Outer(folder=Path("~/runs")).folder == tmp_path / "runs"
     with pytest.raises(ValueError, match=r"Outer.folder must begin with a known home folder, got '~nobody-here/runs'"):
         Outer(folder=Path("~nobody-here/runs"))

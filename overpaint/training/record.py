@@ -17,9 +17,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from overpaint.policy.atomic import write_text
-from overpaint.policy.digest import class_name, library_versions
+from overpaint.policy.digest import class_name, library_versions, weights_digest
 from rewards import Reward
 
 RECORD = "run.json"
@@ -153,8 +154,11 @@ def prompts_record(prompts: Sequence[str]) -> dict[str, Any]:
 
 
 def reward_record(reward: Reward) -> dict[str, Any]:
-    """Returns the class of a reward, what it says of itself, and whether it has a gradient."""
-    return {"class": class_name(reward), "repr": shown(reward), "differentiable": reward.differentiable}
+    """Returns the class of a reward, whether it has a gradient, and its weights' hash or what it says of itself."""
+    record = {"class": class_name(reward), "differentiable": reward.differentiable}
+    if isinstance(reward, nn.Module):
+        return record | {"weights": weights_digest({"reward": reward})}
+    return record | {"repr": shown(reward)}
 
 
 def shown(thing: object) -> str:

@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from torch import nn
 
 from overpaint.policy.types import Images, PerSample
 from overpaint.training import TrainingConfig, TrainingRun, read_run_record
@@ -94,6 +96,22 @@ def test_prompts_and_rewards_are_told_apart() -> None:
     told = reward_record(Detector())
     assert told["class"].endswith(".Detector")
     assert (told["differentiable"], " at 0x" in told["repr"]) == (True, False)
+
+
+def test_a_network_that_rewards_is_known_by_its_weights() -> None:
+    class Judge(nn.Linear):
+        differentiable = True
+
+        def __call__(self, images: Images, prompts: Sequence[str]) -> PerSample:
+            raise NotImplementedError
+
+    judge = Judge(2, 1)
+    before = reward_record(judge)
+    with torch.no_grad():
+        judge.bias.add_(1)
+    after = reward_record(judge)
+    assert before.keys() == {"class", "differentiable", "weights"}
+    assert before["weights"] != after["weights"]
 
 
 def test_commit_is_that_of_a_checkout_and_none_elsewhere(tmp_path: Path) -> None:

@@ -138,6 +138,26 @@ def test_second_ctrl_c_aborts_at_once(tmp_path: Path) -> None:
     assert not (tmp_path / "run" / "checkpoints").exists()
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform == "win32", reason="signals are sent as POSIX has them")
+def test_ctrl_c_reaches_all_processes_of_a_launcher_once(tmp_path: Path) -> None:
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command = [*launcher, str(Path(__file__).with_name("slow_program.py")), str(tmp_path / "run")]
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).resolve().parents[2]), "OMP_NUM_THREADS": "1"}
+    program = subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+    )
+    with program:
+        assert program.stdout is not None
+        for line in program.stdout:
+            if line == "iteration 1\n":
+                os.killpg(program.pid, signal.SIGINT)  # as a terminal does; torchrun then passes it on
+                break
+        told = program.stdout.read()
+    assert told.count("stopped by Ctrl-C after 2 of 40 iterations") == 1
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["iteration-00000002"]
+
+
 def test_signals_of_one_press_are_one(capfd: pytest.CaptureFixture) -> None:
     with Termination() as termination:
         for _ in range(3):  # from the terminal, and from a launcher that passes it on
