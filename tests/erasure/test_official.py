@@ -160,7 +160,7 @@ def bare_ldm(weights: Mapping[str, Tensor], folder: Path) -> Path:
         (prefixed_safetensors, "UCE (official file)"),
         (parameters_pt, "ESD (official file)"),
         (modules_pt, "ESD (official file)"),
-        (old_pickle, "ESD (official file)"),
+        (old_pickle, "file esd.pt"),
         (delta_bin, "AC (official file)"),
         (delta_ckpt, "file delta_epoch=000003.ckpt"),
         (bare_ldm, "ESD (official file)"),
@@ -201,7 +201,7 @@ def test_every_name_of_stable_diffusion_one_in_the_original_is_known() -> None:
     from diffusers import UNet2DConditionModel
 
     with torch.device("meta"):
-        unet = UNet2DConditionModel(cross_attention_dim=768)  # its other settings are diffusers' defaults
+        unet: Any = UNet2DConditionModel(cross_attention_dim=768)  # its other settings are diffusers' defaults
     names = {ldm_name(name, layers=2): name for name in base_parameters(unet)}
     assert len(names) == 686
     assert {
@@ -270,7 +270,7 @@ def test_folder_of_a_pipeline_or_of_its_unet_is_read(
     else:
         pipeline.save_pretrained(tmp_path / "MACE-nudity", safe_serialization=False)
     for folder, method in (
-        (tmp_path / "MACE-nudity", "MACE (official file)"),
+        (tmp_path / "MACE-nudity", "folder MACE-nudity"),
         (tmp_path / "MACE-nudity/unet", "folder unet"),
     ):
         erasure = Erasure.from_official(folder, base=base, concept=NUDITY)
@@ -498,6 +498,18 @@ def test_base_in_half_precision_does_not_differ_by_its_own_rounding(
     erasure = Erasure.from_official(
         safetensors(after, tmp_path), base=make_policy(dtype=torch.bfloat16), concept=NUDITY
     )
+    assert erasure.delta.tensors.keys() == {changed}
+
+
+def test_two_half_precisions_of_one_model_do_not_differ(
+    base: DiffusionPolicy, make_policy: Callable[..., DiffusionPolicy], tmp_path: Path
+) -> None:
+    changed = next(iter(weights_of(base, *KEYS)))
+    erased = make_policy()
+    with torch.no_grad():
+        base_parameters(erased.unet)[changed].add_(0.1)
+    erased.to_pipeline().to(torch.float16).save_pretrained(tmp_path)
+    erasure = Erasure.from_official(tmp_path, base=make_policy(dtype=torch.bfloat16), concept=NUDITY)
     assert erasure.delta.tensors.keys() == {changed}
 
 
