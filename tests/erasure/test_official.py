@@ -233,6 +233,42 @@ def test_whole_checkpoint_of_the_original_is_read(
         torch.testing.assert_close(difference, after[name] - before[name], rtol=0, atol=1e-6)
 
 
+def open_clip(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A text encoder as Stable Diffusion 2 has it in its original files: OpenCLIP's names, queries to values in one."""
+    plain = {name.removeprefix("text_model."): value for name, value in state.items()}
+    found = {}
+    for name, value in plain.items():
+        if ".k_proj" in name or ".v_proj" in name:
+            continue
+        if ".q_proj" in name:
+            value = torch.cat([plain[name.replace("q_proj", f"{which}_proj")] for which in "qkv"])
+        for ours, theirs in (
+            ("encoder.layers", "transformer.resblocks"), ("layer_norm1", "ln_1"), ("layer_norm2", "ln_2"),
+            ("mlp.fc1", "mlp.c_fc"), ("mlp.fc2", "mlp.c_proj"), ("self_attn", "attn"), ("final_layer_norm", "ln_final"),
+            ("embeddings.position_embedding.weight", "positional_embedding"), ("embeddings.token", "token"),
+            ("q_proj.", "in_proj_"),
+        ):  # fmt: skip
+            name = name.replace(ours, theirs)
+        found[f"cond_stage_model.model.{name}"] = value
+    return found
+
+
+def test_whole_checkpoint_of_stable_diffusion_two_is_read(
+    make_policy: Callable[..., DiffusionPolicy], v_pipeline_dir: Path, tmp_path: Path
+) -> None:
+    base = make_policy(path=v_pipeline_dir)
+    whole = ldm_checkpoint(base, weights_of(base) | trained(weights_of(base, *KEYS)))
+    whole = {name: value for name, value in whole.items() if not name.startswith("cond_stage_model.")}
+    text = open_clip(base.text_encoder.state_dict())
+    torch.save({"state_dict": whole | text}, tmp_path / "v2.ckpt")
+    erasure = Erasure.from_official(tmp_path / "v2.ckpt", base=base, concept=NUDITY)
+    assert erasure.delta.tensors.keys() == weights_of(base, *KEYS).keys()
+    for name in text:  # every one is compared
+        torch.save({"state_dict": whole | text | {name: text[name] + 1}}, tmp_path / "v2.ckpt")
+        with pytest.raises(ValueError, match=r"the base's text encoder.* differs in [13] of 36 weights"):
+            Erasure.from_official(tmp_path / "v2.ckpt", base=base, concept=NUDITY)
+
+
 def test_whole_checkpoint_with_another_text_encoder_vae_or_with_weights_missing_is_refused(
     base: DiffusionPolicy, tmp_path: Path
 ) -> None:
