@@ -31,8 +31,8 @@ from .unet_names import unet_names
 ERASER = re.compile(r"(?P<layer>.*\.attn2)\.(.*\.)?(?P<weight>(down|up)\.(weight|bias))")
 """Name of an eraser's weight: its cross-attention, whatever wraps the eraser there, and its half."""
 
-RELEASES = {"ESD": r"esd", "UCE": r"uce|erased", "MACE": r"mace", "EraseFlow": r"erase_?flow", "Receler": r"receler"}
-"""How the names of files and folders of a release begin, or one of their parts."""
+FILE_NAMES = {"ESD": r"esd-.+[-_]from[-_].+|.+-ESD[xu]\d.*", "UCE": r"erased-.+-towards_.+|uce_.+"}
+"""How the code of a method's authors names its files, where it does so as nobody else would."""
 
 METHOD_OF = {"concept ablation's delta": "AC (official file)", "erasers": "Receler (official file)"}
 """Methods whose files nobody else writes."""
@@ -146,8 +146,8 @@ def _method(path: Path, layout: str) -> str:
     """Returns the method that a layout or a name gives away, and otherwise the name alone."""
     if layout in METHOD_OF:
         return METHOD_OF[layout]
-    for method, pattern in RELEASES.items():
-        if re.search(rf"(^|[^a-z])({pattern})", path.name.lower()):
+    for method, pattern in FILE_NAMES.items():
+        if path.is_file() and re.fullmatch(pattern, path.name):
             return f"{method} (official file)"
     return f"{'folder' if path.is_dir() else 'file'} {path.name}"
 
@@ -189,8 +189,11 @@ def same_but_for_rounding(original: Tensor, value: Tensor) -> bool:
 
     A weight that was trained in half precision differs from the rounded original in some of its numbers at least.
     """
-    theirs = value.float()
-    rounded = (original.to(dtype).float() for dtype in (value.dtype, torch.float16, torch.bfloat16))
+    theirs, halves = value.float(), {torch.float16, torch.bfloat16}
+    if {original.dtype, value.dtype} == halves:  # each is the original's, rounded in its own way
+        tolerance, smallest = sum(torch.finfo(dtype).eps for dtype in halves) / 2, 2.0**-24  # float16's
+        return torch.allclose(original.float(), theirs, rtol=tolerance, atol=smallest)
+    rounded = (original.to(dtype).float() for dtype in (value.dtype, *halves))
     return any(torch.equal(ours, theirs) for ours in rounded) or torch.equal(theirs.to(original.dtype), original)
 
 

@@ -160,7 +160,7 @@ def bare_ldm(weights: Mapping[str, Tensor], folder: Path) -> Path:
         (prefixed_safetensors, "UCE (official file)"),
         (parameters_pt, "ESD (official file)"),
         (modules_pt, "ESD (official file)"),
-        (old_pickle, "ESD (official file)"),
+        (old_pickle, "file esd.pt"),
         (delta_bin, "AC (official file)"),
         (delta_ckpt, "file delta_epoch=000003.ckpt"),
         (bare_ldm, "ESD (official file)"),
@@ -201,7 +201,7 @@ def test_every_name_of_stable_diffusion_one_in_the_original_is_known() -> None:
     from diffusers import UNet2DConditionModel
 
     with torch.device("meta"):
-        unet = UNet2DConditionModel(cross_attention_dim=768)  # its other settings are diffusers' defaults
+        unet: Any = UNet2DConditionModel(cross_attention_dim=768)  # its other settings are diffusers' defaults
     names = {ldm_name(name, layers=2): name for name in base_parameters(unet)}
     assert len(names) == 686
     assert {
@@ -231,6 +231,42 @@ def test_whole_checkpoint_of_the_original_is_read(
     assert erasure.delta.tensors.keys() == weights_of(base, *KEYS).keys()
     for name, difference in erasure.delta.tensors.items():
         torch.testing.assert_close(difference, after[name] - before[name], rtol=0, atol=1e-6)
+
+
+def open_clip(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A text encoder as Stable Diffusion 2 has it in its original files: OpenCLIP's names, queries to values in one."""
+    plain = {name.removeprefix("text_model."): value for name, value in state.items()}
+    found = {}
+    for name, value in plain.items():
+        if ".k_proj" in name or ".v_proj" in name:
+            continue
+        if ".q_proj" in name:
+            value = torch.cat([plain[name.replace("q_proj", f"{which}_proj")] for which in "qkv"])
+        for ours, theirs in (
+            ("encoder.layers", "transformer.resblocks"), ("layer_norm1", "ln_1"), ("layer_norm2", "ln_2"),
+            ("mlp.fc1", "mlp.c_fc"), ("mlp.fc2", "mlp.c_proj"), ("self_attn", "attn"), ("final_layer_norm", "ln_final"),
+            ("embeddings.position_embedding.weight", "positional_embedding"), ("embeddings.token", "token"),
+            ("q_proj.", "in_proj_"),
+        ):  # fmt: skip
+            name = name.replace(ours, theirs)
+        found[f"cond_stage_model.model.{name}"] = value
+    return found
+
+
+def test_whole_checkpoint_of_stable_diffusion_two_is_read(
+    make_policy: Callable[..., DiffusionPolicy], v_pipeline_dir: Path, tmp_path: Path
+) -> None:
+    base = make_policy(path=v_pipeline_dir)
+    whole = ldm_checkpoint(base, weights_of(base) | trained(weights_of(base, *KEYS)))
+    whole = {name: value for name, value in whole.items() if not name.startswith("cond_stage_model.")}
+    text = open_clip(base.text_encoder.state_dict())
+    torch.save({"state_dict": whole | text}, tmp_path / "v2.ckpt")
+    erasure = Erasure.from_official(tmp_path / "v2.ckpt", base=base, concept=NUDITY)
+    assert erasure.delta.tensors.keys() == weights_of(base, *KEYS).keys()
+    for name in text:  # every one is compared
+        torch.save({"state_dict": whole | text | {name: text[name] + 1}}, tmp_path / "v2.ckpt")
+        with pytest.raises(ValueError, match=r"the base's text encoder.* differs in [13] of 36 weights"):
+            Erasure.from_official(tmp_path / "v2.ckpt", base=base, concept=NUDITY)
 
 
 def test_whole_checkpoint_with_another_text_encoder_vae_or_with_weights_missing_is_refused(
@@ -270,7 +306,7 @@ def test_folder_of_a_pipeline_or_of_its_unet_is_read(
     else:
         pipeline.save_pretrained(tmp_path / "MACE-nudity", safe_serialization=False)
     for folder, method in (
-        (tmp_path / "MACE-nudity", "MACE (official file)"),
+        (tmp_path / "MACE-nudity", "folder MACE-nudity"),
         (tmp_path / "MACE-nudity/unet", "folder unet"),
     ):
         erasure = Erasure.from_official(folder, base=base, concept=NUDITY)
@@ -498,6 +534,18 @@ def test_base_in_half_precision_does_not_differ_by_its_own_rounding(
     erasure = Erasure.from_official(
         safetensors(after, tmp_path), base=make_policy(dtype=torch.bfloat16), concept=NUDITY
     )
+    assert erasure.delta.tensors.keys() == {changed}
+
+
+def test_two_half_precisions_of_one_model_do_not_differ(
+    base: DiffusionPolicy, make_policy: Callable[..., DiffusionPolicy], tmp_path: Path
+) -> None:
+    changed = next(iter(weights_of(base, *KEYS)))
+    erased = make_policy()
+    with torch.no_grad():
+        base_parameters(erased.unet)[changed].add_(0.1)
+    erased.to_pipeline().to(torch.float16).save_pretrained(tmp_path)
+    erasure = Erasure.from_official(tmp_path, base=make_policy(dtype=torch.bfloat16), concept=NUDITY)
     assert erasure.delta.tensors.keys() == {changed}
 
 
