@@ -88,9 +88,7 @@ class DiffusionPolicy:
         for network in self._networks:
             network.requires_grad_(False).eval()  # trained parameters are then switched on one by one
             if dtype is not None and network.dtype != dtype:
-                nn.Module.to(
-                    network, dtype=dtype
-                )  # diffusers' own warns of layers to keep in float32, of which it has none
+                nn.Module.to(network, dtype=dtype)  # the networks' own warns of float32 layers, of which there are none
         self._trained = TrainedWeights(self.unet, lora, train)
         self.to(default_device() if device is None else torch.device(device))
         if gradient_checkpointing:
