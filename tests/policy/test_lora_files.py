@@ -64,7 +64,7 @@ def peft_folder(policy: DiffusionPolicy, folder: Path) -> Path:
     )
     model = peft.get_peft_model(plain, settings)
     peft.set_peft_model_state_dict(model, {f"base_model.model.{n}": v for n, v in peft_state(policy).items()})
-    model.save_pretrained(folder)
+    model.save_pretrained(str(folder))
     return folder
 
 
@@ -209,6 +209,7 @@ def test_layers_of_different_ranks_and_scales_keep_their_product_and_learn(
     save_file(state, tmp_path / "mixed.safetensors")
     policy = make_policy()
     policy.load_lora(tmp_path)
+    assert policy.lora is not None
     assert (policy.lora.rank, policy.lora.alpha) == (4, 4.0)
     for name, value in merged_state(policy.unet).items():
         torch.testing.assert_close(value, expected.get(name, before[name]))
