@@ -16,6 +16,7 @@ from .metrics.statistics import (
 )
 from .prompts import Prompt, PromptSet, prompt_set
 from .report.charts import Chart, Curve, Panel, series_chart
+from .report.model_card import ModelCard, push_to_hub
 from .report.page import Report, Section, chart_section
 from .report.pareto import Point, pareto_chart
 from .report.table import Table, text_table
@@ -38,6 +39,7 @@ __all__ = [
     "Measure",
     "Measured",
     "Metric",
+    "ModelCard",
     "OtherImages",
     "Panel",
     "PipelineDrawable",
@@ -66,6 +68,7 @@ __all__ = [
     "plan",
     "prompt_set",
     "published_comparison",
+    "push_to_hub",
     "rate_estimate",
     "score",
     "series_chart",

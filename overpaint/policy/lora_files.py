@@ -131,8 +131,16 @@ def read_lora(path: str | Path, unet: UNet, *, drop_text_encoder: bool = False) 
     config = LoRAConfig(
         rank=rank, alpha=alpha, targets=_targets(unet, layers), dora=any(n.endswith(NORMS) for n in tensors)
     )
-    base = {name.removeprefix(BASE): value for name, value in header.items() if name.startswith(BASE)}
-    return LoRAFile(file, config, tensors, found, base)
+    return LoRAFile(file, config, tensors, found, _base(header))
+
+
+def recorded_base(path: str | Path) -> dict[str, str]:
+    """Returns the hashes of the weights beneath that a LoRA's file or folder records, as `base_hashes` gives them.
+
+    Raises:
+        ValueError: There is no such file, or it cannot be read.
+    """
+    return _base(_load(_find(Path(path).expanduser()))[1])
 
 
 def save_lora(
@@ -164,7 +172,7 @@ def save_lora(
     if format == "diffusers":
         state = {UNET + name: value for name, value in convert_state_dict_to_diffusers(state).items()}
         # Of peft's many settings only these, which diffusers reads: an older peft refuses what it does not know.
-        settings = {"r": config.rank, "lora_alpha": config.alpha, "target_modules": config.targets}
+        settings: dict[str, Any] = {"r": config.rank, "lora_alpha": config.alpha, "target_modules": config.targets}
         settings |= {"use_dora": config.dora, "lora_bias": False, "rank_pattern": {}, "alpha_pattern": {}}
         header[SETTINGS] = json.dumps({UNET + name: value for name, value in settings.items()})
     elif format != "kohya":
@@ -199,6 +207,10 @@ def base_hashes(unet: nn.Module, guard: SamplingGuard | None = None) -> dict[str
         )
         for dtype in (torch.bfloat16, torch.float16)
     }
+
+
+def _base(header: Mapping[str, str]) -> dict[str, str]:
+    return {name.removeprefix(BASE): value for name, value in header.items() if name.startswith(BASE)}
 
 
 def _find(path: Path) -> Path:

@@ -13,7 +13,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from overpaint.policy import DiffusionPolicy, LoRAConfig, WeightDelta, merged_state
-from overpaint.policy.lora_files import LoRAFormat, base_hashes
+from overpaint.policy.lora_files import LoRAFormat, base_hashes, read_lora, save_lora
+from overpaint.policy.weights import attach_lora
 
 Images = Callable[[DiffusionPolicy], Tensor]
 Stir = Callable[[DiffusionPolicy], None]
@@ -64,7 +65,7 @@ def peft_folder(policy: DiffusionPolicy, folder: Path) -> Path:
     )
     model = peft.get_peft_model(plain, settings)
     peft.set_peft_model_state_dict(model, {f"base_model.model.{n}": v for n, v in peft_state(policy).items()})
-    model.save_pretrained(folder)
+    model.save_pretrained(str(folder))
     return folder
 
 
@@ -209,6 +210,7 @@ def test_layers_of_different_ranks_and_scales_keep_their_product_and_learn(
     save_file(state, tmp_path / "mixed.safetensors")
     policy = make_policy()
     policy.load_lora(tmp_path)
+    assert policy.lora is not None
     assert (policy.lora.rank, policy.lora.alpha) == (4, 4.0)
     for name, value in merged_state(policy.unet).items():
         torch.testing.assert_close(value, expected.get(name, before[name]))
@@ -317,6 +319,52 @@ def test_a_saved_lora_draws_the_same_here_and_in_plain_diffusers(
     fresh = make_policy(lora=config)
     fresh.load_lora(file)
     assert torch.equal(images(fresh), images(policy))
+
+
+@pytest.mark.parametrize("linear", [False, True], ids=["SD 1", "SD 2"])
+@pytest.mark.parametrize("format", ["diffusers", "kohya"])
+def test_every_layer_of_stable_diffusions_unet_finds_its_name_again(
+    linear: bool, format: LoRAFormat, tmp_path: Path
+) -> None:
+    from diffusers import UNet2DConditionModel
+
+    def unet() -> UNet2DConditionModel:  # the blocks of the real one, and few channels
+        return UNet2DConditionModel(
+            sample_size=8, block_out_channels=(4, 8, 8, 8), layers_per_block=2, cross_attention_dim=8,
+            attention_head_dim=2, norm_num_groups=2, use_linear_projection=linear,
+        )  # fmt: skip
+
+    attention = ("to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2", "proj_in", "proj_out")
+    residual = (
+        "conv1",
+        "conv2",
+        "conv_shortcut",
+        "time_emb_proj",
+        "conv",
+        "linear_1",
+        "linear_2",
+        "conv_in",
+        "conv_out",
+    )
+    first, second = unet(), unet()
+    config = LoRAConfig(
+        rank=2, alpha=5.0, targets=(*attention, *residual, "linear_1", "linear_2", "conv_in", "conv_out")
+    )
+    attach_lora(first, config)
+    for name, parameter in first.named_parameters():
+        if ".lora_" in name:
+            torch.nn.init.normal_(parameter.data)
+    save_lora(first, tmp_path, config, format)
+    found = read_lora(tmp_path, second)
+    assert (found.config.rank, found.config.alpha) == (2, 5.0)
+    attach_lora(second, found.config)
+    found.put_into(second, found.config)
+    expected = {name: value for name, value in first.state_dict().items() if ".lora_" in name}
+    state = {name: value for name, value in second.state_dict().items() if ".lora_" in name}
+    assert state.keys() == expected.keys()
+    layers = [name for name, layer in unet().named_modules() if isinstance(layer, torch.nn.Linear | torch.nn.Conv2d)]
+    assert {name.split(".lora_")[0] for name in state} == set(layers)
+    assert all(torch.equal(value, expected[name]) for name, value in state.items())
 
 
 def test_kohyas_format_has_its_names_and_alpha(
