@@ -297,7 +297,7 @@ def main(config: Config) -> None:
             "concept_measure": "stripes",
             "tuned_by": config.algorithm.upper(),
             "reward": config.reward or config.task,
-            "kind": next(reversed(task.splits)),
+            "kind": list(task.splits)[-1],
             "held_out": "true utility" if config.tiny else "",
         },
         lead=lead(config, training.iterations, chosen.samples_per_round),

@@ -117,6 +117,7 @@ def main(config: Config) -> Erasure:
         config,
         program="python examples/erase.py",
         usual=complete(Config(method=config.method, policy=config.policy)),
+        erasures=[erasure],
         told={"concept": about.concept.name, "erased_by": method.name},
         lead=f"{method.name} was applied to {about.name}, against {about.concept.name}; it took {minutes:.1f} minutes.",
         models={"before": f"{about.name}, as it came", "erased": f"after {method.name}"},

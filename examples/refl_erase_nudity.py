@@ -260,6 +260,7 @@ def write(
         config,
         program="accelerate launch examples/refl_erase_nudity.py",
         usual=complete(Config(policy=config.policy, method=config.method)),
+        erasures=[] if erasure is None else [erasure],
         told={
             "concept": about.concept.name,
             "erased_by": "" if erasure is None else eraser,

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from erasure import NUDITY, Concept, ErasureConstraint, ImageConstraint, ObjectiveConstraint
+from erasure import NUDITY, Concept, Erasure, ErasureConstraint, ImageConstraint, ObjectiveConstraint
 from erasure.constraint import ScoreCeiling
 from erasure.lagrangian import Lagrangian, LagrangianConfig
 from erasure.reference_distance import ReferenceDistance, ReferenceDistanceConfig
@@ -19,6 +19,7 @@ from overpaint.evaluation.images.files import DrawnImages
 from overpaint.evaluation.images.plan import KINDS, DrawConfig, plan, shard
 from overpaint.evaluation.own_prompts import concept_prompts, read_prompt_kinds
 from overpaint.evaluation.prompts import nudity_prompts
+from overpaint.evaluation.report.model_card import ModelCard, push_to_hub
 from overpaint.evaluation.report.page import Report
 from overpaint.evaluation.report.table import text_table
 from overpaint.evaluation.report.verdict import verdict
@@ -301,9 +302,10 @@ def write_results(
     usual: Any = None,
     settings: Any = None,
     told: Mapping[str, Any],
+    erasures: Sequence[Erasure] = (),
     **page: Any,
 ) -> str:
-    """Writes the table that compares models, the numbers, the settings and the report; returns what to print.
+    """Writes the table that compares models, the numbers, the settings, the report and a README; returns what to print.
 
     Args:
         folder: Where `table.txt`, `comparison.json`, `settings.yaml` and `report.html` are written.
@@ -313,6 +315,7 @@ def write_results(
         usual: The settings that hold when all options are left out but those that decide others.
         settings: Further settings for the page, by name.
         told: What was done, for the `verdict`, which the page is named by.
+        erasures: What was erased, for the README.
         page: Further fields of `Report`, such as `lead`.
     """
     comparison = compare([one.scores for one in evaluations])
@@ -322,14 +325,25 @@ def write_results(
     write_text(folder / "settings.yaml", settings_yaml(config, OWNED))
     found = verdict([one.scores for one in evaluations], **told)
     record = read_run_record(folder) if (folder / RECORD).is_file() else {}
+    commands = [command_line(program, config, usual)]
+    ModelCard(
+        title=found.title,
+        summary=found.line,
+        base_model=getattr(config, "original", None) or config.policy,
+        erasures=erasures,
+        reward=f"{told['reward']} with {told['tuned_by']}" if told.get("tuned_by") else "",
+        comparison=comparison,
+        commands=commands,
+    ).save(folder)
     Report(
         title=found.title,
         verdict=found.line,
         record={name: value for name, value in record.items() if name not in ("settings", "libraries")},
         comparison=comparison,
         pictures=[one.images for one in evaluations],
-        commands=[command_line(program, config, usual)],
+        commands=commands,
         settings={"run": asdict(config), **(settings or {})},
         **page,
     ).save(folder / "report.html")
-    return f"{found.line}\n\n{table}\n\nThe report, with pictures: {folder / 'report.html'}"
+    text = f"{found.line}\n\n{table}\n\nThe report, with pictures: {folder / 'report.html'}"
+    return text if config.push_to_hub is None else f"{text}\nUploaded: {push_to_hub(folder, config.push_to_hub)}"

@@ -55,6 +55,9 @@ class ModelOptions:
     seed: int = 0
     """Seed of everything."""
 
+    push_to_hub: str | None = Field(None, pattern=r"^[\w.-]+/[\w.-]+$")
+    """Repository on the Hugging Face hub, "owner/name", that the output folder is uploaded to in the end; private."""
+
     @property
     def tiny(self) -> bool:
         """Whether this is about the tiny world."""
