@@ -50,7 +50,7 @@ class LoRAFile:
         Raises:
             ValueError: The file says that it is another one.
         """
-        found = base_hashes(unet, guard)
+        found = base_hashes(unet, guard) if self.base else {}
         if self.base and not any(found.get(dtype) == value for dtype, value in self.base.items()):
             raise ValueError(
                 f"the policy must be the model that the LoRA was learned on (SHA-256 {_short(self.base)}), got another "
