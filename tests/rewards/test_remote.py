@@ -168,7 +168,8 @@ def test_terminated_server_ends_in_peace() -> None:
 
 
 def test_a_function_of_a_file_in_the_working_directory_is_served_with_its_weights(tmp_path: Path) -> None:
-    text = "from functools import partial\n\ndef scaled(factor, images, prompts):\n    return factor * images.mean((1, 2, 3))\n"
+    text = "from functools import partial\n\ndef scaled(factor, images, prompts):\n"
+    text += "    return factor * images.mean((1, 2, 3))\n"
     text += "\ndef make(weights):\n    return partial(scaled, float(weights.read_text()))\n"
     text += "\nmake_default = lambda weights=None: make(weights)\n"
     (tmp_path / "my_reward.py").write_text(text)
@@ -209,7 +210,7 @@ def served(
 def test_a_plain_function_is_served() -> None:
     assert served(body_of(), reward=lambda images, prompts: [0.25, 0.5]) == [(200, {"scores": [0.25, 0.5]})]
     with pytest.raises(TypeError, match=r"reward must be callable with \(images, prompts\)"):
-        served(body_of(), reward=Brightness)
+        served(body_of(), reward=Brightness)  # ty: ignore[invalid-argument-type]
 
 
 def test_requests_at_the_same_time_are_scored_one_after_the_other() -> None:
