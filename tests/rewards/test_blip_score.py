@@ -64,6 +64,16 @@ def golden_blip(
     return BLIPScore.from_official(path, blip_config, golden_case["vocab"])
 
 
+def test_a_folder_with_the_official_file_and_a_vocabulary_is_loaded(
+    official_state: dict[str, Tensor], blip_config: BLIPScoreConfig, golden_case: Record, tmp_path: Path
+) -> None:
+    torch.save({"model": official_state}, tmp_path / "model_large.pth")
+    (tmp_path / "vocab.txt").write_text("\n".join(golden_case["vocab"]) + "\n", encoding="utf-8")
+    loaded = BLIPScore.from_path(tmp_path, blip_config)
+    assert loaded.tokenizer.vocabulary == tuple(golden_case["vocab"])
+    assert not any(parameter.requires_grad for parameter in loaded.parameters())
+
+
 @pytest.fixture
 def blip() -> BLIPScore:
     """A fresh trainable network of a few thousand weights."""

@@ -24,7 +24,7 @@ import torch
 from PIL import Image
 
 from overpaint.policy.types import Images, PerSample
-from rewards import Compressibility, Reward
+from rewards import Compressibility, Reward, RewardLike
 from rewards.encoded import encode_images
 from rewards.http_json import HttpConfig, HttpError
 from rewards.remote import RemoteConfig, RemoteReward
@@ -63,17 +63,19 @@ class Brightness:
 
 
 @contextmanager
-def server(*options: str) -> Generator[tuple[subprocess.Popen[str], str]]:
-    """Runs the program on a free port; gives it and its URL."""
-    command = [sys.executable, "-m", "rewards.serve", "--reward", "compressibility", "--port", "0", *options]
+def server(
+    *options: str, reward: str = "compressibility", folder: Path = ROOT
+) -> Generator[tuple[subprocess.Popen[str], str]]:
+    """Runs the program in a folder, on a free port; gives it and its URL."""
+    command = [sys.executable, "-m", "rewards.serve", "--reward", reward, "--port", "0", *options]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "SERVE_TOKEN": TOKEN}
     program = subprocess.Popen(
-        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
     try:
         assert program.stdout is not None
         name, _, url = program.stdout.readline().strip().partition(" at ")
-        assert name == "compressibility"
+        assert name == reward
         yield program, url
     finally:
         program.kill()
@@ -165,6 +167,21 @@ def test_terminated_server_ends_in_peace() -> None:
             reward(IMAGES, PROMPTS)
 
 
+def test_a_function_of_a_file_in_the_working_directory_is_served_with_its_weights(tmp_path: Path) -> None:
+    text = "from functools import partial\n\ndef scaled(factor, images, prompts):\n"
+    text += "    return factor * images.mean((1, 2, 3))\n"
+    text += "\ndef make(weights):\n    return partial(scaled, float(weights.read_text()))\n"
+    text += "\nmake_default = lambda weights=None: make(weights)\n"
+    (tmp_path / "my_reward.py").write_text(text)
+    (tmp_path / "factor.txt").write_text("2.0")
+    options = ("--reward-weights", str(tmp_path / "factor.txt"))
+    with server(*options, reward="my_reward:make_default", folder=tmp_path) as (_, url):
+        reward = remote(url, token=None)
+        assert reward.check() == "my_reward:make_default"
+        expected = 2 * ((IMAGES * 255).round() / 255).mean(dim=(1, 2, 3))
+        torch.testing.assert_close(reward(IMAGES, PROMPTS), expected)
+
+
 # What follows asks the application itself, without a socket.
 
 
@@ -174,7 +191,7 @@ def body_of(pictures: Images = IMAGES[:2], texts: Sequence[str] = ("one", "two")
 
 
 def served(
-    *bodies: Any, reward: Reward | None = None, token: str | None = None, headers: Any = None, **changes: Any
+    *bodies: Any, reward: RewardLike | None = None, token: str | None = None, headers: Any = None, **changes: Any
 ) -> list[tuple[int, Any]]:
     """Sends each body at the same time and returns status and content of each answer."""
 
@@ -188,6 +205,12 @@ def served(
             return await asyncio.gather(*(client.post("/score", content=body, headers=typed) for body in sent))
 
     return [(response.status_code, response.json()) for response in asyncio.run(ask())]
+
+
+def test_a_plain_function_is_served() -> None:
+    assert served(body_of(), reward=lambda images, prompts: [0.25, 0.5]) == [(200, {"scores": [0.25, 0.5]})]
+    with pytest.raises(TypeError, match=r"reward must be callable with \(images, prompts\)"):
+        served(body_of(), reward=Brightness)  # ty: ignore[invalid-argument-type]
 
 
 def test_requests_at_the_same_time_are_scored_one_after_the_other() -> None:
@@ -453,7 +476,7 @@ def test_served_network_is_moved_to_its_device(
             return self
 
     network = Network()
-    monkeypatch.setattr("rewards.serve.reward_named", lambda name: network)
+    monkeypatch.setattr("rewards.serve.reward_named", lambda name, **_: network)
     monkeypatch.setattr(uvicorn.Server, "run", lambda self, sockets: [listener.close() for listener in sockets])
     serve(ServeConfig(reward="network", port=0, device="meta"))
     assert network.moved_to == "meta"
