@@ -60,7 +60,9 @@ def test_extras_are_the_other_columns(shared: Path) -> None:
 def test_a_fetched_set_is_asked_for_by_its_pin(write: Write, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
     path = write("prompts.json", '[{"id": "a", "prompt": "a cat"}]')
-    monkeypatch.setattr("overpaint.evaluation.prompts.fetch", lambda file, folder: asked.append((file, folder)) or path)
+    monkeypatch.setattr(
+        "overpaint.evaluation.prompts.sets.fetch", lambda file, folder: asked.append((file, folder)) or path
+    )
     assert prompt_set("imagereward-100").texts == ("a cat",)
     assert asked == [(FETCHED["imagereward-100"], None)]
 
