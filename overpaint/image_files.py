@@ -109,7 +109,7 @@ def opened_image(source: Path | str | bytes, formats: tuple[str, ...] | None = N
     except UnreadableImage:
         raise
     except Exception as error:  # Pillow's readers raise almost anything for a damaged file
-        raise UnreadableImage(name, f"cannot be read: {error or type(error).__name__}") from error
+        raise UnreadableImage(name, f"cannot be read: {str(error) or type(error).__name__}") from error
 
 
 def as_rgb(image: Image.Image, name: str = "an image") -> Image.Image:
