@@ -124,9 +124,9 @@ class Config:
     own_seeds: bool = True
     """Whether the seeds that a file of prompts gives (evaluation_seed, sd_seed, seed) decide the noise."""
 
-    own_guidance: bool | None = None
-    """Whether each prompt is drawn with the guidance that its file gives, and others with 7.5; None is yes where
-    guidance_scales is not given."""
+    own_guidance: bool = True
+    """Whether prompts are drawn with the guidance that their file gives (evaluation_guidance, sd_guidance_scale), if it
+    gives any, and others with 7.5; guidance_scales must not be given then."""
 
     own_scheduler: bool = False
     """Draw with the pipeline of diffusers and the scheduler of its files, in place of DDIM."""
@@ -162,7 +162,6 @@ class Config:
             "scored_size": IMAGE_SIZE if tiny else None,
             "guidance_scales": tuple(map(float, GUIDANCE_SCALES)) if captions else scales,
             "steps": 20 if tiny else 50,
-            "own_guidance": self.guidance_scales == (),
         }
         for name, value in usual.items():
             if getattr(self, name) in (None, ()):
@@ -419,12 +418,17 @@ def main(config: Config) -> list[Result]:
         images_per_prompt=config.images_per_prompt or 1,
         seed=config.seed,
         own_seeds=config.own_seeds,
-        own_guidance=bool(config.own_guidance),
+        own_guidance=config.own_guidance,
     )
     entries = [{"id": prompt.id, "prompt": prompt.text} for prompt in prompts.prompts]
     path = config.output_dir / config.experiment / "prompts.json"
     from_main(lambda: write_text(path, json.dumps(entries, indent=1, ensure_ascii=False) + "\n"))
     own = any(image.guidance_scale is not None for image in planned)
+    if own and config.guidance_scales != usual_settings(config)["guidance_scales"]:
+        raise ValueError(
+            f"guidance_scales must not be given for prompts with a guidance of their own, got {config.guidance_scales} "
+            f"for {prompts.name}; --no-own-guidance draws all with these scales"
+        )
     cells = cells_of(config.models, config.sizes, (USUAL_SCALE,) if own else config.guidance_scales)
     if state.is_main_process:
         print(noise_and_guidance(prompts, planned))

@@ -106,14 +106,12 @@ def test_damaged_images_are_named_or_left_out_with_their_captions(policy: Diffus
     with pytest.raises(ValueError, match=r"b\.png cannot be read: .*truncated; .* or give skip_damaged=True"):
         pairs_from_folder(policy, folder)
     (folder / "a.jpg").write_bytes(b"no image")
-    with pytest.warns(
-        UserWarning, match=r"2 of 3 images are left out: a\.jpg cannot .*; b\.png cannot be read: .*trunc"
-    ):
+    with pytest.warns(UserWarning, match=r"2 of 3 images are left out: a\.jpg .*; b\.png cannot be read: .*truncated"):
         pairs = pairs_from_folder(policy, folder, batch_size=1, skip_damaged=True)
     assert pairs.captions == ["blue"]
     torch.testing.assert_close(pairs.latents, whole.latents[2:], rtol=0, atol=1e-5)
     (folder / "below/c.webp").write_bytes(b"")
-    with pytest.raises(ValueError, match="folder must hold at least one image that can be read, got a.jpg"):
+    with pytest.raises(ValueError, match=r"folder must hold at least one image that can be read, got a\.jpg"):
         pairs_from_folder(policy, folder, skip_damaged=True)
 
 
