@@ -26,6 +26,7 @@ from overpaint.evaluation.prompts import (
     evenly,
     imagenet_animals,
     nudity_prompts,
+    read_prompt_kinds,
     splits,
 )
 from overpaint.evaluation.report.page import Report
@@ -114,12 +115,7 @@ def experiment(policy: str, *, prompts_file: Path | None = None) -> Experiment:
     chosen = tiny_world() if policy == TINY_WORLD else stable_diffusion(policy)
     if prompts_file is None:
         return chosen
-    known: Mapping[str, list[str]] = json.loads(prompts_file.read_text(encoding="utf-8"))
-    missing = [kind for kind in (*KINDS, "train") if not known.get(kind)]
-    if missing:
-        raise ValueError(
-            f"prompts_file must hold a list of prompts for each of {(*KINDS, 'train')}, got none for {missing}"
-        )
+    known = read_prompt_kinds(prompts_file, (*KINDS, "train"))
     return replace(chosen, prompts=lambda kind, count, seed: _taken(known[kind], count, seed))
 
 
