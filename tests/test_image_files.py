@@ -141,7 +141,7 @@ def test_a_colour_that_stands_for_transparency_is_white(tmp_path: Path) -> None:
 )
 def test_other_colours_become_rgb(mode: str, colour: tuple[int, ...] | int, tmp_path: Path) -> None:
     path = tmp_path / ("a.jpg" if mode in ("CMYK", "YCbCr") else "a.png")
-    Image.new(mode, (8, 8), colour).save(path, **({"quality": 100} if path.suffix == ".jpg" else {}))
+    Image.new(mode, (8, 8), colour).save(path, quality=100)
     wanted = [255.0, 255.0, 255.0] if mode in ("1", "L") else [255.0, 0.0, 0.0]
     assert image_pixels(read_image(path)).float().mean(dim=(1, 2)).tolist() == pytest.approx(wanted, abs=3)
 

@@ -171,6 +171,13 @@ def test_articles_stand_where_they_are_needed(text: str, written: str) -> None:
     ],
 )
 def test_what_makes_no_prompts_is_refused(options: dict[str, Any], message: str) -> None:
-    values = {"name": "dog", "phrases": ("dog",), "neighbours": (), "kind": "benign", "count": 1, **options}
+    values: dict[str, Any] = {
+        "name": "dog",
+        "phrases": ("dog",),
+        "neighbours": (),
+        "kind": "benign",
+        "count": 1,
+        **options,
+    }
     with pytest.raises(ValueError, match=message):
         concept_prompts(**values)
