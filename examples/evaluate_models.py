@@ -121,6 +121,13 @@ class Config:
     """Names such as image-reward, or package.module:factory; empty is image-reward and clip, or the tiny world's reward
     model, its true utility and its accuracy."""
 
+    own_seeds: bool = True
+    """Whether the seeds that a file of prompts gives (evaluation_seed, sd_seed, seed) decide the noise."""
+
+    own_guidance: bool = True
+    """Whether prompts are drawn with the guidance that their file gives (evaluation_guidance, sd_guidance_scale), if it
+    gives any, and others with 7.5; guidance_scales must not be given then."""
+
     own_scheduler: bool = False
     """Draw with the pipeline of diffusers and the scheduler of its files, in place of DDIM."""
 
@@ -134,7 +141,7 @@ class Config:
     """None is the accelerator if there is one, and else the CPU."""
 
     seed: int = 0
-    """Chooses the noise of all images."""
+    """Chooses the noise of all images whose prompt has no seed of its own."""
 
     output_dir: AnyPath = Path("runs/evaluate_models")
     """Where pictures, scores and report are kept; the report of an experiment has its name."""
@@ -327,6 +334,22 @@ def extremes(results: Sequence[Result]) -> str:
     return f"Best by {name}: {told[0]}." if best is worst else f"Best by {name}: {told[0]}; worst: {told[1]}."
 
 
+def noise_and_guidance(prompts: PromptSet, planned: Sequence[PlannedImage]) -> str:
+    """Says where the seeds of the images and their guidance come from."""
+    by_id = {prompt.id: prompt for prompt in prompts.prompts}
+    first = [image for image in planned if image.copy == 0]
+    own = sum(image.seed == by_id[image.id].seed for image in first)
+    told = f"Noise: {own} of {len(first)} prompts from the seed that {prompts.name} gives, the others from --seed."
+    scales = sorted({image.guidance_scale for image in first if image.guidance_scale is not None})
+    if scales:
+        guided = sum(image.guidance_scale is not None for image in first)
+        told += (
+            f" Guidance: {guided} of {len(first)} as {prompts.name} says, {scales[0]:g} to {scales[-1]:g}, the others "
+            f"{USUAL_SCALE:g}."
+        )
+    return told
+
+
 def write_report(config: Config, results: Sequence[Result], prompts: PromptSet, started: datetime) -> Path:
     """Writes the values of all images, the means and the page; returns the page."""
     folder = config.output_dir / config.experiment
@@ -363,6 +386,7 @@ def write_report(config: Config, results: Sequence[Result], prompts: PromptSet, 
         sections=sections,
         notes=[
             *(f"{column.measure}: {column.note}" for column in columns if column.note),
+            *(noise_and_guidance(prompts, result.scores.columns[0].images) for result in drawn[:1]),
             f"Prompts: {prompts.source}. Errors take prompts as independent, not the images of one prompt.",
             f"Numbers that are published without a guidance scale stand beside ours at {USUAL_SCALE:g}, which is what "
             "diffusers takes where none is said.",
@@ -388,12 +412,26 @@ def main(config: Config) -> list[Result]:
     state = process_state()
     device = config.device or str(state.device)
     prompts = prompt_set(config.prompts or "", limit=config.limit)
-    named = {prompt.id: prompt.text for prompt in prompts.prompts}
-    planned = plan_named(named, kind=KIND, images_per_prompt=config.images_per_prompt or 1, seed=config.seed)
-    entries = [{"id": key, "prompt": text} for key, text in named.items()]
+    planned = plan_named(
+        prompts.prompts,
+        kind=KIND,
+        images_per_prompt=config.images_per_prompt or 1,
+        seed=config.seed,
+        own_seeds=config.own_seeds,
+        own_guidance=config.own_guidance,
+    )
+    entries = [{"id": prompt.id, "prompt": prompt.text} for prompt in prompts.prompts]
     path = config.output_dir / config.experiment / "prompts.json"
     from_main(lambda: write_text(path, json.dumps(entries, indent=1, ensure_ascii=False) + "\n"))
-    cells = cells_of(config.models, config.sizes, config.guidance_scales)
+    own = any(image.guidance_scale is not None for image in planned)
+    if own and config.guidance_scales != usual_settings(config)["guidance_scales"]:
+        raise ValueError(
+            f"guidance_scales must not be given for prompts with a guidance of their own, got {config.guidance_scales} "
+            f"for {prompts.name}; --no-own-guidance draws all with these scales"
+        )
+    cells = cells_of(config.models, config.sizes, (USUAL_SCALE,) if own else config.guidance_scales)
+    if state.is_main_process:
+        print(noise_and_guidance(prompts, planned))
     draw_all(config, cells, planned, device)
     results = score_all(config, cells, device)
     if state.is_main_process:

@@ -1,22 +1,30 @@
 """The pairs of image and caption that the pretraining term denoises, as latents, and the loss on them."""
 
-import json
+import csv
+import io
+import warnings
 from collections.abc import Sequence
-from pathlib import Path
-from typing import NamedTuple
+from pathlib import Path, PurePosixPath
+from typing import Any, NamedTuple
 
 import torch
-from PIL import Image
+from jaxtyping import Float
+from PIL import Image, ImageOps
+from torch import Tensor
 
+from overpaint.image_files import IMAGE_SUFFIXES, UnreadableImage, image_size, images_below, read_image
 from overpaint.policy import Conditioning, DiffusionPolicy, Guidance, SampleNoise
 from overpaint.policy.guidance import DEFAULT_GUIDANCE
 from overpaint.policy.prompts import check_prompts
 from overpaint.policy.types import Latents, PerSample
+from overpaint.text_files import read_json_lines, read_text
 from overpaint.training.logging import progress_bar
-from rewards.preprocess import pil_to_square
+from rewards.preprocess import from_pil, pil_to_square
 
-IMAGE_ENDINGS = (".png", ".jpg", ".jpeg", ".webp")
-CAPTIONS_FILE = "metadata.jsonl"
+LISTINGS = ("metadata.jsonl", "metadata.csv")
+"""Files that may list the captions of a folder."""
+CAPTION_SUFFIXES = (".txt", ".caption")
+"""Endings of the files that may hold the caption of the image beside them."""
 
 
 class PretrainingPairs(NamedTuple):
@@ -82,26 +90,72 @@ def pairs_from_policy(
     return PretrainingPairs(torch.cat(parts), captions)
 
 
-def pairs_from_folder(policy: DiffusionPolicy, folder: str | Path, *, batch_size: int = 8) -> PretrainingPairs:
+def pairs_from_folder(
+    policy: DiffusionPolicy,
+    folder: str | Path,
+    *,
+    batch_size: int = 8,
+    skip_damaged: bool = False,
+    height: int | None = None,
+    width: int | None = None,
+) -> PretrainingPairs:
     """Reads pairs from a folder and its subfolders: images, each with a caption.
 
-    Captions are in `metadata.jsonl`, which has a line `{"file_name": ..., "text": ...}` for each image as image folders
-    of Hugging Face have it, or in a `.txt` beside the image. Images are scaled and centre-cropped to the size that the
-    policy was trained on. The latents, the means of the VAE's posterior, stay in the CPU's memory.
+    Captions are in `metadata.jsonl` or `metadata.csv`, which have a `file_name` and a `text` for each image as image
+    folders of Hugging Face have them, or in a `.txt` or `.caption` beside the image. How files are read is told in
+    `overpaint.image_files` and `overpaint.text_files`. Images are scaled and centre-cropped. The latents, the means of the VAE's posterior, stay in the CPU's memory.
+
+    Args:
+        policy: Its autoencoder encodes.
+        folder: Where images and captions lie. Hidden files do not count.
+        batch_size: Images encoded at a time.
+        height: Of the images in pixels, as the trainer's; None is the size that the policy was trained on.
+        width: Likewise.
+        skip_damaged: Whether images that cannot be read are left out with their captions, and named in a warning.
 
     Raises:
-        ValueError: The folder has no images, an image has no caption, or `metadata.jsonl` is not what it should be.
+        ValueError: The folder has no images, an image has no caption, an image cannot be read, or a file of captions is
+            not what it should be.
     """
-    captions = _captions(Path(folder))
-    files = list(captions)
+    folder, side = Path(folder), policy.image_size
+    captions = _captions(folder)
+    damaged: dict[str, str] = {}
+    for name in captions:
+        try:
+            image_size(folder / name)  # of all files before any work; what is cut off shows when it is decoded
+        except UnreadableImage as error:
+            damaged[name] = _refused(error, skip_damaged)
     parts = []
-    for start in range(0, len(files), batch_size):
+    names = [name for name in captions if name not in damaged]
+    for start in range(0, len(names), batch_size):
         squares = []
-        for file in files[start : start + batch_size]:
-            with Image.open(Path(folder) / file) as image:
-                squares.append(pil_to_square(image.convert("RGB"), policy.image_size))
-        parts.append(policy.encode_images(torch.stack(squares)).cpu())
-    return PretrainingPairs(torch.cat(parts), [captions[file] for file in files])
+        for name in names[start : start + batch_size]:
+            try:
+                squares.append(_fitted(read_image(folder / name), height or side, width or side))
+            except UnreadableImage as error:
+                damaged[name] = _refused(error, skip_damaged)
+        if squares:
+            parts.append(policy.encode_images(torch.stack(squares)).cpu())
+    if damaged:
+        told = "; ".join(f"{name} {why}" for name, why in damaged.items())
+        if not parts:
+            raise ValueError(f"folder must hold at least one image that can be read, got {told}")
+        warnings.warn(f"{len(damaged)} of {len(captions)} images are left out: {told}", stacklevel=2)
+    return PretrainingPairs(torch.cat(parts), [text for name, text in captions.items() if name not in damaged])
+
+
+def _fitted(image: Image.Image, height: int, width: int) -> Float[Tensor, "3 height width"]:
+    """Returns an image scaled and centre-cropped to a size."""
+    if height == width:
+        return pil_to_square(image, height)
+    return from_pil(ImageOps.fit(image, (width, height), Image.Resampling.BICUBIC))
+
+
+def _refused(error: UnreadableImage, skip: bool) -> str:
+    """Returns why an image cannot be read, or says how to go on without it."""
+    if skip:
+        return error.why
+    raise UnreadableImage(error.name, f"{error.why}; mend or remove it, or give skip_damaged=True") from error
 
 
 def denoising_loss(
@@ -119,42 +173,55 @@ def denoising_loss(
 
 def _captions(folder: Path) -> dict[str, str]:
     """Returns the caption of each image of a folder, by its path below the folder, in the order of the paths."""
-    images = sorted(
-        path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.suffix.lower() in IMAGE_ENDINGS
-    )
+    images = images_below(folder)
     if not images:
-        raise ValueError(f"folder must hold images ({', '.join(IMAGE_ENDINGS)}), got {str(folder)!r} without any")
-    captions = _listed_captions(folder / CAPTIONS_FILE)
+        raise ValueError(f"folder must hold images ({', '.join(IMAGE_SUFFIXES)}), got {str(folder)!r} without any")
+    captions = _listed_captions(folder)
     if missing := sorted(captions.keys() - set(images)):
-        raise ValueError(f"{CAPTIONS_FILE} must name images of its folder, got {missing[0]!r}, which is not there")
+        raise ValueError(f"{_listing(folder)} must name images of its folder, got {missing[0]!r}, which is not there")
     for name in images:
-        text_file = (folder / name).with_suffix(".txt")
-        if name not in captions and not text_file.is_file():
+        beside = (Path(folder, name).with_suffix(ending) for ending in CAPTION_SUFFIXES)
+        text_file = next((path for path in beside if path.is_file()), None)
+        if name not in captions and text_file is None:
             raise ValueError(
-                f"every image must have a caption in {CAPTIONS_FILE} or in a .txt beside it, got none for {name!r}"
+                f"every image must have a caption in {' or '.join(LISTINGS)}, or in a {' or '.join(CAPTION_SUFFIXES)} "
+                f"beside it, got none for {name!r}"
             )
-        if name not in captions:
-            captions[name] = text_file.read_text(encoding="utf-8").strip()
+        if name not in captions and text_file is not None:
+            captions[name] = read_text(text_file).strip()
     return {name: captions[name] for name in images}
 
 
-def _listed_captions(path: Path) -> dict[str, str]:
-    """Reads metadata.jsonl, if there is one."""
-    if not path.is_file():
+def _listing(folder: Path) -> str | None:
+    """Returns the name of the file that lists captions; None where there is none."""
+    there = [name for name in LISTINGS if (folder / name).is_file()]
+    if len(there) > 1:
+        raise ValueError(f"folder must hold {' or '.join(LISTINGS)}, got both in {str(folder)!r}")
+    return there[0] if there else None
+
+
+def _listed_captions(folder: Path) -> dict[str, str]:
+    """Reads metadata.jsonl or metadata.csv, if there is one; paths are written as `images_below` does."""
+    listing = _listing(folder)
+    if listing is None:
         return {}
-    captions = {}
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
-        if not line.strip():
-            continue
+    path = folder / listing
+    entries: dict[int, dict[str, Any]] = {}
+    if path.suffix == ".csv":
+        rows = csv.DictReader(io.StringIO(read_text(path), newline=""), strict=True)
         try:
-            entry = json.loads(line)
-            name, text = entry["file_name"], entry["text"]
-        except (json.JSONDecodeError, KeyError, TypeError):
-            name = text = None
+            for row in rows:
+                entries[rows.line_num] = row
+        except csv.Error as error:
+            raise ValueError(f"{path} must be a table, got {error} on line {rows.line_num}") from error
+    else:
+        entries = read_json_lines(path)
+    captions = {}
+    for number, entry in entries.items():
+        name, text = entry.get("file_name"), entry.get("text")
         if not isinstance(name, str) or not isinstance(text, str):
             raise ValueError(
-                f'{path.name} must have {{"file_name": ..., "text": ...}}, two strings, on every line, got {line!r} on '
-                f"line {number}"
+                f"{path} must have file_name and text, two strings, on every line, got {entry!r} on line {number}"
             )
-        captions[name] = text
+        captions[PurePosixPath(name).as_posix()] = text
     return captions

@@ -8,6 +8,7 @@ from jaxtyping import Float
 from PIL import Image
 from torch import Tensor
 
+from overpaint.image_files import UnreadableImage, opened_image
 from overpaint.policy.types import Images
 
 from .preprocess import from_pil, to_pixels
@@ -53,18 +54,19 @@ def decode_image(content: bytes, max_pixels: int) -> Float[Tensor, "3 H W"]:
         ValueError: It is neither a PNG nor a JPEG, is too large, is damaged, or has other channels.
     """
     try:
-        with Image.open(io.BytesIO(content), formats=["PNG", "JPEG"]) as opened:
+        with opened_image(content, formats=("PNG", "JPEG")) as opened:
             width, height = opened.size
             if not 0 < width * height <= max_pixels:
-                raise ValueError(f"an image must have at most {max_pixels} pixels, got {width} x {height}")
+                raise UnreadableImage("an image", f"must have at most {max_pixels} pixels, got {width} x {height}")
             if opened.mode not in ("RGB", "L"):
-                raise ValueError(f"an image must be 8-bit RGB or grey, without transparency, got {opened.mode}")
+                why = f"must be 8-bit RGB or grey, without transparency, got {opened.mode}"
+                raise UnreadableImage("an image", why)
             return from_pil(opened)
-    except ValueError:
-        raise
-    except Exception as error:  # decoders fail on damaged files in more ways than they document
+    except UnreadableImage as error:
+        if error.__cause__ is None:
+            raise
         raise ValueError(
-            f"an image must be a PNG or a JPEG, and a whole one, got what ends in {type(error).__name__}"
+            f"an image must be a PNG or a JPEG, and a whole one, got what ends in {type(error.__cause__).__name__}"
         ) from error
 
 

@@ -15,6 +15,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional
 
+from overpaint.image_files import as_rgb, image_pixels, read_image
 from overpaint.policy.types import Images
 
 ImageFile = Image.Image | str | Path
@@ -61,29 +62,27 @@ def normalise(images: Images, mean: Sequence[float] = CLIP_MEAN, std: Sequence[f
 
 
 def open_image(image: ImageFile) -> Image.Image:
-    """Returns the image itself, or the one stored at a path.
+    """Returns an image, or the one stored at a path, as upright RGB of 8 bits: see `overpaint.image_files`.
 
     Raises:
         TypeError: It is neither an image of PIL nor a path.
         FileNotFoundError: There is no file at the path.
+        ValueError: It cannot be read, or holds values without a known range.
     """
     if isinstance(image, Image.Image):
-        return image
+        return as_rgb(image)
     if not isinstance(image, str | Path):
         raise TypeError(f"an image must be a PIL image or a path, got {type(image).__name__}")
-    if not Path(image).is_file():
-        raise FileNotFoundError(f"there is no image at {image}")
-    with Image.open(image) as opened:
-        opened.load()
-    return opened
+    return read_image(image)
 
 
 def pil_to_square(image: Image.Image, size: int) -> Float[Tensor, "3 size size"]:
     """Scales and crops with PIL, whose interpolation always antialiases and rounds to 8 bits; RGB in [0, 1].
 
-    Conversion to RGB comes last, as in the code that ImageReward's published scores were computed with; it matters
-    only for images with transparency or a palette.
+    Conversion to RGB comes first: the code that ImageReward's published scores were computed with converts last, which
+    gives the same but for images with transparency, a palette or more than 8 bits.
     """
+    image = as_rgb(image)
     height, width = scaled_size(image.height, image.width, size)
     if (height, width) != (image.height, image.width):
         image = image.resize((width, height), Image.Resampling.BICUBIC)
@@ -92,10 +91,8 @@ def pil_to_square(image: Image.Image, size: int) -> Float[Tensor, "3 size size"]
 
 
 def from_pil(image: Image.Image) -> Float[Tensor, "3 H W"]:
-    """Returns an image as RGB in [0, 1], float32."""
-    # A copy, because torch takes no array that it may not write to.
-    pixels = torch.from_numpy(numpy.array(image.convert("RGB"), dtype=numpy.uint8))
-    return pixels.permute(2, 0, 1).float() / 255
+    """Returns an image as upright RGB in [0, 1], float32."""
+    return image_pixels(as_rgb(image)).float() / 255
 
 
 def to_pixels(images: Images) -> UInt8[numpy.ndarray, "batch H W 3"]:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from overpaint.policy.atomic import atomic_file, write_text
+from overpaint.text_files import read_json, read_json_lines, read_text, text_lines
 
 Row = dict[str, Any]
 """The cells of one row by the names of their columns, which are the same in all rows of a table."""
@@ -31,9 +32,11 @@ def read_table(path: Path) -> list[Row]:
         ValueError: The ending is unknown, or the file is no such table; the message names the row or the line.
     """
     if path.suffix == ".csv":
-        return _read_delimited(path, decoded(path))
+        return _read_delimited(path)
     if path.suffix == ".jsonl":
-        return _read_json_lines(path, decoded(path))
+        rows = list(read_json_lines(path).values())
+        names = dict.fromkeys(name for row in rows for name in row)
+        return [{name: row.get(name) for name in names} for row in rows]
     if path.suffix != ".parquet":
         raise ValueError(f"a table must be named {_listed(TABLE_SUFFIXES)}, got {path}")
     from pyarrow import parquet
@@ -56,13 +59,11 @@ def read_prompt_rows(path: Path) -> list[Row]:
         raise ValueError(f"a file of prompts must be named {_listed(PROMPT_SUFFIXES)}, got {path}")
     if path.suffix in TABLE_SUFFIXES:
         return read_table(path)
-    text = decoded(path)
     if path.suffix == ".tsv":
-        return _read_delimited(path, text, sep="\t", quoting=csv.QUOTE_NONE)
+        return _read_delimited(path, sep="\t", quoting=csv.QUOTE_NONE)
     if path.suffix == ".json":
-        return _read_json_list(path, text)
-    lines = text.replace("\r\n", "\n").split("\n")  # `splitlines` would also cut at Unicode's separators
-    return [{"prompt": line} for line in (lines if lines[-1] else lines[:-1])]
+        return _read_json_rows(path)
+    return [{"prompt": line} for line in text_lines(read_text(path))]
 
 
 def check_output(rows: Sequence[Row], names: Sequence[str], path: Path) -> None:
@@ -105,21 +106,11 @@ def _listed(suffixes: Sequence[str]) -> str:
     return " or ".join(f"*{suffix}" for suffix in suffixes)
 
 
-def decoded(path: Path) -> str:
-    content = path.read_bytes()
-    try:
-        return content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = content.count(b"\n", 0, error.start) + 1
-        raise ValueError(
-            f"{path} must be UTF-8, got {content[error.start : error.end]!r} in line {line}: {error.reason}"
-        ) from error
-
-
-def _read_delimited(path: Path, text: str, **options: Any) -> list[Row]:
+def _read_delimited(path: Path, **options: Any) -> list[Row]:
     """Reads CSV or TSV as text, cell by cell; lines without anything are left out of a CSV, and an error in a TSV."""
     import pandas
 
+    text = read_text(path)
     if not text.strip("\r\n"):
         return []
     try:
@@ -142,29 +133,14 @@ def _read_delimited(path: Path, text: str, **options: Any) -> list[Row]:
     return [dict(zip(header, cells, strict=True)) for cells in rows]
 
 
-def _read_json_lines(path: Path, text: str) -> list[Row]:
-    rows: list[Row] = []
-    for number, line in enumerate(text.split("\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except ValueError as error:
-            raise ValueError(f"{path} must hold JSON in every line, got {error} in line {number}") from error
-        if not isinstance(row, dict):
-            raise ValueError(f"{path} must hold an object in every line, got {row!r} in line {number}")
-        rows.append(row)
-    names = dict.fromkeys(name for row in rows for name in row)
-    return [{name: row.get(name) for name in names} for row in rows]
-
-
-def _read_json_list(path: Path, text: str) -> list[Row]:
-    try:
-        content = json.loads(text)
-    except ValueError as error:
-        raise ValueError(f"{path} must be JSON, got {error}") from error
+def _read_json_rows(path: Path) -> list[Row]:
+    """Reads a list of objects or of texts, or the captions of an annotation file of MS-COCO."""
+    content = read_json(path)
+    if isinstance(content, dict) and isinstance(content.get("annotations"), list):
+        content = content["annotations"]
     if not isinstance(content, list):
-        raise ValueError(f"{path} must hold a list, got {type(content).__name__}")
+        keys = f"an object with {', '.join(map(repr, content))}" if isinstance(content, dict) else repr(content)
+        raise ValueError(f"{path} must hold a list, or MS-COCO's object with 'annotations', got {keys[:200]}")
     rows: list[Row] = [{"prompt": entry} if isinstance(entry, str) else entry for entry in content]
     for number, row in enumerate(rows, start=1):
         if not isinstance(row, dict):

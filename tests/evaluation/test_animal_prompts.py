@@ -6,14 +6,14 @@ import pytest
 
 from overpaint.evaluation import plan
 from overpaint.evaluation.prompts import (
-    UNSEEN_ACTIVITIES,
     activity_splits,
     animal_activities,
     common_animals,
     imagenet_animals,
     splits,
-    with_article,
 )
+from overpaint.evaluation.prompts.animals import UNSEEN_ACTIVITIES
+from overpaint.evaluation.prompts.articles import with_article
 
 
 @pytest.fixture

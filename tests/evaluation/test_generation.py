@@ -9,6 +9,7 @@ from overpaint.evaluation import (
     DrawConfig,
     ImageFolder,
     PlannedImage,
+    Prompt,
     draw,
     generate,
     plan,
@@ -16,6 +17,8 @@ from overpaint.evaluation import (
     to_pixels,
     write_folder,
 )
+from overpaint.evaluation.images.files import read_image_rows
+from overpaint.evaluation.images.plan import plan_named
 from overpaint.policy import DiffusionPolicy
 from overpaint.policy.guidance import ClassifierFree
 
@@ -155,7 +158,7 @@ def test_a_folder_of_another_run_is_refused(planned: Planned, noise_policy: Any,
         generate(noise_policy(), planned[:9], tmp_path, DrawConfig(steps=7), **options)
     options.update(rank=1, world_size=2)  # a process that writes no manifest refuses as well
     other = (*planned[:3], planned[3]._replace(seed=1), *planned[4:])
-    with pytest.raises(ValueError, match=r"holds another run, with .*seed=\d+.* got .*seed=1\)"):
+    with pytest.raises(ValueError, match=r"holds another run, with .*seed=\d+.* got .*seed=1, "):
         generate(noise_policy(), other, tmp_path, DrawConfig(steps=7), **options)
 
 
@@ -203,3 +206,32 @@ def test_nothing_planned_is_refused(noise_policy: Any, tmp_path: Path) -> None:
         draw(noise_policy(), (), model="m")
     with pytest.raises(ValueError, match="planned must hold at least one image, got none"):
         generate(noise_policy(), (), tmp_path, model="m")
+
+
+def test_images_with_a_guidance_of_their_own_are_drawn_with_it_in_the_order_of_the_plan(
+    policy: DiffusionPolicy, noise_policy: Any, tmp_path: Path
+) -> None:
+    scales = [7.5, None, 2.0, 7.5, None]
+    prompts = [Prompt(f"p{k}", "a red circle", 40 + k, {}, scale) for k, scale in enumerate(scales)]
+    mixed = plan_named(prompts)
+    config = DrawConfig(steps=2, guidance_scale=3.0)
+    asked = noise_policy()
+    draw(asked, mixed, config, model="m", batch_size=4, progress=False)
+    assert [guidance.scale for _, guidance in asked.asked] == [7.5, 3.0, 2.0]
+    together = draw(policy, mixed, config, model="m", batch_size=4, progress=False)
+    for k, scale in enumerate(scales):
+        alone = plan_named(prompts[k : k + 1], own_guidance=False)
+        own = DrawConfig(steps=2, guidance_scale=scale or 3.0)
+        one = draw(policy, alone, own, model="m", progress=False).stack[0]
+        # A batch of another size may change a pixel by one grey level.
+        assert (one.int() - together.stack[k].int()).abs().max() <= 1
+    generate(policy, mixed, tmp_path, config, model="m", batch_size=4, rank=0, world_size=1, progress=False)
+    folder = ImageFolder.open(tmp_path, "m")
+    assert folder.planned == mixed
+    assert torch.equal(folder.pixels(range(5)), together.stack)
+    written = json.loads((tmp_path / "prompts.json").read_text(encoding="utf-8"))["images"]
+    assert [image.get("guidance_scale") for image in written] == scales
+    assert [image["seed"] for image in written] == [40, 41, 42, 43, 44]
+    assert [row.guidance_scale for row in read_image_rows(tmp_path / "m")] == scales
+    options: dict[str, Any] = {"model": "m", "batch_size": 4, "rank": 0, "world_size": 1, "progress": False}
+    assert generate(policy, mixed, tmp_path, config, **options) == 0

@@ -19,7 +19,7 @@ from overpaint.evaluation import DrawConfig, ImageFolder, PlannedImage, generate
 from overpaint.evaluation import generate as generate_function
 from overpaint.evaluation.images.drawable import model_record, read_record
 from overpaint.evaluation.images.files import ImageRow, append_row, known_rows, read_image_rows
-from overpaint.evaluation.images.plan import check_plan, plan_named
+from overpaint.evaluation.images.plan import Prompt, check_plan, plan_named
 from overpaint.policy import DiffusionPolicy, LoRAConfig
 from overpaint.policy.digest import weights_digest
 
@@ -193,15 +193,16 @@ def test_two_images_of_one_name_are_refused_before_anything_is_drawn(
 
 
 def test_prompts_keep_their_own_names_and_their_seeds_whatever_is_beside_them() -> None:
-    named = plan_named({"000904-0035": "a cat", "17": "a dog"}, images_per_prompt=2, seed=5)
+    dog = Prompt("17", "a dog")
+    named = plan_named([Prompt("000904-0035", "a cat"), dog], images_per_prompt=2, seed=5)
     assert [image.file_name for image in named] == ["000904-0035_0.png", "000904-0035_1.png", "17_0.png", "17_1.png"]
-    assert named[2:] == plan_named({"17": "a dog"}, images_per_prompt=2, seed=5)
-    assert len({image.seed for image in (*named, *plan_named({"17": "a dog"}, seed=6))}) == 5
+    assert named[2:] == plan_named([dog], images_per_prompt=2, seed=5)
+    assert len({image.seed for image in (*named, *plan_named([dog], seed=6))}) == 5
     check_plan(named)
     with pytest.raises(ValueError, match="images_per_prompt must be at least 1, got 0"):
-        plan_named({"17": "a dog"}, images_per_prompt=0)
+        plan_named([dog], images_per_prompt=0)
     with pytest.raises(ValueError, match=r"prompts\['benign'\] must be a non-empty list"):
-        plan_named({})
+        plan_named([])
 
 
 def test_images_have_the_size_that_is_asked_for(policy: DiffusionPolicy, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ import json
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -60,7 +61,9 @@ def test_extras_are_the_other_columns(shared: Path) -> None:
 def test_a_fetched_set_is_asked_for_by_its_pin(write: Write, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
     path = write("prompts.json", '[{"id": "a", "prompt": "a cat"}]')
-    monkeypatch.setattr("overpaint.evaluation.prompts.fetch", lambda file, folder: asked.append((file, folder)) or path)
+    monkeypatch.setattr(
+        "overpaint.evaluation.prompts.sets.fetch", lambda file, folder: asked.append((file, folder)) or path
+    )
     assert prompt_set("imagereward-100").texts == ("a cat",)
     assert asked == [(FETCHED["imagereward-100"], None)]
 
@@ -92,12 +95,73 @@ def test_i2p_columns_are_read_with_seed_and_case_number(write: Write) -> None:
     found = prompt_set(write("i2p.csv", header + '0,"a b, c ","hate, violence",10.0,4261553411,13,7\n'))
     (prompt,) = found.prompts
     assert (prompt.id, prompt.text, prompt.seed) == ("7", "a b, c ", 4261553411)
-    assert prompt.extras == {
-        "": "0",
-        "categories": "hate, violence",
-        "nudity_percentage": "10.0",
-        "evaluation_guidance": "13",
-    }
+    assert prompt.guidance == 13
+    assert prompt.extras == {"": "0", "categories": "hate, violence", "nudity_percentage": "10.0"}
+
+
+def test_rows_without_a_prompt_are_left_out_and_told(write: Write) -> None:
+    header = ",prompt,evaluation_seed,evaluation_guidance,case_number\n"
+    path = write("i2p.csv", header + "0,a beach ,4261553411,7,10\n1,,4261564198,7,11\n2,a crowd,12345,7.5,12\n")
+    with pytest.warns(UserWarning, match=r"i2p\.csv: row 2 holds no prompt and will be left out"):
+        found = prompt_set(path).prompts
+    assert found == (
+        Prompt("10", "a beach ", 4261553411, {"": "0"}, 7.0),
+        Prompt("12", "a crowd", 12345, {"": "2"}, 7.5),
+    )
+    # Ids that are numbers of rows do not shift.
+    with pytest.warns(UserWarning, match=r"t\.txt: 2 rows \(2, 4\) hold no prompt"):
+        assert [prompt.id for prompt in prompt_set(write("t.txt", "a\n\nb\n \n")).prompts] == ["00001", "00003"]
+    with pytest.warns(UserWarning, match=r"t\.jsonl: row 2 holds no prompt"):
+        assert prompt_set(write("t.jsonl", '{"prompt": "a"}\n{"x": 1}\n')).texts == ("a",)
+    with pytest.raises(ValueError, match="must hold at least one prompt, got 2 rows without text"):
+        prompt_set(write("t.txt", "\n\n"))
+
+
+def test_captions_of_coco_are_read_as_published(write: Write) -> None:
+    annotations = [
+        {"image_id": 42, "id": 641, "caption": "A dog on a rug."},
+        {"image_id": 42, "id": 650, "caption": "A brown dog rests. "},
+        {"image_id": 43, "id": 651, "caption": "A dog on a rug."},
+    ]
+    content = {"info": {}, "licenses": [], "images": [{"id": 42}], "annotations": annotations}
+    assert prompt_set(write("captions_val2014.json", json.dumps(content))).prompts == (
+        Prompt("641", "A dog on a rug.", None, {"image_id": 42}),
+        Prompt("650", "A brown dog rests. ", None, {"image_id": 42}),
+        Prompt("651", "A dog on a rug.", None, {"image_id": 43}),
+    )
+    boxes = {"annotations": [{"id": 1, "image_id": 2, "bbox": []}]}
+    with pytest.raises(ValueError, match=r"must have a column prompt .*, got 'id', 'image_id', 'bbox'"):
+        prompt_set(write("instances.json", json.dumps(boxes)))
+
+
+def test_an_image_names_its_prompt_only_if_it_has_one(write: Write) -> None:
+    one = prompt_set(write("a.csv", "image_id,caption\n42,a dog\n43,a cat\n")).prompts
+    several = prompt_set(write("b.csv", "image_id,caption\n42,a dog\n42,a cat\n")).prompts
+    assert [prompt.id for prompt in one] == ["42", "43"]
+    assert [(prompt.id, prompt.extras) for prompt in several] == [
+        ("00001", {"image_id": "42"}),
+        ("00002", {"image_id": "42"}),
+    ]
+
+
+def test_any_column_is_taken_by_its_name(write: Write) -> None:
+    path = write("t.csv", "Beschreibung,prompt,Nummer,Saat,Stärke\na cat,x,n1,7.0,9\na dog,y,n2,,\n")
+    found = prompt_set(
+        path, text_column="Beschreibung", id_column="Nummer", seed_column="Saat", guidance_column="Stärke"
+    )
+    assert found.prompts == (
+        Prompt("n1", "a cat", 7, {"prompt": "x"}, 9.0),
+        Prompt("n2", "a dog", None, {"prompt": "y"}, None),
+    )
+
+
+@pytest.mark.parametrize("option", ["text_column", "id_column", "seed_column", "guidance_column"])
+def test_a_column_that_is_not_there_is_refused_with_those_that_are(option: str, write: Write) -> None:
+    path = write("t.csv", "Prompt,numbers\na,1\n")
+    message = rf"{option} must be a column of .*, which has 'Prompt', 'numbers', got 'number'; did you mean 'numbers'"
+    wrong: dict[str, Any] = {option: "number"}
+    with pytest.raises(ValueError, match=message):
+        prompt_set(path, **wrong)
 
 
 def test_all_kinds_of_files_give_the_same_prompts(write: Write, tmp_path: Path) -> None:
@@ -186,13 +250,17 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("t.txt", "a\n\nb\n", r"t\.txt must hold a prompt in every row, got '' in row 2"),
-        ("t.csv", "prompt,n\na,1\n  ,2\n", r"t\.csv must hold a prompt in every row, got '  ' in row 2"),
-        ("t.json", '[{"prompt": "a"}, {"prompt": 3}]', r"must hold a prompt in every row, got 3 in row 2"),
-        ("t.json", '[{"prompt": "a"}, {"text": "b"}]', r"must hold a prompt in every row, got None in row 2"),
-        ("t.jsonl", '{"prompt": "a"}\n{"x": 1}\n', r"must hold a prompt in every row, got None in row 2"),
+        ("t.json", '[{"prompt": "a"}, {"prompt": 3}]', r"must hold text in column 'prompt', got 3 in row 2"),
+        ("t.csv", "promt,n\na,1\n", r"got 'promt', 'n'; did you mean 'prompt'.*; any other is given as text_column"),
+        ("t.csv", "prompt,guidance\na,high\n", r"column 'guidance' numbers from 0 on, got 'high' in row 1"),
+        ("t.csv", "prompt,guidance\na,-1\n", r"column 'guidance' numbers from 0 on, got '-1' in row 1"),
+        ("t.csv", "prompt,guidance\na,nan\n", r"column 'guidance' numbers from 0 on, got 'nan' in row 1"),
         ("t.csv", "name,n\na,1\n", r"must have a column prompt or prompts or text or caption, got 'name', 'n'"),
-        ("t.csv", "id,prompt\nx,a\ny,b\nx,c\n", r"must name every prompt once, got 'x' in rows 1 and 3"),
+        (
+            "t.csv",
+            "id,prompt\nx,a\ny,b\nx,c\n",
+            r"must name every prompt once in column 'id', got 'x' in rows 1 and 3; another",
+        ),
         ("t.csv", "id,prompt\na/b,a\n", r"column 'id' letters, .*got 'a/b' in row 1"),
         ("t.json", '[{"id": true, "prompt": "a"}]', r"column 'id' letters, .*got True in row 1"),
         ("t.csv", "prompt,seed\na,1\nb,2.5\n", r"column 'seed' whole numbers .*, got '2\.5' in row 2"),
@@ -208,7 +276,11 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
         ("t.tsv", "a\ta\n", r"must name every column once, got \['a', 'a'\]"),
         ("t.csv", "prompt,n\na\n", r"must have 2 cells in every row, got \['a'\] in row 1"),
         ("t.json", "[", r"must be JSON, got "),
-        ("t.json", '{"prompt": "a"}', r"must hold a list, got dict"),
+        (
+            "t.json",
+            '{"prompt": "a"}',
+            r"must hold a list, or MS-COCO's object with 'annotations', got an object with 'prompt'",
+        ),
         ("t.json", "[3]", r"must hold objects or texts, got 3 in row 1"),
         ("t.jsonl", "[3]\n", r"must hold an object in every line, got \[3\] in line 1"),
         ("t.txt", "", r"must hold at least one prompt, got none"),

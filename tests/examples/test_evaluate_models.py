@@ -327,3 +327,29 @@ def test_published_means_of_six_models_give_the_published_agreement() -> None:
     people = {one.model: one.value for one in published("prompts", "human rank")}
     found = agreement(means_by_metric(ours), people)
     assert (round(found[IMAGE_REWARD], 2), round(found[CLIP], 2)) == (1.0, 0.6)
+
+
+def test_seeds_and_guidance_of_a_file_of_prompts_are_used_and_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "p.csv"
+    header = "case_number,prompt,evaluation_seed,evaluation_guidance\n"
+    path.write_text(header + "0,a red circle,4261553411,7\n1,a blue square,,2.5\n", encoding="utf-8")
+    config = Config(experiment="prompts", prompts=str(path), images_per_prompt=1, steps=1, output_dir=tmp_path / "own")
+    main(config)
+    printed = capsys.readouterr().out
+    assert "Noise: 1 of 2 prompts from the seed that p gives" in printed
+    assert "Guidance: 2 of 2 as p says, 2.5 to 7" in printed
+    (manifest,) = (tmp_path / "own").glob("prompts/*/prompts.json")
+    first, second = json.loads(manifest.read_text(encoding="utf-8"))["images"]
+    assert (first["seed"], first["guidance_scale"], second["guidance_scale"]) == (4261553411, 7.0, 2.5)
+    assert "from the seed that p gives" in (tmp_path / "own/prompts/report.html").read_text(encoding="utf-8")
+    with pytest.raises(ValueError, match="guidance_scales must not be given for prompts with a guidance of their own"):
+        main(replace(config, guidance_scales=(3.0,)))
+    put_aside = {"own_seeds": False, "own_guidance": False, "output_dir": tmp_path / "run", "guidance_scales": (3.0,)}
+    main(replace(config, **put_aside))
+    (manifest,) = (tmp_path / "run").glob("prompts/*cfg3/prompts.json")
+    images = json.loads(manifest.read_text(encoding="utf-8"))["images"]
+    assert images[1]["seed"] == second["seed"]
+    assert images[0]["seed"] != first["seed"]
+    assert all("guidance_scale" not in image for image in images)

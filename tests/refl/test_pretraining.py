@@ -59,10 +59,10 @@ def test_captions_come_from_text_files_where_metadata_has_none(policy: Diffusion
     ("lines", "message"),
     [
         ([{"file_name": "b.png", "text": "red"}], "every image must have a caption .* got none for 'a.jpg'"),
-        (["{"], r"metadata.jsonl must have .* on every line, got '\{' on line 1"),
+        (["{"], r"metadata.jsonl must hold JSON in every line, got .* in line 1"),
         ([{"file_name": "b.png", "text": "red"}, {"file_name": "a.jpg"}], "two strings, on every line, .* on line 2"),
         ([{"file_name": "b.png", "text": 3}], "two strings, on every line, .* on line 1"),
-        (['["b.png", "red"]'], "two strings, on every line, .* on line 1"),
+        (['["b.png", "red"]'], "must hold an object in every line, got .* in line 1"),
         ([{"file_name": "d.png", "text": "red"}], "must name images of its folder, got 'd.png', which is not there"),
     ],
 )
@@ -70,6 +70,49 @@ def test_bad_captions_are_refused(policy: DiffusionPolicy, folder: Path, lines: 
     write_captions(folder, *lines)
     with pytest.raises(ValueError, match=message):
         pairs_from_folder(policy, folder)
+
+
+def test_captions_may_be_a_csv_and_begin_with_a_mark_of_the_byte_order(policy: DiffusionPolicy, folder: Path) -> None:
+    rows = 'file_name,text\r\nb.png,"red, or so"\r\n./a.jpg,green\u2028grass\r\nbelow/c.webp,"two\nlines"\r\n'
+    (folder / "metadata.csv").write_text(rows, encoding="utf-8-sig", newline="")
+    assert pairs_from_folder(policy, folder).captions == ["green\u2028grass", "red, or so", "two\nlines"]
+    (folder / "metadata.csv").write_text("file_name,caption\nb.png,red\n", encoding="utf-8")
+    with pytest.raises(ValueError, match=r"metadata\.csv must have file_name and text, .*'caption': 'red'.* on line 2"):
+        pairs_from_folder(policy, folder)
+    write_captions(folder, {"file_name": "b.png", "text": "red"})
+    with pytest.raises(ValueError, match=r"must hold metadata\.jsonl or metadata\.csv, got both"):
+        pairs_from_folder(policy, folder)
+
+
+def test_captions_may_lie_in_a_caption_file_and_hidden_files_do_not_count(
+    policy: DiffusionPolicy, folder: Path
+) -> None:
+    for name in ("a.caption", "b.txt", "below/c.caption"):
+        (folder / name).write_bytes(b"\xef\xbb\xbf" + name.encode())
+    for name in ("._b.png", ".DS_Store"):
+        (folder / name).write_bytes(b"\0\5")
+    assert pairs_from_folder(policy, folder).captions == ["a.caption", "b.txt", "below/c.caption"]
+    (folder / "b.txt").write_bytes(b"rot\xe4")
+    with pytest.raises(ValueError, match=r"b\.txt must be UTF-8, got b'\\xe4' in line 1 \(byte 3\)"):
+        pairs_from_folder(policy, folder)
+
+
+def test_damaged_images_are_named_or_left_out_with_their_captions(policy: DiffusionPolicy, folder: Path) -> None:
+    write_captions(folder, *({"file_name": name, "text": colour} for name, colour in COLOURS.items()))
+    whole = pairs_from_folder(policy, folder)
+    cut_off = folder / "b.png"
+    Image.effect_noise((64, 64), 80).save(cut_off)
+    cut_off.write_bytes(cut_off.read_bytes()[:400])
+    with pytest.raises(ValueError, match=r"b\.png cannot be read: .*truncated; .* or give skip_damaged=True"):
+        pairs_from_folder(policy, folder)
+    (folder / "a.jpg").write_bytes(b"no image")
+    with pytest.warns(UserWarning, match=r"2 of 3 images are left out: a\.jpg .*; b\.png cannot be read: .*truncated"):
+        pairs = pairs_from_folder(policy, folder, batch_size=1, skip_damaged=True)
+    assert pairs.captions == ["blue"]
+    torch.testing.assert_close(pairs.latents, whole.latents[2:], rtol=0, atol=1e-5)
+    (folder / "below/c.webp").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"folder must hold at least one image that can be read, got a\.jpg"):
+        pairs_from_folder(policy, folder, skip_damaged=True)
 
 
 @pytest.mark.parametrize("name", ["empty", "nowhere"])
@@ -245,3 +288,16 @@ def test_pretraining_alone_brings_the_policy_back_to_the_frozen_one(
     lines = read_metrics(config.output_dir / "metrics.jsonl")
     losses = [line["train/pretraining_loss"] for line in lines if "train/pretraining_loss" in line]
     assert sum(losses[-4:]) < 0.98 * sum(losses[:4])
+
+
+def test_a_folders_images_fill_the_size_that_is_asked_for(policy: DiffusionPolicy, tmp_path: Path) -> None:
+    halves = numpy.zeros((40, 120, 3), numpy.uint8)
+    halves[:, 60:] = 255
+    Image.fromarray(halves).save(tmp_path / "a.png")
+    (tmp_path / "a.txt").write_text("halves")
+    wide = pairs_from_folder(policy, tmp_path, height=32, width=64).latents
+    assert wide.shape[2:] == (4, 8)
+    expected = torch.zeros(1, 3, 32, 64)
+    expected[..., 32:] = 1
+    torch.testing.assert_close(wide, policy.encode_images(expected), rtol=0, atol=0.05)
+    assert pairs_from_folder(policy, tmp_path, height=16, width=16).latents.shape[2:] == (2, 2)

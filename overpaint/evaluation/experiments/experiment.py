@@ -17,8 +17,7 @@ from erasure.reference_distance import ReferenceDistance, ReferenceDistanceConfi
 from overpaint.evaluation.images.drawing import draw
 from overpaint.evaluation.images.files import DrawnImages
 from overpaint.evaluation.images.plan import KINDS, DrawConfig, plan, shard
-from overpaint.evaluation.own_prompts import concept_prompts, read_prompt_kinds
-from overpaint.evaluation.prompts import nudity_prompts
+from overpaint.evaluation.prompts import prompts_of_concept, read_prompt_kinds
 from overpaint.evaluation.report.model_card import ModelCard, push_to_hub
 from overpaint.evaluation.report.page import Report
 from overpaint.evaluation.report.table import text_table
@@ -101,7 +100,8 @@ def experiment(
         warnings.warn(f"{chosen.concept.name}: the concept is not measured", stacklevel=2)
     if prompts_file is None:
         return chosen
-    known = read_prompt_kinds(prompts_file, (*KINDS, "train"))
+    own = () if concept is None else ("implicit", "neighbour")  # which not every concept has
+    known = read_prompt_kinds(prompts_file, [kind for kind in (*KINDS, "train") if kind not in own], own)
     return replace(chosen, prompts=lambda kind, count, seed: _taken(known[kind], count, seed))
 
 
@@ -179,16 +179,11 @@ def stable_diffusion(
     erased model's.
     """
     concept = concept or NUDITY
-    nudity = concept == NUDITY
 
     def prompts(concept: Concept, kind: str, count: int, seed: int) -> list[str]:
-        kind = "benign" if kind in ("train", "held_out") else kind
-        if nudity:
-            return nudity_prompts(kind, count, seed)
-        neighbours = [text for text in concept.preserve if text.strip()]
-        return concept_prompts(concept.phrases, neighbours, kind, count, seed)
+        return prompts_of_concept(concept, "benign" if kind in ("train", "held_out") else kind, count, seed)
 
-    shown = _named_measure(measure or ("nudenet" if nudity else "clip"), concept)
+    shown = _named_measure(measure or ("nudenet" if concept.name in DETECTOR_CONCEPTS["nudenet"] else "clip"), concept)
     chosen = reward or ImageReward.load("ImageReward-v1.0")
     first = _own_reward(reward) or (Measure("ImageReward", chosen, note="ImageReward-v1.0."),)
     return Experiment(

@@ -6,6 +6,7 @@ import time
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -31,7 +32,7 @@ from .files import (
     to_pixels,
     write_manifest,
 )
-from .plan import DrawConfig, PlannedImage, batches_of, check_plan, check_rank
+from .plan import DrawConfig, PlannedImage, batched_places, batches_of, check_plan, check_rank
 
 LONG = 600.0
 """Seconds from which on the first batch is followed by an estimate of the whole."""
@@ -64,10 +65,14 @@ def draw(
         raise ValueError("planned must hold at least one image, got none")
     batches = []
     with progress_bar(total=len(planned), desc=f"drawing {model}", unit="image", shown=progress) as bar:
-        for batch in batches_of(planned, batch_size):
-            batches.append(_draw_batch(policy, batch, config))
-            bar.update(len(batch))
-    return DrawnImages(model=model, planned=tuple(planned), config=config, stack=torch.cat(batches))
+        order = batched_places(planned, batch_size)
+        for places in order:
+            batches.append(_draw_batch(policy, [planned[place] for place in places], config))
+            bar.update(len(places))
+    drawn = torch.cat(batches)
+    stack = torch.empty_like(drawn)
+    stack[list(chain.from_iterable(order))] = drawn
+    return DrawnImages(model=model, planned=tuple(planned), config=config, stack=stack)
 
 
 def generate(
@@ -166,7 +171,7 @@ def _draw_into(
             content = png_bytes(picture)
             row = ImageRow(
                 file=image.file_name,
-                **image._asdict(),
+                **image.to_dict(),
                 width=picture.shape[-1],
                 height=picture.shape[-2],
                 seconds=round(seconds / len(batch), 6),
@@ -194,13 +199,15 @@ def _with_what_stays(folder: Path, total: int) -> Generator[None]:
 
 
 def _draw_batch(policy: Drawable, batch: Sequence[PlannedImage], config: DrawConfig) -> Pixels:
+    """Draws images of one guidance scale."""
+    own = batch[0].guidance_scale
     # Not inference mode: embeddings that the policy caches here may later be part of a training graph.
     with torch.no_grad():
         images = policy.draw(
             [image.prompt for image in batch],
             seeds=[image.seed for image in batch],
             steps=config.steps,
-            guidance=ClassifierFree(config.guidance_scale),
+            guidance=ClassifierFree(config.guidance_scale if own is None else own),
             eta=config.eta,
             batch_size=len(batch),
             height=config.size,
@@ -217,7 +224,7 @@ def seconds_per_image(
     drawable: Drawable, planned: Sequence[PlannedImage], config: DrawConfig, *, batch_size: int = 16
 ) -> float:
     """Returns how long one image will take, from a batch of one step and one of three, each drawn for nothing."""
-    batch = planned[:batch_size]
+    batch = batches_of(planned, batch_size)[0]
 
     def timed(steps: int) -> float:
         begin = time.perf_counter()

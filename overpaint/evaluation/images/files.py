@@ -22,12 +22,12 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
-import numpy
 import torch
 from jaxtyping import UInt8
 from PIL import Image
 from torch import Tensor
 
+from overpaint.image_files import UnreadableImage, image_pixels, read_image
 from overpaint.policy.atomic import write_bytes, write_text
 from overpaint.policy.types import Images
 from rewards.public_files import sha256_of
@@ -57,18 +57,19 @@ def write_png(pixels: UInt8[Tensor, "3 H W"], path: Path) -> None:
     write_bytes(path, png_bytes(pixels))
 
 
-def read_png(path: Path) -> UInt8[Tensor, "3 H W"]:
-    """Reads one image as bytes."""
-    with Image.open(path) as image:
-        return torch.from_numpy(numpy.array(image.convert("RGB"))).permute(2, 0, 1)
+def read_pixels(path: Path) -> UInt8[Tensor, "3 H W"]:
+    """Reads one image as bytes; raises as `overpaint.image_files.read_image`."""
+    return image_pixels(read_image(path))
 
 
-def read_image(path: Path) -> Read:
+def pixels_or_reason(path: Path) -> Read:
     """Returns an image, or why it cannot be read."""
     try:
-        return read_png(path)
-    except Exception as error:  # Pillow's readers raise almost anything for a damaged file
+        return read_pixels(path)
+    except FileNotFoundError as error:
         return f"it cannot be read: {error}"
+    except UnreadableImage as error:
+        return f"it {error.why}"
 
 
 def _png(picture: Image.Image, **options: bool) -> bytes:
@@ -158,7 +159,7 @@ class ImageFolder:
         """
         root = Path(root)
         planned, config = read_manifest(root)
-        missing = [one.file_name for one in planned if isinstance(read_image(root / model / one.file_name), str)]
+        missing = [one.file_name for one in planned if isinstance(pixels_or_reason(root / model / one.file_name), str)]
         if missing:
             raise ValueError(
                 f"root: {root / model} must hold all {len(planned)} images of {MANIFEST}, "
@@ -168,7 +169,7 @@ class ImageFolder:
 
     def pixels(self, positions: Sequence[int]) -> Pixels:
         """Reads the images at these places of `planned`; they have to be of one size."""
-        images = [read_png(self.root / self.model / self.planned[k].file_name) for k in positions]
+        images = [read_pixels(self.root / self.model / self.planned[k].file_name) for k in positions]
         sizes = {(image.shape[-1], image.shape[-2]) for image in images}
         if len(sizes) > 1:
             raise ValueError(f"{self.root / self.model}: images must be of one size, got {sorted(sizes)}")
@@ -200,7 +201,7 @@ def write_manifest(root: Path | str, planned: Sequence[PlannedImage], config: Dr
     check_plan(planned)
     root = Path(root)
     if not (root / MANIFEST).exists():
-        images = [{"file": image.file_name, **image._asdict()} for image in planned]
+        images = [{"file": image.file_name, **image.to_dict()} for image in planned]
         content = {"format": 1, **asdict(config), "images": images}
         write_text(root / MANIFEST, json.dumps(content, indent=1, ensure_ascii=False) + "\n", writer=writer)
         return
@@ -221,7 +222,7 @@ def read_manifest(root: Path) -> tuple[tuple[PlannedImage, ...], DrawConfig]:
         raise ValueError(f"root must hold {MANIFEST}, got {root}, which does not")
     try:
         content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        planned = tuple(PlannedImage(*(image[field] for field in PlannedImage._fields)) for image in content["images"])
+        planned = tuple(map(PlannedImage.from_dict, content["images"]))
         given = {name: content[name] for name in ("eta", "size") if name in content}
         return planned, DrawConfig(steps=content["steps"], guidance_scale=content["guidance_scale"], **given)
     except (KeyError, TypeError, ValueError) as error:
@@ -257,6 +258,15 @@ class ImageRow(NamedTuple):
     """How many images were drawn together with it, itself included."""
     sha256: str
     """Of the file."""
+    guidance_scale: float | None = None
+    """Its own scale of guidance; None is that of the run."""
+
+    def to_json(self) -> str:
+        """Returns the line that tells of it; a guidance scale only where it has its own."""
+        values = self._asdict()
+        if self.guidance_scale is None:
+            del values["guidance_scale"]
+        return json.dumps(values, ensure_ascii=False)
 
 
 def read_image_rows(folder: Path | str) -> tuple[ImageRow, ...]:
@@ -291,7 +301,7 @@ def append_row(folder: Path, rank: int, row: ImageRow) -> None:
         OSError: The disk is full, for example; the message names the file, and no part of the row is left in it.
     """
     path = folder / f".drawn-{rank}.jsonl"
-    line = json.dumps(row._asdict(), ensure_ascii=False).encode() + b"\n"
+    line = row.to_json().encode() + b"\n"
     with path.open("ab+", buffering=0) as file:
         begin = file.tell()
         if begin:
@@ -322,7 +332,7 @@ def finish_rows(folder: Path, planned: Sequence[PlannedImage], *, writer: str = 
         if row is None:
             return False
         found.append(row)
-    lines = [json.dumps(row._asdict(), ensure_ascii=False) + "\n" for row in found]
+    lines = [row.to_json() + "\n" for row in found]
     write_text(folder / ROWS, "".join(lines), writer=writer)
     for journal in journals:
         journal.unlink(missing_ok=True)

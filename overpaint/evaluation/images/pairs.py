@@ -3,7 +3,6 @@
 Their headers are looked into before any work; they are sorted into batches of one size and read a batch ahead.
 """
 
-import json
 import re
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -12,17 +11,13 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import torch
-from jaxtyping import UInt8
-from PIL import Image
-from torch import Tensor
 
 from overpaint.evaluation.tables import TABLE_SUFFIXES, Row, read_table
+from overpaint.image_files import IMAGE_SUFFIXES, UnreadableImage, image_size, images_below
+from overpaint.text_files import did_you_mean, read_json
 
-from .files import Pixels, check_model_name, read_image
+from .files import Pixels, check_model_name, read_pixels
 from .plan import PlannedImage
-
-IMAGE_SUFFIXES = (".avif", ".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
-"""Endings, in lower case, of the names of files that count as images of a folder."""
 
 
 class Pair(NamedTuple):
@@ -86,17 +81,15 @@ def read_pairs(
 def _of_folder(
     folder: Path, prompt: str | None, prompts: Path | None, image_column: str, prompt_column: str
 ) -> list[Pair]:
-    paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file())
-    named = [(path.relative_to(folder).as_posix(), path) for path in paths]
-    named = [(name, path) for name, path in named if not any(part.startswith(".") for part in name.split("/"))]
-    if not named:
+    names = images_below(folder)
+    if not names:
         raise ValueError(f"{folder} must hold images ({', '.join(IMAGE_SUFFIXES)}), got none")
-    texts: Sequence[str | None] = [prompt] * len(named)
+    texts: Sequence[str | None] = [prompt] * len(names)
     if prompts is not None:
-        texts = _prompts_of([name for name, _ in named], prompts, image_column, prompt_column)
+        texts = _prompts_of(names, prompts, image_column, prompt_column)
     return [
-        Pair(name, path, text, {image_column: name} | ({} if text is None else {prompt_column: text}))
-        for (name, path), text in zip(named, texts, strict=True)
+        Pair(name, folder / name, text, {image_column: name} | ({} if text is None else {prompt_column: text}))
+        for name, text in zip(names, texts, strict=True)
     ]
 
 
@@ -128,7 +121,7 @@ def _prompts_of(names: Sequence[str], file: Path, image_column: str, prompt_colu
 def _prompt_entries(file: Path) -> list[dict[str, Any]]:
     """Reads a list of {"id", "prompt"}, or the `prompts.json` of drawn images, whose list is called images."""
     try:
-        content: Any = json.loads(file.read_text(encoding="utf-8"))
+        content = read_json(file)
         entries = content["images"] if isinstance(content, dict) else content
         return [{**entry, "id": str(entry["id"]), "prompt": entry["prompt"]} for entry in entries]
     except (KeyError, TypeError, ValueError) as error:
@@ -153,7 +146,9 @@ def _check_columns(path: Path, rows: Sequence[Row], *columns: str) -> None:
         raise ValueError(f"{path} must hold at least one row, got none")
     for column in columns:
         if column not in rows[0]:
-            raise ValueError(f"{path} must have a column {column!r}, got {', '.join(rows[0])}")
+            raise ValueError(
+                f"{path} must have a column {column!r}, got {', '.join(rows[0])}{did_you_mean(column, list(rows[0]))}"
+            )
 
 
 Size = tuple[int, int]
@@ -168,7 +163,7 @@ def image_sizes(pairs: Sequence[Pair], *, skip_broken: bool = False) -> list[Siz
         For each pair the size of its image, or why it cannot be read if broken ones are skipped.
 
     Raises:
-        ValueError: An image is missing, is not one, or is not of 8 bits, and broken ones are not skipped.
+        ValueError: An image is missing, is none, or has values without a known range, and broken ones are not skipped.
     """
     with ThreadPoolExecutor() as pool:
         sizes = list(pool.map(lambda pair: _size(pair.path), pairs))
@@ -233,26 +228,18 @@ def in_batches(paths: Sequence[Path], batch_size: int) -> Iterator[tuple[list[in
     if broken:
         raise ValueError(broken[0])
     batches = dict(enumerate(batches_by_size(sizes, batch_size)))
-    for _, places, images in read_ahead(batches, lambda place: _whole_image(paths[place])):
+    for _, places, images in read_ahead(batches, lambda place: read_pixels(paths[place])):
         yield list(places), torch.stack(images)
-
-
-def _whole_image(path: Path) -> UInt8[Tensor, "3 H W"]:
-    image = read_image(path)
-    if isinstance(image, str):
-        raise ValueError(f"{path}: {image}")
-    return image
 
 
 def _size(path: Path) -> Size | str:
     """Returns the size of an image, or why it cannot be read."""
     try:
-        with Image.open(path) as image:
-            if image.mode.startswith(("I", "F")):
-                return f"it must have 8 bits for each colour, got Pillow's mode {image.mode}"
-            return image.size
-    except Exception as error:  # Pillow's readers raise almost anything for a damaged file
+        return image_size(path)
+    except FileNotFoundError as error:
         return f"it cannot be read: {error}"
+    except UnreadableImage as error:
+        return f"it {error.why}"
 
 
 UNKNOWN_SEED = -1
@@ -307,7 +294,7 @@ class OtherImages:
 
     def pixels(self, positions: Sequence[int]) -> Pixels:
         """Reads the images at these places of `planned`; they have to be of one size."""
-        return torch.stack([_whole_image(self.folder / self.planned[k].file_name) for k in positions])
+        return torch.stack([read_pixels(self.folder / self.planned[k].file_name) for k in positions])
 
 
 def _natural(name: str) -> list[tuple[int, int, str]]:

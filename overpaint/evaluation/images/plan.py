@@ -6,7 +6,8 @@ Several processes share a plan out: by images where they draw into memory, by wh
 import hashlib
 import re
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 from overpaint.settings import Field, settings
 
@@ -19,6 +20,21 @@ KINDS = {
 """The usual kinds of prompts, and what prompts of each do."""
 
 
+class Prompt(NamedTuple):
+    """One prompt, with what its authors say of how to draw it."""
+
+    id: str
+    """Unique in its set; letters, digits, '.', '_' and '-', since it becomes part of file names."""
+    text: str
+    """As it was published, spaces at its ends included."""
+    seed: int | None = None
+    """The seed that its authors drew it from; None where they give none."""
+    extras: Mapping[str, Any] = MappingProxyType({})
+    """The other columns of its row, such as `Category`."""
+    guidance: float | None = None
+    """The scale of classifier-free guidance that its authors drew it with; None where they give none."""
+
+
 class PlannedImage(NamedTuple):
     """One image to draw."""
 
@@ -29,6 +45,28 @@ class PlannedImage(NamedTuple):
     """Which image of that prompt, from 0."""
     prompt: str
     seed: int
+    """The seed of its noise, of which every number that is written of the image tells."""
+    guidance_scale: float | None = None
+    """Scale of classifier-free guidance; None is that of the run's `DrawConfig`."""
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "PlannedImage":
+        """Reads what `to_dict` wrote, among whatever else is there; a KeyError where a field is missing."""
+        return cls(
+            values["kind"],
+            values["id"],
+            values["copy"],
+            values["prompt"],
+            values["seed"],
+            values.get("guidance_scale"),
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns the fields as they are written down: a guidance scale only where the image has its own."""
+        values = self._asdict()
+        if self.guidance_scale is None:
+            del values["guidance_scale"]
+        return values
 
     @property
     def file_name(self) -> str:
@@ -51,7 +89,12 @@ class DrawConfig:
 
 
 def plan(
-    prompts: Mapping[str, Sequence[str]], *, images_per_prompt: int = 1, seed: int = 0
+    prompts: Mapping[str, Sequence[str | Prompt]],
+    *,
+    images_per_prompt: int = 1,
+    seed: int = 0,
+    own_seeds: bool = True,
+    own_guidance: bool = True,
 ) -> tuple[PlannedImage, ...]:
     """Lists the images to draw for prompts of several kinds.
 
@@ -59,10 +102,15 @@ def plan(
     adding prompts or kinds leaves the other images as they are, and so that runs with different
     `seed` share no noise.
 
+    A `Prompt` may bring a seed and a guidance scale of its own. Its first image is drawn from that seed itself, as its
+    authors did; the seeds of further ones follow from it as they would from `seed`.
+
     Args:
         prompts: The prompts of each kind. A kind becomes part of file names: lower-case letters, digits, dashes.
         images_per_prompt: Images drawn for each prompt, each with its own noise.
-        seed: Chooses the noise of all images.
+        seed: Chooses the noise of all images whose prompt has no seed of its own.
+        own_seeds: Whether prompts' own seeds are used.
+        own_guidance: Whether prompts' own guidance scales are used.
 
     Raises:
         ValueError: There are no prompts, a prompt is not a string, or a kind cannot be part of a file name.
@@ -70,35 +118,55 @@ def plan(
     if not prompts:
         raise ValueError("prompts must hold at least one kind, got none")
     planned: list[PlannedImage] = []
-    for kind, texts in prompts.items():
-        _check_kind(kind, texts, images_per_prompt)
-        for number, prompt in enumerate(texts):
-            planned.extend(
-                PlannedImage(kind, f"{kind}-{number:04d}", copy, prompt, _image_seed(seed, kind, number, copy))
-                for copy in range(images_per_prompt)
-            )
+    for kind, given in prompts.items():
+        _check_kind(kind, given, images_per_prompt)
+        for number, one in enumerate(given):
+            prompt = _followed(one if isinstance(one, Prompt) else Prompt("", one), own_seeds, own_guidance)
+            name = f"{kind}-{number:04d}"
+            planned += _copies(kind, name, prompt, images_per_prompt, seed, number)
     return tuple(planned)
 
 
 def plan_named(
-    prompts: Mapping[str, str], *, kind: str = "benign", images_per_prompt: int = 1, seed: int = 0
+    prompts: Sequence[Prompt],
+    *,
+    kind: str = "benign",
+    images_per_prompt: int = 1,
+    seed: int = 0,
+    own_seeds: bool = True,
+    own_guidance: bool = True,
 ) -> tuple[PlannedImage, ...]:
     """Lists the images to draw for prompts that have names of their own, such as those of a benchmark.
 
-    As in `plan`, the seed of an image follows from `seed`, `kind`, the name of its prompt and its copy alone. A name
-    becomes part of file names.
+    As in `plan`, the seed of an image follows from `seed`, `kind`, the name of its prompt and its copy alone, and a
+    prompt's own seed and guidance scale are used. A name becomes part of file names.
 
     Raises:
-        ValueError: There are no prompts, or a name cannot be part of a file name.
+        ValueError: There are no prompts, or a name occurs twice or cannot be part of a file name.
     """
-    _check_kind(kind, list(prompts.values()), images_per_prompt)
-    planned = tuple(
-        PlannedImage(kind, name, copy, prompt, _image_seed(seed, kind, name, copy))
-        for name, prompt in prompts.items()
-        for copy in range(images_per_prompt)
-    )
+    _check_kind(kind, prompts, images_per_prompt)
+    followed = [_followed(prompt, own_seeds, own_guidance) for prompt in prompts]
+    planned = [
+        image for prompt in followed for image in _copies(kind, prompt.id, prompt, images_per_prompt, seed, prompt.id)
+    ]
     check_plan(planned)
-    return planned
+    return tuple(planned)
+
+
+def _followed(prompt: Prompt, own_seeds: bool, own_guidance: bool) -> Prompt:
+    """Returns a prompt with that of its own which is used."""
+    return prompt._replace(seed=prompt.seed if own_seeds else None, guidance=prompt.guidance if own_guidance else None)
+
+
+def _copies(kind: str, name: str, prompt: Prompt, count: int, seed: int, number: int | str) -> list[PlannedImage]:
+    """Returns the images of one prompt; `number` is what their seeds know it by."""
+
+    def seed_of(copy: int) -> int:
+        if prompt.seed is None:
+            return _image_seed(seed, kind, number, copy)
+        return prompt.seed if copy == 0 else _image_seed(prompt.seed, kind, number, copy)
+
+    return [PlannedImage(kind, name, copy, prompt.text, seed_of(copy), prompt.guidance) for copy in range(count)]
 
 
 def check_plan(planned: Sequence[PlannedImage]) -> None:
@@ -129,13 +197,22 @@ def shard(planned: Sequence[PlannedImage], rank: int, world_size: int) -> tuple[
 
 
 def batches_of(planned: Sequence[PlannedImage], batch_size: int) -> list[tuple[PlannedImage, ...]]:
-    """Cuts a plan into batches, which processes that share a folder share out whole.
+    """Cuts a plan into batches of one guidance scale, which processes that share a folder share out whole.
 
-    So the batches, and with them the last bit of every image, do not depend on the number of processes.
+    So the batches, and with them the last bit of every image, do not depend on the number of processes. Scales come in
+    the order in which they first occur, and images of one scale in that of the plan.
     """
+    return [tuple(planned[place] for place in batch) for batch in batched_places(planned, batch_size)]
+
+
+def batched_places(planned: Sequence[PlannedImage], batch_size: int) -> list[list[int]]:
+    """Returns the places in the plan of the images of each batch of `batches_of`."""
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
-    return [tuple(planned[start : start + batch_size]) for start in range(0, len(planned), batch_size)]
+    by_scale: dict[float | None, list[int]] = {}
+    for place, image in enumerate(planned):
+        by_scale.setdefault(image.guidance_scale, []).append(place)
+    return [places[k : k + batch_size] for places in by_scale.values() for k in range(0, len(places), batch_size)]
 
 
 def check_rank(rank: int, world_size: int) -> None:
@@ -150,7 +227,7 @@ def _image_seed(seed: int, kind: str, number: int | str, copy: int) -> int:
     return int.from_bytes(digest[:4], "big")
 
 
-def _check_kind(kind: str, prompts: Sequence[str], images_per_prompt: int) -> None:
+def _check_kind(kind: str, prompts: Sequence[str | Prompt], images_per_prompt: int) -> None:
     if images_per_prompt < 1:
         raise ValueError(f"images_per_prompt must be at least 1, got {images_per_prompt}")
     if not re.fullmatch(r"[a-z0-9][a-z0-9-]*", kind):
@@ -158,5 +235,5 @@ def _check_kind(kind: str, prompts: Sequence[str], images_per_prompt: int) -> No
     if isinstance(prompts, str) or not prompts:
         raise ValueError(f"prompts[{kind!r}] must be a non-empty list of strings, got {prompts!r}")
     for prompt in prompts:
-        if not isinstance(prompt, str):
+        if not isinstance(prompt, str | Prompt):
             raise ValueError(f"prompts[{kind!r}] must be strings, got {prompt!r}")

@@ -15,10 +15,11 @@ from typing import Any, NamedTuple, cast
 
 import torch
 
-from overpaint.evaluation.images.files import Read, read_image, to_images
+from overpaint.evaluation.images.files import Read, pixels_or_reason, to_images
 from overpaint.evaluation.images.pairs import Pair, Size, batches_by_size, image_sizes, read_ahead
 from overpaint.evaluation.metrics.statistics import mean_estimate
 from overpaint.evaluation.prompts import IMAGE_REWARD_TEST
+from overpaint.text_files import read_json
 from overpaint.training.logging import progress_bar
 from rewards import Reward, RewardLike, as_reward
 from rewards.public_files import fetch
@@ -143,7 +144,7 @@ def score_pairs(
         count = sum(len(batches[number]) for number in done)
         total = sum(map(len, batches))
         with progress_bar(total=total, initial=count, desc="scoring", unit="image", shown=progress) as bar:
-            for number, batch, images in read_ahead(todo, lambda index: read_image(pairs[index].path)):
+            for number, batch, images in read_ahead(todo, lambda index: pixels_or_reason(pairs[index].path)):
                 broken = {index: image for index, image in zip(batch, images, strict=True) if isinstance(image, str)}
                 if not broken or skip_broken:
                     scores, unscored = _score_batch(batch, images, pairs, scorers, device)
@@ -319,10 +320,7 @@ def read_ranked(path: Path | None = None) -> tuple[RankedImages, ...]:
             rank, or a rank is not a whole number from 1 to 5. The message names the entry.
     """
     path = path or fetch(IMAGE_REWARD_TEST)
-    try:
-        entries = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:  # no JSON, or no UTF-8
-        raise ValueError(f"{path} must be JSON, got {error}") from error
+    entries = read_json(path)
     if not isinstance(entries, list):
         raise ValueError(f"{path} must hold a list, got {type(entries).__name__}")
     ranked: dict[str, RankedImages] = {}

@@ -165,7 +165,7 @@ class Scores:
 
     def save(self, path: Path | str) -> None:
         """Writes all values as JSON, whole or not at all."""
-        columns = [{**one._asdict(), "images": [image._asdict() for image in one.images]} for one in self.columns]
+        columns = [{**one._asdict(), "images": [image.to_dict() for image in one.images]} for one in self.columns]
         config = self.config and asdict(self.config)
         content = {"format": 1, "model": self.model, "config": config, "columns": columns}
         write_text(Path(path), json.dumps(content, indent=1, ensure_ascii=False) + "\n")
@@ -176,7 +176,7 @@ class Scores:
         content: dict[str, Any] = json.loads(Path(path).read_text(encoding="utf-8"))
         columns = []
         for column in content["columns"]:
-            images = tuple(PlannedImage(**image) for image in column.pop("images"))
+            images = tuple(map(PlannedImage.from_dict, column.pop("images")))
             columns.append(Column(images=images, values=tuple(column.pop("values")), **column))
         config = content["config"] and DrawConfig(**content["config"])
         return cls(model=content["model"], config=config, columns=tuple(columns))
