@@ -328,7 +328,7 @@ def test_every_layer_of_stable_diffusions_unet_finds_its_name_again(
 ) -> None:
     from diffusers import UNet2DConditionModel
 
-    def unet() -> UNet2DConditionModel:  # the blocks of the real one, and few channels
+    def unet() -> Any:  # the blocks of the real one, and few channels
         return UNet2DConditionModel(
             sample_size=8, block_out_channels=(4, 8, 8, 8), layers_per_block=2, cross_attention_dim=8,
             attention_head_dim=2, norm_num_groups=2, use_linear_projection=linear,
