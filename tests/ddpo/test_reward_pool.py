@@ -181,7 +181,7 @@ def test_a_wrong_number_of_scores_is_not_tried_again() -> None:
     judge = Failing(lambda images, prompts: torch.zeros(3))
     with pool_of(judge) as pool:
         pool.submit(*batch(1.0))
-        with pytest.raises(RewardError, match=r"at try 1 of 3, with ValueError: .* each of 2 images, got \(3,\)"):
+        with pytest.raises(RewardError, match=r"at try 1 of 3, with ScoresError: .* each of 2 images, got \(3,\)"):
             pool.results()
     assert judge.calls == 1
 

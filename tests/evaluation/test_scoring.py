@@ -145,7 +145,7 @@ def test_metrics_run_without_gradients(drawn: DrawnImages) -> None:
         ([MEASURES[0], MEASURES[0]], "measures must have unique names"),
         ([Measure("b", brightness, ("bening",))], r"measures\['b'\]\.kinds must be among explicit, .* got 'bening'"),
         ([Measure("b", lambda images, prompts: [0.0])], r"one number for each of 4 images, got \(1,\)"),
-        ([Measure("b", lambda images, prompts: torch.zeros(4, 1))], r"got shape \(4, 1\)"),
+        ([Measure("b", lambda images, prompts: torch.zeros(4, 1))], r"got \(4, 1\)"),
         (
             [Measure("b", lambda images, prompts: [float("nan")] * 4)],
             "values must be finite, got nan for prompt 'a striped star'",
