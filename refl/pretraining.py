@@ -103,7 +103,8 @@ def pairs_from_folder(
 
     Captions are in `metadata.jsonl` or `metadata.csv`, which have a `file_name` and a `text` for each image as image
     folders of Hugging Face have them, or in a `.txt` or `.caption` beside the image. How files are read is told in
-    `overpaint.image_files` and `overpaint.text_files`. Images are scaled and centre-cropped. The latents, the means of the VAE's posterior, stay in the CPU's memory.
+    `overpaint.image_files` and `overpaint.text_files`. Images are scaled and centre-cropped.
+    The latents, the means of the VAE's posterior, stay in the CPU's memory.
 
     Args:
         policy: Its autoencoder encodes.

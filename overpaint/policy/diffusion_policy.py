@@ -76,7 +76,8 @@ class DiffusionPolicy:
         gradient_checkpointing: bool = False,
         compile: bool = False,
     ) -> None:
-        self.unet, self.vae, self.text_encoder, self.tokenizer, self.scheduler = take_over(pipeline)
+        parts: Any = take_over(pipeline)
+        self.unet, self.vae, self.text_encoder, self.tokenizer, self.scheduler = parts
         self.scheduler_config: dict[str, Any] = dict(self.scheduler.config)
         self.prompts = PromptEncoder(self.text_encoder, self.tokenizer)
         self.schedules = Schedules(self.scheduler_config)

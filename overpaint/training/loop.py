@@ -9,7 +9,7 @@ import torch
 from overpaint.policy import ClassifierFree, DiffusionPolicy
 from overpaint.policy.autoencoder import latent_size
 from overpaint.policy.digest import policy_record
-from rewards import Reward, scores_of
+from rewards import Reward, as_reward, scores_of
 
 from .config import TrainingConfig
 from .early_stopping import EarlyStopping
@@ -139,7 +139,7 @@ def described(trainer: Trainer[Any]) -> dict[str, Any]:
     if stopping is not None:
         held_out = stopping.held_out
         about["held_out"] = {
-            "reward": reward_record(held_out.reward),
+            "reward": reward_record(as_reward(held_out.reward)),
             "prompts": prompts_record(held_out.prompts),
             "first_seed": held_out.first_seed,
         }
