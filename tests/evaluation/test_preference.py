@@ -265,7 +265,7 @@ def test_scores_of_another_reward_are_not_taken_for_those_of_this(folder: Path, 
 def test_missing_image_is_an_error_before_anything_is_scored(folder: Path, tmp_path: Path) -> None:
     (folder / "b" / "0.png").unlink()
     reward = Brightness()
-    with pytest.raises(ValueError, match=r"got 1 of 5 that are not: .*b/0.png: .*No such file"):
+    with pytest.raises(ValueError, match=r"got 1 of 5 that are not: .*b/0.png: .*there is no image"):
         score_ranked(reward, RANKED, folder, tmp_path / "kept", progress=False)
     assert not reward.batches
 

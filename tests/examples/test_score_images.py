@@ -276,10 +276,15 @@ def test_a_broken_image_is_named_before_any_work(config: Config, folder: Path, m
     assert not made_up_rewards.exists()
 
 
-def test_an_image_of_16_bits_is_refused_and_not_clipped(config: Config, folder: Path) -> None:
+def test_an_image_of_16_bits_is_scaled_and_one_of_floats_refused(config: Config, folder: Path) -> None:
     Image.new("I;16", (6, 4), 40_000).save(folder / "cat-1_0.png")
-    with pytest.raises(ValueError, match=r"cat-1_0\.png: it must have 8 bits for each colour, got Pillow's mode I;16"):
-        main(config)
+    result = main(config)
+    (place,) = (k for k, pair in enumerate(result.pairs) if pair.path.name == "cat-1_0.png")
+    assert next(iter(result.scores.values()))[place] == pytest.approx((40_000 >> 8) / 255, abs=1e-6)
+    Image.new("F", (6, 4)).save(folder / "cat-2_0.tif")
+    wrong = replace(config, output=config.output.with_name("other.csv"))
+    with pytest.raises(ValueError, match=r"cat-2_0\.tif: it must have 8 or 16 bits for each colour, got .* mode F"):
+        main(wrong)
 
 
 def cut_short(path: Path) -> bytes:
