@@ -56,7 +56,7 @@ def pairs_from_policy(
         prompts: Captions, taken in turn.
         count: Number of pairs.
         steps: Denoising steps.
-        guidance: By default classifier-free guidance of 7.5.
+        guidance: By default classifier-free guidance of 5.
         seed: Seed of the first image; the next ones follow.
         batch_size: Images at a time.
         height: Of the images, in pixels; None is the size that the model was trained on.

@@ -45,7 +45,7 @@ class DiffusionPolicy:
 
     What recurs in its methods: `conditioning` are prompts, from `encode`; `steps` the number of denoising steps of a
     whole image, and `step` the index of one, counted from noise; `guidance` what makes one prediction of several, by
-    default classifier-free guidance of 7.5; `eta` the share of the noise of ancestral sampling, in [0, 1], where 0 is
+    default classifier-free guidance of 5; `eta` the share of the noise of ancestral sampling, in [0, 1], where 0 is
     deterministic; `seeds` one for each sample, whose noise depends on nothing else; `height` and `width` those of the
     image in pixels, by default the size of training. What is out of its range raises a `ValueError`, and so do seeds
     that are not as many as prompts, a side that the VAE's factor does not divide, and a step without a density where

@@ -52,12 +52,11 @@ class ClassifierFree:
     plus one).
 
     Args:
-        scale: Factor of the difference; 1 leaves the prompt's own prediction and asks for no second branch. By default
-            that of diffusers' `StableDiffusionPipeline`.
+        scale: Factor of the difference; 1 leaves the prompt's own prediction and asks for no second branch.
         negative: What to lead away from in place of the empty prompt: one for all samples, or one for each.
     """
 
-    def __init__(self, scale: float = 7.5, negative: Conditioning | None = None) -> None:
+    def __init__(self, scale: float = 5.0, negative: Conditioning | None = None) -> None:
         if scale < 0:
             raise ValueError(f"scale must not be negative, got {scale}")
         self.scale = float(scale)
@@ -108,5 +107,5 @@ class SamplingGuard(Protocol):
         ...
 
 
-DEFAULT_GUIDANCE = ClassifierFree()
+DEFAULT_GUIDANCE = ClassifierFree(5.0)
 """What sampling uses where no guidance is given."""

@@ -123,7 +123,7 @@ def test_the_table_shows_means_errors_and_paired_differences(report: Report) -> 
     assert "+0.200 ± 0.000 (better)" in text  # brightness rises by the shift, for every image alike
     assert "(worse)" in text  # and being bright counts as worse
     assert "bright<ness>" in text
-    assert "in 7 denoising steps with guidance scale 7.5" in text
+    assert "in 7 denoising steps with guidance scale 5" in text
 
 
 def test_every_number_is_listed_with_its_interval(report: Report) -> None:

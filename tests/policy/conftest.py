@@ -37,7 +37,7 @@ def plain_images() -> Callable[..., Tensor]:
         pipeline.set_progress_bar_config(disable=True)
         latents = SampleNoise(SEEDS, height=8, width=8, device=torch.device("cpu")).draw().to(pipeline.unet.dtype)
         return pipeline(
-            PROMPTS, num_inference_steps=STEPS, guidance_scale=7.5, latents=latents, output_type="pt"
+            PROMPTS, num_inference_steps=STEPS, guidance_scale=5.0, latents=latents, output_type="pt"
         ).images
 
     return draw

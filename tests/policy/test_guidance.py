@@ -20,7 +20,7 @@ CONTEXT = StepContext(torch.zeros(2, dtype=torch.int64), 50, torch.ones(2))
 
 def test_classifier_free_is_a_guidance() -> None:
     assert isinstance(ClassifierFree(), Guidance)
-    assert ClassifierFree().scale == 7.5  # of diffusers' StableDiffusionPipeline
+    assert ClassifierFree().scale == 5.0
     assert repr(ClassifierFree(2.0)) == "ClassifierFree(scale=2.0)"
 
 
