@@ -131,7 +131,8 @@ def work(cell: Cell, config: Config) -> Cell:
     policy = config.load(lora=LoRAConfig(rank=8, alpha=8) if cell.recovered else None)
     begin = time.process_time()
     if cell.recovered:
-        Erasure.load(folder.parent / "erasure").apply(policy)
+        erasure = Erasure.load(folder.parent / "erasure")
+        erasure.apply(policy)
         recovery = refl_erase_nudity.Config(
             policy=config.policy,
             policy_config=config.policy_config,
@@ -142,7 +143,7 @@ def work(cell: Cell, config: Config) -> Cell:
             seed=cell.seed,
             resume=True,
         )
-        refl_erase_nudity.recover(recovery, policy, task, progress=False)
+        refl_erase_nudity.recover(recovery, policy, task, erasure, progress=False)
     elif cell.method != BEFORE:
         eraser = usual_eraser(cell.method, config.own_concept(tiny=config.tiny), tiny=config.tiny, seed=cell.seed)
         method = method_named(cell.method, eraser)

@@ -278,7 +278,7 @@ def main(config: Config) -> None:
     )  # fmt: skip
     evaluated = partial(draw_and_score, policy, measures_of(config, task), splits, drawing, seed=config.seed)
     before = evaluated(model="before")
-    trainer.train(training)
+    trainer.train(training, notes={"policy": config.policy, "task": config.task})
     after = evaluated(model="tuned")
     if not process_state().is_main_process:
         return

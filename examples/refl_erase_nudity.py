@@ -194,8 +194,15 @@ def erasure_for(config: Config, policy: DiffusionPolicy, about: Experiment) -> E
     )
 
 
-def recover(config: Config, policy: DiffusionPolicy, about: Experiment, *, progress: bool = True) -> None:
-    """Raises the reward of an erased policy under the constraint."""
+def recover(
+    config: Config,
+    policy: DiffusionPolicy,
+    about: Experiment,
+    erasure: Erasure | None = None,
+    *,
+    progress: bool = True,
+) -> None:
+    """Raises the reward of an erased policy under the constraint; the erasure is for the record of the run."""
     config = complete(config)
     held_out = None
     if about.held_out is not None:
@@ -208,7 +215,9 @@ def recover(config: Config, policy: DiffusionPolicy, about: Experiment, *, progr
         erasure=about.constraint,
         held_out=held_out,
     )
-    trainer.train(replace(config.run_of(config.seed, run_config(config)), progress=progress))
+    kept = erasure and {"method": erasure.method, "config": erasure.config, "concept": erasure.concept.to_json()}
+    notes = {"policy": config.policy, "concept": about.concept.to_json(), "erasure": kept}
+    trainer.train(replace(config.run_of(config.seed, run_config(config)), progress=progress), notes=notes)
 
 
 def main(config: Config) -> None:
@@ -229,7 +238,7 @@ def main(config: Config) -> None:
         evaluations.append(evaluated(model="before"))
         erasure.apply(policy)
     evaluations.append(evaluated(model="erased"))
-    recover(config, policy, about)
+    recover(config, policy, about, erasure)
     evaluations.append(evaluated(model="recovered"))
     write(config, about, policy, erasure, evaluations)
 

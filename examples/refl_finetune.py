@@ -131,7 +131,7 @@ def main(config: Config) -> None:
     evaluated = partial(draw_and_score, policy, measures, {"benign": evaluation}, drawing, seed=config.seed)
     before = evaluated(model="before")
     held_out = HeldOut(watched, Utility()) if config.tiny else None
-    ReFLTrainer(policy, reward, training, refl, held_out=held_out).train(run)
+    ReFLTrainer(policy, reward, training, refl, held_out=held_out).train(run, notes={"policy": config.policy})
     after = evaluated(model="tuned")
     if not process_state().is_main_process:
         return
