@@ -25,7 +25,7 @@ from erasure import Erasure
 from erasure.cache import claim
 from erasure.registry import MethodName, erase, method_named
 from overpaint.evaluation import ImageFolder, Report, Scores, compare, write_folder
-from overpaint.evaluation.experiments.experiment import CONCEPT_RATE, Experiment, evaluate, experiment
+from overpaint.evaluation.experiments.experiment import CONCEPT_RATE, Experiment, evaluate, experiment_of
 from overpaint.evaluation.experiments.options import ConceptOptions, ModelOptions, RewardOptions, usual_eraser
 from overpaint.evaluation.experiments.program import command_line, settings_from_command_line
 from overpaint.evaluation.experiments.published import (
@@ -89,10 +89,7 @@ class Config(RewardOptions, ConceptOptions, ModelOptions):
 
 def about(config: Config) -> Experiment:
     """Returns what is erased from what, and what is measured."""
-    concept = config.own_concept(tiny=config.tiny)
-    chosen = experiment(
-        config.policy, concept, reward=config.own_reward(), measure=config.measure, prompts_file=config.prompts_file
-    )
+    chosen = experiment_of(config, config.own_concept(tiny=config.tiny))
     return chosen if config.captions is None else chosen.measured_on(prompt_set(config.captions).texts)
 
 

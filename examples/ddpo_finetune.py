@@ -20,7 +20,7 @@ from erasure import UCE, ImageConstraint, Lagrangian, LagrangianConfig, ScoreCei
 from overpaint.evaluation import DrawConfig, Measure, Panel
 from overpaint.evaluation.experiments.experiment import draw_and_score, write_results
 from overpaint.evaluation.experiments.options import ModelOptions, RewardOptions, TunedOptions
-from overpaint.evaluation.experiments.program import check_same, given, settings_from_command_line
+from overpaint.evaluation.experiments.program import check_same, given, settings_from_command_line, usual_beside
 from overpaint.evaluation.experiments.tasks import Task, TaskName, animal_task, own_task, task_reward, tiny_task
 from overpaint.policy import DiffusionPolicy, LoRAConfig
 from overpaint.policy.types import Images, PerSample
@@ -291,7 +291,7 @@ def main(config: Config) -> None:
         [before, after],
         config,
         program="accelerate launch examples/ddpo_finetune.py",
-        usual=complete(Config(policy=config.policy, task=config.task, algorithm=config.algorithm)),
+        usual=usual_beside(config, complete, ("policy", "task", "algorithm")),
         told={
             "concept": "stripes" if config.erased or config.constrained else "",
             "concept_measure": "stripes",

@@ -20,7 +20,7 @@ from erasure.estimate import estimate
 from erasure.protocols import TrainedMethod
 from erasure.registry import MethodName, erase, method_named
 from overpaint.evaluation import Panel
-from overpaint.evaluation.experiments.experiment import evaluate, experiment, write_results
+from overpaint.evaluation.experiments.experiment import evaluate, experiment_of, write_results
 from overpaint.evaluation.experiments.options import (
     ConceptOptions,
     EraserSettings,
@@ -28,7 +28,7 @@ from overpaint.evaluation.experiments.options import (
     RewardOptions,
     usual_eraser,
 )
-from overpaint.evaluation.experiments.program import settings_from_command_line
+from overpaint.evaluation.experiments.program import settings_from_command_line, usual_beside
 from overpaint.settings import AnyPath, Field, settings
 from overpaint.training import process_state
 from rewards.combine import to_device
@@ -75,10 +75,7 @@ def main(config: Config) -> Erasure:
     if not config.resume and (config.output_dir / "erasure").exists():
         raise ValueError(f"output_dir must not hold another erasure, got {config.output_dir}; choose another folder")
     config.check()
-    about = experiment(
-        config.policy, config.own_concept(tiny=config.tiny), reward=config.own_reward(), measure=config.measure,
-        prompts_file=config.prompts_file,
-    )  # fmt: skip
+    about = experiment_of(config, config.own_concept(tiny=config.tiny))
     method = method_named(config.method, config.eraser)
     policy = config.load()
     to_device(about.reward, policy.device)
@@ -116,9 +113,9 @@ def main(config: Config) -> Erasure:
         evaluations,
         config,
         program="python examples/erase.py",
-        usual=complete(Config(method=config.method, policy=config.policy)),
+        usual=usual_beside(config, complete, ("policy", "method", "concept", "anchor", "preserve")),
         erasures=[erasure],
-        told={"concept": about.concept.name, "erased_by": method.name},
+        told={"concept": about.concept.name, "erased_by": method.name, "reward": about.reward_name},
         lead=f"{method.name} was applied to {about.name}, against {about.concept.name}; it took {minutes:.1f} minutes.",
         models={"before": f"{about.name}, as it came", "erased": f"after {method.name}"},
         metrics=metrics if metrics.is_file() else None,

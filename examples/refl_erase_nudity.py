@@ -23,7 +23,7 @@ from erasure.erased import is_saved
 from erasure.official import load_erasure
 from erasure.registry import MethodName, erase, method_named
 from overpaint.evaluation import Panel
-from overpaint.evaluation.experiments.experiment import Evaluation, Experiment, evaluate, experiment, write_results
+from overpaint.evaluation.experiments.experiment import Evaluation, Experiment, evaluate, experiment_of, write_results
 from overpaint.evaluation.experiments.options import (
     ConceptOptions,
     EraserSettings,
@@ -33,7 +33,7 @@ from overpaint.evaluation.experiments.options import (
     TunedOptions,
     usual_eraser,
 )
-from overpaint.evaluation.experiments.program import check_same, settings_from_command_line
+from overpaint.evaluation.experiments.program import check_same, settings_from_command_line, usual_beside
 from overpaint.policy import DiffusionPolicy, LoRAConfig, check_checkpoint
 from overpaint.settings import AnyPath, Field, settings
 from overpaint.training import HeldOut, TrainingConfig, check_output_dir, process_state
@@ -168,9 +168,7 @@ def about_of(config: Config) -> Experiment:
     elif config.erasure is not None and concept is None:
         usual = "stripes" if config.tiny else NUDITY.name
         warnings.warn(f"{config.erasure} does not say what it erased, taken for {usual}; see --concept", stacklevel=2)
-    return experiment(
-        config.policy, concept, reward=config.own_reward(), measure=config.measure, prompts_file=config.prompts_file
-    )
+    return experiment_of(config, concept)
 
 
 def erasure_for(config: Config, policy: DiffusionPolicy, about: Experiment) -> Erasure:
@@ -254,6 +252,7 @@ def write(
     if not process_state().is_main_process:
         return
     folder = config.output_dir
+    reward = about.reward_name
     eraser = "its eraser" if erasure is None else erasure.method
     if erasure is not None:
         erasure.save(folder / "erasure")
@@ -268,13 +267,13 @@ def write(
         evaluations,
         config,
         program="accelerate launch examples/refl_erase_nudity.py",
-        usual=complete(Config(policy=config.policy, method=config.method)),
+        usual=usual_beside(config, complete, ("policy", "method", "concept", "anchor", "preserve")),
         erasures=[] if erasure is None else [erasure],
         told={
             "concept": about.concept.name,
             "erased_by": "" if erasure is None else eraser,
             "tuned_by": "ReFL",
-            "reward": "ImageReward" if config.reward is None else "reward",
+            "reward": reward,
             "held_out": "true utility" if config.tiny else "",
         },
         lead=f"{eraser} was applied to {config.original or about.name}, against {about.concept.name}; ReFL then tuned "
@@ -286,11 +285,11 @@ def write(
         },
         metrics=folder / "metrics.jsonl",
         panels=(
-            Panel(title="Reward of the training batch", tags={"ImageReward": "reward/mean"}),
+            Panel(title="Reward of the training batch", tags={reward: "reward/mean"}),
             Panel(
                 title="Held-out prompts",
-                tags={"ImageReward": "reward/validation", "true utility": "reward/held_out"},
-                caption="Reward hacking would show as the one rising while the other falls.",
+                tags={reward: "reward/validation", **({"true utility": "reward/held_out"} if config.tiny else {})},
+                caption="Reward hacking would show as the one rising while the other falls." if config.tiny else "",
             ),
             Panel(
                 title="Cost of the constraint",

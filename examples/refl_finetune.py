@@ -16,7 +16,7 @@ from pathlib import Path
 from overpaint.evaluation import Measure, Panel
 from overpaint.evaluation.experiments.experiment import draw_and_score, tiny_world, write_results
 from overpaint.evaluation.experiments.options import ModelOptions, RewardOptions, RunOptions, TunedOptions
-from overpaint.evaluation.experiments.program import check_same, settings_from_command_line
+from overpaint.evaluation.experiments.program import check_same, settings_from_command_line, usual_beside
 from overpaint.evaluation.experiments.tasks import own_prompts
 from overpaint.evaluation.prompts import nudity_prompts
 from overpaint.policy import DiffusionPolicy, LoRAConfig
@@ -92,11 +92,11 @@ def load(config: Config) -> tuple[DiffusionPolicy, Reward, tuple[Measure, ...]]:
     config.check()
     reward = config.own_reward()
     if config.tiny:
-        about = tiny_world(reward=reward)
+        about = tiny_world(reward=reward, reward_name=config.reward_name)
         reward, measures = about.reward, about.measures
     else:
         reward = reward or ImageReward.load()
-        measures = (Measure(config.reward or "ImageReward", reward, note="What was raised."),)
+        measures = (Measure(config.reward_name, reward, note="What was raised."),)
     return config.load(lora=config.lora, train=config.train), reward, measures
 
 
@@ -144,10 +144,10 @@ def main(config: Config) -> None:
         [before, after],
         config,
         program="accelerate launch examples/refl_finetune.py",
-        usual=complete(Config(policy=config.policy)),
+        usual=usual_beside(config, complete, ("policy",)),
         told={
             "tuned_by": "ReFL",
-            "reward": measures[0].name,
+            "reward": config.reward_name,
             "held_out": "true utility" if config.tiny else "",
         },
         lead=f"{config.iterations} iterations of ReFL on {'the tiny world' if config.tiny else config.policy}.",

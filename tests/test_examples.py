@@ -56,7 +56,7 @@ def test_the_main_job_writes_table_weights_and_report(tmp_path: Path) -> None:
 
 def test_finetuning_writes_table_and_report(tmp_path: Path) -> None:
     folder = tmp_path / "run"
-    options = ["--output-dir", str(folder), "--iterations", "2", "--prompts", "4", "--evaluation-steps", "4"]
+    options = ["--output-dir", str(folder), "--iterations", "2", "--prompts-per-split", "4", "--evaluation-steps", "4"]
     done = launch("refl_finetune.py", *options)
     assert done.returncode == 0, done.stderr
     assert "tuned" in done.stdout
@@ -108,7 +108,7 @@ def test_comparison_of_algorithms_makes_missing_runs_and_draws_curves(tmp_path: 
     [
         (["--task", "aesthetic"], "task must be one of"),
         (["--algorithm", "rwr", "--constrained"], "constrained must be off but with DDPO, got rwr"),
-        (["--reward", "json:nothing"], "or package.module:factory, got 'json:nothing'"),
+        (["--reward", "json:nothing"], "reward must name something that its module has, got 'json:nothing'"),
     ],
 )
 def test_what_cannot_be_is_said_before_any_work(options: list[str], message: str, tmp_path: Path) -> None:
@@ -122,7 +122,7 @@ def test_erasing_keeps_the_erasure_and_compares(tmp_path: Path) -> None:
     small = ["--prompts-per-kind", "2", "--evaluation-steps", "2"]
     first = launch("erase.py", "--method", "uce", "--output-dir", str(tmp_path / "uce"), *small)
     assert first.returncode == 0, first.stderr
-    assert "stripes erased by UCE" in first.stdout
+    assert "UCE took" in first.stdout
     assert (tmp_path / "uce" / "erasure" / "erasure.json").is_file()
     assert "Stripes erased by UCE" in (tmp_path / "uce" / "report.html").read_text()
 

@@ -179,7 +179,7 @@ def test_every_import_is_declared() -> None:
     extras = PYPROJECT["project"]["optional-dependencies"]
     requirements = [*PYPROJECT["project"]["dependencies"], *(r for name in OPTIONAL for r in extras[name])]
     names = {re.split(r"[<>=!~\[ ]", requirement)[0] for requirement in requirements}
-    renamed = {"pillow": "PIL", "vl-convert-python": "vl_convert"}
+    renamed = {"pillow": "PIL", "pyyaml": "yaml", "vl-convert-python": "vl_convert"}
     modules = {renamed.get(name, name.replace("-", "_")) for name in names}
     programs = {"examples", "benchmarks", "ddpo_finetune", "refl_erase_nudity"}  # which may build on each other
     elsewhere = {"trl"}  # lives in an environment of its own, which benchmarks/peers.py makes

@@ -128,7 +128,7 @@ def test_embeddings_are_in_the_order_of_the_files_whatever_the_batch(encoder: Cl
 def test_files_that_are_no_images_are_refused(encoder: ClipEncoder, tmp_path: Path) -> None:
     Image.new("RGB", (16, 16)).save(tmp_path / "a.png")
     (tmp_path / "b.png").write_bytes((tmp_path / "a.png").read_bytes()[:45])
-    with pytest.raises(ValueError, match=r"b\.png: it cannot be read"):
+    with pytest.raises(ValueError, match=r"b\.png cannot be read"):
         clip_embeddings(encoder, [tmp_path / "a.png", tmp_path / "b.png"])
     with pytest.raises(ValueError, match="paths must hold at least one image, got none"):
         clip_embeddings(encoder, [])

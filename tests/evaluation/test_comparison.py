@@ -156,7 +156,7 @@ def test_json_of_a_single_value_has_no_error(tmp_path: Path) -> None:
     [
         (
             scores("erased", (0.0,) * 4, (0.0,) * 4, benign=(*BENIGN[:3], BENIGN[3]._replace(seed=1))),
-            r"before and erased, ImageReward on benign: must be of the same prompts and seeds .* got .* and .*seed=1\)",
+            r"before and erased, ImageReward on benign: must be of the same prompts and seeds .* got .* and .*seed=1,",
         ),
         (
             scores("erased", (0.0,) * 4, (0.0,) * 4, benign=(BENIGN[1], BENIGN[0], *BENIGN[2:])),

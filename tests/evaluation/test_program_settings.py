@@ -14,6 +14,7 @@ from overpaint.evaluation.experiments.program import (
     settings_from_command_line,
     settings_yaml,
     updated,
+    usual_beside,
 )
 from overpaint.settings import AnyPath, Field, settings
 
@@ -152,6 +153,11 @@ def test_help_shows_the_values_that_hold(capsys: Any) -> None:
     shown = " ".join(capsys.readouterr().out.replace("│", " ").split())
     assert "--group.size INT A size. (default: 400)" in shown
     assert "--settings FILE.yaml" in shown
+
+
+def test_what_decides_other_settings_is_told_and_they_are_not() -> None:
+    config = read("--kind", "large", "--group.names", "x")
+    assert command_line("it", config, usual_beside(config, complete, ["kind"])) == "it --kind large --group.names x"
 
 
 def test_a_group_may_not_contradict_the_programs_own_options() -> None:

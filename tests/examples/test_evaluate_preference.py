@@ -169,7 +169,7 @@ def test_by_default_a_test_is_made_in_the_tiny_world(
 def test_a_missing_image_is_named_before_any_work(small: Config, noted: Path) -> None:
     assert small.images is not None
     (small.images / "b" / "1.png").unlink()
-    with pytest.raises(ValueError, match=r"got 1 of 5 that are not: .*b/1\.png: .*No such file"):
+    with pytest.raises(ValueError, match=r"got 1 of 5 that are not: .*b/1\.png: .*there is no image at"):
         main(small)
     assert not noted.exists()
 

@@ -216,7 +216,7 @@ def test_low_variance_images_are_judged_with_the_prompt_they_were_drawn_for(
     assert reward.heard.pop() == reward.heard.pop(1) == ["a cat", "a dog"]  # pictures for the log, start and end
     for judge in (reward, cost):
         probe, heard = judge.heard
-        assert len(probe) == 1
+        assert len(probe) == 2  # which a gradient is looked for with
         assert heard == [prompt for prompt in heard[::3] for _ in range(3)]
         assert len(heard) == 6
     assert metrics is not None

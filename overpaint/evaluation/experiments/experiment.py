@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 from erasure import NUDITY, Concept, Erasure, ErasureConstraint, ImageConstraint, ObjectiveConstraint
 from erasure.constraint import ScoreCeiling
 from erasure.lagrangian import Lagrangian, LagrangianConfig
+from erasure.protocols import Objective
 from erasure.reference_distance import ReferenceDistance, ReferenceDistanceConfig
 from overpaint.evaluation.images.drawing import draw
 from overpaint.evaluation.images.files import DrawnImages
@@ -35,6 +36,8 @@ from rewards.measures import NUDENET
 from .options import OWNED, TINY_WORLD
 from .program import command_line, settings_yaml
 
+IMAGE_REWARD = "ImageReward"
+"""Name of the measure of the reward, where no other is brought."""
 CONCEPT_RATE = "concept rate"
 """Name of the measure that tells how often the concept shows."""
 
@@ -49,6 +52,8 @@ class Experiment:
     """What is erased."""
     reward: Reward
     """A differentiable reward, to fine-tune on."""
+    reward_name: str = IMAGE_REWARD
+    """Name of its measure."""
     constraint: ErasureConstraint
     """What keeps the concept erased in ReFL."""
     measures: tuple[Measure, ...]
@@ -79,6 +84,7 @@ def experiment(
     concept: Concept | None = None,
     *,
     reward: Reward | None = None,
+    reward_name: str = IMAGE_REWARD,
     measure: str | None = None,
     prompts_file: Path | None = None,
 ) -> Experiment:
@@ -88,25 +94,54 @@ def experiment(
         policy: ``tinyworld``, or what to call the Stable Diffusion.
         concept: What is erased; None is stripes in the tiny world, and else nudity.
         reward: What is raised; None is the tiny world's ImageReward, or the official one.
+        reward_name: What to call it in tables.
         measure: What tells whether the concept shows, see `rewards.concept_measure`; None is the truth of the tiny
             world, NudeNet for nudity, and CLIP's zero-shot classification for any other concept.
         prompts_file: JSON with a list of prompts for each kind, in place of the project's own.
     """
     if policy == TINY_WORLD:
-        chosen = tiny_world(concept, reward=reward, measure=measure)
+        chosen = tiny_world(concept, reward=reward, reward_name=reward_name, measure=measure)
     else:
-        chosen = stable_diffusion(policy, concept, reward=reward, measure=measure)
+        chosen = stable_diffusion(policy, concept, reward=reward, reward_name=reward_name, measure=measure)
     if not chosen.concept_measured:
         warnings.warn(f"{chosen.concept.name}: the concept is not measured", stacklevel=2)
     if prompts_file is None:
         return chosen
     own = () if concept is None else ("implicit", "neighbour")  # which not every concept has
     known = read_prompt_kinds(prompts_file, [kind for kind in (*KINDS, "train") if kind not in own], own)
-    return replace(chosen, prompts=lambda kind, count, seed: _taken(known[kind], count, seed))
+
+    def prompts(kind: str, count: int, seed: int) -> list[str]:
+        return _taken(known[kind], count, seed)
+
+    chosen = replace(chosen, prompts=prompts)
+    if isinstance(chosen.constraint, ObjectiveConstraint):
+        chosen = replace(chosen, constraint=_stay_erased(chosen.concept, prompts, chosen.constraint.objective))
+    return chosen
+
+
+def experiment_of(options: Any, concept: Concept | None) -> Experiment:
+    """Returns the experiment that a program's options ask for.
+
+    Args:
+        options: `ModelOptions`, `ConceptOptions` and `RewardOptions` in one.
+        concept: What is erased; None is the model's usual one.
+    """
+    return experiment(
+        options.policy,
+        concept,
+        reward=options.own_reward(),
+        reward_name=options.reward_name,
+        measure=options.measure,
+        prompts_file=options.prompts_file,
+    )
 
 
 def tiny_world(
-    concept: Concept | None = None, *, reward: Reward | None = None, measure: str | None = None
+    concept: Concept | None = None,
+    *,
+    reward: Reward | None = None,
+    reward_name: str = IMAGE_REWARD,
+    measure: str | None = None,
 ) -> Experiment:
     """The embedded model. Its detector, accuracy and utility are the truth of that world.
 
@@ -134,17 +169,22 @@ def tiny_world(
             shown = ()
     accuracy = "Everything the caption names shows (colour, shape, background, place), and no stripes or dots."
     utility = "The public function that the reward model was trained to guess."
-    first = Measure("ImageReward", ours, note="The tiny world's own reward model, standardised.")
+
+    def prompts(kind: str, count: int, seed: int) -> list[str]:
+        return concept_captions(concept, kind, count, seed)
+
+    first = Measure(IMAGE_REWARD, ours, note="The tiny world's own reward model, standardised.")
     neighbour = Measure("neighbour kept", tinyworld.neighbour_shown, ("neighbour",), "higher", "Dots show.")
     return Experiment(
         name="the tiny world",
         concept=concept,
         reward=reward or ours,
+        reward_name=reward_name,
         held_out=tinyworld.Utility(),
-        constraint=_stripe_constraint() if stripes else _stay_erased(concept, concept_captions, steps=20),
-        prompts=lambda kind, count, seed: concept_captions(concept, kind, count, seed),
+        constraint=_stripe_constraint() if stripes else _stay_erased(concept, prompts, _near_reference(20)),
+        prompts=prompts,
         measures=(
-            *_own_reward(reward),
+            *([] if reward_name == IMAGE_REWARD else [Measure(reward_name, reward or ours, note="What was raised.")]),
             first,
             *shown,
             *([neighbour] if stripes else []),
@@ -163,15 +203,23 @@ def _stripe_constraint() -> ImageConstraint:
 
 
 def _stay_erased(
-    concept: Concept, prompts: Callable[[Concept, str, int, int], Sequence[str]], *, steps: int
+    concept: Concept, prompts: Callable[[str, int, int], Sequence[str]], objective: Objective
 ) -> ObjectiveConstraint:
-    """Returns the constraint for a concept without a differentiable detector: predictions stay the erased model's."""
-    wanted = [*prompts(concept, "explicit", 200, 7), *prompts(concept, "implicit", 200, 7)]
-    return ObjectiveConstraint(ReferenceDistance(ReferenceDistanceConfig(steps=steps)), concept, wanted)
+    """Returns the constraint for a concept without a differentiable detector, on prompts that elicit it."""
+    return ObjectiveConstraint(objective, concept, [*prompts("explicit", 200, 7), *prompts("implicit", 200, 7)])
+
+
+def _near_reference(steps: int) -> ReferenceDistance:
+    return ReferenceDistance(ReferenceDistanceConfig(steps=steps))
 
 
 def stable_diffusion(
-    name: str, concept: Concept | None = None, *, reward: Reward | None = None, measure: str | None = None
+    name: str,
+    concept: Concept | None = None,
+    *,
+    reward: Reward | None = None,
+    reward_name: str = IMAGE_REWARD,
+    measure: str | None = None,
 ) -> Experiment:
     """A Stable Diffusion checkpoint with nudity or any other concept, by default with the official ImageReward.
 
@@ -180,19 +228,20 @@ def stable_diffusion(
     """
     concept = concept or NUDITY
 
-    def prompts(concept: Concept, kind: str, count: int, seed: int) -> list[str]:
+    def prompts(kind: str, count: int, seed: int) -> list[str]:
         return prompts_of_concept(concept, "benign" if kind in ("train", "held_out") else kind, count, seed)
 
     shown = _named_measure(measure or ("nudenet" if concept.name in DETECTOR_CONCEPTS["nudenet"] else "clip"), concept)
     chosen = reward or ImageReward.load("ImageReward-v1.0")
-    first = _own_reward(reward) or (Measure("ImageReward", chosen, note="ImageReward-v1.0."),)
+    note = "ImageReward-v1.0." if reward_name == IMAGE_REWARD else "What was raised."
     return Experiment(
         name=name,
         concept=concept,
         reward=chosen,
-        constraint=_stay_erased(concept, prompts, steps=40),
-        prompts=lambda kind, count, seed: prompts(concept, kind, count, seed),
-        measures=(*first, *shown),
+        reward_name=reward_name,
+        constraint=_stay_erased(concept, prompts, _near_reference(40)),
+        prompts=prompts,
+        measures=(Measure(reward_name, chosen, note=note), *shown),
     )
 
 
@@ -216,11 +265,6 @@ def _named_measure(name: str, concept: Concept) -> tuple[Measure, ...]:
     found = concept_measure(name, concept.phrases, concept.anchor, more=TINY_WORLD_REWARDS)
     note = NUDENET_NOTE if name == "nudenet" else f"{name} gives {SHOWN_FROM} or more."
     return () if found is None else (_concept_rate(lambda i, p: found(i, p) >= SHOWN_FROM, note),)
-
-
-def _own_reward(reward: Reward | None) -> tuple[Measure, ...]:
-    """Returns the measure of a reward that was brought."""
-    return () if reward is None else (Measure("reward", reward, note="What was raised."),)
 
 
 def _taken(texts: Sequence[str], count: int, seed: int) -> list[str]:

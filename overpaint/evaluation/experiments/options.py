@@ -234,6 +234,11 @@ class RewardOptions:
     vocab: AnyPath | None = None
     """File or folder with the vocabulary of ImageReward's tokenizer; None is that beside the weights, or fetched."""
 
+    @property
+    def reward_name(self) -> str:
+        """What tables call the reward."""
+        return self.reward if self.reward not in (None, "image-reward") else "ImageReward"
+
     def own_reward(self) -> Reward | None:
         """Returns the reward that was asked for; None where none was."""
         if self.reward is None and self.reward_weights is None and self.vocab is None:

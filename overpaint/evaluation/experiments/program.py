@@ -211,6 +211,19 @@ def _plain(value: Any, owned: Mapping[str, Sequence[str]], group: str = "") -> A
     return str(value) if isinstance(value, Path) else value
 
 
+def usual_beside(config: Config, complete: Callable[[Config], Config], deciding: Sequence[str]) -> dict[str, Any]:
+    """Returns the settings that hold beside some, for `command_line`, which tells these whenever they differ.
+
+    Args:
+        config: A program's settings.
+        complete: What fills in the settings that depend on others.
+        deciding: Names of the others, such as the model and the method.
+    """
+    plain: Any = type(config)
+    kept = {name: getattr(config, name) for name in deciding}
+    return vars(complete(plain(**kept))) | {name: getattr(plain(), name) for name in deciding}
+
+
 def command_line(program: str, config: Any, usual: Any = None) -> str:
     """Returns what to type in a shell, as tyro reads it, with the options that differ from what is usual.
 

@@ -1,0 +1,136 @@
+"""A walk from nothing: model, concept, reward, measure, prompts and settings of one's own; erase, recover, export."""
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from erasure import Erasure, UCEConfig
+from examples import erase, refl_erase_nudity
+from overpaint.evaluation.experiments.program import settings_from_command_line
+from overpaint.policy import DiffusionPolicy, LoRAConfig
+from tests.policy.ldm_layout import in_one_file
+
+CONCEPT = ["--concept", "gogh", "--anchor", "art", "--preserve", "monet"]
+KINDS = {
+    "explicit": ["by gogh", "a gogh"],
+    "neighbour": ["by monet", "a monet"],
+    "benign": ["a cat", "a dog"],
+    "train": ["a hat", "a bus", "a cup"],
+}
+OTHERS = ("nudity", "NudeNet", "stripes", "Stripes", "ImageReward", "tiny world")
+"""What belongs to other concepts and rewards, and must not be on any page."""
+MINE = """
+def redness(images, prompts):
+    return images[:, 0].mean(dim=(1, 2)) - images[:, 1:].mean(dim=(1, 2, 3))
+
+
+def swirls(images, prompts):
+    return images[:, 2].mean(dim=(1, 2))
+"""
+YAML = """
+measure: mine.py:swirls
+reward: mine.py:redness
+prompts_file: prompts.json
+size: 32
+prompts_per_kind: 2
+evaluation_steps: 2
+eraser: {regularization: 1e-1}
+"""
+RECOVERY = """
+iterations: 2
+learning_rate: 1e-2
+lora: {rank: 2, alpha: 2}
+refl:
+  {batch_size: 2, micro_batch_size: 2, steps: 3, first_reward_step: 2, last_reward_step: 2,
+   pretraining_batch_size: 2, erasure_batch_size: 2, evaluate_every: 1}
+run: {schedule: cosine, checkpoint_every: 1}
+"""
+
+
+@pytest.fixture
+def here(pipeline_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with all that a user has: a model in one file, a function, prompts, settings."""
+    monkeypatch.chdir(tmp_path)
+    policy = DiffusionPolicy.from_pretrained(pipeline_dir, device="cpu")
+    save_file(in_one_file(policy.unet, policy.vae, policy.text_encoder), "model.safetensors")
+    Path("mine.py").write_text(MINE)
+    Path("prompts.json").write_text(json.dumps(KINDS))
+    Path("mine.yaml").write_text(YAML)
+    Path("recovery.yaml").write_text(RECOVERY)
+    return tmp_path
+
+
+def pages(folder: Path) -> str:
+    """All that a reader of an output folder reads, without the scripts of the page."""
+    page = re.sub(r"<script.*?</script>|<style.*?</style>", "", (folder / "report.html").read_text(), flags=re.DOTALL)
+    names = ("table.txt", "comparison.json", "settings.yaml", "README.md")
+    told = page + "".join((folder / name).read_text() for name in names)
+    return told.replace("refl_erase_nudity", "")  # the program's own name
+
+
+def test_everything_is_about_what_was_brought(
+    here: Path, pipeline_dir: Path, make_policy: Callable[..., DiffusionPolicy], look_at: Callable[[Path], object]
+) -> None:
+    model = ["--policy", "model.safetensors", "--policy-config", str(pipeline_dir)]
+    mine = [*model, *CONCEPT, "--settings", "mine.yaml"]
+    erased = settings_from_command_line(erase.Config, erase.complete, [*mine, "--output-dir", "erased"])
+    assert erased.eraser == UCEConfig(regularization=0.1)
+    erase.main(erased)
+    erasure = Erasure.load("erased/erasure")
+    assert (erasure.concept.name, erasure.concept.anchor) == ("gogh", "art")
+    assert erasure.delta.tensors
+
+    # The saved erasure brings its concept, and no other may be said of it.
+    again = [*model, "--settings", "mine.yaml", "--settings", "recovery.yaml", "--erasure", "erased/erasure"]
+    program = refl_erase_nudity
+    config = settings_from_command_line(program.Config, program.complete, [*again, "--output-dir", "recovered"])
+    program.main(config)
+    with pytest.raises(ValueError, match=r"concept must be the saved erasure's, gogh, got picasso"):
+        program.main(
+            settings_from_command_line(
+                program.Config, program.complete, [*again, "--concept", "picasso", "--output-dir", "other"]
+            )
+        )
+
+    for folder in (Path("erased"), Path("recovered")):
+        text = pages(folder)
+        assert "\n# Gogh not measurably reduced by UCE" in (folder / "README.md").read_text()
+        assert "--policy model.safetensors" in text
+        assert not [word for word in OTHERS if word in text]
+        rows = json.loads((folder / "comparison.json").read_text())["rows"]
+        kinds = {"explicit", "neighbour", "benign"}
+        assert {(row["measure"], row["kind"]) for row in rows} == {
+            *(("mine.py:redness", kind) for kind in kinds),
+            ("concept rate", "explicit"),
+            ("concept rate", "benign"),
+        }
+        (notes,) = {row["note"] for row in rows if row["measure"] == "concept rate"}
+        assert notes.startswith("mine.py:swirls")
+    record = json.loads(Path("recovered/run.json").read_text())
+    assert record["notes"]["concept"]["name"] == "gogh"
+    assert record["notes"]["policy"] == "model.safetensors"
+
+    # What was exported draws the same in the same policy, and carries what it sits on.
+    recovered = make_policy(path=Path("recovered/pipeline"))
+    rebuilt = make_policy(lora=LoRAConfig(rank=2, alpha=2))
+    with pytest.raises(ValueError, match="What was recovered on an erased model belongs on that model only"):
+        rebuilt.load_lora("recovered/lora")
+    Erasure.load("recovered/erasure").apply(rebuilt)
+    rebuilt.load_lora("recovered/lora")
+    drawn = [policy.draw(["by gogh"], seeds=[3], steps=2) for policy in (recovered, rebuilt)]
+    torch.testing.assert_close(drawn[0], drawn[1], rtol=0, atol=1e-4)
+    rebuilt.save_lora("kohya", format="kohya")
+    assert Path("kohya/lora.safetensors").is_file()
+
+    # And the settings that a run wrote make the same run.
+    same = settings_from_command_line(
+        program.Config, program.complete, ["--settings", "recovered/settings.yaml", "--output-dir", "repeated"]
+    )
+    program.main(same)
+    assert Path("repeated/table.txt").read_text() == Path("recovered/table.txt").read_text()
+    look_at(here / "recovered/report.html")
