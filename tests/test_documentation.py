@@ -78,7 +78,7 @@ def test_blocks_are_found_with_what_stands_before_them() -> None:
 
 def test_the_readmes_python_runs_as_it_stands_in_two_minutes(tmp_path: Path) -> None:
     shown = [block.code for block in blocks((ROOT / "README.md").read_text())]
-    assert len(shown) >= 4
+    assert len(shown) >= 3
     start = time.monotonic()
     done = subprocess.run(
         [sys.executable, "-W", "error::DeprecationWarning:__main__", "-c", "\n".join(shown)],
@@ -201,7 +201,7 @@ def first_lines() -> dict[str, str]:
     """The first line of the docstring of every file that the file map lists."""
     found = {}
     for path in sorted(path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py")):
-        if path.name == "__init__.py" or path == ROOT / "overpaint/settings.py":
+        if path.name == "__init__.py":
             continue
         docstring = ast.get_docstring(ast.parse(path.read_text()))
         assert docstring, path
@@ -218,7 +218,7 @@ def with_file_map(text: str) -> str:
         rows = [
             f"| `{name.removeprefix(f'{folder}/')}` | {line} |"
             for name, line in lines.items()
-            if name.startswith(f"{folder}/")
+            if name.startswith(f"{folder}/") and (folder != "overpaint" or name.count("/") == 1)
         ]
         parts[place + 1] = "\n".join(["", "| file | holds |", "|---|---|", *rows, "", ""])
     return "".join(parts).rstrip() + "\n"
@@ -228,6 +228,7 @@ def test_the_file_map_gives_the_first_line_of_every_file() -> None:
     text = (ROOT / "docs/architecture.md").read_text()
     assert text == with_file_map(text)
     folders = re.findall(r"^### (.+)$", text, re.MULTILINE)
+    assert "overpaint" in folders
     assert [name for name in first_lines() if not name.startswith(tuple(f"{folder}/" for folder in folders))] == []
 
 

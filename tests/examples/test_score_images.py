@@ -376,5 +376,5 @@ def test_contradictions_are_refused(config: Config, tmp_path: Path) -> None:
         Config(prompt="a cat")
     with pytest.raises(ValueError, match="batch_size must be at least 1, got 0"):
         main(replace(config, batch_size=0))
-    with pytest.raises(ValueError, match=r"reward must be one of .*, path/to/file\.py:name, got 'beauty'"):
+    with pytest.raises(ValueError, match=r"reward must be one of .* or path/to/file\.py:name, got 'beauty'"):
         main(replace(config, rewards=("beauty",)))
