@@ -19,7 +19,7 @@ import tyro
 from PIL import Image, ImageOps
 
 from overpaint.evaluation import DrawConfig, generate, plan, to_images
-from overpaint.evaluation.images.files import MANIFEST, read_pixels
+from overpaint.evaluation.images.files import MANIFEST, read_image
 from overpaint.evaluation.images.pairs import Pair, image_sizes, read_pairs
 from overpaint.evaluation.scoring.pair_scores import check_prompts, score_pairs
 from overpaint.evaluation.tables import check_output, write_table
@@ -134,7 +134,7 @@ def save_contact_sheet(result: Result, path: Path) -> None:
     count = min(SHOWN, (len(ranked) + 1) // 2)
     images, captions = [], []
     for place in [*ranked[:count], *ranked[-count:]]:
-        images.append(Image.fromarray(read_pixels(result.pairs[place].path).permute(1, 2, 0).numpy()))
+        images.append(Image.fromarray(read_image(result.pairs[place].path).permute(1, 2, 0).numpy()))
         pair = result.pairs[place]
         captions.append(f"{result.scores[name][place]:.4g} {Path(pair.name).name} {pair.prompt or ''}")
     # Small pictures keep their pixels; all get the same square to stand in.

@@ -82,9 +82,9 @@ def folder(root: Path, count: int, seed: int, highest: int) -> list[Path]:
 
 
 def by_hand(paths: list[Path], others: list[Path]) -> float:
-    from overpaint.evaluation.images.files import read_pixels
+    from overpaint.evaluation.images.files import read_image
 
-    first, second = (torch.cat([Means()(read_pixels(path)[None]) for path in some]).numpy() for some in (paths, others))
+    first, second = (torch.cat([Means()(read_image(path)[None]) for path in some]).numpy() for some in (paths, others))
     covariances = numpy.cov(first, rowvar=False), numpy.cov(second, rowvar=False)
     values, vectors = numpy.linalg.eigh(covariances[0])
     root = vectors * numpy.sqrt(values.clip(0)) @ vectors.T

@@ -217,9 +217,9 @@ class Repeated:
         self.planned = plan({"benign": [f"a star {k}" for k in range(count)]})
 
     def pixels(self, positions: Sequence[int]) -> Tensor:
-        from overpaint.evaluation.images.files import read_pixels
+        from overpaint.evaluation.images.files import read_image
 
-        return torch.stack([read_pixels(self.path) for _ in positions])
+        return torch.stack([read_image(self.path) for _ in positions])
 
 
 def peaks(count: int, folder: Path) -> tuple[int, int]:

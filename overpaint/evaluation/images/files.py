@@ -27,7 +27,7 @@ from jaxtyping import UInt8
 from PIL import Image
 from torch import Tensor
 
-from overpaint.image_files import UnreadableImage, image_pixels, read_image
+from overpaint import image_files
 from overpaint.policy.atomic import write_bytes, write_text
 from overpaint.policy.types import Images
 from rewards.public_files import sha256_of
@@ -57,18 +57,18 @@ def write_png(pixels: UInt8[Tensor, "3 H W"], path: Path) -> None:
     write_bytes(path, png_bytes(pixels))
 
 
-def read_pixels(path: Path) -> UInt8[Tensor, "3 H W"]:
+def read_image(path: Path) -> UInt8[Tensor, "3 H W"]:
     """Reads one image as bytes; raises as `overpaint.image_files.read_image`."""
-    return image_pixels(read_image(path))
+    return image_files.image_pixels(image_files.read_image(path))
 
 
 def pixels_or_reason(path: Path) -> Read:
     """Returns an image, or why it cannot be read."""
     try:
-        return read_pixels(path)
+        return read_image(path)
     except FileNotFoundError as error:
         return f"it cannot be read: {error}"
-    except UnreadableImage as error:
+    except image_files.UnreadableImage as error:
         return f"it {error.why}"
 
 
@@ -169,7 +169,7 @@ class ImageFolder:
 
     def pixels(self, positions: Sequence[int]) -> Pixels:
         """Reads the images at these places of `planned`; they have to be of one size."""
-        images = [read_pixels(self.root / self.model / self.planned[k].file_name) for k in positions]
+        images = [read_image(self.root / self.model / self.planned[k].file_name) for k in positions]
         sizes = {(image.shape[-1], image.shape[-2]) for image in images}
         if len(sizes) > 1:
             raise ValueError(f"{self.root / self.model}: images must be of one size, got {sorted(sizes)}")

@@ -16,7 +16,7 @@ from overpaint.evaluation.tables import TABLE_SUFFIXES, Row, read_table
 from overpaint.image_files import IMAGE_SUFFIXES, UnreadableImage, image_size, images_below
 from overpaint.text_files import did_you_mean, read_json
 
-from .files import Pixels, check_model_name, read_pixels
+from .files import Pixels, check_model_name, read_image
 from .plan import PlannedImage
 
 
@@ -228,7 +228,7 @@ def in_batches(paths: Sequence[Path], batch_size: int) -> Iterator[tuple[list[in
     if broken:
         raise ValueError(broken[0])
     batches = dict(enumerate(batches_by_size(sizes, batch_size)))
-    for _, places, images in read_ahead(batches, lambda place: read_pixels(paths[place])):
+    for _, places, images in read_ahead(batches, lambda place: read_image(paths[place])):
         yield list(places), torch.stack(images)
 
 
@@ -294,7 +294,7 @@ class OtherImages:
 
     def pixels(self, positions: Sequence[int]) -> Pixels:
         """Reads the images at these places of `planned`; they have to be of one size."""
-        return torch.stack([read_pixels(self.folder / self.planned[k].file_name) for k in positions])
+        return torch.stack([read_image(self.folder / self.planned[k].file_name) for k in positions])
 
 
 def _natural(name: str) -> list[tuple[int, int, str]]:
