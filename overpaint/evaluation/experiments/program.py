@@ -16,6 +16,8 @@ from typing import Any, Literal, TypeVar, get_args, get_origin
 
 import yaml
 
+from overpaint.text_files import read_text
+
 SETTINGS_OPTION = "--settings"
 SETTINGS_HELP = "--settings FILE.yaml: settings as a run writes them into its settings.yaml; options here win."
 
@@ -124,7 +126,7 @@ def read_settings(path: str | Path) -> dict[str, Any]:
     if not path.is_file():
         raise ValueError(f"settings must be a YAML file, got {str(path)!r}, which is not there")
     try:
-        found = yaml.load(path.read_text(encoding="utf-8-sig"), Loader=_Loader)
+        found = yaml.load(read_text(path), Loader=_Loader)
     except yaml.YAMLError as error:
         raise ValueError(f"settings must be YAML, got {path}: {error}") from error
     return _named({} if found is None else found, str(path))
