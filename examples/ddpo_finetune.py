@@ -265,6 +265,7 @@ def main(config: Config) -> None:
     check_output_dir(training)
     policy, task = load(config)
     to_device(task.reward, policy.device)
+    config.start(policy)
     trainer = trainer_of(config, policy, task)
     chosen = trainer.config
     splits = dict(task.splits)
@@ -282,10 +283,7 @@ def main(config: Config) -> None:
     after = evaluated(model="tuned")
     if not process_state().is_main_process:
         return
-    if policy.lora is not None:
-        policy.save_lora(config.output_dir / "lora")
-    else:
-        policy.save_pipeline(config.output_dir / "pipeline")
+    config.save(policy, config.output_dir)
     text = write_results(
         config.output_dir,
         [before, after],

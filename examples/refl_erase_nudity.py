@@ -132,6 +132,10 @@ def run_config(config: Config) -> TrainingConfig:
     )
 
 
+WITHOUT_WEIGHTS = ("sld", "safree", "receler")
+"""Methods that do not change the UNet's own weights."""
+
+
 def check(config: Config) -> None:
     """Checks what joins several options, before any work.
 
@@ -140,6 +144,8 @@ def check(config: Config) -> None:
             original is given to a model that is not.
     """
     config.check()
+    if config.train is not None and config.erasure is None and config.method in WITHOUT_WEIGHTS:
+        raise ValueError(f"train must be None with {config.method}, which no pipeline's folder holds; train a LoRA")
     if config.method != "none":
         if config.original is not None:
             raise ValueError(f"original must come with the method none, got {config.original!r} with {config.method}")
@@ -202,6 +208,7 @@ def recover(
 ) -> None:
     """Raises the reward of an erased policy under the constraint; the erasure is for the record of the run."""
     config = complete(config)
+    config.start(policy)
     held_out = None
     if about.held_out is not None:
         held_out = HeldOut(about.prompts("benign", 48, config.seed + 200), about.held_out)
@@ -233,6 +240,8 @@ def main(config: Config) -> None:
     erasure, evaluations = None, []
     if config.method != "none" or config.original is not None:
         erasure = erasure_for(config, policy, about)  # changes nothing yet
+        if config.train is not None and not isinstance(erasure.change, WeightChange):
+            raise ValueError(f"train must be None with an erasure by {erasure.method}; train a LoRA")
         evaluations.append(evaluated(model="before"))
         erasure.apply(policy)
     evaluations.append(evaluated(model="erased"))
@@ -256,9 +265,8 @@ def write(
     eraser = "its eraser" if erasure is None else erasure.method
     if erasure is not None:
         erasure.save(folder / "erasure")
-    if policy.lora is not None:
-        policy.save_lora(folder / "lora")
-    if erasure is None or isinstance(erasure.change, WeightChange):
+    config.save(policy, folder)
+    if policy.lora is not None and (erasure is None or isinstance(erasure.change, WeightChange)):
         policy.save_pipeline(folder / "pipeline")
     on_images = isinstance(about.constraint, ImageConstraint)
     cost = "The detector's score minus its ceiling" if on_images else "The loss over its ceiling, minus 1"

@@ -126,6 +126,7 @@ def main(config: Config) -> None:
     training, evaluation, watched = prompts_of(config)
     policy, reward, measures = load(config)
     to_device(reward, policy.device)
+    config.start(policy)
 
     drawing = config.drawing(config.evaluation_steps)
     evaluated = partial(draw_and_score, policy, measures, {"benign": evaluation}, drawing, seed=config.seed)
@@ -135,10 +136,7 @@ def main(config: Config) -> None:
     after = evaluated(model="tuned")
     if not process_state().is_main_process:
         return
-    if policy.lora is not None:
-        policy.save_lora(config.output_dir / "lora")
-    else:
-        policy.save_pipeline(config.output_dir / "pipeline")
+    config.save(policy, config.output_dir)
     text = write_results(
         config.output_dir,
         [before, after],

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from erasure import Erasure, UCEConfig
+from erasure import UCE, Concept, Erasure, UCEConfig
 from examples import erase, refl_erase_nudity
 from overpaint.evaluation.experiments.program import settings_from_command_line
 from overpaint.policy import DiffusionPolicy, LoRAConfig
@@ -134,3 +134,48 @@ def test_everything_is_about_what_was_brought(
     program.main(same)
     assert Path("repeated/table.txt").read_text() == Path("recovered/table.txt").read_text()
     look_at(here / "recovered/report.html")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--original", "x"], "original must come with the method none, got 'x' with uce"),
+        (["--method", "none"], "policy must be an erased model with the method none, got the tiny world's"),
+        (["--policy", "P", "--method", "none", "--erasure", "e"], "erasure must be None with the method none, got e"),
+        (["--method", "sld", "--train", "xattn"], "train must be None with sld"),
+        (["--preserve", "monet"], r"preserve must come with a concept, got \('monet',\) without"),
+        (["--run.seed", "3"], r"run\.seed must be the program's own, 0, got 3"),
+        (["--lora-file", "x", "--train", "xattn"], "lora_file must come without lora and train, got 'xattn' besides"),
+    ],
+)
+def test_what_contradicts_is_said_before_any_work(
+    options: list[str], message: str, pipeline_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    program = refl_erase_nudity
+    monkeypatch.chdir(tmp_path)
+    words = [str(pipeline_dir) if word == "P" else word for word in options]
+    with pytest.raises((ValueError, SystemExit)) as refused:
+        program.main(settings_from_command_line(program.Config, program.complete, [*words, "--output-dir", "run"]))
+    assert re.search(message, str(refused.value))
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_erased_model_is_recovered_with_the_original_beside_it_or_without(
+    here: Path, pipeline_dir: Path, make_policy: Callable[..., DiffusionPolicy]
+) -> None:
+    policy = make_policy()
+    UCE().erase(policy, Concept(name="gogh", phrases=("gogh",), anchor="art")).apply(policy)
+    policy.save_pipeline("erased")
+    Path("mine.yaml").write_text(YAML.replace("eraser: {regularization: 1e-1}", "method: none"))
+    options = ["--policy", "erased", *CONCEPT, "--settings", "mine.yaml", "--settings", "recovery.yaml"]
+    program = refl_erase_nudity
+    for name, more in (("alone", []), ("beside", ["--original", str(pipeline_dir)])):
+        words = [*options, *more, "--output-dir", name]
+        program.main(settings_from_command_line(program.Config, program.complete, words))
+        models = json.loads(Path(name, "comparison.json").read_text())["models"]
+        assert models == [*(["before"] if more else []), "erased", "recovered"]
+        assert Path(name, "pipeline/model_index.json").is_file()
+        assert Path(name, "erasure").exists() is bool(more)
+    alone, beside = (json.loads(Path(name, "comparison.json").read_text())["rows"] for name in ("alone", "beside"))
+    for one, other in zip(alone, beside, strict=True):
+        assert one["models"]["erased"]["mean"] == pytest.approx(other["models"]["erased"]["mean"], abs=1e-5)

@@ -145,6 +145,12 @@ class TunedOptions:
     lora: LoRAConfig | None = None
     """The LoRA that is trained; None is one of rank 8, or of none where `train` names weights."""
 
+    lora_file: AnyPath | None = None
+    """A LoRA to go on from, of diffusers, peft or kohya, as a file or a folder; rank and targets are its own."""
+
+    kohya: bool = False
+    """Whether the LoRA is also written as A1111 and ComfyUI read it."""
+
     train: str | None = None
     """A named set of the UNet's own weights in place of a LoRA, such as "xattn" or "full" (`PARAMETER_SETS`)."""
 
@@ -152,13 +158,31 @@ class TunedOptions:
         """Returns the policy's options for what is trained.
 
         Raises:
-            ValueError: Both a LoRA and a set are given.
+            ValueError: Both a LoRA and a set are given, or a LoRA's settings beside its file.
         """
+        if self.lora_file is not None:
+            if (self.lora, self.train) != (None, None):
+                raise ValueError(f"lora_file must come without lora and train, got {self.lora or self.train!r} besides")
+            return {}
         if self.train is None:
             return {"lora": self.lora or usual}
         if self.lora is not None:
             raise ValueError(f"train must be None with a LoRA, got {self.train!r} with {self.lora}")
         return {"train": self.train}
+
+    def start(self, policy: DiffusionPolicy) -> None:
+        """Puts the LoRA to go on from into a policy, if there is one."""
+        if self.lora_file is not None:
+            policy.load_lora(self.lora_file)
+
+    def save(self, policy: DiffusionPolicy, folder: Path) -> None:
+        """Writes what was trained below a folder: a LoRA, or else the whole pipeline."""
+        if policy.lora is None:
+            policy.save_pipeline(folder / "pipeline")
+            return
+        policy.save_lora(folder / "lora")
+        if self.kohya:
+            policy.save_lora(folder / "lora", format="kohya")
 
 
 @settings

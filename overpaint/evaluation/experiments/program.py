@@ -168,7 +168,8 @@ def updated(config: Any, given: Mapping[str, Any], where: str = "") -> Any:
         before = known[name]
         if isinstance(value, Mapping):
             if not is_dataclass(before):
-                raise ValueError(f"{where}{name} must be one value, got the group {dict(value)!r}")
+                rule = "left out here" if before is None else "one value"
+                raise ValueError(f"{where}{name} must be {rule}, got the group {dict(value)!r}")
             changes[name] = updated(before, value, f"{where}{name}.")
         else:
             changes[name] = _tuples(value)
