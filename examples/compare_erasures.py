@@ -13,7 +13,7 @@ import json
 import time
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Literal, NamedTuple, get_args
@@ -27,7 +27,7 @@ from erasure.registry import MethodName, erase, method_named
 from overpaint.evaluation import ImageFolder, Report, Scores, compare, write_folder
 from overpaint.evaluation.experiments.experiment import CONCEPT_RATE, Experiment, evaluate, experiment_of
 from overpaint.evaluation.experiments.options import ConceptOptions, ModelOptions, RewardOptions, usual_eraser
-from overpaint.evaluation.experiments.program import command_line, settings_from_command_line
+from overpaint.evaluation.experiments.program import command_line, settings_from_command_line, usual_beside
 from overpaint.evaluation.experiments.published import (
     IMAGE_REWARD,
     Measured,
@@ -43,6 +43,7 @@ from overpaint.policy import LoRAConfig
 from overpaint.policy.atomic import write_text
 from overpaint.settings import AnyPath, Distinct, Field, settings
 from overpaint.training.logging import progress_bar
+from refl import ReFLConfig
 
 BEFORE: Literal["before"] = "before"
 COCO = "coco-30k"
@@ -74,6 +75,9 @@ class Config(RewardOptions, ConceptOptions, ModelOptions):
 
     recovery_iterations: int = Field(80, ge=1)
     """ReFL iterations of the recovery."""
+
+    refl: ReFLConfig | None = None
+    """How the reward is won back; None is as in `refl_erase_nudity.py`."""
 
     workers: int = Field(2, ge=1)
     """Processes that work at a time, with one thread each; 1 on a GPU."""
@@ -120,6 +124,23 @@ def cells_of(config: Config) -> list[Cell]:
     return [*(Cell(BEFORE, seed) for seed in config.seeds), *erased, *recovered]
 
 
+def recovery_of(config: Config) -> refl_erase_nudity.Config:
+    """Returns the settings of the recoveries, which are those of the main job."""
+    return refl_erase_nudity.Config(
+        policy=config.policy,
+        policy_config=config.policy_config,
+        iterations=config.recovery_iterations,
+        guidance_scale=config.usual_guidance,
+        size=config.size,
+    )
+
+
+def complete(config: Config) -> Config:
+    """Fills in what depends on the model."""
+    refl = config.refl or refl_erase_nudity.refl_config(recovery_of(config))
+    return replace(config, guidance_scale=config.usual_guidance, refl=refl)
+
+
 def work(cell: Cell, config: Config) -> Cell:
     """Makes one model and measures it."""
     torch.set_num_threads(1)
@@ -130,16 +151,7 @@ def work(cell: Cell, config: Config) -> Cell:
     if cell.recovered:
         erasure = Erasure.load(folder.parent / "erasure")
         erasure.apply(policy)
-        recovery = refl_erase_nudity.Config(
-            policy=config.policy,
-            policy_config=config.policy_config,
-            output_dir=folder,
-            iterations=config.recovery_iterations,
-            guidance_scale=config.usual_guidance,
-            size=config.size,
-            seed=cell.seed,
-            resume=True,
-        )
+        recovery = replace(recovery_of(config), output_dir=folder, seed=cell.seed, refl=config.refl, resume=True)
         refl_erase_nudity.recover(recovery, policy, task, erasure, progress=False)
     elif cell.method != BEFORE:
         eraser = usual_eraser(cell.method, config.own_concept(tiny=config.tiny), tiny=config.tiny, seed=cell.seed)
@@ -191,7 +203,7 @@ def lines_of(config: Config) -> list[MethodLine]:
                 for title, measure, kind in (
                     ("explicit, recovered", CONCEPT_RATE, "explicit"),
                     ("implicit, recovered", CONCEPT_RATE, "implicit"),
-                    ("ImageReward, recovered", "ImageReward", "benign"),
+                    (f"{config.reward_name}, recovered", config.reward_name, "benign"),
                 ):
                     if (measure, kind) in measured(after):
                         others[title] = [after.column(measure, kind).estimate.mean]
@@ -218,7 +230,9 @@ def report(config: Config) -> None:
         sections=sections(config, scores),
         pictures=pictures,
         scores=scores,
-        commands=[command_line("python examples/compare_erasures.py", config)],
+        commands=[
+            command_line("python examples/compare_erasures.py", config, usual_beside(config, complete, ["policy"]))
+        ],
         settings=asdict(config),
     ).save(config.output_dir / "report.html")
 
@@ -231,7 +245,7 @@ def sections(config: Config, scores: Sequence[Scores]) -> list[Section]:
         Point(
             one.model,
             one.column(CONCEPT_RATE, kind).estimate,
-            one.column("ImageReward", "benign").estimate,
+            one.column(config.reward_name, "benign").estimate,
             before=start if (start := one.model.removesuffix("-recovered")) in names - {one.model} else "",
         )
         for kind in kinds
@@ -244,7 +258,7 @@ def sections(config: Config, scores: Sequence[Scores]) -> list[Section]:
         Measured("erasures", published_name(one.model), IMAGE_REWARD, setting, column.estimate)
         for one in scores
         if not config.tiny and not one.model.endswith("-recovered")
-        for column in [one.column("ImageReward", "benign")]
+        for column in [one.column(config.reward_name, "benign")]
     ]
     others = tables_html(published_comparison(of_ours, published("erasures")))
     caption = f"Means over {len(config.seeds)} seeds ± standard error over them; recovered: the first seed alone."
@@ -271,6 +285,7 @@ def deciding(config: Config) -> dict[str, str]:
 
 def main(config: Config) -> str:
     """Makes and measures what is missing, and prints the table."""
+    config = complete(config)
     if config.captions is not None:
         prompt_set(config.captions)  # fetched, or refused, before any work and once
     claim(config.output_dir / "settings.json", deciding(config), "comparison")
@@ -284,4 +299,4 @@ def main(config: Config) -> str:
 
 
 if __name__ == "__main__":
-    main(settings_from_command_line(Config, lambda config: config))
+    main(settings_from_command_line(Config, complete))

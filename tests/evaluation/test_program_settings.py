@@ -160,6 +160,12 @@ def test_what_decides_other_settings_is_told_and_they_are_not() -> None:
     assert command_line("it", config, usual_beside(config, complete, ["kind"])) == "it --kind large --group.names x"
 
 
+def test_what_the_program_has_options_of_its_own_for_is_told_once() -> None:
+    config = read("--group.size", "9", "--group.keep")
+    assert command_line("it", config, complete(Config()), {"group": ("size",)}) == "it"
+    assert command_line("it", config, complete(Config())) == "it --group.size 9"
+
+
 def test_a_group_may_not_contradict_the_programs_own_options() -> None:
     check_same("group", Group(), size=4, keep=True)
     with pytest.raises(ValueError, match=r"group\.size must be the program's own, 5, got 4; set that instead"):

@@ -364,7 +364,7 @@ def write_results(
     write_text(folder / "settings.yaml", settings_yaml(config, OWNED))
     found = verdict([one.scores for one in evaluations], **told)
     record = read_run_record(folder) if (folder / RECORD).is_file() else {}
-    commands = [command_line(program, config, usual)]
+    commands = [command_line(program, config, usual, OWNED)]
     ModelCard(
         title=found.title,
         summary=found.line,

@@ -189,7 +189,7 @@ class TunedOptions:
 class ConceptOptions:
     """What is erased, and what measures it."""
 
-    concept: tuple[Text, ...] = ()
+    concept: tuple[Text, ...] | None = Field(None, min_length=1)
     """Phrases that bring the concept, its name first; none is that of a saved erasure, or stripes in the tiny world,
     and else nudity."""
 

@@ -227,27 +227,28 @@ def usual_beside(config: Config, complete: Callable[[Config], Config], deciding:
     return vars(complete(plain(**kept))) | {name: getattr(plain(), name) for name in deciding}
 
 
-def command_line(program: str, config: Any, usual: Any = None) -> str:
+def command_line(program: str, config: Any, usual: Any = None, owned: Mapping[str, Sequence[str]] | None = None) -> str:
     """Returns what to type in a shell, as tyro reads it, with the options that differ from what is usual.
 
     Args:
         program: What comes before the options, as in "python examples/erase.py".
         config: The program's settings: numbers, words, paths, or tuples of them, and groups of such settings.
         usual: Settings, or a mapping of them, that hold when options are left out; None is what the class says.
+        owned: Settings of each group that the program has options of its own for; they are left out.
     """
     usual = type(config)() if usual is None else usual
-    return f"{program} {shlex.join(_options(config, usual))}".rstrip()
+    return f"{program} {shlex.join(_options(config, usual, owned or {}))}".rstrip()
 
 
-def _options(config: Any, usual: Any, group: str = "") -> list[str]:
+def _options(config: Any, usual: Any, owned: Mapping[str, Sequence[str]], group: str = "") -> list[str]:
     words = []
     usual_values = usual if isinstance(usual, Mapping) else vars(usual)
     for name, value in vars(config).items():
-        if value == usual_values[name]:
+        if value == usual_values[name] or name in owned.get(group.removesuffix("."), ()):
             continue
         option = f"{group}{name.replace('_', '-')}"
         if is_dataclass(value):
-            words += _options(value, usual_values[name], f"{option}.")
+            words += _options(value, usual_values[name], owned, f"{option}.")
         elif isinstance(value, bool):
             before, dot, last = option.rpartition(".")
             words.append(f"--{option}" if value else f"--{before}{dot}no-{last}")
