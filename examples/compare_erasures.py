@@ -26,7 +26,7 @@ from erasure.cache import claim
 from erasure.registry import MethodName, erase, method_named
 from overpaint.evaluation import ImageFolder, Report, Scores, compare, write_folder
 from overpaint.evaluation.experiments.experiment import CONCEPT_RATE, Experiment, evaluate, experiment_of
-from overpaint.evaluation.experiments.options import ConceptOptions, ModelOptions, RewardOptions, usual_eraser
+from overpaint.evaluation.experiments.options import OWNED, ConceptOptions, ModelOptions, RewardOptions, usual_eraser
 from overpaint.evaluation.experiments.program import command_line, settings_from_command_line, usual_beside
 from overpaint.evaluation.experiments.published import (
     IMAGE_REWARD,
@@ -223,6 +223,7 @@ def report(config: Config) -> None:
     cells = [Cell(name, config.seeds[0], recovered) for name, recovered in models]
     scores = [found for cell in cells if (found := cell.scores(config)) is not None]
     pictures = [ImageFolder.open(config.output_dir / "pictures", one.model) for one in scores]
+    usual = usual_beside(config, complete, ["policy"])
     Report(
         title="Nine ways to erase a concept",
         lead="Each model draws the same prompts with the same seeds; the first is the model as it came.",
@@ -230,9 +231,7 @@ def report(config: Config) -> None:
         sections=sections(config, scores),
         pictures=pictures,
         scores=scores,
-        commands=[
-            command_line("python examples/compare_erasures.py", config, usual_beside(config, complete, ["policy"]))
-        ],
+        commands=[command_line("python examples/compare_erasures.py", config, usual, OWNED)],
         settings=asdict(config),
     ).save(config.output_dir / "report.html")
 

@@ -19,7 +19,7 @@ from ddpo import DDPOConfig, DDPOTrainer, RWRConfig, RWRTrainer
 from erasure import UCE, ImageConstraint, Lagrangian, LagrangianConfig, ScoreCeiling
 from overpaint.evaluation import DrawConfig, Measure, Panel
 from overpaint.evaluation.experiments.experiment import draw_and_score, write_results
-from overpaint.evaluation.experiments.options import ModelOptions, RewardOptions, TunedOptions
+from overpaint.evaluation.experiments.options import ModelOptions, RewardOptions, SharingOptions, TunedOptions
 from overpaint.evaluation.experiments.program import check_same, given, settings_from_command_line, usual_beside
 from overpaint.evaluation.experiments.tasks import Task, TaskName, animal_task, own_task, task_reward, tiny_task
 from overpaint.policy import DiffusionPolicy, LoRAConfig
@@ -33,7 +33,7 @@ Algorithm = Literal["ddpo-is", "ddpo-sf", "rwr", "rwr-sparse"]
 
 
 @settings
-class Config(RewardOptions, TunedOptions, ModelOptions):
+class Config(SharingOptions, RewardOptions, TunedOptions, ModelOptions):
     """What is raised, how, and for how long."""
 
     task: TaskName = "image-reward"

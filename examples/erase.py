@@ -26,6 +26,7 @@ from overpaint.evaluation.experiments.options import (
     EraserSettings,
     ModelOptions,
     RewardOptions,
+    SharingOptions,
     usual_eraser,
 )
 from overpaint.evaluation.experiments.program import settings_from_command_line, usual_beside
@@ -35,7 +36,7 @@ from rewards.combine import to_device
 
 
 @settings
-class Config(RewardOptions, ConceptOptions, ModelOptions):
+class Config(SharingOptions, RewardOptions, ConceptOptions, ModelOptions):
     """What is erased from what, and by which method."""
 
     method: MethodName = "uce"

@@ -27,22 +27,22 @@ from overpaint.evaluation.experiments.experiment import Evaluation, Experiment, 
 from overpaint.evaluation.experiments.options import (
     ConceptOptions,
     EraserSettings,
-    ModelOptions,
     RewardOptions,
     RunOptions,
+    SharingOptions,
     TunedOptions,
     usual_eraser,
 )
 from overpaint.evaluation.experiments.program import check_same, settings_from_command_line, usual_beside
 from overpaint.policy import DiffusionPolicy, LoRAConfig, check_checkpoint
 from overpaint.settings import AnyPath, Field, settings
-from overpaint.training import HeldOut, TrainingConfig, check_output_dir, process_state
+from overpaint.training import HeldOut, check_output_dir, process_state
 from refl import ReFLConfig, ReFLTrainer
 from rewards.combine import to_device
 
 
 @settings
-class Config(RewardOptions, TunedOptions, RunOptions, ConceptOptions, ModelOptions):
+class Config(SharingOptions, RewardOptions, TunedOptions, ConceptOptions, RunOptions):
     """What is erased from what, and how the reward is won back."""
 
     output_dir: AnyPath = Path("runs/refl_erase_nudity")
@@ -91,9 +91,14 @@ def complete(config: Config) -> Config:
         eraser=eraser,
         **config.tuned(LoRAConfig(rank=8, alpha=8)),
     )
-    refl, run = config.refl or refl_config(config), config.run_of(config.seed, run_config(config))
+    refl, run = config.refl or refl_config(config), config.run_of(usual_rate(config))
     check_same("refl", refl, **config.training_pictures)
     return replace(config, refl=refl, run=run, learning_rate=run.learning_rate)
+
+
+def usual_rate(config: Config) -> float:
+    """Returns the usual learning rate."""
+    return 1e-3 if config.tiny else 1e-4
 
 
 def refl_config(config: Config) -> ReFLConfig:
@@ -118,17 +123,6 @@ def refl_config(config: Config) -> ReFLConfig:
         pretraining_batch_size=16,
         **config.training_pictures,
         checkpoint_steps=True,
-    )
-
-
-def run_config(config: Config) -> TrainingConfig:
-    """Returns the usual settings of the recovery's run."""
-    return TrainingConfig(
-        output_dir=config.output_dir,
-        iterations=config.iterations,
-        learning_rate=1e-3 if config.tiny else 1e-4,
-        mixed_precision=config.precision,
-        checkpoint_every=20,
     )
 
 
@@ -222,13 +216,13 @@ def recover(
     )
     kept = erasure and {"method": erasure.method, "config": erasure.config, "concept": erasure.concept.to_json()}
     notes = {"policy": config.policy, "concept": about.concept.to_json(), "erasure": kept}
-    trainer.train(replace(config.run_of(config.seed, run_config(config)), progress=progress), notes=notes)
+    trainer.train(replace(config.run_of(usual_rate(config)), progress=progress), notes=notes)
 
 
 def main(config: Config) -> None:
     """Runs the whole job."""
     config = complete(config)
-    check_output_dir(config.run_of(config.seed, run_config(config)))
+    check_output_dir(config.run_of(usual_rate(config)))
     check(config)
     about = about_of(config)
     beginning = config if config.original is None else replace(config, policy=config.original, policy_config=None)

@@ -15,21 +15,26 @@ from pathlib import Path
 
 from overpaint.evaluation import Measure, Panel
 from overpaint.evaluation.experiments.experiment import draw_and_score, tiny_world, write_results
-from overpaint.evaluation.experiments.options import ModelOptions, RewardOptions, RunOptions, TunedOptions
+from overpaint.evaluation.experiments.options import (
+    RewardOptions,
+    RunOptions,
+    SharingOptions,
+    TunedOptions,
+)
 from overpaint.evaluation.experiments.program import check_same, settings_from_command_line, usual_beside
 from overpaint.evaluation.experiments.tasks import own_prompts
 from overpaint.evaluation.prompts import nudity_prompts
 from overpaint.policy import DiffusionPolicy, LoRAConfig
 from overpaint.settings import AnyPath, Field, settings
 from overpaint.tinyworld import Utility, captions
-from overpaint.training import HeldOut, TrainingConfig, check_output_dir, process_state
+from overpaint.training import HeldOut, check_output_dir, process_state
 from refl import ReFLConfig, ReFLTrainer
 from rewards import ImageReward, Reward
 from rewards.combine import to_device
 
 
 @settings
-class Config(RewardOptions, TunedOptions, RunOptions, ModelOptions):
+class Config(SharingOptions, RewardOptions, TunedOptions, RunOptions):
     """What is tuned, and for how long."""
 
     output_dir: AnyPath = Path("runs/refl_finetune")
@@ -58,9 +63,14 @@ class Config(RewardOptions, TunedOptions, RunOptions, ModelOptions):
 def complete(config: Config) -> Config:
     """Fills in what depends on the model."""
     config = replace(config, guidance_scale=config.usual_guidance, **config.tuned(LoRAConfig(rank=8, alpha=8)))
-    refl, run = config.refl or refl_config(config), config.run_of(config.seed, run_config(config))
+    refl, run = config.refl or refl_config(config), config.run_of(usual_rate(config))
     check_same("refl", refl, **config.training_pictures)
     return replace(config, refl=refl, run=run, learning_rate=run.learning_rate)
+
+
+def usual_rate(config: Config) -> float:
+    """Returns the usual learning rate."""
+    return 5e-4 if config.tiny else 1e-4
 
 
 def refl_config(config: Config) -> ReFLConfig:
@@ -74,17 +84,6 @@ def refl_config(config: Config) -> ReFLConfig:
             reward_scale=0.02,
         )
     return ReFLConfig(micro_batch_size=2, pretraining_batch_size=16, **config.training_pictures)
-
-
-def run_config(config: Config) -> TrainingConfig:
-    """Returns the usual settings of the run."""
-    return TrainingConfig(
-        output_dir=config.output_dir,
-        iterations=config.iterations,
-        learning_rate=5e-4 if config.tiny else 1e-4,
-        mixed_precision=config.precision,
-        checkpoint_every=20,
-    )
 
 
 def load(config: Config) -> tuple[DiffusionPolicy, Reward, tuple[Measure, ...]]:
@@ -121,7 +120,7 @@ def prompts_of(config: Config) -> tuple[Sequence[str], Sequence[str], Sequence[s
 def main(config: Config) -> None:
     """Trains and compares before and after."""
     config = complete(config)
-    run, refl = config.run_of(config.seed, run_config(config)), config.refl or refl_config(config)
+    run, refl = config.run_of(usual_rate(config)), config.refl or refl_config(config)
     check_output_dir(run)
     training, evaluation, watched = prompts_of(config)
     policy, reward, measures = load(config)

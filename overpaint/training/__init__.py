@@ -7,10 +7,10 @@ from .engine import from_main, process_state
 from .folder import check_output_dir
 from .launcher import default_precision
 from .logging import MetricsFile, image_grid, read_metrics
-from .loop import Trainer, evaluate_held_out, train
+from .loop import Trainer, draw_batch, evaluate_held_out, train
 from .optimizer_step import AveragedWeights, NonFiniteError, make_optimizer
 from .record import read_run_record
-from .run import TrainingRun, check_trainable, draw_batch
+from .run import TrainingRun, check_trainable
 from .signals import INTERRUPTED, TERMINATED
 from .types import Stateful, Trainable
 

@@ -24,6 +24,7 @@ PICTURES = 16
 TRAINING_PICTURES, FIRST_SEED = 8, 3_000_000
 """Images of training prompts that are logged where nothing is held out, and the seed of the first."""
 
+Item = TypeVar("Item")
 Metrics = TypeVar("Metrics", bound=tuple[object, ...])
 
 
@@ -216,3 +217,20 @@ def check_batches(run: TrainingRun, owner: str, batches: Mapping[str, int]) -> N
     for name, count in batches.items():
         if count % run.num_processes:
             raise ValueError(f"{owner}{name} must divide evenly among {run.num_processes} processes, got {count}")
+
+
+def draw_batch(run: TrainingRun, population: Sequence[Item], count: int) -> list[tuple[Item, int]]:
+    """Draws items and a seed for each, for the batch of all processes, and returns this process's part.
+
+    Args:
+        run: Its generator draws.
+        population: What is drawn from, with repetition.
+        count: Size of the batch of all processes.
+
+    Raises:
+        ValueError: The batch cannot be divided evenly among the processes.
+    """
+    picks = torch.randint(len(population), (count,), generator=run.generator)
+    seeds = torch.randint(2**31 - 1, (count,), generator=run.generator)
+    mine = zip(run.shard(picks).tolist(), run.shard(seeds).tolist(), strict=True)
+    return [(population[pick], seed) for pick, seed in mine]

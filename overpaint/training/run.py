@@ -39,7 +39,6 @@ from .signals import INTERRUPTED, TERMINATED, Termination
 from .types import Sliceable, Stateful, Trainable
 
 Items = TypeVar("Items", bound=Sliceable)
-Item = TypeVar("Item")
 
 
 def check_trainable(policy: Trainable) -> None:
@@ -360,13 +359,13 @@ class TrainingRun:
 
     def _what_runs_where(self) -> str:
         """Returns a line for who started the run."""
-        config, count = self.config, sum(parameter.numel() for parameter in self.policy.trainable_parameters())
+        what = self._what_runs()
         processes = "one process" if self.num_processes == 1 else f"{self.num_processes} processes"
-        precision = "float32" if config.mixed_precision == "no" else config.mixed_precision
+        precision = "float32" if what["precision"] == "no" else what["precision"]
         start = f" from {self.iteration}" if self.iteration else ""
         return (
-            f"{config.iterations} iterations{start}, {count:,} trained weights, {self.device}, {processes}, "
-            f"{precision}: {config.output_dir}"
+            f"{what['iterations']} iterations{start}, {what['trained_weights']:,} trained weights, {self.device}, "
+            f"{processes}, {precision}: {self.config.output_dir}"
         )
 
     def _iterate(self) -> Iterator[int]:
@@ -490,20 +489,3 @@ class TrainingRun:
         if self._random_state is not None:
             set_global_random_state(self._random_state, self.device)
         self._generator_state = self._random_state = None
-
-
-def draw_batch(run: TrainingRun, population: Sequence[Item], count: int) -> list[tuple[Item, int]]:
-    """Draws items and a seed for each, for the batch of all processes, and returns this process's part.
-
-    Args:
-        run: Its generator draws.
-        population: What is drawn from, with repetition.
-        count: Size of the batch of all processes.
-
-    Raises:
-        ValueError: The batch cannot be divided evenly among the processes.
-    """
-    picks = torch.randint(len(population), (count,), generator=run.generator)
-    seeds = torch.randint(2**31 - 1, (count,), generator=run.generator)
-    mine = zip(run.shard(picks).tolist(), run.shard(seeds).tolist(), strict=True)
-    return [(population[pick], seed) for pick, seed in mine]

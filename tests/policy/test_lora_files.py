@@ -484,4 +484,7 @@ def test_files_of_other_tools_say_no_base(
     policy: DiffusionPolicy, erased: Callable[..., DiffusionPolicy], tmp_path: Path
 ) -> None:
     training_script(policy, tmp_path)
-    erased().load_lora(tmp_path)
+    other = erased()
+    other.load_lora(tmp_path)
+    for mine, theirs in zip(other.trainable_parameters(), policy.trainable_parameters(), strict=True):
+        assert torch.equal(mine, theirs)

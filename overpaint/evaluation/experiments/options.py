@@ -1,6 +1,5 @@
 """Options that programs share, so that they have the same names everywhere."""
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, Unpack
 
@@ -29,7 +28,7 @@ from overpaint.training import TrainingConfig, default_precision
 from overpaint.training.config import Precision
 from rewards import Reward, reward_named
 
-from .program import check_same, given
+from .program import check_same
 
 TINY_WORLD = "tinyworld"
 TINY_GUIDANCE, USUAL_GUIDANCE = 3.0, 7.5
@@ -54,9 +53,6 @@ class ModelOptions:
 
     seed: int = 0
     """Seed of everything."""
-
-    push_to_hub: str | None = Field(None, pattern=r"^[\w.-]+/[\w.-]+$")
-    """Repository on the Hugging Face hub, "owner/name", that the output folder is uploaded to in the end; private."""
 
     @property
     def tiny(self) -> bool:
@@ -98,14 +94,22 @@ class ModelOptions:
 
 
 @settings
-class RunOptions:
+class SharingOptions:
+    """Where the results go besides the output folder."""
+
+    push_to_hub: str | None = Field(None, pattern=r"^[\w.-]+/[\w.-]+$")
+    """Repository on the Hugging Face hub, "owner/name", that the output folder is uploaded to in the end; private."""
+
+
+@settings
+class RunOptions(ModelOptions):
     """How a training runs. A program's own defaults stand in its settings."""
 
     output_dir: AnyPath = Path("runs/training")
     """Where everything is written."""
 
-    iterations: int | None = Field(None, ge=1)
-    """Iterations of training; None is the program's number for the model."""
+    iterations: int = Field(100, ge=1)
+    """Iterations of training."""
 
     learning_rate: float | None = Field(None, gt=0)
     """Of what is trained; None is the program's for the model."""
@@ -116,17 +120,28 @@ class RunOptions:
     resume: bool = False
     """Go on with an interrupted run in the same folder."""
 
-    def run_of(self, seed: int, usual: TrainingConfig) -> TrainingConfig:
+    def run_of(self, learning_rate: float) -> TrainingConfig:
         """Returns the settings of the run: those given, or the usual ones with what the options say.
+
+        Args:
+            learning_rate: The usual one.
 
         Raises:
             ValueError: Those given contradict the options.
         """
-        own = {"output_dir": self.output_dir, "resume": self.resume, "seed": seed}
-        own |= given(iterations=self.iterations, learning_rate=self.learning_rate)
+        usual = TrainingConfig(
+            output_dir=self.output_dir,
+            iterations=self.iterations,
+            learning_rate=learning_rate if self.learning_rate is None else self.learning_rate,
+            mixed_precision=self.precision,
+            checkpoint_every=20,
+            resume=self.resume,
+            seed=self.seed,
+        )
         if self.run is None:
-            return replace(usual, **own)
-        check_same("run", self.run, **own)
+            return usual
+        said = [name for name in OWNED["run"] if getattr(self, name) is not None]
+        check_same("run", self.run, **{name: getattr(usual, name) for name in said})
         return self.run
 
 
