@@ -14,15 +14,16 @@ from torch import Tensor
 
 from overpaint.policy import DiffusionPolicy, WeightDelta
 from overpaint.policy.added import added_networks
+from overpaint.policy.lora_files import read_lora
 from overpaint.policy.parts import Pipeline, UNet
 from overpaint.policy.takeover import take_over
+from overpaint.policy.tensor_names import is_lora_file
 from overpaint.policy.weights import base_parameters, merged_state
 from rewards.public_files import sha256_of
 
 from .changes import Change, WeightChange
 from .concept import Concept
 from .erased import RECORD_FILE, Erasure
-from .lora_files import is_lora_file, lora_differences, lora_settings
 from .methods.attention_maps import cross_attentions
 from .methods.receler.erasers import AddedNetworks
 from .releases import Release, release_at
@@ -64,9 +65,7 @@ def official_erasure(
     release = release_at(path, base)
     change: Change
     if is_lora_file(release.tensors):
-        folder = path if path.is_dir() else path.parent
-        updates = lora_differences(release.tensors, base.unet, lora_settings(release.tensors, folder), path)
-        layout, change = "LoRA", _weight_change(updates, path)
+        layout, change = "LoRA", _weight_change(_lora_differences(release.files[0], base.unet), path)
     elif any(ERASER.fullmatch(name) for name in release.tensors):
         layout, change = "erasers", _erasers(release.tensors, base.unet, path)
     else:
@@ -172,6 +171,17 @@ def _differences(release: Release, unet: UNet, source: Path) -> dict[str, Tensor
         if not same_but_for_rounding(original, value):
             changed[parameter] = value.float() - original.float()
     return changed
+
+
+def _lora_differences(file: Path, unet: UNet) -> dict[str, Tensor]:
+    """Returns the differences that a LoRA makes: those that it has, as diffusers would fuse it."""
+    lora = read_lora(file, unet, drop_text_encoder=True)
+    if lora.dropped:
+        raise ValueError(
+            f"{file} must change the UNet alone, as an erasure does, and it changes the text encoder "
+            f"({lora.dropped[0]!r}); merge it into its model, and give that as the base"
+        )
+    return lora.differences()
 
 
 def _weight_change(differences: Mapping[str, Tensor], source: Path) -> WeightChange:

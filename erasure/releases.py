@@ -1,6 +1,5 @@
 """What an official release is: its layout and its tensors, told apart by what a file holds and never by its ending."""
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -8,19 +7,27 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from overpaint.policy import DiffusionPolicy
+from overpaint.policy.checkpoint_files import WEIGHTS
+from overpaint.policy.lora_files import LORA_FILE, lora_in
 from overpaint.policy.parts import Pipeline
+from overpaint.policy.tensor_names import LDM_TEXT_ENCODER, LDM_UNET, LDM_VAE, is_lora_file
+from overpaint.policy.weight_files import (
+    WEIGHT_SUFFIXES,
+    Renamed,
+    flat_tensors,
+    read_weights,
+    state_dict_of,
+    weight_files,
+)
+from overpaint.text_files import read_json
 
 from .erased import RECORD_FILE
-from .lora_files import is_lora_file
-from .unet_names import LDM_UNET
-from .weight_files import WEIGHT_SUFFIXES, Renamed, flat_tensors, read_weights, weight_files
 
 TEXT_ENCODER, VAE = "text_encoder.", "vae."
-LDM_CLIP, LDM_OPEN_CLIP, LDM_VAE = "cond_stage_model.transformer.", "cond_stage_model.model.", "first_stage_model."
+LDM_CLIP, LDM_OPEN_CLIP = f"{LDM_TEXT_ENCODER}transformer.", f"{LDM_TEXT_ENCODER}model."
 """What the names of the other parts begin with, in diffusers' layout and in that of the original Stable Diffusion."""
 
-UNET_WEIGHTS, LORA_WEIGHTS = "diffusion_pytorch_model", ("pytorch_lora_weights", "adapter_model")
-TEXT_ENCODER_WEIGHTS = ("model", "pytorch_model")
+(UNET_WEIGHTS,) = WEIGHTS["unet"]
 
 
 class Release(NamedTuple):
@@ -66,12 +73,12 @@ def release_at(path: Path, base: DiffusionPolicy | Pipeline) -> Release:
     for folder in (path / "unet", path):
         if files := weight_files(folder, UNET_WEIGHTS):
             return _of_folder(path, files)
-    found = next((files for name in LORA_WEIGHTS if (files := weight_files(path, name))), [])
-    found = found or sorted(file for file in path.iterdir() if file.suffix in WEIGHT_SUFFIXES)
+    lora = lora_in(path)
+    found = [lora] if lora else sorted(file for file in path.iterdir() if file.suffix in WEIGHT_SUFFIXES)
     if len(found) != 1:
         raise ValueError(
             f"a folder of an erased model must hold unet/{UNET_WEIGHTS}.safetensors, {UNET_WEIGHTS}.safetensors, "
-            f"{LORA_WEIGHTS[0]}.safetensors or one file of weights, and {path} holds {len(found)} of them"
+            f"{LORA_FILE} or one file of weights, and {path} holds {len(found)} of them"
         )
     return _of_content(read_weights(found), found, base, path)
 
@@ -82,14 +89,13 @@ def _of_folder(path: Path, files: list[Path]) -> Release:
     pipeline = files[0].parent != path
     read, predicted = [*files], None
     if pipeline:
-        names = {"text_encoder": TEXT_ENCODER_WEIGHTS, "vae": (UNET_WEIGHTS,)}
-        for part, stems in names.items():
-            if found := next((each for stem in stems if (each := weight_files(path / part, stem))), []):
+        for part in ("text_encoder", "vae"):
+            if found := next((each for stem in WEIGHTS[part] if (each := weight_files(path / part, stem))), []):
                 parts[part] = flat_tensors(read_weights(found), path)
                 read += found
         scheduler = path / "scheduler" / "scheduler_config.json"
         if scheduler.is_file():
-            predicted = json.loads(scheduler.read_text(encoding="utf-8")).get("prediction_type", "epsilon")
+            predicted = read_json(scheduler).get("prediction_type", "epsilon")
     layout = "diffusers' pipeline" if pipeline else "diffusers' UNet"
     return Release(layout, flat_tensors(read_weights(files), path), parts, read, True, predicted)
 
@@ -98,19 +104,14 @@ def _of_content(content: Any, files: list[Path], base: DiffusionPolicy | Pipelin
     """Tells the layouts of single files apart."""
     layout = "diffusers' weights"
     parts: dict[str, Mapping[str, Tensor]] = {}
-    if isinstance(content, Mapping):
-        for name in ("state_dict", "unet"):
-            if isinstance(content.get(name), Mapping):
-                if name == "unet":
-                    layout = "concept ablation's delta"
-                    if content.get("modifier_token"):
-                        raise ValueError(
-                            f"{path} must change the UNet alone, as an erasure does, and it has new tokens"
-                        )
-                    if "text_encoder" in content:
-                        parts["text_encoder"] = flat_tensors(content["text_encoder"], path)
-                content = content[name]
-                break
+    content = state_dict_of(content)
+    if isinstance(content, Mapping) and isinstance(content.get("unet"), Mapping):
+        layout = "concept ablation's delta"
+        if content.get("modifier_token"):
+            raise ValueError(f"{path} must change the UNet alone, as an erasure does, and it has new tokens")
+        if "text_encoder" in content:
+            parts["text_encoder"] = flat_tensors(content["text_encoder"], path)
+        content = content["unet"]
     tensors = flat_tensors(content, path)
     if any(name.startswith(LDM_UNET) for name in tensors):
         return _of_ldm(tensors, files, base, path)
@@ -131,7 +132,7 @@ def _of_ldm(tensors: Mapping[str, Tensor], files: list[Path], base: DiffusionPol
         prefix: {name: name for name in tensors if name.startswith(prefix)}
         for prefix in (LDM_UNET, LDM_CLIP, LDM_OPEN_CLIP, LDM_VAE)
     }
-    known = (*groups, "model_ema.", "cond_stage_model.")
+    known = (*groups, "model_ema.", LDM_TEXT_ENCODER)
     # The tables of its noise schedule have names without a dot.
     unet = groups[LDM_UNET] | {name: name for name in tensors if "." in name and not name.startswith(known)}
     parts: dict[str, Mapping[str, Tensor]] = {}

@@ -1,29 +1,21 @@
 """Names of a UNet's parameters in other people's files: diffusers', the original Stable Diffusion's, foreign ones."""
 
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
 
 from overpaint.policy.parts import UNet
+from overpaint.policy.tensor_names import FOREIGN, LDM_UNET, kind_of, without_wrappers
 from overpaint.policy.weights import base_parameters
-
-LDM_UNET = "model.diffusion_model."
-"""What a UNet's names begin with in a whole checkpoint of the original Stable Diffusion."""
-
-WRAPPERS = ("unet.", "module.", "_orig_mod.", "base_model.model.")
-"""What wrappers put before a name: pipelines, data parallelism, torch.compile, peft."""
 
 LDM = re.compile(r"(^|\.)(input_blocks|middle_block|output_blocks|time_embed|out)\.\d+\.")
 
-KINDS = (
-    ("an SDXL", r"add_embedding\.|label_emb\.|transformer_blocks\.[2-9]\.attn|conditioner\.|text_encoder_2"),
-    ("a FLUX", r"(single_)?transformer_blocks\.\d+\.(attn\.|norm|proj_mlp)|double_blocks\.|single_blocks\."),
-    ("a Stable Diffusion 3", r"joint_blocks\."),
-    ("a Stable Diffusion", r"(down|up|input|output)_blocks\.\d+\.|mid(dle)?_block\.|attn2\."),
-    ("a CLIP text encoder", r"text_model\.|token_embedding|self_attn\.[qkv]_proj|resblocks"),
-    ("a VAE", r"(encoder|decoder)\.(down|up|mid|conv)|quant_conv"),
-)
-"""Kinds of models, the more particular first, and a pattern that is found in names of theirs."""
+KINDS = FOREIGN | {
+    "a Stable Diffusion": r"(down|up|input|output)_blocks\.\d+\.|mid(dle)?_block\.|attn2\.",
+    "a CLIP text encoder": r"text_model\.|token_embedding|self_attn\.[qkv]_proj|resblocks",
+    "a VAE": r"(encoder|decoder)\.(down|up|mid|conv)|quant_conv",
+}
+"""Kinds of models that foreign names may be of, a Stable Diffusion with other layers being one."""
 
 
 def unet_names(names: Iterable[str], unet: UNet, source: Path) -> dict[str, str]:
@@ -43,31 +35,13 @@ def unet_names(names: Iterable[str], unet: UNet, source: Path) -> dict[str, str]
     else:
         converted = dict(zip(plain, plain, strict=True))
     found = {plain[name]: parameter for name, parameter in converted.items()}
-    check_known({name: found.get(name) for name in plain.values()}, base_parameters(unet), source)
-    return found
-
-
-def check_known(found: Mapping[str, str | None], known: Collection[str], source: Path) -> None:
-    """Raises a `ValueError` that names the first of a file's names which stands for nothing that is known."""
-    foreign = [name for name, parameter in found.items() if parameter not in known]
-    if foreign:
+    known = base_parameters(unet)
+    if foreign := [name for name in plain.values() if found.get(name) not in known]:
         raise ValueError(
             f"{source} must hold weights of the base's UNet, and {foreign[0]!r} is none of them ({len(foreign)} of its "
-            f"{len(found)} names are not); by this name it is of {_kind(foreign)} model"
+            f"{len(plain)} names are not); by this name it is of {kind_of(foreign, KINDS) or 'another model'}"
         )
-
-
-def without_wrappers(name: str) -> str:
-    """Returns a name without what wrappers put before it."""
-    while prefix := next((each for each in WRAPPERS if name.startswith(each)), ""):
-        name = name.removeprefix(prefix)
-    return name
-
-
-def _kind(names: Iterable[str]) -> str:
-    """Returns the kind of model that foreign names are of, a Stable Diffusion with other layers being one."""
-    joined = "\n".join(names)
-    return next((kind for kind, pattern in KINDS if re.search(pattern, joined)), "another")
+    return found
 
 
 def _from_ldm(names: Iterable[str], unet: UNet) -> dict[str, str]:

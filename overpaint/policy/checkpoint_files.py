@@ -1,24 +1,23 @@
 """What the files of a checkpoint say before any weight is loaded: a folder in diffusers' layout, here or on the hub."""
 
-import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from overpaint.text_files import read_json
+
 from .takeover import PIPELINE_CLASSES, check_scheduler, check_unet
+from .weight_files import VARIANTS
 
 PARTS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
 
 WEIGHTS = {
-    "unet": "diffusion_pytorch_model",
-    "vae": "diffusion_pytorch_model",
+    "unet": ("diffusion_pytorch_model",),
+    "vae": ("diffusion_pytorch_model",),
     "text_encoder": ("model", "pytorch_model"),
 }
 """What the weight files of each network begin with."""
-
-VARIANTS = ("fp16", "bf16")
-"""Names under which weights in half precision are published beside those in float32, or instead of them."""
 
 CONFIGURATION = ["model_index.json", *(f"{part}/*.{ending}" for part in PARTS for ending in ("json", "txt"))]
 """The files of a checkpoint that are no weights."""
@@ -45,10 +44,7 @@ class CheckpointFiles:
         """
         if not (self.folder / name).is_file():
             raise ValueError(f"a checkpoint's folder must hold {name}, and {self.name} does not")
-        try:
-            values: Mapping[str, Any] = json.loads((self.folder / name).read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise ValueError(f"{name} of {self.name} must be JSON, got {error}") from error
+        values: Mapping[str, Any] = read_json(self.folder / name)
         return values
 
     def check(self) -> None:

@@ -12,6 +12,7 @@ import torch
 from . import single_file
 from .checkpoint_files import CheckpointFiles, fetch_configuration, of_folder, of_hub
 from .parts import Pipeline
+from .weight_files import UnreadableError
 from .weights import LoRAConfig
 
 NO_SAFETY_CHECKER: dict[str, Any] = {
@@ -95,14 +96,14 @@ def _load_parts(path: str | Path, options: dict[str, Any], config: str | Path | 
 
 
 def _load_file(path: str | Path, options: dict[str, Any], config: str | Path | None) -> Pipeline:
-    """Loads a single file; one whose header cannot be read is left to diffusers, which says what is wrong with it."""
+    """Loads a single file; one that cannot be read here is left to diffusers, which may know more formats."""
     from diffusers import StableDiffusionPipeline
     from diffusers.loaders.single_file_utils import SingleFileComponentError
     from diffusers.utils import logging as of_diffusers
 
     try:
         shapes = single_file.tensor_shapes(Path(path))
-    except single_file.UnreadableError:
+    except UnreadableError:
         folder = None if config is None else str(_files_of(config).folder)
     else:
         single_file.check_tensors(shapes, str(path))

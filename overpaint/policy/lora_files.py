@@ -10,22 +10,33 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from overpaint.text_files import read_json
+
 from .atomic import atomic_file
 from .digest import tensors_hash
 from .guidance import SamplingGuard
 from .parts import UNet
+from .tensor_names import FOREIGN, is_lora_file, kind_of, without_wrappers
+from .weight_files import WEIGHT_SUFFIXES, SafeTensors, flat_tensors, read_weights, state_dict_of
 from .weights import ADAPTER, MAGNITUDE, LoRAConfig, is_lora, lora_layers, plain_name
 
 LORA_FILE, KOHYA_FILE = "pytorch_lora_weights.safetensors", "lora.safetensors"
+LORA_NAMES = (LORA_FILE, "pytorch_lora_weights.bin", "adapter_model.safetensors", "adapter_model.bin")
+"""Names of a LoRA's file in a folder: those of diffusers, and those of peft."""
+
 SETTINGS, BASE = "lora_adapter_metadata", "overpaint.base."
 UNET, TEXT_ENCODER, KOHYA = "unet.", "text_encoder", ("lora_unet_", "lora_te_", "lora_te1_", "lora_te2_")
 DOWN, UP, NORMS = ".lora_A.weight", ".lora_B.weight", f".{MAGNITUDE}"
+
+NOT_LOW_RANK = {"a LoHa": r"hada_w", "a LoKr": r"lokr_w"}
+"""Relatives of a LoRA that are no product of two matrices, by what their names hold."""
+
+MODELS = {kind: pattern for kind, pattern in FOREIGN.items() if kind != "a LoRA"}
 
 LoRAFormat = Literal["diffusers", "kohya"]
 
@@ -43,6 +54,8 @@ class LoRAFile:
     """Alpha of each layer, by the layer's name."""
     base: dict[str, str]
     """Hash of the weights beneath, by the precision that they were rounded to; empty where the file does not say."""
+    dropped: tuple[str, ...] = ()
+    """Names of what the file has for the text encoder, which is left out."""
 
     def check_base(self, unet: nn.Module, guard: SamplingGuard | None = None) -> None:
         """Checks that a UNet is the one that the LoRA was learned on, under the same kind of guard.
@@ -58,6 +71,21 @@ class LoRAFile:
                 "on the original it would bring the concept back. Apply the erasure first; to load the LoRA all the "
                 "same, pass check_base=False"
             )
+
+    def differences(self) -> dict[str, Tensor]:
+        """Returns what a LoRA adds to a UNet's weights, by parameter: alpha / rank · B A.
+
+        Raises:
+            ValueError: It is one with DoRA, which scales the weights as well.
+        """
+        if self.config.dora:
+            raise ValueError(f"{self.path} must hold a plain LoRA, got a DoRA; merge it into its model")
+        found = {}
+        for layer, alpha in self.alphas.items():
+            down, up = self.tensors[layer + DOWN], self.tensors[layer + UP]
+            product = (up.flatten(1) @ down.flatten(1)).view(len(up), *down.shape[1:])
+            found[f"{layer}.weight"] = alpha / len(down) * product
+        return found
 
     def put_into(self, unet: nn.Module, config: LoRAConfig) -> None:
         """Puts the weights into the LoRA of a UNet, which has these settings.
@@ -96,8 +124,8 @@ def read_lora(path: str | Path, unet: UNet, *, drop_text_encoder: bool = False) 
     """Reads the UNet's part of a LoRA.
 
     Args:
-        path: A file, or a folder with `pytorch_lora_weights.safetensors` or with one `.safetensors` alone. Files of
-            other endings are read as PyTorch's, tensors only.
+        path: A file, or a folder with one of `LORA_NAMES`, with one `.safetensors` alone, or with one other file of
+            weights. Files of other endings are read as PyTorch's, tensors only.
         unet: The UNet that it is for.
         drop_text_encoder: Whether to leave out what it has for the text encoder, which a policy cannot hold.
 
@@ -108,21 +136,19 @@ def read_lora(path: str | Path, unet: UNet, *, drop_text_encoder: bool = False) 
     file = _find(Path(path).expanduser())
     state, header = _load(file)
     named, alphas = _diffusers_names(file, state, unet)
-    texts = [name for name in named if name.startswith(TEXT_ENCODER)]
+    texts = tuple(name for name in named if name.startswith(TEXT_ENCODER))
     if texts and not drop_text_encoder:
         raise ValueError(
             f"a policy's LoRA must be on the UNet alone, and {file} has {len(texts)} tensors for the text encoder, "
             f"such as {texts[0]}; without them it draws something else. To leave them out, pass drop_text_encoder=True"
         )
-    prefix = UNET if any(name.startswith((UNET, TEXT_ENCODER)) for name in named) else ""
-    tensors = {n.removeprefix(prefix): v.float() for n, v in named.items() if n.startswith(prefix) and n not in texts}
+    tensors = {name: value.float() for name, value in named.items() if name not in texts}
     layers = _layers(file, tensors, unet)
-    settings = {n.removeprefix(prefix): v for n, v in json.loads(header.get(SETTINGS, "{}")).items()}
-    if (beside := file.parent / "adapter_config.json").is_file():
-        settings = json.loads(beside.read_text(encoding="utf-8"))
-    given = {name.removeprefix(prefix): value for name, value in alphas.items()}
+    settings = {name.removeprefix(UNET): value for name, value in json.loads(header.get(SETTINGS, "{}")).items()}
+    if not settings and (beside := file.parent / "adapter_config.json").is_file():
+        settings = read_json(beside)
     ranks = {layer: len(tensors[layer + DOWN]) for layer in layers}
-    found = {layer: given.get(layer, _alpha(settings, layer, ranks[layer])) for layer in layers}
+    found = {layer: alphas.get(layer, _alpha(settings, layer, ranks[layer])) for layer in layers}
     rank = max(ranks.values())
     if len(set(ranks.values())) == len(set(found.values())) == 1:
         alpha = next(iter(found.values()))
@@ -131,7 +157,7 @@ def read_lora(path: str | Path, unet: UNet, *, drop_text_encoder: bool = False) 
     config = LoRAConfig(
         rank=rank, alpha=alpha, targets=_targets(unet, layers), dora=any(n.endswith(NORMS) for n in tensors)
     )
-    return LoRAFile(file, config, tensors, found, _base(header))
+    return LoRAFile(file, config, tensors, found, _base(header), texts)
 
 
 def recorded_base(path: str | Path) -> dict[str, str]:
@@ -213,62 +239,69 @@ def _base(header: Mapping[str, str]) -> dict[str, str]:
     return {name.removeprefix(BASE): value for name, value in header.items() if name.startswith(BASE)}
 
 
+def lora_in(folder: Path) -> Path | None:
+    """Returns the file of a folder that has a LoRA's name."""
+    return next((folder / name for name in LORA_NAMES if (folder / name).is_file()), None)
+
+
 def _find(path: Path) -> Path:
     """Returns the file at a path."""
     if path.is_file():
         return path
     if not path.is_dir():
         raise ValueError(f"a LoRA must be a file or a folder, got {path}")
-    if (path / LORA_FILE).is_file():
-        return path / LORA_FILE
-    files = sorted(file for file in path.glob("*.safetensors") if not file.name.startswith("."))
+    if named := lora_in(path):
+        return named
+    weights = [f for f in sorted(path.iterdir()) if f.suffix in WEIGHT_SUFFIXES and not f.name.startswith(".")]
+    files = [file for file in weights if file.suffix == ".safetensors"] or weights
     if len(files) != 1:
         names = ", ".join(file.name for file in files) or "none"
         raise ValueError(f"a LoRA's folder must hold {LORA_FILE} or one other .safetensors, and {path} holds {names}")
     return files[0]
 
 
-def _load(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+def _load(file: Path) -> tuple[Mapping[str, Tensor], dict[str, str]]:
     """Returns the tensors of a file and its header."""
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        if file.suffix == ".safetensors":
-            with safe_open(file, framework="pt") as opened:
-                return {n: opened.get_tensor(n) for n in opened.keys()}, opened.metadata() or {}  # noqa: SIM118
-        state = torch.load(file, map_location="cpu", weights_only=True)
-    except (SafetensorError, UnpicklingError, OSError, RuntimeError, EOFError, ValueError) as error:
-        told = str(error)[:200]
-        raise ValueError(f"a LoRA's file must be readable as tensors, and {file} is not: {told}") from error
-    if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise ValueError(f"a LoRA's file must hold tensors by name, and {file} does not")
-    return dict(state), {}
+    content = read_weights([file])
+    header = content.header if isinstance(content, SafeTensors) else {}
+    return flat_tensors(state_dict_of(content), file), header
 
 
-def _diffusers_names(file: Path, state: dict[str, Tensor], unet: UNet) -> tuple[dict[str, Tensor], dict[str, float]]:
-    """Returns tensors by peft's names, and what alphas there are by layer, both with the name of their network."""
+def _diffusers_names(file: Path, state: Mapping[str, Tensor], unet: UNet) -> tuple[dict[str, Tensor], dict[str, float]]:
+    """Returns tensors by peft's names, and what alphas there are by layer; the text encoder's begin with its name."""
     from diffusers import StableDiffusionPipeline
     from diffusers.utils import convert_unet_state_dict_to_peft
 
+    if other := kind_of(state, NOT_LOW_RANK):
+        raise ValueError(f"{file} must hold a LoRA, got {other}; merge it into its model")
+    if not is_lora_file(state):
+        kind = kind_of(state, FOREIGN) or "something else"
+        raise ValueError(f"{file} must hold a LoRA, got {kind}, with names such as {next(iter(state))}")
     alphas: dict[str, float] = {}
     if any(name.startswith(KOHYA) for name in state):
         if any("dora_scale" in name for name in state):
             raise ValueError(f"a LoRA with DoRA must be in diffusers' or peft's format, got kohya's: {file}")
         try:
-            state, alphas = StableDiffusionPipeline.lora_state_dict(state, unet_config=unet.config)
+            state, alphas = StableDiffusionPipeline.lora_state_dict(dict(state), unet_config=unet.config)
         except (ValueError, KeyError, IndexError) as error:
             told = str(error)[:200]
             raise ValueError(f"diffusers must know every name of a LoRA of kohya's format, {file}: {told}") from error
-    names = {name: name.removeprefix("base_model.model.") for name in state}
-    alphas = {**(alphas or {}), **{names[n]: float(v) for n, v in state.items() if n.endswith(".alpha")}}
+    # In a model's own state dict, peft's names hold the adapter's too.
+    names = {name: without_wrappers(name).replace(f".{ADAPTER}.", ".") for name in state}
+    names = {name: plain.removesuffix(".weight") if NORMS in plain else plain for name, plain in names.items()}
+    alphas = {without_wrappers(name): float(value) for name, value in (alphas or {}).items()}
+    alphas |= {names[n]: float(v) for n, v in state.items() if n.endswith(".alpha")}
     tensors = {names[n]: value for n, value in state.items() if not n.endswith(".alpha")}
     # Of a layer that kohya's converter splits otherwise, the alpha has the name of a tensor in front.
     by_layer = convert_unet_state_dict_to_peft({name.removesuffix(".alpha"): value for name, value in alphas.items()})
     return convert_unet_state_dict_to_peft(tensors), {n.removesuffix(DOWN): float(v) for n, v in by_layer.items()}
 
 
-def _layers(file: Path, tensors: Mapping[str, Tensor], unet: nn.Module) -> set[str]:
-    """Returns the layers that a LoRA is on, checked against a UNet."""
+def _layers(file: Path, tensors: dict[str, Tensor], unet: nn.Module) -> set[str]:
+    """Returns the layers that a LoRA is on, checked against a UNet, and gives the tensors the shapes of its layers.
+
+    A convolution of one pixel is a linear layer: either's LoRA is one for the other.
+    """
     modules = _modules(unet)
     dora = any(name.endswith(NORMS) for name in tensors)
     layers: set[str] = set()
@@ -282,14 +315,19 @@ def _layers(file: Path, tensors: Mapping[str, Tensor], unet: nn.Module) -> set[s
             raise ValueError(f"a LoRA must have every part of a layer, and {file} lacks {layer}{missing[0]}")
         module = modules.get(layer)
         if not isinstance(module, nn.Linear | nn.Conv2d):
-            raise ValueError(f"a LoRA must be on layers of the UNet, and {file} has {layer}, which this UNet lacks")
+            kind = f"; it is for {found}" if (found := kind_of(layers, MODELS)) else ""
+            raise ValueError(
+                f"a LoRA must be on layers of the UNet, and {file} has {layer}, which this UNet lacks{kind}"
+            )
         down, up, weight = tensors[layer + DOWN], tensors[layer + UP], module.weight
-        fits = (up.shape[0], *down.shape[1:]) == tuple(weight.shape) and up.shape[1] == down.shape[0]
+        fits = down[0].numel() == weight[0].numel() and up.numel() == len(weight) * len(down)
         if not fits or (dora and tensors[layer + NORMS].numel() != len(weight)):
             raise ValueError(
                 f"a LoRA must fit the UNet's {layer}, {tuple(weight.shape)}, got {tuple(up.shape)} times "
                 f"{tuple(down.shape)} in {file}, which is for another kind of model"
             )
+        tensors[layer + DOWN] = down.reshape(len(down), *weight.shape[1:])
+        tensors[layer + UP] = up.reshape(len(weight), len(down), *[1] * (weight.ndim - 2))
     if not layers:
         raise ValueError(f"a LoRA must be on at least one layer of the UNet, and {file} has none")
     return layers

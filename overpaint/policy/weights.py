@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from overpaint.settings import Field, settings
+from overpaint.text_files import read_json
 
 from .added import is_added
 from .parts import UNet
@@ -315,7 +316,7 @@ def load_parameters(folder: Path, name: str, record_format: str) -> dict[str, Te
     for file in (tensor_file, record_file):
         if not (folder / file).is_file():
             raise ValueError(f"the folder must hold {file}, and {folder} does not")
-    record = json.loads((folder / record_file).read_text(encoding="utf-8"))
+    record = read_json(folder / record_file)
     if record.get("format") != record_format:
         raise ValueError(f"{record_file} must be of format {record_format!r}, got {record.get('format')!r}")
     tensors = load_file(folder / tensor_file)

@@ -434,10 +434,10 @@ def test_lora_that_is_no_plain_one_or_does_not_fit_is_refused(base: DiffusionPol
     cases = {
         "got a DoRA": fitting | {f"unet.{name}.lora_magnitude_vector": torch.ones(8)},
         "got a LoHa": {"lora_unet_mid_block_attentions_0.hada_w1_a": torch.ones(2, 2)},
-        "lacks one of": half,
-        r"of shape \(8, 16\), got \(8, 15\)": fitting | {f"unet.{name}.lora_A.weight": torch.ones(2, 15)},
+        rf"lacks {name}\.lora_B\.weight": half,
+        r"\(8, 16\), got \(8, 2\) times \(2, 15\)": fitting | {f"unet.{name}.lora_A.weight": torch.ones(2, 15)},
         "the text encoder": fitting | text,
-        "'nowhere.lora_A.weight' is none of them": {"unet.nowhere.lora_A.weight": torch.ones(2, 2)},
+        "has nowhere, which this UNet lacks": {f"unet.nowhere.lora_{half}.weight": torch.ones(2, 2) for half in "AB"},
         "NaN or infinity": fitting | {f"unet.{name}.lora_A.weight": torch.full((2, 16), torch.nan)},
         "changes nothing": fitting | {f"unet.{name}.lora_B.weight": torch.zeros(8, 2)},
     }
@@ -581,11 +581,12 @@ def test_foreign_names_and_shapes_are_named(base: DiffusionPolicy, tmp_path: Pat
         "a Stable Diffusion": "down_blocks.3.resnets.0.conv1.weight",
         "a CLIP text encoder": "text_model.encoder.layers.0.self_attn.q_proj.weight",
         "a VAE": "decoder.conv_in.weight",
-        "another": "fc.weight",
+        "a ControlNet": "control_model.input_hint_block.0.weight",
+        "another model": "fc.weight",
     }
     for kind, foreign in cases.items():
         path = safetensors({name: value + 1, foreign: torch.ones(2, 2)}, tmp_path)
-        expected = rf"{re.escape(repr(foreign))} is none of them \(1 of its 2 names are not\); .* is of {kind} model"
+        expected = rf"{re.escape(repr(foreign))} is none of them \(1 of its 2 names are not\); .* is of {kind}"
         with pytest.raises(ValueError, match=expected):
             Erasure.from_official(path, base=base, concept=NUDITY)
     path = safetensors({name: torch.ones(8, 32)}, tmp_path)

@@ -1,6 +1,5 @@
 """Other people's weight files, read without unpickling anything but tensors, and each tensor only when it is used."""
 
-import json
 import pickle
 import re
 import zipfile
@@ -11,8 +10,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from overpaint.text_files import read_json
+
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
 """Endings of files that hold weights, the safer first."""
+
+VARIANTS = ("fp16", "bf16")
+"""Names under which weights in half precision are published beside those in float32, or instead of them."""
+
+
+class UnreadableError(ValueError):
+    """A file is in none of the formats that weights have, or is damaged."""
 
 
 class SafeTensors(Mapping[str, Tensor]):
@@ -22,7 +30,7 @@ class SafeTensors(Mapping[str, Tensor]):
         files: The shards of one state dict.
 
     Raises:
-        ValueError: A file is not of this format.
+        UnreadableError: A file is not of this format.
     """
 
     def __init__(self, files: Iterable[Path]) -> None:
@@ -35,7 +43,9 @@ class SafeTensors(Mapping[str, Tensor]):
             try:
                 opened = safe_open(file, framework="pt")
             except SafetensorError as error:
-                raise ValueError(f"{file} must be a safetensors file, and cannot be read as one: {error}") from error
+                raise UnreadableError(
+                    f"{file} must be a safetensors file, and cannot be read as one: {error}"
+                ) from error
             self._opened |= dict.fromkeys(opened.keys(), opened)
             self.header |= opened.metadata() or {}
 
@@ -47,6 +57,10 @@ class SafeTensors(Mapping[str, Tensor]):
 
     def __len__(self) -> int:
         return len(self._opened)
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Returns the shape of each tensor, without reading any."""
+        return {name: tuple(opened.get_slice(name).get_shape()) for name, opened in self._opened.items()}
 
 
 class Renamed(Mapping[str, Tensor]):
@@ -70,28 +84,33 @@ class Renamed(Mapping[str, Tensor]):
         return len(self._names)
 
 
-def read_pickle(file: Path) -> Any:
+def read_pickle(file: Path, device: str = "cpu") -> Any:
     """Reads what `torch.save` wrote, as far as it is made of tensors, numbers and texts; the tensors stay on the disk.
 
     Raises:
-        ValueError: The file is damaged, of another format, or needs code to be run.
+        UnreadableError: The file is damaged, or of another format.
+        ValueError: It needs code to be run.
     """
-    try:
-        return torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
+    try:  # older pickles cannot be mapped into memory
+        return torch.load(file, map_location=device, weights_only=True, mmap=zipfile.is_zipfile(file))
     except pickle.UnpicklingError as error:
-        if needed := re.search(r"Unsupported global: GLOBAL (\S+)", str(error)):
+        if needed := re.search(r"GLOBAL (\S+)", str(error)):
             raise ValueError(
                 f"{file} must hold tensors, numbers and texts only, as unpickling anything else runs code, and it "
                 f"needs {needed[1]}. If you trust it, read it once with torch.load(file, weights_only=False), save its "
                 "state dict alone with torch.save, and give that file"
             ) from error
-        raise ValueError(f"{file} must be a file of torch.save, and is none, or is damaged") from error
-    except (RuntimeError, EOFError, KeyError, ValueError) as error:
-        raise ValueError(f"{file} must be a file of torch.save, and is none, or is damaged: {error}") from error
+        raise UnreadableError(f"{file} must be a file of torch.save, and is none, or is damaged") from error
+    except Exception as error:  # bytes that are something else can make it raise anything
+        raise UnreadableError(f"{file} must be a file of torch.save, and is none, or is damaged: {error}") from error
 
 
-def read_weights(files: Sequence[Path]) -> Any:
+def read_weights(files: Sequence[Path], device: str = "cpu") -> Any:
     """Reads the shards of one file: what `torch.save` was given, or the tensors of safetensors files by name.
+
+    Args:
+        files: The shards.
+        device: "meta" leaves the tensors of a pickle unread for good; those of safetensors are unread anyway.
 
     Raises:
         ValueError: As `read_pickle` and `SafeTensors`.
@@ -103,8 +122,8 @@ def read_weights(files: Sequence[Path]) -> Any:
     if files[0].suffix == ".safetensors":
         return SafeTensors(files)
     if len(files) == 1:
-        return read_pickle(files[0])
-    return {name: tensor for file in files for name, tensor in read_pickle(file).items()}
+        return read_pickle(files[0], device)
+    return {name: tensor for file in files for name, tensor in read_pickle(file, device).items()}
 
 
 def weight_files(folder: Path, name: str) -> list[Path]:
@@ -113,7 +132,7 @@ def weight_files(folder: Path, name: str) -> list[Path]:
     The plain ones are preferred to those in half precision, and safetensors to pickles. Empty where there are none.
     """
     for suffix in (".safetensors", ".bin"):
-        for variant in ("", ".fp16"):
+        for variant in ("", *(f".{variant}" for variant in VARIANTS)):
             if (whole := folder / f"{name}{variant}{suffix}").is_file():
                 return [whole]
             for index in (
@@ -121,9 +140,16 @@ def weight_files(folder: Path, name: str) -> list[Path]:
                 folder / f"{name}{variant}{suffix}.index.json",
             ):
                 if index.is_file():
-                    shards = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
+                    shards = read_json(index)["weight_map"].values()
                     return [folder / shard for shard in sorted(set(shards))]
     return []
+
+
+def state_dict_of(content: Any) -> Any:
+    """Returns what a training program put into its file as the model, and a file's whole content where it did not."""
+    while isinstance(content, Mapping) and isinstance(inner := content.get("state_dict"), Mapping):
+        content = inner
+    return content
 
 
 def flat_tensors(content: Any, source: Path) -> Mapping[str, Tensor]:
