@@ -2,7 +2,8 @@
 
 import warnings
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -48,6 +49,7 @@ class PromptEncoder:
         self.text_encoder = text_encoder
         self.tokenizer = tokenizer
         self._cache: OrderedDict[str, Float[Tensor, "tokens dim"]] = OrderedDict()
+        self._replaced: Mapping[str, Float[Tensor, "tokens dim"]] = {}
         self._empty: Conditioning | None = None
         self._told: set[str] = set()
 
@@ -56,12 +58,24 @@ class PromptEncoder:
         """How many tokens the text encoder reads, start and end included."""
         return min(self.tokenizer.model_max_length, self.text_encoder.config.max_position_embeddings)
 
-    @torch.no_grad()
     def __call__(self, prompts: Sequence[str]) -> Conditioning:
-        """Returns the prompts encoded, on the text encoder's device."""
-        texts = check_prompts(prompts)
-        tokens = torch.stack([self._encode(text) for text in texts])
-        return Conditioning(tuple(texts), tokens.to(self.text_encoder.device))
+        """Returns the prompts encoded, on the text encoder's device; gradients reach only what `replaced` put there."""
+        texts, device = check_prompts(prompts), self.text_encoder.device
+        rows = [self._replaced[text] if text in self._replaced else self._encode(text) for text in texts]
+        return Conditioning(tuple(texts), torch.stack([row.to(device) for row in rows]))
+
+    @contextmanager
+    def replaced(self, rows: Mapping[str, Float[Tensor, "tokens dim"]]) -> Generator[None]:
+        """Gives some texts other encodings for the length of a `with` block, such as those that an attack has found.
+
+        Whoever encodes such a text meets them, an objective or a rollout alike; gradients flow to them.
+        """
+        before = self._replaced
+        self._replaced = {**before, **rows}
+        try:
+            yield
+        finally:
+            self._replaced = before
 
     @torch.no_grad()
     def run(self, ids: Int[Tensor, "texts tokens"], mask: Int[Tensor, "texts tokens"] | None = None) -> Any:
