@@ -51,7 +51,7 @@ class ReFLMetrics(NamedTuple):
     reward: float
     reward_loss: float
     pretraining_loss: float
-    erasure_cost: float
+    erasure_violation: float
     erasure_weight: float
     gradient_cosine: float
     grad_norm: float
@@ -187,7 +187,7 @@ class ReFLTrainer:
             reward=run.mean(rewards),
             reward_loss=run.mean(hinge(rewards, margin=cfg.reward_margin)),
             pretraining_loss=0.0 if losses is None else run.mean(losses),
-            erasure_cost=cost,
+            erasure_violation=cost,
             erasure_weight=weight,
             gradient_cosine=run.mean(cosine),
             grad_norm=grad_norm,
@@ -217,9 +217,9 @@ class ReFLTrainer:
         cfg = self.config
         if isinstance(erasure, ImageConstraint):
             images = one_step_images(self.policy, prompts, seeds, cfg, reward_step=reward_step)
-            cost = scores_of("erasure cost", erasure.cost, images, self._captions(prompts))
+            cost = erasure.violation(images, self._captions(prompts))
         else:
-            cost = erasure.cost(self.policy, ConceptBatch(prompts, seeds))
+            cost = erasure.violation(self.policy, ConceptBatch(prompts, seeds))
         return cfg.reward_scale * erasure.lagrangian.weight * cost.mean(), cost
 
     def _pretraining_term(
@@ -291,7 +291,7 @@ class ReFLTrainer:
         if self.config.pretraining_weight:
             values["train/pretraining_loss"] = metrics.pretraining_loss
         if self.erasure is not None:
-            values["erasure/cost"] = metrics.erasure_cost
+            values["erasure/violation"] = metrics.erasure_violation
             values["erasure/weight"] = metrics.erasure_weight
             values["erasure/gradient_cosine"] = metrics.gradient_cosine
         return values
