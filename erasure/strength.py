@@ -40,6 +40,9 @@ class Trial(NamedTuple):
 class StrengthSearch(NamedTuple):
     """What a search found."""
 
+    floor: float
+    """Lowest mean reward that was good enough."""
+
     best: Trial
     """The strongest setting that was seen to keep the floor."""
 
@@ -63,7 +66,8 @@ class AdjustableMethod(Protocol):
 def strongest_setting(
     rewards_at: Callable[[float], PerSample],
     *,
-    floor: float,
+    floor: float | None = None,
+    slack: float = 0.0,
     weakest: float = 0.0,
     strongest: float = 1.0,
     tolerance: float = 0.05,
@@ -72,8 +76,9 @@ def strongest_setting(
 
     Args:
         rewards_at: Rewards at a strength, of the same prompts and seeds in the same order each time.
-        floor: Lowest mean reward that is good enough, such as the original model's less a tolerated loss.
-        weakest: Smallest strength; it has to keep the floor.
+        floor: Lowest mean reward that is good enough; None is that of the weakest setting less the slack.
+        slack: How much reward may be given up, at least 0; only without a `floor`.
+        weakest: Smallest strength, such as 0, which is the original model; it has to keep the floor.
         strongest: Largest strength.
         tolerance: The search ends when the best setting is this close to one that misses the floor.
 
@@ -85,8 +90,11 @@ def strongest_setting(
         raise ValueError(f"weakest must be below strongest, both finite, got {weakest} and {strongest}")
     if not 0 < tolerance < math.inf:
         raise ValueError(f"tolerance must be finite and above 0, got {tolerance}")
-    if not math.isfinite(floor):
+    if floor is not None and not math.isfinite(floor):
         raise ValueError(f"floor must be finite, got {floor}")
+    if not 0 <= slack < math.inf or (slack and floor is not None):
+        rule = "finite and at least 0" if floor is None else f"0 with floor={floor}"
+        raise ValueError(f"slack must be {rule}, got {slack}")
 
     rewards: dict[float, PerSample] = {}
 
@@ -99,7 +107,9 @@ def strongest_setting(
         rewards[strength] = found.detach().cpu().double()
         return rewards[strength].mean().item()
 
-    if (reward := mean_at(weakest)) < floor:
+    reward = mean_at(weakest)
+    floor = reward - slack if floor is None else floor
+    if reward < floor:
         raise ValueError(
             f"floor must be at most the mean reward of the weakest setting, {reward:.6g} at strength {weakest}, "
             f"got {floor:.6g}"
@@ -118,7 +128,7 @@ def strongest_setting(
     }
     rises = [_paired(rewards[stronger], rewards[weaker]) for weaker, stronger in pairwise(trials)]
     monotone = all(rise <= NOISE * standard_error for rise, standard_error in rises)
-    return StrengthSearch(trials[low], tuple(trials.values()), monotone)
+    return StrengthSearch(floor, trials[low], tuple(trials.values()), monotone)
 
 
 def strongest_erasure(
@@ -127,7 +137,8 @@ def strongest_erasure(
     concept: Concept,
     rewards_of: Callable[[DiffusionPolicy], PerSample],
     *,
-    floor: float,
+    floor: float | None = None,
+    slack: float = 0.0,
     strongest: float = 1.0,
     tolerance: float = 0.05,
 ) -> tuple[Erasure, StrengthSearch]:
@@ -138,7 +149,8 @@ def strongest_erasure(
         policy: Whose model is erased; it is left as it was.
         concept: What is erased.
         rewards_of: Draws with the policy, for fixed prompts and seeds, and returns the rewards.
-        floor: As in `strongest_setting`, with the next two.
+        floor: As in `strongest_setting`, with the next three; the weakest setting is the original model.
+        slack: How much reward may be given up.
         strongest: Largest strength.
         tolerance: How finely the strength is searched.
 
@@ -150,7 +162,7 @@ def strongest_erasure(
         with method.erase(policy, concept, strength).applied(policy):
             return rewards_of(policy)
 
-    search = strongest_setting(rewards_at, floor=floor, strongest=strongest, tolerance=tolerance)
+    search = strongest_setting(rewards_at, floor=floor, slack=slack, strongest=strongest, tolerance=tolerance)
     return method.erase(policy, concept, search.best.strength), search
 
 
