@@ -312,7 +312,7 @@ class DDPOTrainer:
         concept_rewards = violations = torch.zeros(1)
         if isinstance(self.erasure, ImageConstraint):
             concept_rewards = requests[1].gathered(run, scored.rewards[mine:])
-            violations = requests[1].gathered(run, self.erasure.relative(scored.costs))
+            violations = self.erasure.relative(requests[1].gathered(run, scored.costs))
             worth = centred(concept_rewards - weight * violations, self._compared(requests[1]))
             unit = centred(rewards, self._compared(requests[0])).square().mean().sqrt()
             parts.append((worth / (unit + EPSILON))[requests[1].mine])
