@@ -4,6 +4,7 @@ Bisection on common random numbers: the rewards of every setting belong to the s
 settings differ by what they do and not by the luck of the draw.
 """
 
+import inspect
 import math
 from collections.abc import Callable
 from itertools import pairwise
@@ -86,16 +87,7 @@ def strongest_setting(
         ValueError: The bounds are out of order, even the weakest setting misses the floor, or rewards are not
             finite or not of the same samples.
     """
-    if not (math.isfinite(weakest) and math.isfinite(strongest) and weakest < strongest):
-        raise ValueError(f"weakest must be below strongest, both finite, got {weakest} and {strongest}")
-    if not 0 < tolerance < math.inf:
-        raise ValueError(f"tolerance must be finite and above 0, got {tolerance}")
-    if floor is not None and not math.isfinite(floor):
-        raise ValueError(f"floor must be finite, got {floor}")
-    if not 0 <= slack < math.inf or (slack and floor is not None):
-        rule = "finite and at least 0" if floor is None else f"0 with floor={floor}"
-        raise ValueError(f"slack must be {rule}, got {slack}")
-
+    _check(floor, slack, weakest, strongest, tolerance)
     rewards: dict[float, PerSample] = {}
 
     def mean_at(strength: float) -> float:
@@ -166,12 +158,29 @@ def strongest_erasure(
     return method.erase(policy, concept, search.best.strength), search
 
 
+def _check(floor: float | None, slack: float, weakest: float, strongest: float, tolerance: float) -> None:
+    if not (math.isfinite(weakest) and math.isfinite(strongest) and weakest < strongest):
+        raise ValueError(f"weakest must be below strongest, both finite, got {weakest} and {strongest}")
+    if not 0 < tolerance < math.inf:
+        raise ValueError(f"tolerance must be finite and above 0, got {tolerance}")
+    if floor is not None and not math.isfinite(floor):
+        raise ValueError(f"floor must be finite, got {floor}")
+    if not 0 <= slack < math.inf or (slack and floor is not None):
+        rule = "finite and at least 0" if floor is None else f"0 with floor={floor}"
+        raise ValueError(f"slack must be {rule}, got {slack}")
+
+
 def _paired(rewards: PerSample, others: PerSample) -> tuple[float, float]:
     """Returns the mean of the paired differences and its standard error."""
     differences = rewards - others
     count = len(differences)
     standard_error = differences.std().item() / math.sqrt(count) if count > 1 else 0.0
     return differences.mean().item(), standard_error
+
+
+def has_strength(method: object) -> bool:
+    """Tells whether a method has a strength, which `AdjustableMethod` as a type cannot: other methods erase, too."""
+    return isinstance(method, AdjustableMethod) and "strength" in inspect.signature(method.erase).parameters
 
 
 def check_strength(strength: float) -> None:
