@@ -2,6 +2,7 @@
 
 from .changes import Change, WeightChange
 from .concept import NUDITY, Concept
+from .concept_prompts import ConceptPrompts, ConceptPromptsConfig
 from .constraint import ErasureConstraint, ImageConstraint, ImageCost, ObjectiveConstraint, ScoreCeiling
 from .descend import DescentConfig, erase_by_descent
 from .erased import Erasure
@@ -20,6 +21,7 @@ from .official import load_erasure
 from .protocols import ConceptBatch, Edit, Objective
 from .reference_distance import ReferenceDistance, ReferenceDistanceConfig
 from .registry import METHODS, ErasureMethod, erase, method_named
+from .soft_attack import SoftAttack, SoftAttackConfig
 from .strength import AdjustableMethod, StrengthSearch, Trial, strongest_erasure, strongest_setting
 
 __all__ = [
@@ -40,6 +42,8 @@ __all__ = [
     "Change",
     "Concept",
     "ConceptBatch",
+    "ConceptPrompts",
+    "ConceptPromptsConfig",
     "DescentConfig",
     "ESDConfig",
     "Edit",
@@ -62,6 +66,8 @@ __all__ = [
     "SAFREEConfig",
     "SLDConfig",
     "ScoreCeiling",
+    "SoftAttack",
+    "SoftAttackConfig",
     "StrengthSearch",
     "Trial",
     "UCEConfig",
