@@ -5,12 +5,14 @@ says in the place of pixels: the policy minimises the constraint's cost at the v
 
     min over the policy of max over v of cost(policy, [prompt; v])
 
-by a few steps of gradient ascent in v. The vectors stand behind the words, where the words' own tokens do not see them,
-so that what reads words by their places (SAFREE's filter, Receler's maps) reads the same ones. They start as what
-stands there anyway, the end of the text and its padding: before the first step the attacked prompt is the plain one,
-exactly where the tokenizer pads with its end token, as that of Stable Diffusion v1 does.
+by a few steps of gradient ascent in v, the highest point of which is kept. The vectors stand behind the words, where
+the words' own tokens do not see them, so that what reads words by their places (SAFREE's filter, Receler's maps) reads
+the same ones. They start as what stands there anyway, the end of the text and its padding: before the first step the
+attacked prompt is the plain one, exactly where the tokenizer pads with its end token, as that of Stable Diffusion v1
+does.
 """
 
+import math
 import random
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
@@ -39,7 +41,8 @@ class SoftAttackConfig:
     """Free vectors behind the words of each attacked prompt, which has to leave room for them."""
 
     steps: int = Field(5, ge=1)
-    """Steps of gradient ascent. Each costs what the constraint's own cost costs, with gradient."""
+    """Steps of gradient ascent, each of which costs what the constraint's cost costs with gradient. The policy learns
+    from the highest point on the way, the plain prompt included."""
 
     learning_rate: float = Field(1.0, gt=0)
     """Of the Adam that moves the vectors, in units of the root mean square of the text encoder's token embeddings: the
@@ -93,8 +96,9 @@ class SoftAttack:
         Args:
             cost: Calls of the constraint's cost for a sample.
         """
-        times = self.config.steps * self.config.share / self.config.every
-        return UNetCalls(times * cost.forward, times * cost.backward)
+        steps, often = self.config.steps, self.config.share / self.config.every
+        forward = steps * cost.forward + (cost.forward + cost.backward)  # at last how far the last step has led
+        return UNetCalls(often * forward, often * steps * cost.backward)
 
     def check(self, policy: DiffusionPolicy, prompts: Sequence[str]) -> None:
         """Checks that the vectors have room behind every prompt.
@@ -148,21 +152,31 @@ class SoftAttack:
 
     def _raised(self, policy: DiffusionPolicy, prompts: Sequence[str], seeds: Sequence[int], judge: Judge) -> PerSample:
         """Returns the violation of samples under attack."""
-        texts = list(dict.fromkeys(prompts))
-        vectors = start_vectors(policy.prompts, texts, self.config.vectors).requires_grad_()
+        cfg, texts = self.config, list(dict.fromkeys(prompts))
+        members = torch.tensor([[own == text for own in prompts] for text in texts], device=policy.device).float()
+        vectors = start_vectors(policy.prompts, texts, cfg.vectors).requires_grad_()
         unit = float(token_vectors(policy.prompts).float().square().mean().sqrt())
-        adam = torch.optim.Adam([vectors], lr=unit * self.config.learning_rate, maximize=True)
+        adam = torch.optim.Adam([vectors], lr=unit * cfg.learning_rate, maximize=True)
+        best, highest = vectors.detach().clone(), torch.full((len(texts),), -math.inf, device=policy.device)
         before = torch.zeros(())
-        with counted_rows(policy) as rows, torch.enable_grad():
-            for step in range(self.config.steps):
-                with policy.prompts.replaced(_encoded(policy, texts, vectors)):
+        with counted_rows(policy) as rows:
+            for step in range(cfg.steps + 1):
+                with (
+                    torch.set_grad_enabled(step < cfg.steps),
+                    policy.prompts.replaced(_encoded(policy, texts, vectors)),
+                ):
                     violation, climbed = judge(prompts, seeds)
+                climbed = violation if climbed is None else climbed
                 if step == 0:
                     before = violation.detach()
-                vectors.grad = _ascent(violation if climbed is None else climbed, vectors, judge)
-                adam.step()
+                reached = members @ climbed.detach().float().unflatten(0, (len(prompts), -1)).mean(dim=1)
+                better = reached > highest
+                best[better], highest[better] = vectors.detach()[better], reached[better]
+                if step < cfg.steps:
+                    vectors.grad = _ascent(climbed, vectors, judge)
+                    adam.step()
         with torch.no_grad():
-            encoded = _encoded(policy, texts, vectors)
+            encoded = _encoded(policy, texts, best)
         with policy.prompts.replaced(encoded):
             violation = judge(prompts, seeds).violation
         self._tally += torch.tensor([len(before), float(before.sum()), float(violation.detach().sum()), *rows])

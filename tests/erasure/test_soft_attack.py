@@ -35,7 +35,7 @@ from overpaint.training import TrainingConfig, TrainingRun
 PROMPTS = ["a striped red star", "a blue circle in prison", "a striped red star"]
 SEEDS = [3, 4, 5]
 ALL = SoftAttackConfig(share=1.0, steps=3)
-STEPS = 6
+STEPS, AT = 6, 2
 
 
 def contrast(images: Images, prompts: Sequence[str]) -> PerSample:
@@ -44,10 +44,10 @@ def contrast(images: Images, prompts: Sequence[str]) -> PerSample:
 
 
 def pictures(policy: DiffusionPolicy, prompts: Sequence[str], seeds: Sequence[int], scale: float = 1.0) -> Tensor:
-    """One-step pictures, with gradient from the step before the last."""
+    """One-step pictures, with gradient from an early step, where a prompt still decides much."""
     conditioning, guidance = policy.encode(prompts), ClassifierFree(scale)
-    latents = policy.sample(conditioning, steps=STEPS, guidance=guidance, seeds=seeds, until=STEPS - 2)
-    return policy.decode(policy.predict_clean(latents, conditioning, step=STEPS - 2, steps=STEPS, guidance=guidance))
+    latents = policy.sample(conditioning, steps=STEPS, guidance=guidance, seeds=seeds, until=AT)
+    return policy.decode(policy.predict_clean(latents, conditioning, step=AT, steps=STEPS, guidance=guidance))
 
 
 def judge_of(policy: DiffusionPolicy, scale: float = 1.0) -> Judge:
@@ -72,8 +72,8 @@ def measured(attack: SoftAttack, policy: DiffusionPolicy, folder: Path) -> dict[
 
 def test_attack_raises_what_it_climbs(erased: DiffusionPolicy, tmp_path: Path) -> None:
     attack = SoftAttack(SoftAttackConfig(share=1.0))
-    plain = judge_of(erased)(PROMPTS, SEEDS).violation
-    raised = attack.judged(erased, PROMPTS, SEEDS, judge_of(erased), iteration=0)
+    plain = judge_of(erased)(PROMPTS, SEEDS).violation.detach()
+    raised = attack.judged(erased, PROMPTS, SEEDS, judge_of(erased), iteration=0).detach()
     assert raised.shape == plain.shape
     assert raised.mean() > 1.5 * plain.mean()
     told = measured(attack, erased, tmp_path)
@@ -115,7 +115,7 @@ def test_tokens_of_the_words_are_those_of_the_plain_prompt(erased: DiffusionPoli
         return Judged(tokens.flatten(1).square().sum(dim=1))
 
     SoftAttack(ALL).judged(erased, PROMPTS[:1], SEEDS[:1], judge, iteration=0)
-    assert len(seen) == 4
+    assert len(seen) == ALL.steps + 2
     torch.testing.assert_close(seen[-1][:words], seen[0][:words], rtol=0, atol=1e-5)
     assert not torch.allclose(seen[-1][words:], seen[0][words:], atol=0.1)
 
@@ -137,6 +137,22 @@ def test_losses_of_objectives_are_raised_too(objective: str) -> None:
     assert raised.mean() > plain.mean() + 0.1 * (1 + plain.mean())
     raised.mean().backward()
     assert any(p.grad is not None and p.grad.abs().max() > 0 for p in policy.trainable_parameters())
+
+
+def test_highest_point_on_the_way_is_kept_for_each_prompt(erased: DiffusionPolicy) -> None:
+    """The first prompt is highest after a step, the second at the start."""
+    heights = iter([[1.0, 9.0], [7.0, 2.0], [3.0, 1.0], [4.0, 5.0]])
+    seen: list[Tensor] = []
+
+    def judge(prompts: Sequence[str], seeds: Sequence[int]) -> Judged:
+        tokens = erased.encode(prompts).tokens
+        seen.append(tokens.detach())
+        return Judged(torch.tensor(next(heights, [0.0, 0.0])) + tokens.flatten(1).sum(dim=1) * 1e-6)
+
+    SoftAttack(ALL).judged(erased, ["a red star", "a blue cross"], SEEDS[:2], judge, iteration=0)
+    assert len(seen) == 5
+    torch.testing.assert_close(seen[-1][0], seen[1][0])
+    torch.testing.assert_close(seen[-1][1], seen[0][1])
 
 
 # Which samples.
@@ -204,7 +220,7 @@ def test_ascent_gives_the_weights_no_gradient_and_the_update_does(erased: Diffus
         return judge_of(erased)(prompts, seeds)
 
     raised = SoftAttack(ALL).judged(erased, PROMPTS, SEEDS, judge, iteration=0)
-    assert grads == [False] * 4
+    assert grads == [False] * (ALL.steps + 2)
     assert all(parameter.grad is None for parameter in erased.text_encoder.parameters())
     raised.mean().backward()
     assert all(parameter.grad is not None for parameter in erased.trainable_parameters())
@@ -213,7 +229,7 @@ def test_ascent_gives_the_weights_no_gradient_and_the_update_does(erased: Diffus
         parameter.grad = None
 
 
-@pytest.mark.parametrize("when", [1, 4])
+@pytest.mark.parametrize("when", [1, 4, 5])
 def test_encodings_and_network_are_restored_after_an_error(erased: DiffusionPolicy, when: int) -> None:
     before, network, asked = erased.encode(PROMPTS).tokens, erased.network, []
 
@@ -235,7 +251,7 @@ def test_encodings_and_network_are_restored_after_an_error(erased: DiffusionPoli
 @pytest.mark.parametrize("scale", [1.0, 3.0])
 def test_calls_are_as_many_as_stated(erased: DiffusionPolicy, scale: float, tmp_path: Path) -> None:
     branches = 1 if scale == 1.0 else 2
-    cost = UNetCalls(forward=(STEPS - 2) * branches, backward=branches)
+    cost = UNetCalls(forward=AT * branches, backward=branches)
     attack = SoftAttack(ALL)
     rows = {True: 0, False: 0}
 
@@ -257,7 +273,7 @@ def test_calls_are_as_many_as_stated(erased: DiffusionPolicy, scale: float, tmp_
 
 def test_stated_calls_are_an_average_over_samples_and_updates() -> None:
     config = SoftAttackConfig(steps=5, share=0.5, every=4)
-    assert SoftAttack(config).unet_calls(UNetCalls(16.0, 2.0)) == UNetCalls(10.0, 1.25)
+    assert SoftAttack(config).unet_calls(UNetCalls(16.0, 2.0)) == UNetCalls((5 * 16 + 18) / 8, 1.25)
 
 
 def test_counted_rows_are_those_of_each_call(erased: DiffusionPolicy) -> None:

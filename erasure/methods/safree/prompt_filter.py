@@ -60,9 +60,10 @@ class PromptFilter:
         from the words, and what is no word stays as it is.
         """
         own = torch.stack([self.prompts.plain(prompt) for prompt in prompts]).to(embeddings)
-        plain = (own == embeddings).flatten(1).all(dim=1).tolist()
+        # An attack begins at the words' own embeddings, and has a gradient from there.
+        plain = (own == embeddings).flatten(1).all(dim=1) & (not embeddings.requires_grad)
         rows = []
-        for prompt, embedding, known in zip(prompts, embeddings, plain, strict=True):
+        for prompt, embedding, known in zip(prompts, embeddings, plain.tolist(), strict=True):
             filtered = self(prompt)
             if known:
                 embedding = filtered.embedding.to(embedding)
