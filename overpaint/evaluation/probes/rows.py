@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.modules.module import register_module_forward_hook
 
 
 class UNetRows:
@@ -13,7 +14,9 @@ class UNetRows:
 
     def __init__(self) -> None:
         self.forward = 0
+        """Without gradient."""
         self.backward = 0
+        """With gradient."""
 
     @property
     def total(self) -> int:
@@ -21,6 +24,10 @@ class UNetRows:
         return self.forward + self.backward
 
     def _count(self, module: nn.Module, arguments: tuple[Any, ...], output: Any) -> None:
+        from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+
+        if not isinstance(module, UNet2DConditionModel):
+            return
         first = output[0] if isinstance(output, tuple) else output.sample
         if torch.is_grad_enabled() and first.requires_grad:
             self.backward += len(first)
@@ -29,12 +36,11 @@ class UNetRows:
 
 
 @contextmanager
-def counted_rows(*unets: nn.Module) -> Generator[UNetRows]:
-    """Counts what goes through some UNets in a `with` block; `forward` is without gradient, `backward` with."""
+def counted_rows() -> Generator[UNetRows]:
+    """Counts what goes through any UNet in a `with` block, whoever made it: a probe may train copies."""
     rows = UNetRows()
-    handles = [unet.register_forward_hook(rows._count) for unet in {id(one): one for one in unets}.values()]
+    handle = register_module_forward_hook(rows._count)
     try:
         yield rows
     finally:
-        for handle in handles:
-            handle.remove()
+        handle.remove()

@@ -54,14 +54,16 @@ def run_probe(
         for floor in (None, *probe.floors)
     }
     start = time.process_time()
-    with counted_rows(policy.unet, original.unet) as rows:
+    with counted_rows() as rows:
         attempts = probe.attempt(policy, tasks[None])
     seconds = time.process_time() - start
     if pictures is not None:
         for attempt in attempts:
             save_pictures(pictures / f"{probe.name}-{file_name(attempt.variant)}.png", attempt, tasks[None])
     key = key_of(probe, original, target, count, seed)
-    ceiling = _kept(kept, key, "ceiling", probe, original, tasks[None])
+    found = outcomes_of(attempts, tasks[None])
+    own = found if policy is original else None
+    ceiling = _kept(kept, key, "ceiling", probe, original, tasks[None], own)
     floors = {floor: _kept(kept, key, floor, probe, original, tasks[floor]) for floor in probe.floors}
     return ProbeResult(
         probe=probe.name,
@@ -73,11 +75,11 @@ def run_probe(
         seconds=seconds,
         variants=tuple(
             VariantResult(
-                found=found,
+                found=one,
                 ceiling=ceiling[number],
                 floors={floor: outcomes[number] for floor, outcomes in floors.items()},
             )
-            for number, found in enumerate(outcomes_of(attempts, tasks[None]))
+            for number, one in enumerate(found)
         ),
     )
 
@@ -117,13 +119,19 @@ def key_of(probe: Probe, original: DiffusionPolicy, target: ProbeTarget, count: 
 
 
 def _kept(
-    folder: Path | None, key: str, what: str, probe: Probe, original: DiffusionPolicy, task: ProbeTask
+    folder: Path | None,
+    key: str,
+    what: str,
+    probe: Probe,
+    original: DiffusionPolicy,
+    task: ProbeTask,
+    found: list[Outcomes] | None = None,
 ) -> list[Outcomes]:
-    """Returns what the probe gets from the original model: as it was kept, or else found and kept now."""
+    """Returns what the probe gets from the original model: as it was kept, or else found, unless it was, and kept."""
     path = None if folder is None else folder / f"{probe.name}-{what}-{key}.json"
     if path is not None and path.is_file():
         return load_outcomes(path)
-    outcomes = outcomes_of(probe.attempt(original, task), task)
+    outcomes = outcomes_of(probe.attempt(original, task), task) if found is None else found
     if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
         save_outcomes(path, outcomes)
