@@ -195,11 +195,11 @@ class SoftAttack:
 
 
 TAGS = (
-    "attack/samples",
-    "attack/violation_before",
-    "attack/violation_after",
-    "attack/unet_forward",
-    "attack/unet_backward",
+    "erasure/attacked_samples",
+    "erasure/violation_before_attack",
+    "erasure/violation_after_attack",
+    "erasure/attack_rows_forward",
+    "erasure/attack_rows_backward",
 )
 """What is logged of the attacks of an iteration: how many numbers of the constraint were attacked, their mean before
 the first step and after the last, and how many samples went through the UNet for it, without gradient and with."""

@@ -77,9 +77,9 @@ def test_attack_raises_what_it_climbs(erased: DiffusionPolicy, tmp_path: Path) -
     assert raised.shape == plain.shape
     assert raised.mean() > 1.5 * plain.mean()
     told = measured(attack, erased, tmp_path)
-    assert told["attack/samples"] == 3
-    assert told["attack/violation_before"] == pytest.approx(float(plain.mean()), rel=1e-4)
-    assert told["attack/violation_after"] == pytest.approx(float(raised.mean()), rel=1e-4)
+    assert told["erasure/attacked_samples"] == 3
+    assert told["erasure/violation_before_attack"] == pytest.approx(float(plain.mean()), rel=1e-4)
+    assert told["erasure/violation_after_attack"] == pytest.approx(float(raised.mean()), rel=1e-4)
     assert measured(attack, erased, tmp_path / "again") == {}
 
 
@@ -185,7 +185,7 @@ def test_attack_is_made_at_every_so_manieth_update(erased: DiffusionPolicy, tmp_
     told = []
     for iteration in range(4):
         attack.judged(erased, PROMPTS, SEEDS, judge, iteration=iteration)
-        told.append(measured(attack, erased, tmp_path / str(iteration)).get("attack/samples", 0.0))
+        told.append(measured(attack, erased, tmp_path / str(iteration)).get("erasure/attacked_samples", 0.0))
     assert told == [3.0, 0.0, 0.0, 3.0]
 
 
@@ -266,8 +266,8 @@ def test_calls_are_as_many_as_stated(erased: DiffusionPolicy, scale: float, tmp_
     assert rows[False] == len(PROMPTS) * (stated.forward + cost.forward)
     assert rows[True] == len(PROMPTS) * (stated.backward + cost.backward)
     told = measured(attack, erased, tmp_path)
-    assert told["attack/unet_forward"] == len(PROMPTS) * stated.forward
-    assert told["attack/unet_backward"] == len(PROMPTS) * stated.backward
+    assert told["erasure/attack_rows_forward"] == len(PROMPTS) * stated.forward
+    assert told["erasure/attack_rows_backward"] == len(PROMPTS) * stated.backward
     assert set(told) == set(TAGS)
 
 
