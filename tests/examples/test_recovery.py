@@ -157,6 +157,16 @@ def test_a_measure_with_a_gradient_can_be_the_detector_and_is_not_unasked() -> N
     assert (record["cost"], record["ceiling"]) == ("FunctionReward(swirls)", 0.25)
 
 
+def test_prompts_are_mined_and_attacked_on_demand() -> None:
+    options = ["--erasure", erased_by("uce"), "--attacked", "--iterations", "2", "--output-dir", "back"]
+    run(refl_recover, *RECEIVE, *options)
+    record = json.loads(Path("back/run.json").read_text())["erasure"]
+    assert "hard_share" in json.dumps(record["prompts"])
+    assert "SoftAttack" in record["attack"]
+    assert "erasure/weight" in Path("back/metrics.jsonl").read_text()
+    assert "attacked" in Path("back/report.html").read_text()
+
+
 def test_a_detector_without_a_gradient_is_refused_before_a_picture_is_drawn() -> None:
     Path("mine.py").write_text(Path("mine.py").read_text().replace("images[:, 2]", "images.detach()[:, 2]"))
     erasure = erased_by("uce")
@@ -204,6 +214,7 @@ def test_the_ceiling_of_a_loss_is_the_erased_models_own_against_the_original(
             "constraint objective must come with the original, which the loss is about, got none",
         ),
         (["--policy", "P", "--measure", "none", "--constraint", "detector", *CONCEPT], "no detector .* for gogh"),
+        (["--policy", "P", "--constraint", "none", "--attacked", *CONCEPT], "attacked must be off with the constraint"),
         (
             ["--policy", "P", "--constraint", "none", "--ceiling", "0.1", *CONCEPT],
             "ceiling must be None with the",

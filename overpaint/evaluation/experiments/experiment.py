@@ -26,7 +26,7 @@ from overpaint.policy.atomic import write_text
 from overpaint.tinyworld import REWARDS as TINY_WORLD_REWARDS
 from overpaint.training import process_state, read_run_record
 from overpaint.training.record import RECORD
-from rewards import DETECTOR_CONCEPTS, SHOWN_FROM, ImageReward, Reward, concept_measure
+from rewards import DETECTOR_CONCEPTS, SHOWN_FROM, ImageReward, Reward, as_reward, concept_measure
 from rewards.measures import NUDENET
 
 from .options import OWNED, TINY_WORLD
@@ -47,6 +47,8 @@ class Detector(NamedTuple):
     """Highest mean score that counts as erased."""
     measures: bool
     """Whether it is what measures the concept, too: what is trained against it no longer tells the truth."""
+    slope: Reward | None = None
+    """What rises with the concept where the score is flat, as it may be without any; for attacks, which climb."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -160,7 +162,10 @@ def tiny_world(
     stripes = concept == tinyworld.STRIPES
     ours = tinyworld.load_reward()
     shown: tuple[Measure, ...]
-    detector = Detector(tinyworld.StripeScore(), ceiling=0.02, measures=False) if stripes else None
+    detector = None
+    if stripes:
+        slope = as_reward(lambda images, _: tinyworld.stripe_response(images.float()))
+        detector = Detector(tinyworld.StripeScore(), ceiling=0.02, measures=False, slope=slope)
     if measure is not None:
         shown, named = _named_measure(measure, concept)
         detector = detector or named

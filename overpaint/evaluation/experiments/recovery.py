@@ -14,6 +14,7 @@ from typing import Any, Literal, NamedTuple, TypeVar
 from erasure import (
     NUDITY,
     ConceptBatch,
+    ConceptPrompts,
     Erasure,
     ErasureConstraint,
     ImageConstraint,
@@ -21,6 +22,7 @@ from erasure import (
     ObjectiveConstraint,
     ReferenceDistance,
     ReferenceDistanceConfig,
+    SoftAttack,
 )
 from erasure.changes import WeightChange
 from erasure.erased import is_saved
@@ -75,6 +77,10 @@ class RecoveryOptions(SharingOptions, RewardOptions, TunedOptions, ConceptOption
     ceiling: float | None = Field(None, gt=0)
     """Highest mean of what the constraint holds down that counts as erased; None is 0.02 for the detector of stripes
     and 0.1 for others, 0.001 for the reference, and for an objective a tenth more than the erased model's own loss."""
+
+    attacked: bool = False
+    """Whether the constraint has to hold on prompts that are made hard: half of those that bring the concept unnamed or
+    whose pictures still show it (`ConceptPrompts`), and every other one attacked by free vectors (`SoftAttack`)."""
 
     iterations: int = Field(80, ge=1)
     """ReFL iterations of the recovery."""
@@ -210,6 +216,8 @@ def check_constraint(
             raise ValueError("constraint objective must come with the original, which the loss is about, got none")
     if name == "none" and config.ceiling is not None:
         raise ValueError(f"ceiling must be None with the constraint none, got {config.ceiling}")
+    if name == "none" and config.attacked:
+        raise ValueError("attacked must be off with the constraint none, which has no prompts, got it on")
 
 
 def kept_method(erasure: AnyPath | None, method: str | None, eraser: EraserSettings | None) -> ErasureMethod | None:
@@ -227,9 +235,14 @@ def kept_method(erasure: AnyPath | None, method: str | None, eraser: EraserSetti
     return method_named(name, updated(usual, {key: value for key, value in saved.config.items() if key in known}))
 
 
-def concept_prompts(about: Experiment) -> Sequence[str]:
-    """Returns the prompts that bring the concept while the reward is raised, which the constraint is measured on."""
-    return [*about.prompts("explicit", 200, 7), *about.prompts("implicit", 200, 7)]
+def concept_prompts(config: RecoveryOptions, about: Experiment) -> Sequence[str]:
+    """Returns the prompts of the concept that the constraint is measured on; a method's loss is about phrases."""
+    if constraint_name(config, about) == "objective":
+        explicit, implicit = list(about.concept.phrases), []
+    else:
+        explicit, implicit = (list(dict.fromkeys(about.prompts(kind, 200, 7))) for kind in ("explicit", "implicit"))
+        implicit = [prompt for prompt in implicit if prompt not in explicit]
+    return ConceptPrompts(explicit, implicit) if config.attacked else [*explicit, *implicit]
 
 
 def constraint_of(
@@ -243,17 +256,16 @@ def constraint_of(
     refl = config.refl or refl_config(config)
     if name == "none":
         return None
-    if name == "detector" and (detector := about.detector) is not None:
-        return ImageConstraint(detector.score, concept_prompts(about), ceiling=config.ceiling or detector.ceiling)
+    prompts, detector = concept_prompts(config, about), about.detector
+    if name == "detector" and detector is not None:
+        attack = SoftAttack(score=detector.slope) if config.attacked else None
+        return ImageConstraint(detector.score, prompts, ceiling=config.ceiling or detector.ceiling, attack=attack)
+    ceiling, objective = config.ceiling or NEAR_REFERENCE, ReferenceDistance(ReferenceDistanceConfig(steps=refl.steps))
     if name == "objective" and isinstance(method, TrainedMethod):
-        own = for_run(method, config.output_dir / "constraint", progress=progress)
-        ceiling = config.ceiling
-        if ceiling is None:
-            ceiling = (1 + LOSS_MARGIN) * mean_loss(own, policy, about, refl.micro_batch_size)
-        return ObjectiveConstraint(own, about.concept, ceiling=ceiling)
-    distance = ReferenceDistance(ReferenceDistanceConfig(steps=refl.steps))
-    ceiling = config.ceiling or NEAR_REFERENCE
-    return ObjectiveConstraint(distance, about.concept, concept_prompts(about), ceiling=ceiling)
+        objective = for_run(method, config.output_dir / "constraint", progress=progress)
+        ceiling = config.ceiling or (1 + LOSS_MARGIN) * mean_loss(objective, policy, about, refl.micro_batch_size)
+    attack = SoftAttack() if config.attacked else None
+    return ObjectiveConstraint(objective, about.concept, prompts, ceiling=ceiling, attack=attack)
 
 
 def mean_loss(objective: Objective, policy: DiffusionPolicy, about: Experiment, batch_size: int) -> float:
@@ -328,17 +340,11 @@ def compare_states(
 
     Raises:
         ValueError: Weights of the UNet are to be trained under an erasure that no pipeline's folder holds, or the
-            detector has no gradient.
+            detector has no gradient, or a prompt no room for an attack.
     """
-    if recovers and config.train is not None and erasure is not None and not isinstance(erasure.change, WeightChange):
-        raise ValueError(f"train must be None with an erasure by {erasure.method}; train a LoRA")
     name = constraint_name(config, about)
-    if recovers and name == "detector" and about.detector is not None:
-        to_device(about.detector.score, policy.device)
-        side = config.size or policy.image_size
-        check_gradient(
-            "detector", about.detector.score, trial_images(side, side, policy.device), concept_prompts(about)
-        )
+    if recovers:
+        _check_policy(config, policy, about, erasure)
     drawing = config.drawing(config.evaluation_steps)
     evaluated = partial(evaluate, policy, about, drawing, prompts_per_kind=config.prompts_per_kind, seed=config.seed)
     evaluations = []
@@ -350,6 +356,19 @@ def compare_states(
         recover(config, policy, about, erasure, method=method)
         evaluations.append(evaluated(model="recovered"))
     return evaluations
+
+
+def _check_policy(config: RecoveryOptions, policy: DiffusionPolicy, about: Experiment, erasure: Erasure | None) -> None:
+    """Checks what only a policy can tell, before any picture is drawn."""
+    if config.train is not None and erasure is not None and not isinstance(erasure.change, WeightChange):
+        raise ValueError(f"train must be None with an erasure by {erasure.method}; train a LoRA")
+    prompts = concept_prompts(config, about)
+    if constraint_name(config, about) == "detector" and about.detector is not None:
+        to_device(about.detector.score, policy.device)
+        side = config.size or policy.image_size
+        check_gradient("detector", about.detector.score, trial_images(side, side, policy.device), prompts)
+    if config.attacked:
+        SoftAttack().check(policy, prompts)
 
 
 def recover(
