@@ -18,6 +18,8 @@ from erasure import (
     Erasure,
     ErasureConstraint,
     ImageConstraint,
+    Lagrangian,
+    LagrangianConfig,
     Objective,
     ObjectiveConstraint,
     ReferenceDistance,
@@ -45,6 +47,8 @@ from .program import check_same, updated, usual_beside
 
 ConstraintName = Literal["detector", "objective", "reference", "none"]
 
+DETECTOR_WEIGHT = 0.1
+"""Weight of a detector's violation before the first update, which a reward is not drowned by."""
 NEAR_REFERENCE = 1e-3
 """Squared distance of noise predictions from the erased model's that counts as erased."""
 LOSS_SAMPLES, LOSS_SEED, LOSS_MARGIN = 64, 5_000_000, 0.1
@@ -259,7 +263,10 @@ def constraint_of(
     prompts, detector = concept_prompts(config, about), about.detector
     if name == "detector" and detector is not None:
         attack = SoftAttack(score=detector.slope) if config.attacked else None
-        return ImageConstraint(detector.score, prompts, ceiling=config.ceiling or detector.ceiling, attack=attack)
+        weight = Lagrangian(LagrangianConfig(initial_weight=DETECTOR_WEIGHT))
+        return ImageConstraint(
+            detector.score, prompts, weight, ceiling=config.ceiling or detector.ceiling, attack=attack
+        )
     ceiling, objective = config.ceiling or NEAR_REFERENCE, ReferenceDistance(ReferenceDistanceConfig(steps=refl.steps))
     if name == "objective" and isinstance(method, TrainedMethod):
         objective = for_run(method, config.output_dir / "constraint", progress=progress)
