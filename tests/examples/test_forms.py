@@ -74,7 +74,8 @@ def test_of_a_method_with_a_loss_it_is_trained_with_the_reward_above_its_floor()
     logged = list(read_metrics(Path("floored/erasing/metrics.jsonl")))
     assert len([entry for entry in logged if "floor/weight" in entry]) == 3  # the method's own iterations
     first = next(entry for entry in logged if "floor/violation" in entry)
-    assert first["floor/violation"] == pytest.approx(-0.125, abs=1e-5)  # paired with itself, before the first update
+    assert first["floor/violation"] == pytest.approx(-0.5, abs=1e-5)  # paired with itself, before the first update
+    assert "train/pretraining_loss" not in first
     assert first["erasure/weight"] == 1.0
     erasure = Erasure.load("floored/erasure")
     assert (erasure.method, erasure.config["floor"]["slack"]) == ("ESD", 0.125)
