@@ -43,6 +43,8 @@ def test_plain_erases_and_no_more() -> None:
     page = Path("plain/report.html").read_text()
     assert "UCE was applied to model, against gogh." in page
     assert "ReFL then" not in page
+    with pytest.raises(ValueError, match="output_dir must not hold another erasure, got plain"):
+        run("plain", "--form", "plain")
 
 
 def test_of_a_method_with_a_strength_the_strongest_setting_above_the_floor_is_taken() -> None:

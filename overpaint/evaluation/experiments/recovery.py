@@ -160,9 +160,9 @@ def about_of(config: RecoveryOptions) -> Experiment:
                 f"concept must be the saved erasure's, {', '.join(saved.phrases)}, got {', '.join(concept.phrases)}"
             )
         concept = saved
-    elif config.erasure is not None and concept is None:
-        usual = "stripes" if config.tiny else NUDITY.name
-        warnings.warn(f"{config.erasure} does not say what it erased, taken for {usual}; see --concept", stacklevel=2)
+    elif concept is None and (config.erasure is not None or config.original is not None):
+        source, usual = config.erasure or config.policy, "stripes" if config.tiny else NUDITY.name
+        warnings.warn(f"{source} does not say what was erased, taken for {usual}; see --concept", stacklevel=2)
     return experiment_of(config, concept)
 
 

@@ -33,7 +33,7 @@ from overpaint.evaluation.report.page import Section, chart_section, learning_cu
 from overpaint.evaluation.scoring.score import Measure
 from overpaint.policy import DiffusionPolicy, WeightDelta, merged_state
 from overpaint.policy.types import PerSample
-from overpaint.training.folder import METRICS
+from overpaint.training.folder import METRICS, check_output_dir
 from refl import ReFLTrainer
 
 from .experiment import Experiment, draw_and_score
@@ -111,6 +111,8 @@ def _trained(
     """
     folder, concept = config.output_dir / FOLDER, about.concept
     refl, descent = replace(config.refl or refl_config(config), pretraining_weight=0.0), method.config.descent
+    run = descent.run_config(folder, resume=config.resume)
+    check_output_dir(run)  # before long work
     objective = for_run(method, folder, progress=True)
     if isinstance(method, Receler):  # networks beside the UNet, and of phrases those that hold no other
         student = method.student(policy)
@@ -128,7 +130,7 @@ def _trained(
         erasure=ObjectiveConstraint(objective, concept, lagrangian=FixedWeight(1.0), ceiling=loss),
         floor=floor,
     )
-    trainer.train(descent.run_config(folder, resume=config.resume), notes={"concept": concept.to_json()})
+    trainer.train(run, notes={"concept": concept.to_json()})
     change: Change
     if isinstance(method, Receler):
         change = AddedNetworks.of(student.unet)
