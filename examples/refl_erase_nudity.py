@@ -131,9 +131,11 @@ def check_form(config: Config) -> None:
         check_floor(method_named(config.method, config.eraser), config.strength)
     if config.recovers:
         return
-    for name in ("train", "lora_file", "constraint", "ceiling"):
-        if (value := getattr(config, name)) is not None:
-            raise ValueError(f"{name} must be None with the form {config.form}, which recovers nothing, got {value}")
+    for name in ("train", "lora_file", "constraint", "ceiling", "attacked"):
+        if (value := getattr(config, name)) not in (None, False):
+            raise ValueError(
+                f"{name} must be left out with the form {config.form}, which recovers nothing, got {value}"
+            )
     if not config.resume and (config.output_dir / "erasure").exists():
         raise ValueError(f"output_dir must not hold another erasure, got {config.output_dir}; choose another folder")
 

@@ -97,8 +97,12 @@ def test_of_a_method_with_a_loss_it_is_trained_with_the_reward_above_its_floor()
     ("options", "message"),
     [
         (["--form", "A", "--erasure", "somewhere"], "form must be B for a model that is erased already, got A"),
-        (["--form", "plain", "--ceiling", "1"], "ceiling must be None with the form plain, which recovers nothing"),
-        (["--form", "A", "--constraint", "none"], "constraint must be None with the form A, which recovers nothing"),
+        (["--form", "plain", "--ceiling", "1"], "ceiling must be left out with the form plain, which recovers nothing"),
+        (["--form", "A", "--attacked"], "attacked must be left out with the form A, which recovers nothing, got True"),
+        (
+            ["--form", "A", "--constraint", "none"],
+            "constraint must be left out with the form A, which recovers nothing",
+        ),
         (["--form", "A", "--method", "esd", "--strength", "2"], "strength must be 1 with ESD, which has none, got 2"),
         (["--form", "A", "--strength", "0"], "strength must be above 0, the original model, .* with UCE, got 0"),
     ],
