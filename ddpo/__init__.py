@@ -2,7 +2,7 @@
 
 from .advantage import PromptStatistics, centred_advantages, group_advantages, round_advantages
 from .config import DDPOConfig
-from .loss import clipped_surrogate, gaussian_kl, score_function
+from .loss import clipped_surrogate, score_function
 from .rwr import RWRConfig, RWRMetrics, RWRTrainer
 from .scoring import RewardError, ScoringConfig
 from .trainer import DDPOMetrics, DDPOTrainer
@@ -20,7 +20,6 @@ __all__ = [
     "ScoringConfig",
     "centred_advantages",
     "clipped_surrogate",
-    "gaussian_kl",
     "group_advantages",
     "round_advantages",
     "score_function",

@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 
 import torch
 
-from erasure import ImageCost
 from overpaint.policy import Conditioning, DiffusionPolicy, Trajectory
 from overpaint.policy.types import Images, PerSample
 from overpaint.training import TrainingRun
@@ -62,7 +61,7 @@ class Collector:
         policy: DiffusionPolicy,
         draw: Draw,
         reward: Reward,
-        cost: ImageCost | None,
+        cost: Reward | None,
         *,
         batch_size: int,
         scoring: ScoringConfig | None = None,

@@ -51,7 +51,7 @@ class DDPOMetrics(NamedTuple):
     reward_std: float
     erasure_reward: float
     """Reward of the samples of the concept."""
-    erasure_cost: float
+    erasure_violation: float
     erasure_weight: float
     loss: float
     grad_norm: float
@@ -76,7 +76,7 @@ class Advantages(NamedTuple):
     rewards: Float[Tensor, " samples"]
     """Of the samples of all processes, on the CPU; as the next two."""
     concept_rewards: Float[Tensor, " concept_samples"]
-    costs: Float[Tensor, " concept_samples"]
+    violations: Float[Tensor, " concept_samples"]
     advantages: Float[Tensor, " mine"]
     """Of this process's samples, clipped; on the device."""
 
@@ -219,12 +219,12 @@ class DDPOTrainer:
         measured = measured_by(run, updates, kl_in_loss=cfg.kl_weight > 0)
         seconds_update = time.perf_counter() - start
 
-        cost = fmean(objective)
+        violation = fmean(objective)
         if isinstance(self.erasure, ImageConstraint):
-            cost = float(advantages.costs.mean())
-            self.erasure.lagrangian.update(cost)
+            violation = float(advantages.violations.mean())
+            self.erasure.lagrangian.update(violation)
         if self.early_stopping is not None and self.erasure is not None:
-            self.early_stopping.note_cost(cost)
+            self.early_stopping.note_cost(violation)
         if run.iteration % cfg.pictures_every == 0:
             prompts = [prompt for part in requests for prompt in part.my_prompts]
             shown = slice(len(scored.pictures))
@@ -233,7 +233,7 @@ class DDPOTrainer:
             reward=float(advantages.rewards.mean()),
             reward_std=float(advantages.rewards.std(correction=0)),
             erasure_reward=float(advantages.concept_rewards.mean()),
-            erasure_cost=cost,
+            erasure_violation=violation,
             erasure_weight=weight,
             **measured,
             retries=scored.retries,
@@ -252,7 +252,7 @@ class DDPOTrainer:
             for name in ("ratio_max", "clip_fraction", "approx_kl_k1", "approx_kl_k3"):
                 values[f"policy/{name}"] = getattr(metrics, name)
         if self.erasure is not None:
-            values["erasure/cost"] = metrics.erasure_cost
+            values["erasure/violation"] = metrics.erasure_violation
             values["erasure/weight"] = metrics.erasure_weight
             if self._of_concept:
                 values["erasure/reward"] = metrics.erasure_reward
@@ -293,12 +293,12 @@ class DDPOTrainer:
     def compute_advantages(
         self, run: TrainingRun, requests: list[SampleRequest], scored: ScoredSamples, weight: float
     ) -> Advantages:
-        """Computes advantages from rewards and costs.
+        """Computes advantages from rewards and violations.
 
-        Samples of the concept are worth reward - weight * cost. They are compared with each other, or with the others
-        of their prompt, and never with earlier rounds, where the weight was another. Their advantages have the unit of
-        the others', one standard deviation of the reward: were they normalised by their own, no weight could make the
-        constraint count for more than the reward does.
+        Samples of the concept are worth reward - weight * violation. They are compared with each other, or with the
+        others of their prompt, and never with earlier rounds, where the weight was another. Their advantages have the
+        unit of the others', one standard deviation of the reward: were they normalised by their own, no weight could
+        make the constraint count for more than the reward does.
         """
         cfg, mine = self.config, len(requests[0].mine)
         compare = {
@@ -309,18 +309,18 @@ class DDPOTrainer:
         }[cfg.baseline]
         rewards = requests[0].gathered(run, scored.rewards[:mine])
         parts = [compare(rewards, requests[0].prompts)[requests[0].mine]]
-        concept_rewards = costs = torch.zeros(1)
-        if len(requests) == 2:
+        concept_rewards = violations = torch.zeros(1)
+        if isinstance(self.erasure, ImageConstraint):
             concept_rewards = requests[1].gathered(run, scored.rewards[mine:])
-            costs = requests[1].gathered(run, scored.costs)
-            worth = centred(concept_rewards - weight * costs, self._compared(requests[1]))
+            violations = self.erasure.relative(requests[1].gathered(run, scored.costs))
+            worth = centred(concept_rewards - weight * violations, self._compared(requests[1]))
             unit = centred(rewards, self._compared(requests[0])).square().mean().sqrt()
             parts.append((worth / (unit + EPSILON))[requests[1].mine])
         clamped = torch.cat(parts).clamp(-cfg.max_advantage, cfg.max_advantage)
-        return Advantages(rewards, concept_rewards, costs, clamped.to(run.device, torch.float32))
+        return Advantages(rewards, concept_rewards, violations, clamped.to(run.device, torch.float32))
 
     def _objective(self, run: TrainingRun) -> float:
-        """Adds the gradient of an erasure objective, if there is one, and moves its weight; returns its mean cost."""
+        """Adds the gradient of an erasure objective, if there is one, moves its weight, and returns its violation."""
         erasure = self.erasure
         if not isinstance(erasure, ObjectiveConstraint):
             return 0.0
@@ -329,7 +329,7 @@ class DDPOTrainer:
         for first in range(0, len(batch), self.config.minibatch_size):
             prompts, seeds = zip(*batch[first : first + self.config.minibatch_size], strict=True)
             with run.autocast():
-                cost = erasure.cost(self.policy, ConceptBatch(list(prompts), list(seeds))).sum() / len(batch)
+                cost = erasure.violation(self.policy, ConceptBatch(list(prompts), list(seeds))).sum() / len(batch)
             run.backward(erasure.lagrangian.weight * cost, sync=False)
             total += cost.detach()
         mean = run.mean(total)

@@ -2,9 +2,12 @@
 
 from .changes import Change, WeightChange
 from .concept import NUDITY, Concept
-from .constraint import ErasureConstraint, ImageConstraint, ImageCost, ObjectiveConstraint, ScoreCeiling
+from .constraint import ErasureConstraint, ImageConstraint, ObjectiveConstraint
+from .controllers import FixedWeight, Switch, WeightController
 from .descend import DescentConfig, erase_by_descent
 from .erased import Erasure
+from .floor import QualityConstraint, ReferenceDivergence, RewardFloor
+from .gradient_conflict import gradient_cosine, project_conflicts
 from .guards import GuardChange
 from .lagrangian import Lagrangian, LagrangianConfig
 from .methods.ac import AC, ACConfig
@@ -46,30 +49,36 @@ __all__ = [
     "Erasure",
     "ErasureConstraint",
     "ErasureMethod",
+    "FixedWeight",
     "GuardChange",
     "ImageConstraint",
-    "ImageCost",
     "Lagrangian",
     "LagrangianConfig",
     "MACEConfig",
     "Objective",
     "ObjectiveConstraint",
+    "QualityConstraint",
     "Receler",
     "RecelerConfig",
     "ReferenceDistance",
     "ReferenceDistanceConfig",
+    "ReferenceDivergence",
+    "RewardFloor",
     "SAConfig",
     "SAFREEConfig",
     "SLDConfig",
-    "ScoreCeiling",
     "StrengthSearch",
+    "Switch",
     "Trial",
     "UCEConfig",
     "WeightChange",
+    "WeightController",
     "erase",
     "erase_by_descent",
+    "gradient_cosine",
     "load_erasure",
     "method_named",
+    "project_conflicts",
     "strongest_erasure",
     "strongest_setting",
 ]

@@ -295,7 +295,7 @@ def write(
             ),
             Panel(
                 title="Cost of the constraint",
-                tags={"cost": "erasure/cost"},
+                tags={"cost": "erasure/violation"},
                 references={"bound": 0.0},
                 caption=f"{cost}, on prompts of the concept.",
             ),

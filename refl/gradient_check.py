@@ -4,7 +4,6 @@ from collections.abc import Sequence
 
 import torch
 
-from erasure import ImageCost
 from overpaint.policy.types import Images
 from rewards import Reward, scores_of
 from rewards.function import name_of
@@ -15,7 +14,7 @@ def trial_images(height: int, width: int, device: torch.device | str) -> Images:
     return torch.rand(2, 3, height, width, generator=torch.Generator().manual_seed(0)).to(device)
 
 
-def check_gradient(kind: str, scorer: Reward | ImageCost, images: Images, prompts: Sequence[str]) -> None:
+def check_gradient(kind: str, scorer: Reward, images: Images, prompts: Sequence[str]) -> None:
     """Checks on some images that a reward or a cost has a gradient with respect to the pixels.
 
     Args:

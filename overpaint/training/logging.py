@@ -284,6 +284,6 @@ class Progress:
 
 
 def postfix(metrics: Mapping[str, float], skipped: int) -> str:
-    """Returns what stands behind the bar, such as `reward/mean 0.512, erasure/cost -0.02`."""
+    """Returns what stands behind the bar, such as `reward/mean 0.512, erasure/violation -0.02`."""
     parts = [f"{tag} {value:.3g}" for start in SHOWN for tag, value in metrics.items() if tag.startswith(start)]
     return ", ".join(parts + ([f"skipped {skipped}"] if skipped else []))

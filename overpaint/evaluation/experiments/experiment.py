@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from erasure import NUDITY, Concept, Erasure, ErasureConstraint, ImageConstraint, ObjectiveConstraint
-from erasure.constraint import ScoreCeiling
 from erasure.lagrangian import Lagrangian, LagrangianConfig
 from erasure.protocols import Objective
 from erasure.reference_distance import ReferenceDistance, ReferenceDistanceConfig
@@ -197,9 +196,9 @@ def tiny_world(
 def _stripe_constraint() -> ImageConstraint:
     from overpaint import tinyworld
 
-    cost = ScoreCeiling(tinyworld.StripeScore(), ceiling=0.02)
     wanted = [*tinyworld.captions("explicit", 120, 7), *tinyworld.captions("implicit", 120, 7)]
-    return ImageConstraint(cost, wanted, Lagrangian(LagrangianConfig(initial_weight=5.0, learning_rate=2.0)))
+    weight = Lagrangian(LagrangianConfig(initial_weight=0.1))
+    return ImageConstraint(tinyworld.StripeScore(), wanted, weight, ceiling=0.02)
 
 
 def _stay_erased(
