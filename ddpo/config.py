@@ -4,6 +4,8 @@ from typing import Literal
 
 from overpaint.settings import AnyFloat, Field, settings
 
+from .critic import CriticConfig
+
 
 @settings
 class DDPOConfig:
@@ -48,10 +50,13 @@ class DDPOConfig:
     clip_range: float = Field(1e-4, gt=0, lt=1)
     """Distance from 1 at which ratios are clipped. It belongs to log-probabilities that are means over the latent."""
 
-    baseline: Literal["prompt", "group", "centred", "round"] = "prompt"
+    baseline: Literal["prompt", "group", "centred", "round", "critic"] = "prompt"
     """What rewards are compared with: earlier ones of the same prompt; those of the same prompt in this round, which
     needs `images_per_prompt`, divided by their own standard deviation ("group") or by that of the whole round
-    ("centred"); or all of this round."""
+    ("centred"); all of this round; or, at each step, what a critic expects of the state before it."""
+
+    critic: CriticConfig = CriticConfig()
+    """How the critic is built and learns; only with the baseline "critic"."""
 
     images_per_prompt: int = Field(1, ge=1)
     """Images drawn for each prompt that a round draws."""

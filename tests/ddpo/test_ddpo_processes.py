@@ -105,7 +105,7 @@ def train(pipeline, folder, kind, process, processes, fails_at=None, resume=Fals
     )
     trainer.train(config)
     numbers = {"weight": torch.tensor(lagrangian.weight), "best": torch.tensor(trainer.early_stopping.best)}
-    about = {"drawn": str(drawn), "statistics": str(sorted(trainer.statistics.state_dict()["buffers"]))}
+    about = {"drawn": str(drawn), "statistics": str(sorted(trainer.baseline.statistics.state_dict()["buffers"]))}
     save_file(policy.trainable_state() | numbers, Path(folder) / f"end-{process}.safetensors", metadata=about)
 
 

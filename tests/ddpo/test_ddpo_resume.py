@@ -129,7 +129,7 @@ def train(
         lines = read_metrics(config.output_dir / "metrics.jsonl")
         return Outcome(
             policy.trainable_state(),
-            trainer.statistics.state_dict(),
+            trainer.baseline.statistics.state_dict(),
             constraint.lagrangian.state_dict(),
             {**trainer.early_stopping.state_dict(), "weights": None},
             [{tag: value for tag, value in line.items() if not tag.startswith("seconds/")} for line in lines],
