@@ -327,7 +327,7 @@ def panels(config: Config) -> tuple[Panel, ...]:
     if not config.by_rwr:
         curves.append(Panel(title="Divergence from the untuned policy", tags={"per step": "policy/kl"}))
     if config.constrained:
-        curves.append(Panel(title="Cost of the constraint", tags={"cost": "erasure/violation"}, references={"bound": 0.0}))
+        curves.append(Panel(title="Violation", tags={"relative": "erasure/violation"}, references={"bound": 0.0}))
         curves.append(Panel(title="Weight of the constraint", tags={"weight": "erasure/weight"}))
     return tuple(curves)
 

@@ -24,7 +24,7 @@ from safetensors.torch import save_file
 
 from ddpo import DDPOConfig, DDPOTrainer, RewardError, ScoringConfig
 from erasure import NUDITY, ImageConstraint, Lagrangian, LagrangianConfig
-from erasure import ObjectiveConstraint, ScoreCeiling, ReferenceDistance, ReferenceDistanceConfig
+from erasure import ObjectiveConstraint, ReferenceDistance, ReferenceDistanceConfig
 from overpaint.policy import DiffusionPolicy, LoRAConfig
 from overpaint.training import HeldOut
 from overpaint.training import TrainingConfig, process_state
@@ -83,7 +83,7 @@ def train(pipeline, folder, kind, process, processes, fails_at=None, resume=Fals
     lagrangian = Lagrangian(LagrangianConfig(learning_rate=1.0))
     erasure = None
     if kind == "all":
-        erasure = ImageConstraint(ScoreCeiling(Mean(1), 0.3), ["a plain circle", "a striped circle"], lagrangian)
+        erasure = ImageConstraint(Mean(1), ["a plain circle", "a striped circle"], lagrangian, ceiling=0.3)
     if kind == "objective":
         objective = ReferenceDistance(ReferenceDistanceConfig(steps=3))
         erasure = ObjectiveConstraint(objective, NUDITY, lagrangian=lagrangian, ceiling=1.0)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ddpo import DDPOConfig, DDPOTrainer, RewardError, ScoringConfig
-from erasure import ImageConstraint, Lagrangian, LagrangianConfig, ScoreCeiling
+from erasure import ImageConstraint, Lagrangian, LagrangianConfig
 from overpaint.policy import Conditioning, DiffusionPolicy, Trajectory
 from overpaint.policy.types import Images, PerSample
 from overpaint.training import HeldOut, TrainingConfig, read_metrics
@@ -108,9 +108,10 @@ def train(
         policy.load_trainable_state(start)
         policy.rollout = draw
         constraint = ImageConstraint(
-            ScoreCeiling(cost or Colour(1), 0.3),
+            cost or Colour(1),
             ["a plain circle"],
             Lagrangian(LagrangianConfig(learning_rate=1.0, derivative_gain=1.0)),
+            ceiling=0.3,
         )
         config = run_config(
             name, iterations=iterations, checkpoint_every=2, ema_decay=0.5, learning_rate=3e-3, resume=resume

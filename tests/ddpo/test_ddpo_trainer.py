@@ -18,7 +18,6 @@ from erasure import (
     ObjectiveConstraint,
     ReferenceDistance,
     ReferenceDistanceConfig,
-    ScoreCeiling,
 )
 from overpaint.policy import ClassifierFree, DiffusionPolicy, Trajectory
 from overpaint.policy.types import Images, PerSample
@@ -59,12 +58,12 @@ def small(**changes: Any) -> DDPOConfig:
 
 def image_constraint(weight: float = 2.0) -> ImageConstraint:
     lagrangian = Lagrangian(LagrangianConfig(initial_weight=weight))
-    return ImageConstraint(ScoreCeiling(Colour(1), 0.3), ["a plain circle", "a striped circle"], lagrangian)
+    return ImageConstraint(Colour(1), ["a plain circle", "a striped circle"], lagrangian, ceiling=0.3)
 
 
 def objective_constraint(weight: float = 2e-6) -> ObjectiveConstraint:
     objective = ReferenceDistance(ReferenceDistanceConfig(steps=3))
-    lagrangian = Lagrangian(LagrangianConfig(initial_weight=weight))
+    lagrangian = Lagrangian(LagrangianConfig(initial_weight=weight, min_weight=1e-9))
     return ObjectiveConstraint(objective, NUDITY, ["nude"], lagrangian, ceiling=1e-6)
 
 
@@ -347,7 +346,7 @@ PLAIN = {
 }  # fmt: skip
 RATIOS = {"policy/ratio_max", "policy/clip_fraction", "policy/approx_kl_k1", "policy/approx_kl_k3"}
 HELD = {"reward/validation", "reward/held_out"}
-ERASURE = {"erasure/cost", "erasure/weight"}
+ERASURE = {"erasure/violation", "erasure/weight"}
 
 
 @pytest.mark.parametrize(

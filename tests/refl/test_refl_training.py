@@ -220,7 +220,7 @@ def test_logged_tags_are_those_of_what_is_switched_on(
         held_out=HeldOut(prompts[:2], redness),
     )
     more = {"train/pretraining_loss", "reward/validation", "reward/held_out"}
-    more |= {"erasure/cost", "erasure/weight", "erasure/gradient_cosine"}
+    more |= {"erasure/violation", "erasure/weight", "erasure/gradient_cosine"}
     assert tags("full", full) == plain | more
 
 
