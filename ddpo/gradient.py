@@ -32,7 +32,6 @@ class Term(NamedTuple):
     """Pairs whose loss is added up in an update."""
 
     pairs: Pairs
-    """Whole minibatches."""
     weight: float = 1.0
     """Of the policy gradient."""
     divergence_weight: float = 0.0
@@ -104,10 +103,11 @@ class PolicyGradient:
         Args:
             run: Its precision counts.
             trajectory: Of this process's samples.
-            parts: The pairs of each update.
+            parts: The pairs of each update, those of the prompts and of the concept each for themselves.
         """
         cfg = self.config
-        if cfg.estimator == "score" or cfg.minibatch_size == cfg.sampling_batch_size:
+        whole = all(len(pairs.samples) % cfg.minibatch_size == 0 for pairs in parts)
+        if cfg.estimator == "score" or (whole and cfg.minibatch_size == cfg.sampling_batch_size):
             return trajectory
         log_probs = trajectory.log_probs.clone()
         undecided = self.policy.dtype == torch.float32 and run.config.mixed_precision == "no"

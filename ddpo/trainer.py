@@ -195,13 +195,12 @@ class DDPOTrainer:
                 f"DDPOConfig.sampling_batch_size must divide the {samples} samples that a process draws in a round, "
                 f"got {cfg.sampling_batch_size}"
             )
-        for count in filter(None, (cfg.samples_per_round, self._of_concept)):
-            pairs = count // processes // cfg.updates_per_round * cfg.trained_steps
-            if pairs % cfg.minibatch_size:
-                raise ValueError(
-                    f"DDPOConfig.minibatch_size must divide the {pairs} pairs of sample and step of a kind that a "
-                    f"process trains on in an update, got {cfg.minibatch_size}"
-                )
+        pairs = samples // cfg.updates_per_round * cfg.trained_steps
+        if pairs % cfg.minibatch_size:
+            raise ValueError(
+                f"DDPOConfig.minibatch_size must divide the {pairs} pairs of sample and step that a process trains on "
+                f"in an update, got {cfg.minibatch_size}"
+            )
         self.baseline.start(run)
         if isinstance(self.erasure, ObjectiveConstraint):
             self.erasure.prepare(self.policy)
