@@ -3,7 +3,7 @@
 from .advantage import PromptStatistics, centred_advantages, group_advantages, round_advantages
 from .config import DDPOConfig
 from .critic import CriticConfig, generalised_advantages
-from .loss import clipped_surrogate, gaussian_kl, score_function
+from .loss import clipped_surrogate, score_function
 from .rwr import RWRConfig, RWRMetrics, RWRTrainer
 from .scoring import RewardError, ScoringConfig
 from .trainer import DDPOMetrics, DDPOTrainer
@@ -22,7 +22,6 @@ __all__ = [
     "ScoringConfig",
     "centred_advantages",
     "clipped_surrogate",
-    "gaussian_kl",
     "generalised_advantages",
     "group_advantages",
     "round_advantages",

@@ -54,7 +54,7 @@ def add_objective(
         policy: What is tuned.
         erasure: The loss.
         count: Prompts, over all processes.
-        weight: What the violation is multiplied by.
+        weight: What the violation is multiplied by; at 0 nothing is differentiated.
         size: Prompts that go through the UNet at a time.
 
     Returns:
@@ -64,9 +64,10 @@ def add_objective(
     total = torch.zeros((), device=run.device)
     for first in range(0, len(batch), size):
         prompts, seeds = zip(*batch[first : first + size], strict=True)
-        with run.autocast():
+        with run.autocast(), torch.set_grad_enabled(weight > 0):
             violation = erasure.violation(policy, ConceptBatch(list(prompts), list(seeds))).sum() / len(batch)
-        run.backward(weight * violation, sync=False)
+        if weight > 0:
+            run.backward(weight * violation, sync=False)
         total += violation.detach()
     mean = run.mean(total)
     if math.isfinite(mean):  # otherwise the update is skipped, and there is nothing to answer

@@ -10,12 +10,12 @@ from torch import Tensor
 
 from erasure.gradient_conflict import gradient_cosine
 from overpaint.policy import DiffusionPolicy, Guidance, Trajectory
-from overpaint.policy.ddim import gaussian_log_prob
+from overpaint.policy.ddim import gaussian_kl, gaussian_log_prob
 from overpaint.policy.types import Latents, PerSample
 from overpaint.training import TrainingRun
 
 from .config import DDPOConfig
-from .loss import clipped_surrogate, gaussian_kl, ratio_statistics, score_function
+from .loss import clipped_surrogate, ratio_statistics, score_function
 from .requests import Pairs
 
 TOLERATED = 0.1

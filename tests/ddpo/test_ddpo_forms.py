@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from ddpo import DDPOConfig, DDPOTrainer, gaussian_kl, round_advantages
+from ddpo import DDPOConfig, DDPOTrainer, round_advantages
 from ddpo.constraints import RoundWeights, weights_of
 from erasure import (
     NUDITY,
@@ -25,6 +25,7 @@ from erasure import (
 )
 from erasure.protocols import ConceptBatch
 from overpaint.policy import ClassifierFree, DiffusionPolicy, Trajectory
+from overpaint.policy.ddim import gaussian_kl
 from overpaint.policy.types import Images, PerSample
 from overpaint.training import TrainingConfig, TrainingRun, read_metrics
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from ddpo import DDPOConfig, DDPOTrainer, gaussian_kl
+from ddpo import DDPOConfig, DDPOTrainer
 from erasure import (
     NUDITY,
     ErasureConstraint,
@@ -23,6 +23,7 @@ from erasure import (
     RewardFloor,
 )
 from overpaint.policy import ClassifierFree, DiffusionPolicy, Trajectory
+from overpaint.policy.ddim import gaussian_kl
 from overpaint.policy.types import Images, PerSample
 from overpaint.training import HeldOut, TrainingConfig, TrainingRun, read_metrics
 

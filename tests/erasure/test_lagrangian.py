@@ -6,20 +6,23 @@ import pytest
 
 from erasure import Lagrangian, LagrangianConfig
 
-RAW: dict[str, Any] = {"smoothing": 0.0, "max_violation": math.inf}
-LINEAR: dict[str, Any] = RAW | {"space": "linear", "min_weight": 0.0, "proportional_gain": 0.0}
-PROPORTIONAL: dict[str, Any] = LINEAR | {"proportional_gain": 2.0}
-PID = LagrangianConfig(
-    **LINEAR | {"proportional_gain": 2.0},
-    learning_rate=0.5,
-    initial_weight=1.0,
-    max_weight=4.0,
-    derivative_gain=10.0,
-)
+
+def raw(**settings: Any) -> LagrangianConfig:
+    """Settings under which every violation counts as it is."""
+    given: dict[str, Any] = {"smoothing": 0.0, "max_violation": math.inf, **settings}
+    return LagrangianConfig(**given)
+
+
+def linear(**settings: Any) -> LagrangianConfig:
+    """Settings of plain dual ascent on the weight itself."""
+    return raw(**{"space": "linear", "min_weight": 0.0, "proportional_gain": 0.0} | settings)
+
+
+PID = linear(learning_rate=0.5, initial_weight=1.0, max_weight=4.0, proportional_gain=2.0, derivative_gain=10.0)
 
 
 def test_weight_grows_with_the_violation_and_shrinks_without() -> None:
-    lagrangian = Lagrangian(LagrangianConfig(**LINEAR, learning_rate=0.5, initial_weight=1.0))
+    lagrangian = Lagrangian(linear(learning_rate=0.5, initial_weight=1.0))
     lagrangian.update(0.4)
     assert lagrangian.weight == pytest.approx(1.2, rel=1e-12)
     lagrangian.update(-1.0)
@@ -28,15 +31,13 @@ def test_weight_grows_with_the_violation_and_shrinks_without() -> None:
 
 @pytest.mark.parametrize(("violation", "bound"), [(1e9, 3.0), (-1e9, 0.0)])
 def test_weight_stays_between_zero_and_its_maximum(violation: float, bound: float) -> None:
-    lagrangian = Lagrangian(LagrangianConfig(**LINEAR, max_weight=3.0))
+    lagrangian = Lagrangian(linear(max_weight=3.0))
     lagrangian.update(violation)
     assert lagrangian.weight == bound
 
 
 def test_violation_counts_up_to_its_bound_and_not_beyond() -> None:
-    bounded = LagrangianConfig(
-        **LINEAR | {"proportional_gain": 0.5, "max_violation": 1.0}, learning_rate=0.1, derivative_gain=0.25
-    )
+    bounded = linear(proportional_gain=0.5, max_violation=1.0, learning_rate=0.1, derivative_gain=0.25)
     lagrangian = Lagrangian(bounded)
     lagrangian.update(0.5)  # integral 1.05
     lagrangian.update(300.0)  # integral 1.15; the violation counts as 1, its growth as 0.5
@@ -46,7 +47,7 @@ def test_violation_counts_up_to_its_bound_and_not_beyond() -> None:
 
 
 def test_weight_leaves_its_bound_at_once_when_the_violation_changes_sign() -> None:
-    lagrangian = Lagrangian(LagrangianConfig(**LINEAR, learning_rate=0.5, initial_weight=0.0))
+    lagrangian = Lagrangian(linear(learning_rate=0.5, initial_weight=0.0))
     lagrangian.update(-100.0)
     lagrangian.update(1.0)
     assert lagrangian.weight == pytest.approx(0.5, rel=1e-12)
@@ -73,9 +74,7 @@ def test_gains_cannot_lead_outside_the_bounds() -> None:
 def test_proportional_gain_damps_the_oscillation_of_dual_ascent() -> None:
     def overshoot(gain: float) -> float:
         # A policy whose violation falls as fast as the weight is above 1, and rises below it.
-        lagrangian = Lagrangian(
-            LagrangianConfig(**LINEAR | {"proportional_gain": gain}, learning_rate=0.1, initial_weight=0.0)
-        )
+        lagrangian = Lagrangian(linear(proportional_gain=gain, learning_rate=0.1, initial_weight=0.0))
         violation, lowest = 1.0, 1.0
         for _ in range(200):
             lagrangian.update(violation)
@@ -156,9 +155,7 @@ def test_weight_of_zero_is_refused_in_the_logarithm() -> None:
 
 
 def test_in_the_logarithm_every_gain_multiplies() -> None:
-    lagrangian = Lagrangian(
-        LagrangianConfig(**RAW, learning_rate=0.5, initial_weight=2.0, proportional_gain=2.0, derivative_gain=10.0)
-    )
+    lagrangian = Lagrangian(raw(learning_rate=0.5, initial_weight=2.0, proportional_gain=2.0, derivative_gain=10.0))
     assert lagrangian.weight == 2.0
     lagrangian.update(0.2)
     assert lagrangian.weight == pytest.approx(2 * math.exp(0.5 * 0.2 + 2 * 0.2), rel=1e-12)
@@ -179,7 +176,7 @@ def test_weight_leaves_its_bound_in_the_logarithm_at_once(violation: float, boun
 
 
 def test_gains_see_the_running_mean_of_the_violations() -> None:
-    lagrangian = Lagrangian(LagrangianConfig(**LINEAR | {"smoothing": 0.75}, learning_rate=1.0))
+    lagrangian = Lagrangian(linear(smoothing=0.75, learning_rate=1.0))
     lagrangian.update(0.4)  # the first is its own mean
     assert lagrangian.weight == pytest.approx(1.4, rel=1e-12)
     lagrangian.update(-0.4)  # 0.75 * 0.4 - 0.25 * 0.4 = 0.2
