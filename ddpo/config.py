@@ -116,3 +116,38 @@ class DDPOConfig:
     def trained_steps(self) -> int:
         """Steps of each sample that an update trains on."""
         return max(1, round(self.steps * self.timestep_fraction))
+
+    def check_shares(self, processes: int, *, concept_images: int, with_erasure: bool) -> None:
+        """Checks that a round divides evenly among processes, updates and batches.
+
+        Args:
+            processes: How many there are.
+            concept_images: Images of the concept that a round draws.
+            with_erasure: Whether there is an erasure constraint, on images or not.
+
+        Raises:
+            ValueError: It does not.
+        """
+        updates, images = self.updates_per_round, self.images_per_prompt
+        names = ("samples_per_round", "erasure_samples_per_round") if with_erasure else ("samples_per_round",)
+        for name in names:
+            count = getattr(self, name)
+            if count % (updates * processes):
+                raise ValueError(
+                    f"DDPOConfig.{name} must divide evenly among updates_per_round={updates} times {processes} "
+                    f"processes, got {count}"
+                )
+            if count % images:
+                raise ValueError(f"DDPOConfig.{name} must divide by images_per_prompt={images}, got {count}")
+        samples = (self.samples_per_round + concept_images) // processes
+        if samples % self.sampling_batch_size:
+            raise ValueError(
+                f"DDPOConfig.sampling_batch_size must divide the {samples} samples that a process draws in a round, "
+                f"got {self.sampling_batch_size}"
+            )
+        pairs = samples // updates * self.trained_steps
+        if pairs % self.minibatch_size:
+            raise ValueError(
+                f"DDPOConfig.minibatch_size must divide the {pairs} pairs of sample and step that a process trains on "
+                f"in an update, got {self.minibatch_size}"
+            )

@@ -129,7 +129,7 @@ class DDPOTrainer:
         self.erasure = erasure
         self.floor = floor
         if floor is not None and erasure is None:
-            raise ValueError("floor must go with an erasure, whose cost is what it limits, got erasure=None")
+            raise ValueError("floor must come with an erasure, which is lowered subject to it, got none")
         if isinstance(floor, ReferenceDivergence) and cfg.kl_weight:
             raise ValueError(
                 f"DDPOConfig.kl_weight must be 0 where floor is a ReferenceDivergence, got {cfg.kl_weight}"
@@ -175,32 +175,9 @@ class DDPOTrainer:
             ValueError: A round does not divide evenly among processes, updates and batches, or the erasure objective
                 cannot work with this policy.
         """
-        cfg, processes = self.config, run.num_processes
-        counts = {"samples_per_round": cfg.samples_per_round}
-        if self.erasure is not None:
-            counts["erasure_samples_per_round"] = cfg.erasure_samples_per_round
-        for name, count in counts.items():
-            if count % (cfg.updates_per_round * processes):
-                raise ValueError(
-                    f"DDPOConfig.{name} must divide evenly among updates_per_round={cfg.updates_per_round} times "
-                    f"{processes} processes, got {count}"
-                )
-            if count % cfg.images_per_prompt:
-                raise ValueError(
-                    f"DDPOConfig.{name} must divide by images_per_prompt={cfg.images_per_prompt}, got {count}"
-                )
-        samples = (cfg.samples_per_round + self._of_concept) // processes
-        if samples % cfg.sampling_batch_size:
-            raise ValueError(
-                f"DDPOConfig.sampling_batch_size must divide the {samples} samples that a process draws in a round, "
-                f"got {cfg.sampling_batch_size}"
-            )
-        pairs = samples // cfg.updates_per_round * cfg.trained_steps
-        if pairs % cfg.minibatch_size:
-            raise ValueError(
-                f"DDPOConfig.minibatch_size must divide the {pairs} pairs of sample and step that a process trains on "
-                f"in an update, got {cfg.minibatch_size}"
-            )
+        self.config.check_shares(
+            run.num_processes, concept_images=self._of_concept, with_erasure=self.erasure is not None
+        )
         self.baseline.start(run)
         if isinstance(self.erasure, ObjectiveConstraint):
             self.erasure.prepare(self.policy)

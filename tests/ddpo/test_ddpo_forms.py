@@ -326,7 +326,7 @@ def test_switch_changes_its_phase_by_what_rounds_measure(
 
 
 def test_floor_without_an_erasure_is_refused(policy: DiffusionPolicy, redness: Any, prompts: list[str]) -> None:
-    with pytest.raises(ValueError, match=r"^floor must go with an erasure, .*, got erasure=None$"):
+    with pytest.raises(ValueError, match=r"^floor must come with an erasure, .*, got none$"):
         DDPOTrainer(policy, redness, prompts, floor=RewardFloor())
 
 
