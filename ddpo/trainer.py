@@ -158,14 +158,10 @@ class DDPOTrainer:
         Raises:
             RewardError: The reward failed for good. The samples are kept, and scored when the run is resumed.
         """
-        state: dict[str, Stateful] = dict(self.baseline.state)
-        about: dict[str, Any] = {}
-        if self.erasure is not None:
-            state["lagrangian"] = self.erasure.lagrangian
-            about["erasure"] = self.erasure.description()
-        if self.floor is not None:
-            state["floor"] = self.floor.lagrangian
-            about["floor"] = self.floor.description()
+        constraints = {"erasure": self.erasure, "floor": self.floor}
+        state: dict[str, Stateful] = {name: one.lagrangian for name, one in constraints.items() if one is not None}
+        about = {name: one.description() for name, one in constraints.items() if one is not None}
+        state |= self.baseline.state
         return train(self, run_config, state=state, configs={"ddpo": self.config}, about=about, notes=notes)
 
     def prepare(self, run: TrainingRun) -> None:
@@ -215,7 +211,7 @@ class DDPOTrainer:
             floor_violation = run.mean(self.floor.violation(own, None if references is None else references.rewards))
             self.floor.lagrangian.update(floor_violation)
         if self.early_stopping is not None and self.erasure is not None:
-            self.early_stopping.note_cost(violation)
+            self.early_stopping.note_cost(violation if self.floor is None else max(violation, floor_violation))
         if run.iteration % cfg.pictures_every == 0:
             prompts = [prompt for part in requests for prompt in part.my_prompts]
             shown = slice(len(scored.pictures))
