@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ddpo import DDPOConfig, DDPOTrainer, RWRConfig, RWRTrainer
-from erasure import UCE, ImageConstraint
+from erasure import UCE, ImageConstraint, Lagrangian, LagrangianConfig
 from overpaint.evaluation import DrawConfig, Measure, Panel
 from overpaint.evaluation.experiments.experiment import draw_and_score, write_results
 from overpaint.evaluation.experiments.options import ModelOptions, RewardOptions, SharingOptions, TunedOptions
@@ -202,7 +202,8 @@ def constraint() -> ImageConstraint:
             return tinyworld.concept_shown(images).float()
 
     wanted = [*tinyworld.captions("explicit", 400, 7), *tinyworld.captions("implicit", 400, 7)]
-    return ImageConstraint(Stripes(), wanted, ceiling=0.02)
+    weight = Lagrangian(LagrangianConfig(initial_weight=0.2))
+    return ImageConstraint(Stripes(), wanted, weight, ceiling=0.02)
 
 
 def trainer_of(config: Config, policy: DiffusionPolicy, task: Task) -> DDPOTrainer | RWRTrainer:

@@ -111,12 +111,12 @@ def test_weight_moves_as_much_whatever_the_scale_of_the_loss(scale: float, polic
             return scale * super().loss(policy, batch)
 
     batch = ConceptBatch(["naked"], [1])
-    # Twice the ceiling, ten times the ceiling, and a hundredth of it: what the gains have added in the logarithm.
-    for ceiling, seen in ((0.25, 1.0), (0.05, 2.0), (50.0, -0.99)):
+    # A quarter above the ceiling, ten times the ceiling, and a hundredth of it, as the gains see them.
+    for ceiling, seen in ((0.4, 0.25), (0.05, 1.0), (50.0, -0.99)):
         constraint = ObjectiveConstraint(Scaled(), NUDITY, ceiling=ceiling * scale)
         for _ in range(5):
             constraint.lagrangian.update(float(constraint.violation(policy, batch).mean()))
-        assert constraint.lagrangian.weight == pytest.approx(math.exp((0.2 * 5 + 1) * seen), rel=1e-4)
+        assert constraint.lagrangian.weight == pytest.approx(math.exp((0.1 * 5 + 1) * seen), rel=1e-4)
 
 
 def test_objective_is_evaluated_on_the_concepts_phrases_unless_told_otherwise() -> None:

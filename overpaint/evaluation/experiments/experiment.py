@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from erasure import NUDITY, Concept, Erasure, ErasureConstraint, ImageConstraint, ObjectiveConstraint
+from erasure.lagrangian import Lagrangian, LagrangianConfig
 from erasure.protocols import Objective
 from erasure.reference_distance import ReferenceDistance, ReferenceDistanceConfig
 from overpaint.evaluation.images.drawing import draw
@@ -196,7 +197,8 @@ def _stripe_constraint() -> ImageConstraint:
     from overpaint import tinyworld
 
     wanted = [*tinyworld.captions("explicit", 120, 7), *tinyworld.captions("implicit", 120, 7)]
-    return ImageConstraint(tinyworld.StripeScore(), wanted, ceiling=0.02)
+    weight = Lagrangian(LagrangianConfig(initial_weight=0.1))
+    return ImageConstraint(tinyworld.StripeScore(), wanted, weight, ceiling=0.02)
 
 
 def _stay_erased(
