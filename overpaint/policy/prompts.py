@@ -61,8 +61,23 @@ class PromptEncoder:
     def __call__(self, prompts: Sequence[str]) -> Conditioning:
         """Returns the prompts encoded, on the text encoder's device; gradients reach only what `replaced` put there."""
         texts, device = check_prompts(prompts), self.text_encoder.device
-        rows = [self._replaced[text] if text in self._replaced else self._encode(text) for text in texts]
+        rows = [self._replaced[text] if text in self._replaced else self.plain(text) for text in texts]
         return Conditioning(tuple(texts), torch.stack([row.to(device) for row in rows]))
+
+    def plain(self, prompt: str) -> Float[Tensor, "tokens dim"]:
+        """Returns the encoding of a prompt's own words, whatever `replaced` puts in its place; on the CPU."""
+        if prompt in self._cache:
+            self._cache.move_to_end(prompt)
+            return self._cache[prompt]
+        self._tell_if_cut(prompt)
+        padded = self.tokenizer.pad(
+            {"input_ids": [self.read(prompt)]}, padding="max_length", max_length=self.room, return_tensors="pt"
+        ).to(self.text_encoder.device)
+        mask = padded["attention_mask"] if getattr(self.text_encoder.config, "use_attention_mask", False) else None
+        self._cache[prompt] = self.run(padded["input_ids"], mask)[0][0].cpu()
+        if len(self._cache) > CACHED_PROMPTS:
+            self._cache.popitem(last=False)
+        return self._cache[prompt]
 
     @contextmanager
     def replaced(self, rows: Mapping[str, Float[Tensor, "tokens dim"]]) -> Generator[None]:
@@ -119,20 +134,6 @@ class PromptEncoder:
         """Empties the cache; needed after the text encoder's weights have changed."""
         self._cache.clear()
         self._empty = None
-
-    def _encode(self, prompt: str) -> Float[Tensor, "tokens dim"]:
-        if prompt in self._cache:
-            self._cache.move_to_end(prompt)
-            return self._cache[prompt]
-        self._tell_if_cut(prompt)
-        padded = self.tokenizer.pad(
-            {"input_ids": [self.read(prompt)]}, padding="max_length", max_length=self.room, return_tensors="pt"
-        ).to(self.text_encoder.device)
-        mask = padded["attention_mask"] if getattr(self.text_encoder.config, "use_attention_mask", False) else None
-        self._cache[prompt] = self.run(padded["input_ids"], mask)[0][0].cpu()
-        if len(self._cache) > CACHED_PROMPTS:
-            self._cache.popitem(last=False)
-        return self._cache[prompt]
 
     def _tell_if_cut(self, prompt: str) -> None:
         """Warns of a prompt that is cut off, once."""
