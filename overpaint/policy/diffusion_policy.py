@@ -12,6 +12,7 @@ import copy
 from collections.abc import Callable, Generator, Mapping, Sequence, Sized
 from contextlib import contextmanager
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Unpack, cast
 
 import torch
@@ -378,9 +379,13 @@ class DiffusionPolicy:
         """Puts back what `trainable_state` gave; a `ValueError` where names or shapes differ leaves all as it was."""
         self._trained.load_state(state)
 
-    def remember_reference(self) -> None:
-        """Makes the present weights the reference policy; that of a LoRA is the UNet beneath it anyway."""
-        self._trained.remember()
+    def remember_reference(self, others: Mapping[str, Tensor] = MappingProxyType({})) -> None:
+        """Makes the present weights the reference policy; that of a LoRA is the UNet beneath it anyway.
+
+        `others` are values that some of the UNet's weights have in the reference instead, by their plain names; a
+        `ValueError` refuses what does not fit.
+        """
+        self._trained.remember(others)
 
     def student_copy(self, train: str) -> "DiffusionPolicy":
         """Returns a policy that draws the same, with a UNet of its own, in float32, of which a named set is trained.
