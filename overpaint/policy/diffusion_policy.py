@@ -382,14 +382,15 @@ class DiffusionPolicy:
         """Makes the present weights the reference policy; that of a LoRA is the UNet beneath it anyway."""
         self._trained.remember()
 
-    def student_copy(self, train: str) -> "DiffusionPolicy":
-        """Returns a policy that draws the same, with a UNet of its own, in float32, of which a named set is trained.
+    def student_copy(self, train: str | LoRAConfig) -> "DiffusionPolicy":
+        """Returns a policy that draws the same, with a UNet of its own, in float32; a named set or a LoRA is trained.
 
         Text encoder and VAE are shared. A LoRA is added in. `network` and gradient checkpointing are a new policy's.
         """
         plain = self._plain()
         plain.unet = copy.deepcopy(plain.unet).float()
-        student = DiffusionPolicy(plain, train=train, dtype=None, device=self.device)
+        lora, names = (train, None) if isinstance(train, LoRAConfig) else (None, train)
+        student = DiffusionPolicy(plain, lora=lora, train=names, dtype=None, device=self.device)
         student.prompts, student.guard = self.prompts, self.guard
         return student
 
