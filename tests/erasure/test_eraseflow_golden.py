@@ -50,7 +50,9 @@ def encoded(name: str) -> Conditioning:
 
 def stored() -> Trajectory:
     latents = CASE.tensors["latents"]
-    return Trajectory(latents, torch.zeros(len(latents), STEPS), CASE.tensors["timesteps"].long(), encoded("emb_target"))
+    return Trajectory(
+        latents, torch.zeros(len(latents), STEPS), CASE.tensors["timesteps"].long(), encoded("emb_target")
+    )
 
 
 def chosen(steps: list[int]) -> Tensor:

@@ -9,6 +9,7 @@ from golden_case import GOLDEN
 
 from tests.erasure.erasure_case import TINY_SD, ErasureCase
 
+
 @pytest.fixture
 def stored(shared: Path) -> Path:
     return shared / "golden" / "erasure"

@@ -52,8 +52,9 @@ ANCHOR_OF_NUDITY = "fully dressed"
 
 @settings
 class EraseFlowConfig:
-    """Settings of EraseFlow; the authors' for nudity by default, but for what draws trajectories, what is retained and
-    the level, for which see `released`.
+    """Settings of EraseFlow; the authors' for nudity by default, with three exceptions.
+
+    What draws trajectories, what is retained and the level are ours; `released` has the authors'.
     """
 
     train: str | LoRAConfig = LoRAConfig(rank=4, alpha=4.0)
@@ -109,8 +110,8 @@ class EraseFlowConfig:
     anchor, and the authors' "fully dressed" for `NUDITY`."""
 
     anchors: tuple[Text, ...] | None = Field(None, min_length=1)
-    """Prompts without the concept, which a phrase that is the concept's words alone is put into; the trajectory is then
-    drawn for the prompt without it. None takes such a phrase as it is, with `anchor` for its trajectory."""
+    """Prompts without the concept, which a phrase that is the concept's words alone is put into, before `anchor` takes
+    its place there. None takes such a phrase as it is."""
 
     templates: tuple[str, ...] = Field(("{concept} {anchor}", "{anchor} {concept}"), min_length=1)
     """How such a phrase is put into one of the `anchors`; each is as likely as any other."""

@@ -22,7 +22,7 @@ class LogPartition:
     @property
     def value(self) -> float:
         """The present value."""
-        return float(self._parameter)
+        return float(self._parameter.detach())
 
     def step(self, gradient: float) -> None:
         """Takes a step against the loss's derivative, clipped to 1; none where it is not finite."""

@@ -23,23 +23,23 @@ def pair_of(
 ) -> Pair:
     """Returns the pair of a prompt that elicits the concept.
 
-    Its anchor is the same prompt with the anchor's words in the place of the concept's; a prompt that says nothing but
-    the concept is put into one of several anchor prompts, where there are any.
+    Its anchor is the same prompt with the anchor's words in the place of the concept's, or those alone where it has
+    none of them. A prompt that says nothing but the concept is put into one of several others before, where there are
+    any.
 
     Args:
         prompt: The target.
         concept: Its phrases that hold no other are its words.
         anchor: What takes the place of the words; blank leaves them out.
-        anchors: Prompts without the concept.
-        templates: How a prompt that is the concept's words alone is put into one of the anchors.
+        anchors: Prompts without the concept, which such a prompt is put into.
+        templates: How it is put there.
         choice: Chooses anchor and template.
     """
     left = replaced(prompt, concept, "")
-    if left == " ".join(prompt.split()):  # without a word of the concept, whose place could be taken
+    if left == " ".join(prompt.split()):  # no word of the concept is in it whose place could be taken
         return Pair(prompt, anchor.strip())
-    if not re.search(r"\w", left) and anchors:
-        chosen = choice.choice(anchors)
-        return Pair(choice.choice(templates).format(concept=prompt, anchor=chosen), chosen)
+    if anchors and not re.search(r"\w", left):
+        prompt = choice.choice(templates).format(concept=prompt, anchor=choice.choice(anchors))
     return Pair(prompt, replaced(prompt, concept, anchor.strip()))
 
 
