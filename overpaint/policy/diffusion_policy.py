@@ -387,14 +387,15 @@ class DiffusionPolicy:
         """
         self._trained.remember(others)
 
-    def student_copy(self, train: str) -> "DiffusionPolicy":
-        """Returns a policy that draws the same, with a UNet of its own, in float32, of which a named set is trained.
+    def student_copy(self, train: str | LoRAConfig) -> "DiffusionPolicy":
+        """Returns a policy that draws the same, with a UNet of its own, in float32; a named set or a LoRA is trained.
 
         Text encoder and VAE are shared. A LoRA is added in. `network` and gradient checkpointing are a new policy's.
         """
         plain = self._plain()
         plain.unet = copy.deepcopy(plain.unet).float()
-        student = DiffusionPolicy(plain, train=train, dtype=None, device=self.device)
+        lora, names = (train, None) if isinstance(train, LoRAConfig) else (None, train)
+        student = DiffusionPolicy(plain, lora=lora, train=names, dtype=None, device=self.device)
         student.prompts, student.guard = self.prompts, self.guard
         return student
 
