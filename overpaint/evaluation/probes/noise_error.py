@@ -16,6 +16,8 @@ from erasure.methods.sld import SLDGuard
 from overpaint.policy import ClassifierFree, Conditioning, DiffusionPolicy
 from overpaint.policy.types import Latents, PerSample
 
+from .probe import ProbeTask
+
 UNGUIDED = ClassifierFree(1.0)
 """The prediction for the prompt alone, which a guard changes as it changes guided ones."""
 
@@ -49,3 +51,8 @@ def single_steps(policy: DiffusionPolicy) -> Generator[None]:
 def generator_of(about: str, seed: int) -> torch.Generator:
     """Returns a generator that draws for a purpose, other numbers than those that images begin with."""
     return torch.Generator().manual_seed(random.Random(f"{about}-{seed}").getrandbits(63))
+
+
+def picture_latents(task: ProbeTask) -> Latents:
+    """Returns the latents of the task's pictures, encoded once."""
+    return task.once("latents of the pictures", lambda: task.original.encode_images(task.pictures))

@@ -24,11 +24,11 @@ from torch import Tensor
 from overpaint.policy import DiffusionPolicy
 from overpaint.policy.noise import draw_noise
 from overpaint.policy.soft_prompts import soft_texts
-from overpaint.policy.types import Images, Latents
+from overpaint.policy.types import Images
 from overpaint.settings import Field, settings
 from overpaint.training.logging import progress_bar
 
-from .noise_error import generator_of, noise_error, single_steps
+from .noise_error import generator_of, noise_error, picture_latents, single_steps
 from .probe import Attempt, ProbeTask
 
 
@@ -103,7 +103,7 @@ class PromptAttack:
         self.policy, self.task, self.tokens, self.config, self.name = policy, task, tokens, config, name
         self.optimizer = torch.optim.Adam([tokens.free], lr=config.learning_rate, weight_decay=config.weight_decay)
         self.generators = [generator_of(name, seed) for seed in task.seeds]
-        self.clean: Latents = task.once("latents", lambda: task.original.encode_images(task.pictures))
+        self.clean = picture_latents(task)
 
     def run(self, variant: str) -> Attempt:
         """Attacks all prompts that do not show the concept by themselves."""

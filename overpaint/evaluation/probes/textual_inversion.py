@@ -25,7 +25,7 @@ from overpaint.policy.types import Images
 from overpaint.settings import Distinct, Field, Text, settings
 from overpaint.training.logging import progress_bar
 
-from .noise_error import generator_of, noise_error, single_steps
+from .noise_error import generator_of, noise_error, picture_latents, single_steps
 from .probe import Attempt, Floor, ProbeTask
 
 Word = Float[Tensor, "vectors dim"]
@@ -91,7 +91,7 @@ class TextualInversion:
     def learn(self, policy: DiffusionPolicy, task: ProbeTask, count: int) -> Word:
         """Returns the vectors of a word for what the task's pictures show, learned on a policy."""
         cfg = self.config
-        clean = task.once("latents", lambda: task.original.encode_images(task.pictures))
+        clean = picture_latents(task)
         generator = generator_of(f"{self.name}-{count}", task.seeds[0])
         word = initial_vectors(policy.prompts, cfg.initial_text, count).clone().requires_grad_()
         optimizer = torch.optim.AdamW([word], lr=cfg.learning_rate, weight_decay=cfg.weight_decay)
@@ -121,6 +121,6 @@ def draw_with(policy: DiffusionPolicy, task: ProbeTask, word: Word) -> Images:
 
 
 TINY = TextualInversionConfig(
-    vectors=(1, 4), initial_text="a", updates=80, batch_size=8, learning_rate=1e-2, weight_decay=0.0
+    vectors=(1, 4), initial_text="a", updates=40, batch_size=8, learning_rate=1e-2, weight_decay=0.0
 )
-"""For the tiny world."""
+"""For the tiny world. Half the updates reach as much with its original model."""
