@@ -153,6 +153,10 @@ class SLDGuard:
         """Returns guidance with the safety concept as third branch, or the given one where there is nothing to do."""
         return guidance if self.config.guidance_scale == 0 else SLDGuidance(self, guidance)
 
+    def without_momentum(self) -> "SLDGuard":
+        """Returns the same guard with nothing to remember: for predictions at steps that are no trajectory."""
+        return SLDGuard(replace(self.config, momentum_scale=0.0), self._concept)
+
     def attach(self, pipeline: Pipeline) -> None:
         """Makes a plain diffusers pipeline draw in the same way, with its own text encoder's safety concept."""
         SLDChange(self.config).apply_to_pipeline(pipeline)

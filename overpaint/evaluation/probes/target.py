@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from erasure import Concept
 from overpaint.policy import DiffusionPolicy
@@ -49,11 +50,12 @@ class ProbeTarget:
     """Denoising steps of a whole image."""
     guidance_scale: float = 7.5
     """Classifier-free guidance."""
+    _tasks: dict[tuple[Any, ...], ProbeTask] = field(default_factory=dict, repr=False, compare=False)
 
     def task(
         self, original: DiffusionPolicy, *, count: int, seed: int, floor: Floor | None = None, progress: bool = True
     ) -> ProbeTask:
-        """Returns the task of the concept, or of a floor.
+        """Returns the task of the concept, or of a floor; the same one again, with what was made for it once.
 
         Args:
             original: The model before it was erased.
@@ -65,6 +67,12 @@ class ProbeTarget:
         Raises:
             ValueError: There is nothing foreign for a floor that wants it.
         """
+        key = id(original), count, seed, floor, progress
+        if key not in self._tasks:
+            self._tasks[key] = self._made(original, count, seed, floor, progress)
+        return self._tasks[key]
+
+    def _made(self, original: DiffusionPolicy, count: int, seed: int, floor: Floor | None, progress: bool) -> ProbeTask:
         prompts = tuple(self.prompts("explicit", count, seed))
         templates = tuple(self.template(prompt) for prompt in prompts)
         benign = tuple(without_place(template) for template in templates)
