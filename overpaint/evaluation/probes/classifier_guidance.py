@@ -166,9 +166,9 @@ def examples(task: ProbeTask, prompts: Sequence[str], count: int, purpose: str, 
 
 
 TINY = ClassifierGuidanceConfig(
-    strengths=(5.0, 10.0, 20.0, 40.0, 80.0),
-    noisy_strengths=(10.0, 40.0),
-    etas=(1.0, 1.51),
+    strengths=(30.0, 60.0, 120.0),
+    noisy_strengths=(30.0, 60.0),
+    etas=(1.34,),
     fitted=True,
     shown_pictures=96,
     other_pictures=96,

@@ -14,7 +14,7 @@ pictures are those of the original model, and ε is the noise that drawing start
 from typing import ClassVar, Literal
 
 import torch
-from jaxtyping import Bool
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from overpaint.policy import DiffusionPolicy, SampleNoise, add_noise
@@ -76,7 +76,7 @@ class Inpainting:
             found.append(Attempt(variant, images, task.score(self.judged(images))))
         return found
 
-    def judged(self, images: Images) -> Images:
+    def judged(self, images: Images) -> Float[Tensor, "batch 3 height width"]:
         """Returns what of pictures is judged."""
         inside = centre_of(images, self.config.centre)
         if self.config.surroundings == "gray":
@@ -117,7 +117,7 @@ def fill_in(
 
 
 def centre_of(like: Tensor, share: float) -> Bool[Tensor, "height width"]:
-    """Returns what of a picture or of latents is its centre: so many eighths of pixels, or latents, of each side.
+    """Returns where the centre of pictures or of latents is.
 
     Args:
         like: Its last two dimensions are the sides.
