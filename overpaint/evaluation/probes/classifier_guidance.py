@@ -12,7 +12,7 @@ Departures: theirs is trained on photographs of ImageNet; here the original mode
 the concept's prompts and for benign ones, so that the probe needs nothing but the two models and the detector. Each way
 of drawing has a seed of its own, as in `noise`.
 
-Added here, for the tiny world by default: `fitted` draws with one way only, that which is the smallest that brings the
+Added here, and used in the tiny world: `fitted` draws with one way only, that which is the smallest that brings the
 concept best into pictures of *benign* prompts by the original model; what is under test has no part in it. With the
 concept's prompts the original shows it at any strength. Where no way brings anything, as on a floor, all are tried, and
 the best picture counts: that floor is no lower than the floor of any one way.
@@ -38,7 +38,7 @@ class ClassifierGuidanceConfig:
     """Settings of classifier guidance; by default those of "When are concepts erased"."""
 
     strengths: Distinct[float] = tuple(float(strength) for strength in range(25, 194, 7))
-    """Strengths (s) without noise; 25 in their file, 24 in the paper. None leaves this variant out."""
+    """Strengths (s) without noise; 25 in their file, 24 in the paper."""
 
     noisy_strengths: Distinct[float] = (30.0, 50.0, 75.0, 125.0)
     """Strengths with noise; each is tried with each of `etas`."""

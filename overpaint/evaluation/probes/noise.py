@@ -16,7 +16,7 @@ stands beside it.
 
 from collections.abc import Callable, Sequence
 from itertools import product
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 import torch
 
@@ -79,18 +79,17 @@ class Noise:
         ]
 
 
-class Way:
-    """One way of drawing all of a task's prompts.
+class Way(NamedTuple):
+    """One way of drawing."""
 
-    Args:
-        eta: Share of the noise of ancestral sampling; 0 is deterministic.
-        scale: Factor of the noise that is added.
-        purpose: What its seeds are known by, see `seed_of`; None draws with the attempts' own.
-        strength: Factor of what is added to each noise prediction.
-    """
-
-    def __init__(self, eta: float, scale: float = 1.0, purpose: str | None = None, strength: float = 0.0) -> None:
-        self.eta, self.scale, self.purpose, self.strength = eta, scale, purpose, strength
+    eta: float
+    """Share of the noise of ancestral sampling; 0 is deterministic."""
+    scale: float = 1.0
+    """Factor of the noise that is added."""
+    purpose: str | None = None
+    """What its seeds are known by, see `seed_of`; None draws with the attempts' own."""
+    strength: float = 0.0
+    """Factor of what is added to each noise prediction."""
 
     def seed(self, seed: int) -> int:
         """Returns the seed of an attempt in this way."""
@@ -117,16 +116,9 @@ def draw_ways(
     jobs = [(way, place) for way in ways for place in range(count)]
     for first in progress_bar(range(0, len(jobs), batch_size), desc=desc, shown=task.progress, leave=False):
         part = jobs[first : first + batch_size]
-        latents = sample_with_noise(
-            policy,
-            policy.encode([prompts[place] for _, place in part]),
-            task,
-            seeds=[way.seed(task.seeds[place]) for way, place in part],
-            etas=torch.tensor([way.eta for way, _ in part], device=policy.device),
-            scales=torch.tensor([way.scale for way, _ in part], device=policy.device),
-            strengths=torch.tensor([way.strength for way, _ in part], device=policy.device),
-            push=push,
-        )
+        conditioning = policy.encode([prompts[place] for _, place in part])
+        chosen, seeds = [way for way, _ in part], [task.seeds[place] for _, place in part]
+        latents = sample_with_noise(policy, conditioning, task, chosen, seeds, push)
         images.append(policy.decode(latents))
     return list(torch.cat(images).split(count))
 
@@ -135,16 +127,18 @@ def sample_with_noise(
     policy: DiffusionPolicy,
     conditioning: Conditioning,
     task: ProbeTask,
-    *,
+    ways: Sequence[Way],
     seeds: Sequence[int],
-    etas: PerSample,
-    scales: PerSample,
-    strengths: PerSample,
     push: Push | None = None,
 ) -> Latents:
-    """Denoises from noise with the task's steps and guidance, each sample with an η, v and strength of its own."""
-    plan, side = policy.schedules.plan(task.steps, policy.device), policy.sample_size
-    noise = SampleNoise(seeds, height=side, width=side, device=policy.device)
+    """Denoises from noise with the task's steps and guidance, each sample in a way of its own, by an attempt's seed."""
+    plan, side, device = policy.schedules.plan(task.steps, policy.device), policy.sample_size, policy.device
+    etas, scales, strengths = (
+        torch.tensor(values, device=device)
+        for values in zip(*((way.eta, way.scale, way.strength) for way in ways), strict=True)
+    )
+    own = [way.seed(seed) for way, seed in zip(ways, seeds, strict=True)]
+    noise = SampleNoise(own, height=side, width=side, device=device)
     latents = noise.draw()
     for step in range(task.steps):
         clean = policy.predict_clean(latents, conditioning, step=step, steps=task.steps, guidance=task.guidance)
@@ -185,5 +179,5 @@ def noisy_step(
     return on_clean * clean + on_epsilon * epsilon + on_noise * noise
 
 
-TINY = NoiseConfig(etas=(1.0, 1.34, 1.85), scales=(1.0, 1.04))
-"""For the tiny world: six pictures of a prompt."""
+TINY = NoiseConfig(etas=(1.0, 1.34, 1.85), scales=(1.0,))
+"""For the tiny world: three pictures of a prompt, as each η alone brings the original's stripes into every picture."""

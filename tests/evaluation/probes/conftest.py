@@ -19,7 +19,7 @@ def make_task() -> Callable[..., ProbeTask]:
     def make(original: DiffusionPolicy, **fields: Any) -> ProbeTask:
         count = fields.pop("count", 2)
         prompts = PROMPTS[:count]
-        given = {
+        given: dict[str, Any] = {
             "original": original,
             "concept": Concept(name="stripes", phrases=("striped",)),
             "prompts": prompts,

@@ -77,21 +77,21 @@ def test_a_push_moves_the_prediction_by_its_strength(
     policy: DiffusionPolicy, make_task: Callable[..., ProbeTask]
 ) -> None:
     task = make_task(policy, steps=1)
-    conditioning, given = policy.encode(task.prompts), {"seeds": task.seeds, "etas": torch.zeros(2)}
-    given |= {"scales": torch.ones(2)}
-    with torch.no_grad():
-        plain, pushed = (
-            sample_with_noise(
-                policy, conditioning, task, strengths=torch.tensor([0.0, strength]),
-                push=lambda latents, alphas: torch.ones_like(latents), **given,
+    conditioning = policy.encode(task.prompts)
+
+    def pushed(strength: float) -> torch.Tensor:
+        ways = [Way(0.0), Way(0.0, strength=strength)]
+        with torch.no_grad():
+            return sample_with_noise(
+                policy, conditioning, task, ways, task.seeds, lambda latents, alphas: torch.ones_like(latents)
             )
-            for strength in (0.0, 0.5)
-        )  # fmt: skip
+
+    plain, moved = pushed(0.0), pushed(0.5)
     plan = policy.schedules.plan(1, policy.device)
     level, previous = plan.alphas[0], plan.previous_alphas[0]
     by = 0.5 * ((1 - previous).sqrt() - previous.sqrt() * ((1 - level) / level).sqrt())
-    torch.testing.assert_close(pushed[1] - plain[1], by.expand(4, 8, 8), rtol=1e-4, atol=1e-5)
-    assert torch.equal(pushed[0], plain[0])
+    torch.testing.assert_close(moved[1] - plain[1], by.expand(4, 8, 8), rtol=1e-4, atol=1e-5)
+    assert torch.equal(moved[0], plain[0])
 
 
 def test_the_smallest_strength_that_reaches_the_best_rate_is_chosen_on_the_original(

@@ -20,13 +20,13 @@ from overpaint.policy import DiffusionPolicy, LoRAConfig
 
 STRIPED = Concept(name="stripes", phrases=("striped",))
 PROBES: dict[str, tuple[Any, Any]] = {
-    "completion": (Completion, CompletionConfig(steps_before=(1, 2), noised_to=(100, 700))),
+    "completion": (Completion, CompletionConfig(steps_before=(2,), noised_to=(700,))),
     "inpainting": (Inpainting, InpaintingConfig()),
-    "noise": (Noise, NoiseConfig(etas=(1.0, 1.85), scales=(1.0, 1.04))),
+    "noise": (Noise, NoiseConfig(etas=(1.85,), scales=(1.0, 1.04))),
     "classifier-guidance": (
         ClassifierGuidance,
         ClassifierGuidanceConfig(
-            strengths=(5.0, 50.0),
+            strengths=(50.0,),
             noisy_strengths=(20.0,),
             etas=(1.34,),
             shown_pictures=4,
@@ -37,10 +37,10 @@ PROBES: dict[str, tuple[Any, Any]] = {
 }
 ROWS = {
     # Of two attempts in three steps: two branches with words, one with the empty prompt.
-    "completion": 2 * (2 + 1) * (2 + 1 + 3 + 1),
+    "completion": 2 * (2 + 1) * (1 + 3),
     "inpainting": 2 * 2 * 2 * 3,
-    "noise": 2 * 4 * 2 * 3,
-    "classifier-guidance": 2 * 3 * 2 * 3,
+    "noise": 2 * 2 * 2 * 3,
+    "classifier-guidance": 2 * 2 * 2 * 3,
 }
 GUARDS = {
     "SLD": SLD(SLDConfig(warmup_steps=0, guidance_scale=50.0, threshold=1.0)),  # with momentum
