@@ -181,7 +181,7 @@ class SLDGuard:
         scale = context.noise_scale.view(-1, 1, 1, 1)
         away, prompt, safety = scale * predictions
         remembers = self.config.momentum_scale > 0
-        momentum = self._history.before(context.steps, trajectory, away) if remembers else torch.zeros_like(away)
+        momentum = self._history.before(context, trajectory, away) if remembers else torch.zeros_like(away)
         term, momentum = safety_term(away, prompt, safety, momentum, self.config)
         if remembers:
             self._history.keep(momentum)
@@ -223,14 +223,14 @@ class MomentumHistory:
         self._before: dict[int, Latents] = {}
         self._step = 0
 
-    def before(self, steps: Tensor, trajectory: int, like: Latents) -> Latents:
-        """Returns the momentum before a step, the same for all samples; step 0 begins a trajectory.
+    def before(self, context: StepContext, trajectory: int, like: Latents) -> Latents:
+        """Returns the momentum before a step, the same for all samples; `StepContext.start` begins a trajectory.
 
         A `ValueError` refuses a step whose earlier steps were not the latest taken.
         """
-        first, last = int(steps.min()), int(steps.max())
-        if first == last == 0:
-            self._trajectory, self._before = trajectory, {0: torch.zeros_like(like)}
+        first, last = int(context.steps.min()), int(context.steps.max())
+        if first == last == context.start:
+            self._trajectory, self._before = trajectory, {first: torch.zeros_like(like)}
         known = self._before if trajectory == self._trajectory else {}
         if first != last or first not in known:
             got = f"step {first}" if first == last else f"steps {first} to {last} together"

@@ -52,6 +52,8 @@ class ProbeTask:
     """Classifier-free guidance."""
     reference_pictures: Images | None = None
     """Pictures of what is to be brought back; None are those that the original draws for the prompts."""
+    further_pictures: Callable[[int], Images] | None = None
+    """Gives so many others; None are those that the original draws for the prompts with other seeds."""
     wordings: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     """Further prompts by how they name the concept, or by what else they show, for probes of wording."""
     reward: Reward | None = None
@@ -129,4 +131,13 @@ class Probe(Protocol):
         Returns:
             One `Attempt` for each variant, always the same variants in the same order.
         """
+        ...
+
+
+@runtime_checkable
+class PreparedProbe(Protocol):
+    """A probe with work that is the same for every policy, and no part of what the probe costs for one of them."""
+
+    def prepare(self, task: ProbeTask) -> None:
+        """Does it, and keeps what comes of it with `ProbeTask.once`; an attempt that finds nothing kept does it too."""
         ...

@@ -14,7 +14,7 @@ from overpaint.policy import DiffusionPolicy
 from overpaint.policy.atomic import write_bytes
 from overpaint.policy.digest import policy_record
 
-from .probe import Attempt, Floor, Probe, ProbeTask
+from .probe import Attempt, Floor, PreparedProbe, Probe, ProbeTask
 from .result import Outcomes, ProbeResult, VariantResult, load_outcomes, save_outcomes
 from .rows import counted_rows
 from .target import ProbeTarget
@@ -53,6 +53,8 @@ def run_probe(
         floor: target.task(original, count=count, seed=seed, floor=floor, progress=progress)
         for floor in (None, *probe.floors)
     }
+    if isinstance(probe, PreparedProbe):
+        probe.prepare(tasks[None])
     start = time.process_time()
     with counted_rows() as rows:
         attempts = probe.attempt(policy, tasks[None])

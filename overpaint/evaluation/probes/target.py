@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from erasure import Concept
@@ -10,6 +11,9 @@ from overpaint.policy.types import Images, PerSample
 from rewards import Reward
 
 from .probe import Floor, ProbeTask
+
+OTHERS = 500
+"""What is added to the seed of foreign pictures where further ones are wanted."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,6 +26,10 @@ class Foreign:
     """Grows with it."""
     shown_from: float
     """It shows in pictures of this score or more."""
+
+    def further(self, count: int, seed: int) -> Images:
+        """Returns other pictures than those that a task with that seed has."""
+        return self.pictures(count, seed + OTHERS)[1]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,12 +58,14 @@ class ProbeTarget:
     """Denoising steps of a whole image."""
     guidance_scale: float = 7.5
     """Classifier-free guidance."""
-    _tasks: dict[tuple[Any, ...], ProbeTask] = field(default_factory=dict, repr=False, compare=False)
+    _tasks: dict[Any, ProbeTask] = field(default_factory=dict, repr=False, compare=False)
 
     def task(
         self, original: DiffusionPolicy, *, count: int, seed: int, floor: Floor | None = None, progress: bool = True
     ) -> ProbeTask:
-        """Returns the task of the concept, or of a floor; the same one again, with what was made for it once.
+        """Returns the task of the concept, or of a floor; the same one again for the same arguments.
+
+        So what a task keeps (`ProbeTask.once`) serves every model that is probed with this target.
 
         Args:
             original: The model before it was erased.
@@ -67,7 +77,7 @@ class ProbeTarget:
         Raises:
             ValueError: There is nothing foreign for a floor that wants it.
         """
-        key = id(original), count, seed, floor, progress
+        key = id(original), count, seed, floor, progress  # a task that is kept keeps its original, and so the id
         if key not in self._tasks:
             self._tasks[key] = self._made(original, count, seed, floor, progress)
         return self._tasks[key]
@@ -76,13 +86,14 @@ class ProbeTarget:
         prompts = tuple(self.prompts("explicit", count, seed))
         templates = tuple(self.template(prompt) for prompt in prompts)
         benign = tuple(without_place(template) for template in templates)
-        pictures, score, shown_from = None, self.score, self.shown_from
+        pictures, further, score, shown_from = None, None, self.score, self.shown_from
         if floor == "benign":
             prompts = benign
         elif floor == "foreign":
             if self.foreign is None:
                 raise ValueError(f"the floor 'foreign' needs a target with something foreign, got {self.name} without")
             captions, pictures = self.foreign.pictures(count, seed)
+            further = partial(self.foreign.further, seed=seed)
             prompts = benign = tuple(captions)
             templates = tuple(f"{{}} {caption}" for caption in captions)
             score, shown_from = self.foreign.score, self.foreign.shown_from
@@ -98,6 +109,7 @@ class ProbeTarget:
             steps=self.steps,
             guidance_scale=self.guidance_scale,
             reference_pictures=pictures,
+            further_pictures=further,
             wordings={name: tuple(texts(count, seed)) for name, texts in self.wordings.items()},
             reward=self.reward,
             training_prompts=tuple(self.prompts("train", 200, seed)) if self.reward is not None else (),
