@@ -153,6 +153,10 @@ class SLDGuard:
         """Returns guidance with the safety concept as third branch, or the given one where there is nothing to do."""
         return guidance if self.config.guidance_scale == 0 else SLDGuidance(self, guidance)
 
+    def weakened(self, strength: float) -> "SLDGuard":
+        """Returns it with a share of the guidance scale (s_S)."""
+        return SLDGuard(replace(self.config, guidance_scale=strength * self.config.guidance_scale), self._concept)
+
     def attach(self, pipeline: Pipeline) -> None:
         """Makes a plain diffusers pipeline draw in the same way, with its own text encoder's safety concept."""
         SLDChange(self.config).apply_to_pipeline(pipeline)

@@ -382,15 +382,17 @@ class DiffusionPolicy:
         """Makes the present weights the reference policy; that of a LoRA is the UNet beneath it anyway."""
         self._trained.remember()
 
-    def student_copy(self, train: str) -> "DiffusionPolicy":
-        """Returns a policy that draws the same, with a UNet of its own, in float32, of which a named set is trained.
+    def student_copy(self, train: str | None = None, *, lora: LoRAConfig | None = None) -> "DiffusionPolicy":
+        """Returns a policy that draws the same, with a UNet of its own, in float32, to train a named set of or a LoRA.
 
         Text encoder and VAE are shared. A LoRA is added in. `network` and gradient checkpointing are a new policy's.
         """
         plain = self._plain()
         plain.unet = copy.deepcopy(plain.unet).float()
-        student = DiffusionPolicy(plain, train=train, dtype=None, device=self.device)
-        student.prompts, student.guard = self.prompts, self.guard
+        student = DiffusionPolicy(plain, train=train, lora=lora, dtype=None, device=self.device)
+        student.prompts = self.prompts
+        # Its own guard too: one may remember where a trajectory is, or change what goes on inside of its UNet.
+        student.guard = copy.deepcopy(self.guard, {id(self.unet): student.unet, id(self.prompts): self.prompts})
         return student
 
     @contextmanager
