@@ -1,12 +1,12 @@
 """Resurgence: does the concept come back by itself while the model is tuned on something harmless?
 
 Copies of the policy are tuned in three ways, and their rates on prompts of the concept are measured after some updates:
-by the loss of pretraining on benign pictures, with a LoRA and with all weights; and by ReFL, which raises a reward on
-benign prompts, without a constraint.
+by the loss of pretraining on benign pictures, with a LoRA and with all weights; and by ReFL on benign prompts, without
+a constraint.
 
 Source: "Concept resurgence" (2024), https://arxiv.org/abs/2410.08074, where tuning on data that have nothing to do with
-the concept revives it, by LoRA as much as by full tuning. Its settings are not known to us; those here are of diffusers'
-examples of tuning and of ReFL's authors. ReFL is an addition.
+the concept revives it, by LoRA as much as by full tuning. Its settings are not known to us; those here are those of
+diffusers' examples of tuning, and of ReFL's authors. ReFL is an addition.
 """
 
 import tempfile
