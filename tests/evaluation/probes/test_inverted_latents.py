@@ -91,7 +91,7 @@ def test_both_boxes_leave_the_models_as_they_were(make_policy: Make, make_task: 
     with torch.no_grad():
         policy.unet.conv_out.bias += 0.3
     records = policy_record(original), policy_record(policy)
-    with counted_rows(original.unet, policy.unet) as rows:
+    with counted_rows() as rows:
         config = InvertedLatentsConfig(updates=2, batch_size=1)
         white, black = InvertedLatents(config).attempt(policy, make_task(original))
     assert (policy_record(original), policy_record(policy)) == records
