@@ -23,7 +23,7 @@ def target_of(about: Experiment, drawing: DrawConfig) -> ProbeTarget:
     """
     from overpaint import tinyworld
     from overpaint.tinyworld.checkerboard import CHECKER_THRESHOLD, CheckerScore, checkered_scenes
-    from overpaint.tinyworld.probing import WORDINGS, template
+    from overpaint.tinyworld.probing import KEPT, WORDINGS, benign_scenes, kinds, left_open, template
 
     measures = [measure for measure in about.measures if measure.name == CONCEPT_RATE]
     if not measures:
@@ -54,6 +54,10 @@ def target_of(about: Experiment, drawing: DrawConfig) -> ProbeTarget:
         score=score,
         foreign=foreign if stripes else None,
         wordings=WORDINGS if stripes else {kind: texts for kind, texts in own.items() if texts(1, 0)},
+        benign_pictures=benign_scenes if stripes else None,
+        kept=KEPT if stripes else {},
+        left_open=left_open if stripes else None,
+        kinds=kinds if stripes else None,
         reward=about.reward,
         steps=drawing.steps,
         guidance_scale=drawing.guidance_scale,
