@@ -38,7 +38,7 @@ from overpaint.evaluation.experiments.constrained_study import (
 )
 from overpaint.evaluation.experiments.experiment import Experiment, evaluate
 from overpaint.evaluation.experiments.options import OWNED, usual_eraser
-from overpaint.evaluation.experiments.probing import probes_section, target_of
+from overpaint.evaluation.experiments.probing import pictures_of, probes_section, target_of
 from overpaint.evaluation.experiments.program import command_line, settings_from_command_line, usual_beside
 from overpaint.evaluation.experiments.recovery import RecoveryOptions, about_of, check_model, completed, recover
 from overpaint.evaluation.experiments.reward_floor import erase_above_floor
@@ -264,7 +264,7 @@ def report(config: Config, models: Sequence[Model], about: Experiment) -> str:
         ),
         Section("holds", "What holds of the best constrained form", what_holds.html()),
         Section("all", "All models", every.html()),
-        *(probes_section(probe, first, cell_folders(config, first)) for probe in config.probes),
+        *(probe_section(probe, config, first) for probe in config.probes),
     ]
     usual = usual_beside(config, complete, ["policy", "fast"])
     Report(
@@ -285,9 +285,13 @@ def report(config: Config, models: Sequence[Model], about: Experiment) -> str:
     return f"{every.markdown()}\n\n{what_holds.markdown()}\n\n{told}"
 
 
-def cell_folders(config: Config, models: Sequence[Model]) -> list[Path]:
-    """Returns the folders of the probes' pictures of some models."""
-    return [Cell(one.method, one.form, one.seed).folder(config) / "probes" for one in models]
+def probe_section(probe: str, config: Config, models: Sequence[Model]) -> Section:
+    """Returns what a probe found out about some models, with pictures."""
+    cells = {(cell := Cell(one.method, one.form, one.seed)).name: (one, cell) for one in models}
+    folders = {name: cell.folder(config) / "probes" for name, (_, cell) in cells.items()}
+    return probes_section(
+        probe, {name: one.probes[probe] for name, (one, _) in cells.items()}, pictures_of(probe, folders)
+    )
 
 
 def deciding(config: Config) -> dict[str, str]:
