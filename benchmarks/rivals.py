@@ -12,11 +12,13 @@ divergence from the original, each at several bounds. What is finished is kept.
 import json
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from erasure import (
+    ESD,
     FixedWeight,
     ImageConstraint,
     Lagrangian,
@@ -25,7 +27,6 @@ from erasure import (
     RewardFloor,
     Switch,
     WeightController,
-    method_named,
 )
 from erasure.floor import QualityConstraint
 from overpaint import LoRAConfig, TrainingConfig, tinyworld
@@ -116,8 +117,10 @@ def train(run: Run, config: Config) -> None:
         first_reward_step=config.steps // 2, last_reward_step=config.steps - 1, guidance_scale=3.0, reward_scale=0.05,
         evaluate_every=config.iterations,
     )  # fmt: skip
-    esd = method_named("esd", tinyworld.PRESETS["esd"], seed=run.seed)
+    esd = ESD(tinyworld.PRESETS["esd"])
+    esd.config = replace(esd.config, descent=replace(esd.config.descent, seed=run.seed))
     policy = tinyworld.load_policy(lora=LoRAConfig(rank=8, alpha=8))
+    prompts = [*about.prompts("explicit", 120, 7), *about.prompts("implicit", 120, 7)]
     floor: QualityConstraint | None = None
     start = time.process_time()
     if run.name in CONTROLLERS:
@@ -125,12 +128,10 @@ def train(run: Run, config: Config) -> None:
         erasure.apply(policy)
         start = time.process_time()
         weight: WeightController = CONTROLLERS[run.name]()
-        held = about.constraint
-        assert isinstance(held, ImageConstraint), "the tiny world's stripes have a detector"
-        constraint = ImageConstraint(held.cost, held.prompts, weight, ceiling=held.ceiling)
+        assert about.detector is not None, "the tiny world's stripes have one"
+        constraint = ImageConstraint(about.detector.score, prompts, weight, ceiling=about.detector.ceiling)
     else:
         floor = BOUNDS[run.name]()
-        prompts = [*about.prompts("explicit", 120, 7), *about.prompts("implicit", 120, 7)]
         constraint = ObjectiveConstraint(esd, about.concept, prompts, FixedWeight(1.0), ceiling=0.1)
     trainer = ReFLTrainer(
         policy, about.reward, about.prompts("train", 1000, run.seed + 300), refl, erasure=constraint, floor=floor

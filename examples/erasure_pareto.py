@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple, get_args
+from typing import Literal, NamedTuple, get_args
 
 from erasure import Erasure
 from erasure.cache import claim
@@ -100,8 +100,8 @@ class Config(RecoveryOptions):
 class Cell(NamedTuple):
     """One piece of work: a model that is made, measured and probed."""
 
-    method: str
-    """Name of a method, or "original"."""
+    method: MethodName | Literal["original"]
+    """Which, or the model before it is erased."""
     form: FormName
     seed: int
 
@@ -126,7 +126,7 @@ class Cell(NamedTuple):
         if not (folder / "scores.json").is_file() or not all(path.is_file() for path in paths.values()):
             return None
         cost = json.loads((folder / "cost.json").read_text(encoding="utf-8"))
-        probes = {probe: ProbeResult.load(path) for probe, path in paths.items()}
+        probes: dict[str, ProbeResult] = {probe: ProbeResult.load(path) for probe, path in paths.items()}
         return Model(
             self.method,
             self.form,
@@ -287,11 +287,10 @@ def report(config: Config, models: Sequence[Model], about: Experiment) -> str:
 
 def probe_section(probe: str, config: Config, models: Sequence[Model]) -> Section:
     """Returns what a probe found out about some models, with pictures."""
-    cells = {(cell := Cell(one.method, one.form, one.seed)).name: (one, cell) for one in models}
-    folders = {name: cell.folder(config) / "probes" for name, (_, cell) in cells.items()}
-    return probes_section(
-        probe, {name: one.probes[probe] for name, (one, _) in cells.items()}, pictures_of(probe, folders)
-    )
+    folders = {
+        one.scores.model: config.output_dir / one.method / one.form / f"seed-{one.seed}" / "probes" for one in models
+    }
+    return probes_section(probe, {one.scores.model: one.probes[probe] for one in models}, pictures_of(probe, folders))
 
 
 def deciding(config: Config) -> dict[str, str]:

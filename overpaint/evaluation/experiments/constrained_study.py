@@ -57,7 +57,7 @@ class Model(NamedTuple):
     """Rows that went through the UNet to make it."""
 
 
-ORIGINAL = "original"
+ORIGINAL: Literal["original"] = "original"
 
 
 def of(models: Sequence[Model], method: str, form: FormName) -> list[Model]:
