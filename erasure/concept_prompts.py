@@ -38,8 +38,8 @@ class ConceptPromptsConfig:
     """Likewise from the implicit prompts."""
 
     hard_share: float = Field(1.0, ge=0)
-    """Part of a batch that is drawn from all prompts, those with the largest violation most often. Zero: nothing is
-    mined."""
+    """Part of a batch that is drawn from all prompts, each counted once, those with the largest violation most often.
+    Zero: nothing is mined."""
 
     memory: float = Field(0.8, ge=0, lt=1)
     """How much of a prompt's average violation is kept when its pictures are judged again."""
@@ -61,8 +61,8 @@ class ConceptPrompts(Sequence[str]):
         config: The mix, and the mining.
 
     Raises:
-        ValueError: A prompt is not a string, stands there twice, there is no explicit one, or all shares of the kinds
-            that there are prompts of are zero.
+        ValueError: A prompt is not a string, there is no explicit one, or all shares of the kinds that are there are
+            zero.
     """
 
     def __init__(
@@ -72,10 +72,8 @@ class ConceptPrompts(Sequence[str]):
         self.explicit = check_prompts(explicit)
         self.implicit = check_prompts(implicit) if len(implicit) else []
         self._all = self.explicit + self.implicit
+        self._each = list(dict.fromkeys(self._all))  # of which hard ones are drawn
         self._average: dict[str, float] = {}
-        if self.config.hard_share and len(set(self._all)) < len(self._all):
-            twice = next(prompt for prompt in self._all if self._all.count(prompt) > 1)
-            raise ValueError(f"prompts of a concept must differ where hard ones are mined, got {twice!r} twice")
         if not sum(self._shares()):
             raise ValueError(f"ConceptPromptsConfig must share a batch out among prompts that are there, got {self!r}")
 
@@ -125,7 +123,7 @@ class ConceptPrompts(Sequence[str]):
         The number of each kind is its share of the batch, exactly where that is whole; what is left over from rounding
         down goes to one kind or another at random, so that each has its share on average. The order is random.
         """
-        kinds = [self.explicit, self.implicit, self._all]
+        kinds = [self.explicit, self.implicit, self._each]
         if self._plain:
             return [self.explicit[pick] for pick in torch.randint(len(self), (count,), generator=generator).tolist()]
         picked: list[str] = []
@@ -167,7 +165,7 @@ class ConceptPrompts(Sequence[str]):
 
     def _hardness(self) -> torch.Tensor:
         """Returns the weight of each prompt in the hard part; all the same where none is known to violate."""
-        violations = torch.tensor([max(self._average.get(prompt, 0.0), 0.0) for prompt in self._all]).double()
+        violations = torch.tensor([max(self._average.get(prompt, 0.0), 0.0) for prompt in self._each]).double()
         worst = violations.max()
         return (violations / worst) ** (1 / self.config.temperature) if worst > 0 else torch.ones_like(violations)
 
@@ -186,12 +184,12 @@ class ConceptPrompts(Sequence[str]):
         """
         if not self.mines:
             return
-        places = {prompt: place for place, prompt in enumerate(self._all)}
+        places = {prompt: place for place, prompt in enumerate(self._each)}
         indices = run.gather(torch.tensor([places[prompt] for prompt in prompts])).tolist()
         seen: defaultdict[str, list[float]] = defaultdict(list)
         for index, violation in zip(indices, run.gather(violations.detach().float()).tolist(), strict=True):
             if math.isfinite(violation):
-                seen[self._all[index]].append(violation)
+                seen[self._each[index]].append(violation)
         memory = self.config.memory
         for prompt, values in seen.items():
             mean = fmean(values)  # exactly rounded, whatever order the processes are in
@@ -207,7 +205,7 @@ class ConceptPrompts(Sequence[str]):
     @property
     def hard_violation(self) -> float:
         """The violation that the hard part's samples have on average, as far as it is remembered; else 0."""
-        known = torch.tensor([self._average.get(prompt, math.nan) for prompt in self._all]).double()
+        known = torch.tensor([self._average.get(prompt, math.nan) for prompt in self._each]).double()
         weights = self._hardness()[known.isfinite()]
         return float(known[known.isfinite()] @ weights / weights.sum()) if len(weights) else 0.0
 

@@ -19,7 +19,7 @@ from .changes import WeightChange
 from .concept import Concept
 from .erased import Erasure
 from .generated import for_run
-from .protocols import ConceptBatch, Objective, TrainedMethod
+from .protocols import ConceptBatch, Learner, Objective, TrainedMethod
 
 
 @settings
@@ -151,6 +151,7 @@ def descend(
         with TrainingRun(
             student,
             run_config,
+            state={"objective": objective} if isinstance(objective, Learner) else None,
             configs=recorded,
             name=f"erasing: {objective.name}",
             about={} if output_dir is None else {"model": policy_record(student), "concept": concept.to_json()},
@@ -170,7 +171,8 @@ def descend_once(
         loss = objective.loss(student, mine).mean()
     run.backward(loss)
     grad_norm = run.update()
-    run.log({"erasure/loss": run.mean(loss.detach()), "erasure/grad_norm": grad_norm})
+    learned = objective.learn(run) if isinstance(objective, Learner) else {}
+    run.log({"erasure/loss": run.mean(loss.detach()), "erasure/grad_norm": grad_norm, **learned})
 
 
 def concept_batch(concept: Concept, size: int, generator: torch.Generator) -> ConceptBatch:

@@ -220,6 +220,7 @@ def _encoded(
     return dict(zip(texts, tokens, strict=True))
 
 
+@torch.enable_grad()
 def _ascent(
     climbed: PerSample, vectors: Float[Tensor, "texts vectors dim"], judge: Judge
 ) -> Float[Tensor, "texts vectors dim"]:
