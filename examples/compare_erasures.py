@@ -12,14 +12,10 @@ kept, so that the same command goes on where it was interrupted.
 import json
 import time
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, replace
-from multiprocessing import get_context
+from functools import partial
 from pathlib import Path
 from typing import Literal, NamedTuple, get_args
-
-import refl_erase_nudity
-import torch
 
 from erasure import Erasure
 from erasure.cache import claim
@@ -35,14 +31,15 @@ from overpaint.evaluation.experiments.published import (
     published_comparison,
     tables_html,
 )
+from overpaint.evaluation.experiments.recovery import RecoveryOptions, recover, refl_config
 from overpaint.evaluation.experiments.study import CHECKPOINTS, MethodLine, line_of, methods_table
+from overpaint.evaluation.experiments.work import work_through
 from overpaint.evaluation.prompts import prompt_set
 from overpaint.evaluation.report.page import Section, chart_section
 from overpaint.evaluation.report.pareto import Point, pareto_chart
 from overpaint.policy import LoRAConfig
 from overpaint.policy.atomic import write_text
 from overpaint.settings import AnyPath, Distinct, Field, settings
-from overpaint.training.logging import progress_bar
 from refl import ReFLConfig
 
 BEFORE: Literal["before"] = "before"
@@ -106,6 +103,11 @@ class Cell(NamedTuple):
     seed: int
     recovered: bool = False
 
+    @property
+    def label(self) -> str:
+        """What the progress bar calls it."""
+        return f"{self.method} {self.seed}{' recovered' if self.recovered else ''}"
+
     def folder(self, config: Config) -> Path:
         """Returns where it is kept."""
         folder = config.output_dir / self.method / f"seed-{self.seed}"
@@ -117,16 +119,16 @@ class Cell(NamedTuple):
         return Scores.load(path) if path.is_file() else None
 
 
-def cells_of(config: Config) -> list[Cell]:
-    """Returns all work, in an order in which whatever is needed comes before."""
+def stages_of(config: Config) -> list[list[Cell]]:
+    """Returns all work, in stages that need those before them."""
     erased = [Cell(method, seed) for seed in config.seeds for method in config.methods]
     recovered = [Cell(method, config.seeds[0], recovered=True) for method in config.methods if config.recover]
-    return [*(Cell(BEFORE, seed) for seed in config.seeds), *erased, *recovered]
+    return [[*(Cell(BEFORE, seed) for seed in config.seeds), *erased], recovered]
 
 
-def recovery_of(config: Config) -> refl_erase_nudity.Config:
+def recovery_of(config: Config) -> RecoveryOptions:
     """Returns the settings of the recoveries, which are those of the main job."""
-    return refl_erase_nudity.Config(
+    return RecoveryOptions(
         policy=config.policy,
         policy_config=config.policy_config,
         iterations=config.recovery_iterations,
@@ -137,13 +139,12 @@ def recovery_of(config: Config) -> refl_erase_nudity.Config:
 
 def complete(config: Config) -> Config:
     """Fills in what depends on the model."""
-    refl = config.refl or refl_erase_nudity.refl_config(recovery_of(config))
+    refl = config.refl or refl_config(recovery_of(config))
     return replace(config, guidance_scale=config.usual_guidance, refl=refl)
 
 
-def work(cell: Cell, config: Config) -> Cell:
+def work(cell: Cell, config: Config) -> None:
     """Makes one model and measures it."""
-    torch.set_num_threads(1)
     folder = cell.folder(config)
     task = about(config)
     policy = config.load(lora=LoRAConfig(rank=8, alpha=8) if cell.recovered else None)
@@ -152,7 +153,7 @@ def work(cell: Cell, config: Config) -> Cell:
         erasure = Erasure.load(folder.parent / "erasure")
         erasure.apply(policy)
         recovery = replace(recovery_of(config), output_dir=folder, seed=cell.seed, refl=config.refl, resume=True)
-        refl_erase_nudity.recover(recovery, policy, task, erasure, progress=False)
+        recover(recovery, policy, task, erasure, progress=False)
     elif cell.method != BEFORE:
         eraser = usual_eraser(cell.method, config.own_concept(tiny=config.tiny), tiny=config.tiny, seed=cell.seed)
         method = method_named(cell.method, eraser)
@@ -170,23 +171,6 @@ def work(cell: Cell, config: Config) -> Cell:
     if cell.seed == config.seeds[0]:
         write_folder(images, config.output_dir / "pictures")
     scores.save(folder / "scores.json")
-    return cell
-
-
-def run(cells: Sequence[Cell], config: Config) -> None:
-    """Does what is not done yet, several at a time; nothing that needs another cell starts before it."""
-    missing = [cell for cell in cells if cell.scores(config) is None]
-    done = {cell for cell in cells if cell not in missing}
-    with (
-        progress_bar(total=len(cells), initial=len(done), desc="models", unit="model") as bar,
-        ProcessPoolExecutor(config.workers, mp_context=get_context("spawn")) as pool,
-    ):
-        for stage in (False, True):
-            futures = [pool.submit(work, cell, config) for cell in missing if cell.recovered is stage]
-            for future in as_completed(futures):
-                cell = future.result()
-                bar.set_postfix_str(f"{cell.method} {cell.seed}{' recovered' if cell.recovered else ''}", refresh=False)
-                bar.update()
 
 
 def lines_of(config: Config) -> list[MethodLine]:
@@ -288,7 +272,12 @@ def main(config: Config) -> str:
     if config.captions is not None:
         prompt_set(config.captions)  # fetched, or refused, before any work and once
     claim(config.output_dir / "settings.json", deciding(config), "comparison")
-    run(cells_of(config), config)
+    work_through(
+        stages_of(config),
+        lambda cell: cell.scores(config) is not None,
+        partial(work, config=config),
+        workers=config.workers,
+    )
     text = methods_table(lines_of(config)).markdown()
     write_text(config.output_dir / "table.md", text + "\n")
     report(config)

@@ -23,6 +23,9 @@ class StepContext(NamedTuple):
     """By what a difference of two predictions is to be multiplied to be a difference of noise: 1 for a network that
     predicts noise, the square root of the cumulative alpha for velocities."""
 
+    start: int = 0
+    """Step that the whole batch was begun at: later than 0 where others have drawn or noised the latents so far."""
+
 
 @runtime_checkable
 class Guidance(Protocol):

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from ddpo import DDPOConfig, DDPOTrainer, round_advantages
+from ddpo.baseline import Baseline
 from erasure import (
     NUDITY,
     UCE,
@@ -91,7 +92,7 @@ def test_cost_falls_and_its_weight_follows(
     constraint = green_constraint(0.3, initial_weight=6.0, learning_rate=0.3)
 
     def cost() -> float:
-        wanted = constraint.prompts * 20
+        wanted = list(constraint.prompts) * 20
         guidance = ClassifierFree(1.0)
         images = tuned.draw(wanted, seeds=range(40), steps=6, guidance=guidance, eta=1.0, batch_size=40)
         return float(constraint.violation(images, wanted).mean())
@@ -141,13 +142,13 @@ def test_concept_samples_are_worth_their_reward_less_the_weighted_cost(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     judged: list[tuple[Any, Any]] = []
-    judge = DDPOTrainer.compute_advantages
+    judge = Baseline.advantages
 
-    def remember(trainer: DDPOTrainer, run: Any, asked: Any, graded: Any, weight: float) -> Any:
-        judged.append((graded, judge(trainer, run, asked, graded, weight)))
+    def remember(baseline: Baseline, run: Any, asked: Any, graded: Any, *rest: Any) -> Any:
+        judged.append((graded, judge(baseline, run, asked, graded, *rest)))
         return judged[-1][1]
 
-    monkeypatch.setattr(DDPOTrainer, "compute_advantages", remember)
+    monkeypatch.setattr(Baseline, "advantages", remember)
     constraint = green_constraint(0.3, initial_weight=3.0)
     DDPOTrainer(policy, redness, prompts, small(), erasure=constraint).train(run_config(iterations=1))
     ((graded, verdict),) = judged

@@ -69,8 +69,8 @@ def test_only_the_same_model_and_captions_stand_beside_published_values(
 
 
 def test_numbers_of_other_settings_are_not_mixed(program: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("run", "report"):
-        monkeypatch.setattr(program, name, lambda *_: None)
+    for name in ("work_through", "report"):
+        monkeypatch.setattr(program, name, lambda *_, **__: None)
     monkeypatch.setattr(program, "lines_of", lambda _: [])
     config = program.Config(output_dir=tmp_path, methods=("uce",))
     program.main(config)

@@ -152,7 +152,7 @@ class SAFREEGuard:
                 fine=1 - share * (1 - config.fine_factor),
                 replace=config.fourier_filter == "released",
             )
-        self._seen: tuple[object, Embeddings, Int[Tensor, " batch"]] | None = None
+        self._seen: tuple[Embeddings, Embeddings, Int[Tensor, " batch"]] | None = None
 
     def __repr__(self) -> str:
         """Shows the settings: what was drawn under it is known by them."""
@@ -168,14 +168,14 @@ class SAFREEGuard:
 
     def filtered(self, prompt: Conditioning) -> tuple[Embeddings, Int[Tensor, " batch"]]:
         """Returns filtered embeddings and the last of 50 steps that sees each, on the embeddings' device."""
-        # The last answer is cached: a sampling loop wants the same prompts at every step.
-        wanted = prompt.texts, prompt.tokens.device, prompt.tokens.dtype
-        if self._seen is None or self._seen[0] != wanted:
-            filtered = [self.filter(text) for text in prompt.texts]
-            rows = torch.stack([each.embedding for each in filtered]).to(prompt.tokens)
-            last = torch.tensor([each.last_step for each in filtered], device=prompt.tokens.device)
-            self._seen = wanted, rows, last
-        return self._seen[1:]
+        # The last answer is cached: a sampling loop wants the same prompts at every step. Not under attack, where they
+        # carry gradient, which a step without it would cut off for the next.
+        if self._seen is not None and self._seen[0] is prompt.tokens:
+            return self._seen[1:]
+        rows = self.filter.of(prompt.texts, prompt.tokens)
+        last = torch.tensor([self.filter(text).last_step for text in prompt.texts], device=prompt.tokens.device)
+        self._seen = None if prompt.tokens.requires_grad else (prompt.tokens, rows, last)
+        return rows, last
 
     def negative(self, empty: Conditioning) -> Conditioning:
         """Returns the joined concepts, cut off where the text encoder's context ends, for each row of `empty`."""

@@ -1,0 +1,65 @@
+"""Pieces of work that several processes share, some of which need others to be done before."""
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from multiprocessing import get_context
+from typing import Protocol, TypeVar, runtime_checkable
+
+import torch
+
+from overpaint.training.logging import progress_bar
+
+
+@runtime_checkable
+class Piece(Protocol):
+    """One piece of work, such as a model that is made and measured. It can be pickled."""
+
+    @property
+    def label(self) -> str:
+        """What the progress bar calls it."""
+        ...
+
+
+SomePiece = TypeVar("SomePiece", bound=Piece)
+
+
+def work_through(
+    stages: Sequence[Sequence[SomePiece]],
+    done: Callable[[SomePiece], bool],
+    work: Callable[[SomePiece], object],
+    *,
+    workers: int,
+    desc: str = "models",
+) -> None:
+    """Does what is not done yet, several pieces at a time; no stage begins before the one in front of it is done.
+
+    Args:
+        stages: Pieces of work; those of a stage are independent of each other.
+        done: Whether a piece is done already; what it leaves behind decides, so that an interrupted run goes on.
+        work: Does a piece, in a process of its own with one thread; it has to be a function of a module.
+        workers: Processes at a time.
+        desc: What the progress bar says.
+
+    Raises:
+        Exception: What a piece raised. Those that had begun are finished first, no others are begun.
+    """
+    missing = [[piece for piece in stage if not done(piece)] for stage in stages]
+    total = sum(map(len, stages))
+    with (
+        progress_bar(total=total, initial=total - sum(map(len, missing)), desc=desc, unit="model") as bar,
+        ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=_one_thread) as pool,
+    ):
+        for stage in missing:
+            futures = {pool.submit(work, piece): piece for piece in stage}
+            try:
+                for future in as_completed(futures):
+                    future.result()
+                    bar.set_postfix_str(futures[future].label, refresh=False)
+                    bar.update()
+            except BaseException:
+                pool.shutdown(cancel_futures=True)
+                raise
+
+
+def _one_thread() -> None:
+    torch.set_num_threads(1)

@@ -1,0 +1,143 @@
+"""What a probe is: it is asked to bring something back with a policy, and shows the pictures that it got.
+
+A probe knows no eraser, and no part of it is used in training. The same `attempt` gives four numbers: with the policy
+under test its *rate*, with the original model its *ceiling*, and with a task in which something else stands in the
+place of the concept its *floors*, which is what a probe draws by itself.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from types import MappingProxyType
+from typing import Any, ClassVar, Literal, NamedTuple, Protocol, TypeVar, runtime_checkable
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from erasure import Concept
+from overpaint.policy import ClassifierFree, DiffusionPolicy
+from overpaint.policy.types import Images, PerSample
+from rewards import Reward
+
+Made = TypeVar("Made")
+
+Floor = Literal["benign", "foreign"]
+"""What stands in the concept's place: a benign prompt, or a texture that the model never saw."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProbeTask:
+    """What is to be brought back, and how it is known. All sequences have an entry for each attempt."""
+
+    original: DiffusionPolicy
+    """The model before it was erased; no probe changes it."""
+    concept: Concept
+    """What was erased."""
+    prompts: tuple[str, ...]
+    """Texts that name it, or that name nothing, where this is a floor."""
+    templates: tuple[str, ...]
+    """The same with `soft_prompts.PLACE` for the words that name it; at its beginning where no word does."""
+    benign: tuple[str, ...]
+    """The same without these words."""
+    seeds: tuple[int, ...]
+    """Of the attempts; all else that is random in a probe follows from them too."""
+    score: Callable[[Images], PerSample]
+    """Grows with the concept."""
+    shown_from: float
+    """The concept shows in pictures of this score or more."""
+    steps: int
+    """Denoising steps of a whole image."""
+    guidance_scale: float
+    """Classifier-free guidance."""
+    reference_pictures: Images | None = None
+    """Pictures of what is to be brought back; None are those that the original draws for the prompts."""
+    further_pictures: Callable[[int], Images] | None = None
+    """Gives so many others; None are those that the original draws for the prompts with other seeds."""
+    wordings: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    """Further prompts by how they name the concept, or by what else they show, for probes of wording."""
+    reward: Reward | None = None
+    """What benign tuning raises."""
+    training_prompts: tuple[str, ...] = ()
+    """Benign prompts to tune on."""
+    progress: bool = True
+    """Whether progress bars are shown."""
+    _made: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
+
+    @property
+    def guidance(self) -> ClassifierFree:
+        """The guidance of whole images."""
+        return ClassifierFree(self.guidance_scale)
+
+    @cached_property
+    def pictures(self) -> Images:
+        """A picture of what is to be brought back for each attempt."""
+        if self.reference_pictures is not None:
+            return self.reference_pictures
+        return self.drawn_by(self.original)
+
+    def drawn_by(self, policy: DiffusionPolicy, prompts: Sequence[str] | None = None) -> Images:
+        """Returns what a policy draws for the task's prompts, or for others, with the task's seeds."""
+        texts = self.prompts if prompts is None else prompts
+        return policy.draw(texts, seeds=self.seeds, steps=self.steps, guidance=self.guidance)
+
+    def once(self, name: str, make: Callable[[], Made]) -> Made:
+        """Returns what is the same for every policy of this task, made when it is first wanted."""
+        if name not in self._made:
+            self._made[name] = make()
+        return self._made[name]
+
+
+class Attempt(NamedTuple):
+    """What a probe got in one of its variants."""
+
+    variant: str
+    """Name of the variant for tables, such as "4 vectors"."""
+    images: Images
+    """The picture of each attempt; where a probe draws several, the one with the highest score."""
+    scores: PerSample
+    """Its score."""
+    mean_rate: float | None = None
+    """Where the best of several counts: the share of all of them that show the concept."""
+    numbers: Mapping[str, float] = MappingProxyType({})
+    """What else was measured, by its name."""
+    curve: tuple[tuple[float, float], ...] = ()
+    """Rates by strength, updates or noise level, for a chart."""
+
+
+def best_of(
+    candidates: Sequence[Images], score: Callable[[Images], PerSample]
+) -> tuple[Images, PerSample, Float[Tensor, "candidates batch"]]:
+    """Returns the picture with the highest score of each attempt, its score, and the scores [candidates, attempts]."""
+    scores = torch.stack([score(images).float() for images in candidates])
+    best = scores.argmax(dim=0)
+    return torch.stack(list(candidates))[best, torch.arange(len(best))], scores.amax(dim=0), scores
+
+
+@runtime_checkable
+class Probe(Protocol):
+    """One way of bringing a concept back."""
+
+    name: ClassVar[str]
+    """For tables and folders: small letters and hyphens."""
+    floors: ClassVar[tuple[Floor, ...]]
+    """Which floors it has."""
+    config: Any
+    """Its budget: settings whose defaults are the paper's."""
+
+    def attempt(self, policy: DiffusionPolicy, task: ProbeTask) -> Sequence[Attempt]:
+        """Tries to bring the concept back with a policy, which is left as it was, its guard at work.
+
+        Returns:
+            One `Attempt` for each variant, always the same variants in the same order.
+        """
+        ...
+
+
+@runtime_checkable
+class PreparedProbe(Protocol):
+    """A probe with work that is the same for every policy, and no part of what the probe costs for one of them."""
+
+    def prepare(self, task: ProbeTask) -> None:
+        """Does it, and keeps what comes of it with `ProbeTask.once`; an attempt that finds nothing kept does it too."""
+        ...

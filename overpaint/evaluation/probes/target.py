@@ -1,0 +1,122 @@
+"""From a concept to the tasks of probes: that of the concept, and those of the floors."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+from erasure import Concept
+from overpaint.policy import DiffusionPolicy
+from overpaint.policy.types import Images, PerSample
+from rewards import Reward
+
+from .probe import Floor, ProbeTask
+
+OTHERS = 500
+"""What is added to the seed of foreign pictures where further ones are wanted."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Foreign:
+    """Something that the original model cannot know: what is drawn of it, a probe has painted by itself."""
+
+    pictures: Callable[[int, int], tuple[Sequence[str], Images]]
+    """Gives captions that do not name it, and pictures of it, by their count and a seed."""
+    score: Callable[[Images], PerSample]
+    """Grows with it."""
+    shown_from: float
+    """It shows in pictures of this score or more."""
+
+    def further(self, count: int, seed: int) -> Images:
+        """Returns other pictures than those that a task with that seed has."""
+        return self.pictures(count, seed + OTHERS)[1]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProbeTarget:
+    """What probes look for in a model."""
+
+    name: str
+    """Of the concept, the detector and the prompts together: results that are kept belong to it."""
+    concept: Concept
+    """What was erased."""
+    prompts: Callable[[str, int, int], Sequence[str]]
+    """Prompts by kind, count and seed: ``explicit`` ones, ``train`` ones and those of the wordings."""
+    template: Callable[[str], str]
+    """Puts `soft_prompts.PLACE` for the words of a prompt that name the concept."""
+    score: Callable[[Images], PerSample]
+    """Grows with the concept."""
+    shown_from: float = 0.5
+    """The concept shows in pictures of this score or more."""
+    foreign: Foreign | None = None
+    """For the second floor."""
+    wordings: Mapping[str, Callable[[int, int], Sequence[str]]] = field(default_factory=dict)
+    """Prompts by how they name the concept, or by what else they show; each by count and seed."""
+    reward: Reward | None = None
+    """What benign tuning raises."""
+    steps: int = 50
+    """Denoising steps of a whole image."""
+    guidance_scale: float = 7.5
+    """Classifier-free guidance."""
+    _tasks: dict[Any, ProbeTask] = field(default_factory=dict, repr=False, compare=False)
+
+    def task(
+        self, original: DiffusionPolicy, *, count: int, seed: int, floor: Floor | None = None, progress: bool = True
+    ) -> ProbeTask:
+        """Returns the task of the concept, or of a floor; the same one again for the same arguments.
+
+        So what a task keeps (`ProbeTask.once`) serves every model that is probed with this target.
+
+        Args:
+            original: The model before it was erased.
+            count: Attempts.
+            seed: Chooses the prompts and the noise.
+            floor: What stands in the concept's place; None is the concept itself.
+            progress: Whether progress bars are shown.
+
+        Raises:
+            ValueError: There is nothing foreign for a floor that wants it.
+        """
+        key = id(original), count, seed, floor, progress  # a task that is kept keeps its original, and so the id
+        if key not in self._tasks:
+            self._tasks[key] = self._made(original, count, seed, floor, progress)
+        return self._tasks[key]
+
+    def _made(self, original: DiffusionPolicy, count: int, seed: int, floor: Floor | None, progress: bool) -> ProbeTask:
+        prompts = tuple(self.prompts("explicit", count, seed))
+        templates = tuple(self.template(prompt) for prompt in prompts)
+        benign = tuple(without_place(template) for template in templates)
+        pictures, further, score, shown_from = None, None, self.score, self.shown_from
+        if floor == "benign":
+            prompts = benign
+        elif floor == "foreign":
+            if self.foreign is None:
+                raise ValueError(f"the floor 'foreign' needs a target with something foreign, got {self.name} without")
+            captions, pictures = self.foreign.pictures(count, seed)
+            further = partial(self.foreign.further, seed=seed)
+            prompts = benign = tuple(captions)
+            templates = tuple(f"{{}} {caption}" for caption in captions)
+            score, shown_from = self.foreign.score, self.foreign.shown_from
+        return ProbeTask(
+            original=original,
+            concept=self.concept,
+            prompts=prompts,
+            templates=templates,
+            benign=benign,
+            seeds=tuple(range(1000 * seed, 1000 * seed + count)),
+            score=score,
+            shown_from=shown_from,
+            steps=self.steps,
+            guidance_scale=self.guidance_scale,
+            reference_pictures=pictures,
+            further_pictures=further,
+            wordings={name: tuple(texts(count, seed)) for name, texts in self.wordings.items()},
+            reward=self.reward,
+            training_prompts=tuple(self.prompts("train", 200, seed)) if self.reward is not None else (),
+            progress=progress,
+        )
+
+
+def without_place(template: str) -> str:
+    """Returns a template without its place."""
+    return " ".join(template.replace("{}", " ").split())
