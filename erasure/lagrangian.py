@@ -32,7 +32,7 @@ class LagrangianConfig:
 
     learning_rate: float = Field(0.1, ge=0)
     """Integral gain: what is added per unit of violation and update. In the logarithm 0.1 multiplies the weight by e
-    in 10 updates of twice the ceiling, and divides it by e in 10 updates without any cost."""
+    in 10 updates of twice the ceiling or more, and divides it by e in 10 updates without any cost."""
 
     initial_weight: float = Field(1.0, ge=0)
     """Weight before the first update, in units of the other term per unit of relative violation."""
@@ -53,7 +53,7 @@ class LagrangianConfig:
     """Decay of the running mean of violations that the gains see: batches are small, and their violations noisy. Zero:
     each batch for itself."""
 
-    max_violation: AnyFloat = Field(2.0, gt=0)
+    max_violation: AnyFloat = Field(1.0, gt=0)
     """The running mean goes no farther from 0. Costs often have a lower bound and no upper one: without a
     bound, a few updates of a gross violation wind up more weight than hundreds of good ones take back."""
 

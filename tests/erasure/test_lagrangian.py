@@ -185,7 +185,7 @@ def test_gains_see_the_running_mean_of_the_violations() -> None:
 
 def test_scarce_hits_of_a_detector_are_averaged_before_they_are_bounded() -> None:
     # One picture of eight shows the concept in every tenth batch, which is the ceiling of 1/80: a violation of 9, and
-    # -1 in all others. Bounded before it is averaged, it would count as 2, and the weight would fall for ever.
+    # -1 in all others. Bounded before it is averaged, it would count as 1, and the weight would fall for ever.
     lagrangian = Lagrangian(LagrangianConfig(smoothing=0.9, proportional_gain=0.0, learning_rate=0.02))
     for k in range(2000):
         lagrangian.update(9.0 if k % 10 == 5 else -1.0)

@@ -148,7 +148,7 @@ def test_objective_on_noise_predictions_is_a_constraint_too(
 
 @pytest.mark.parametrize(
     ("broken", "updates", "answered"),
-    [(True, 10, 0.1 * 2 * 10 + 2), (False, 5, -0.1 * 5 - 1)],  # a gross violation counts as 2, no loss as -1
+    [(True, 10, 0.1 * 10 + 1), (False, 5, -0.1 * 5 - 1)],  # a gross violation counts as 1, no loss as -1
     ids=["broken", "satisfied"],
 )
 def test_weight_of_an_objective_moves_by_orders_of_magnitude_in_a_few_updates(
@@ -171,7 +171,7 @@ def test_weight_of_an_objective_moves_by_orders_of_magnitude_in_a_few_updates(
     ReFLTrainer(policy, redness, prompts, small(), erasure=constraint).train(config)
     lines = read_metrics(config.output_dir / "metrics.jsonl")
     costs = [line["erasure/violation"] for line in lines if "erasure/violation" in line]
-    assert all(cost > 2 for cost in costs) if broken else all(cost < -0.99 for cost in costs)
+    assert all(cost > 1 for cost in costs) if broken else all(cost < -0.99 for cost in costs)
     assert constraint.lagrangian.weight == pytest.approx(math.exp(answered), rel=1e-2)
 
 
