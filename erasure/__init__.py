@@ -13,6 +13,7 @@ from .guards import GuardChange
 from .lagrangian import Lagrangian, LagrangianConfig
 from .methods.ac import AC, ACConfig
 from .methods.ant import ANT, ANTConfig
+from .methods.eraseflow import EraseFlow, EraseFlowConfig
 from .methods.esd import ESD, ESDConfig
 from .methods.mace import MACE, MACEConfig
 from .methods.receler import AddedNetworks, Receler, RecelerConfig
@@ -50,6 +51,8 @@ __all__ = [
     "DescentConfig",
     "ESDConfig",
     "Edit",
+    "EraseFlow",
+    "EraseFlowConfig",
     "Erasure",
     "ErasureConstraint",
     "ErasureMethod",
