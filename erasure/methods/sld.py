@@ -157,6 +157,10 @@ class SLDGuard:
         """Returns the same guard with nothing to remember: for predictions at steps that are no trajectory."""
         return SLDGuard(replace(self.config, momentum_scale=0.0), self._concept)
 
+    def weakened(self, strength: float) -> "SLDGuard":
+        """Returns it with a share of the guidance scale (s_S)."""
+        return SLDGuard(replace(self.config, guidance_scale=strength * self.config.guidance_scale), self._concept)
+
     def attach(self, pipeline: Pipeline) -> None:
         """Makes a plain diffusers pipeline draw in the same way, with its own text encoder's safety concept."""
         SLDChange(self.config).apply_to_pipeline(pipeline)

@@ -391,7 +391,7 @@ class DiffusionPolicy:
         """
         self._trained.remember(others)
 
-    def student_copy(self, train: str | LoRAConfig) -> "DiffusionPolicy":
+    def student_copy(self, train: str | LoRAConfig | None = None) -> "DiffusionPolicy":
         """Returns a policy that draws the same, with a UNet of its own, in float32; a named set or a LoRA is trained.
 
         Text encoder and VAE are shared. A LoRA is added in. `network` and gradient checkpointing are a new policy's.
@@ -400,7 +400,9 @@ class DiffusionPolicy:
         plain.unet = copy.deepcopy(plain.unet).float()
         lora, names = (train, None) if isinstance(train, LoRAConfig) else (None, train)
         student = DiffusionPolicy(plain, lora=lora, train=names, dtype=None, device=self.device)
-        student.prompts, student.guard = self.prompts, self.guard
+        student.prompts = self.prompts
+        # Its own guard too: one may remember where a trajectory is, or change what goes on inside of its UNet.
+        student.guard = copy.deepcopy(self.guard, {id(self.unet): student.unet, id(self.prompts): self.prompts})
         return student
 
     @contextmanager

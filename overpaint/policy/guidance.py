@@ -110,5 +110,14 @@ class SamplingGuard(Protocol):
         ...
 
 
+@runtime_checkable
+class AdjustableGuard(SamplingGuard, Protocol):
+    """A guard that can act less."""
+
+    def weakened(self, strength: float) -> SamplingGuard:
+        """Returns it with `strength`, from 0 to 1, of its own; 0 changes nothing."""
+        ...
+
+
 DEFAULT_GUIDANCE = ClassifierFree(5.0)
 """What sampling uses where no guidance is given."""

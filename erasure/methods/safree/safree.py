@@ -141,6 +141,7 @@ class SAFREEGuard:
         self.config = config
         self.strength = strength
         self.prompts = prompts
+        self.unet = unet
         last_step = partial(config.last_step, strength=strength)
         self.filter = PromptFilter(prompts, config.concepts or (), alpha=config.alpha, last_step=last_step)
         self.reattention: Reattention | None = None
@@ -161,6 +162,10 @@ class SAFREEGuard:
     def guided(self, guidance: ClassifierFree) -> Guidance:
         """Returns guidance with filtered prompts."""
         return SAFREEGuidance(self, guidance) if self.strength > 0 else guidance
+
+    def weakened(self, strength: float) -> "SAFREEGuard":
+        """Returns it with a share of its strength, see `SAFREE.erase`."""
+        return SAFREEGuard(self.config, strength * self.strength, self.prompts, self.unet)
 
     def attach(self, pipeline: Pipeline) -> None:
         """Makes a plain diffusers pipeline draw in the same way, in place; see `SAFREEChange`."""

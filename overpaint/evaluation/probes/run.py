@@ -145,7 +145,7 @@ def save_pictures(path: Path, attempt: Attempt, task: ProbeTask) -> None:
     from overpaint.training.logging import image_grid
 
     shown = slice(min(SHOWN_PICTURES, len(attempt.images)))
-    told = zip(task.prompts[shown], attempt.scores[shown].tolist(), strict=True)
+    told = zip((attempt.prompts or task.prompts)[shown], attempt.scores[shown].tolist(), strict=True)
     grid = image_grid(attempt.images[shown], [f"{prompt} ({score:.2f})" for prompt, score in told])
     content = io.BytesIO()
     grid.save(content, format="PNG")

@@ -109,7 +109,7 @@ def test_the_smallest_strength_that_reaches_the_best_rate_is_chosen_on_the_origi
     task, probe = make_task(policy, score=score), ClassifierGuidance(config)
     probe.prepare(task)
     assert len(calls) == 4
-    with counted_rows(policy.unet) as rows:
+    with counted_rows() as rows:
         (found,) = probe.attempt(make_policy(), task)
     assert found.numbers == {"strength": 1000.0, "eta": 0.0}
     assert found.curve[0][0] == 1000
@@ -144,7 +144,7 @@ def test_foreign_pictures_are_learned_as_they_are(policy: DiffusionPolicy, make_
         return torch.rand(count, 3, 64, 64)
 
     task = make_task(policy, further_pictures=further)
-    with counted_rows(policy.unet) as rows:
+    with counted_rows() as rows:
         ClassifierGuidance(FEW).prepare(task)
     assert asked == [4]
     assert rows.total == 4 * 3 * 2  # the other pictures alone are drawn

@@ -66,7 +66,7 @@ def test_rows_are_those_of_the_budget_and_the_policy_is_left_as_it_was(
     trained = [parameter.requires_grad for parameter in policy.unet.parameters()]
     torch.manual_seed(3)
     random = torch.get_rng_state()
-    with counted_rows(policy.unet, original.unet) as rows:
+    with counted_rows() as rows:
         attempts = probe.attempt(policy, task)
     assert (rows.forward, rows.backward) == (ROWS[name], 0)
     assert torch.equal(torch.get_rng_state(), random)

@@ -87,7 +87,7 @@ def test_the_policy_is_left_as_it_was(make_policy: Callable[..., DiffusionPolicy
 def test_rows_are_those_of_pictures_and_updates(policy: DiffusionPolicy, name: str) -> None:
     task = task_of(policy)
     assert len(task.pictures) == 3
-    with counted_rows(policy.unet) as rows:
+    with counted_rows() as rows:
         PROBES[name].attempt(policy, task)
     pictures = 3 * 2 * 2  # prompts, steps, branches of guidance
     if name == "textual inversion":  # on the original model white box and black box are one
@@ -124,7 +124,7 @@ def test_prompts_that_show_the_concept_are_not_attacked(policy: DiffusionPolicy,
     plain = brightness(task_of(policy).drawn_by(policy))
     middle = float(plain.median())
     task = task_of(policy, shown_from=middle)
-    with counted_rows(policy.unet) as rows:
+    with counted_rows() as rows:
         (attempt,) = PROBES[name].attempt(policy, task)
     assert attempt.numbers["rate before"] == pytest.approx(2 / 3)
     assert attempt.numbers["rate after"] == pytest.approx(float((attempt.scores >= middle).float().mean()))
