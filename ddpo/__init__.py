@@ -2,13 +2,15 @@
 
 from .advantage import PromptStatistics, centred_advantages, group_advantages, round_advantages
 from .config import DDPOConfig
-from .loss import clipped_surrogate, gaussian_kl, score_function
+from .critic import CriticConfig, generalised_advantages
+from .loss import clipped_surrogate, score_function
 from .rwr import RWRConfig, RWRMetrics, RWRTrainer
 from .scoring import RewardError, ScoringConfig
 from .trainer import DDPOMetrics, DDPOTrainer
 from .weighting import softmax_weights, sparse_weights
 
 __all__ = [
+    "CriticConfig",
     "DDPOConfig",
     "DDPOMetrics",
     "DDPOTrainer",
@@ -20,7 +22,7 @@ __all__ = [
     "ScoringConfig",
     "centred_advantages",
     "clipped_surrogate",
-    "gaussian_kl",
+    "generalised_advantages",
     "group_advantages",
     "round_advantages",
     "score_function",

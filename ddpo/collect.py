@@ -54,6 +54,7 @@ class Collector:
         cost: Scores the samples of the concept beside the reward.
         batch_size: Images drawn at a time.
         scoring: How reward and cost are run; by default as `ScoringConfig` says.
+        kind: Name of its samples, where a round has those of several collectors.
     """
 
     def __init__(
@@ -65,6 +66,7 @@ class Collector:
         *,
         batch_size: int,
         scoring: ScoringConfig | None = None,
+        kind: str = "",
     ) -> None:
         self.policy = policy
         self.draw = draw
@@ -72,6 +74,7 @@ class Collector:
         self.cost = cost
         self.batch_size = batch_size
         self.scoring = scoring or ScoringConfig()
+        self.kind = kind
 
     @torch.no_grad()
     def collect(self, run: TrainingRun, requests: Sequence[SampleRequest]) -> ScoredSamples:
@@ -86,7 +89,8 @@ class Collector:
         """
         prompts = [prompt for request in requests for prompt in request.my_prompts]
         seeds = [seed for request in requests for seed in request.my_seeds]
-        cache = SampleCache(Path(run.config.output_dir), round=run.iteration, process=run.process_index)
+        folder = Path(run.config.output_dir)
+        cache = SampleCache(folder, round=run.iteration, process=run.process_index, kind=self.kind)
         batches = cache.load(self.policy, prompts, seeds)
         scored, failure = None, None
         try:

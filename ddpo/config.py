@@ -4,6 +4,8 @@ from typing import Literal
 
 from overpaint.settings import AnyFloat, Field, settings
 
+from .critic import CriticConfig
+
 
 @settings
 class DDPOConfig:
@@ -48,10 +50,13 @@ class DDPOConfig:
     clip_range: float = Field(1e-4, gt=0, lt=1)
     """Distance from 1 at which ratios are clipped. It belongs to log-probabilities that are means over the latent."""
 
-    baseline: Literal["prompt", "group", "centred", "round"] = "prompt"
+    baseline: Literal["prompt", "group", "centred", "round", "critic"] = "prompt"
     """What rewards are compared with: earlier ones of the same prompt; those of the same prompt in this round, which
     needs `images_per_prompt`, divided by their own standard deviation ("group") or by that of the whole round
-    ("centred"); or all of this round."""
+    ("centred"); all of this round; or, at each step, what a critic expects of the state before it."""
+
+    critic: CriticConfig = CriticConfig()
+    """How the critic is built and learns; only with the baseline "critic"."""
 
     images_per_prompt: int = Field(1, ge=1)
     """Images drawn for each prompt that a round draws."""
@@ -111,3 +116,38 @@ class DDPOConfig:
     def trained_steps(self) -> int:
         """Steps of each sample that an update trains on."""
         return max(1, round(self.steps * self.timestep_fraction))
+
+    def check_shares(self, processes: int, *, concept_images: int, with_erasure: bool) -> None:
+        """Checks that a round divides evenly among processes, updates and batches.
+
+        Args:
+            processes: How many there are.
+            concept_images: Images of the concept that a round draws.
+            with_erasure: Whether there is an erasure constraint, on images or not.
+
+        Raises:
+            ValueError: It does not.
+        """
+        updates, images = self.updates_per_round, self.images_per_prompt
+        names = ("samples_per_round", "erasure_samples_per_round") if with_erasure else ("samples_per_round",)
+        for name in names:
+            count = getattr(self, name)
+            if count % (updates * processes):
+                raise ValueError(
+                    f"DDPOConfig.{name} must divide evenly among updates_per_round={updates} times {processes} "
+                    f"processes, got {count}"
+                )
+            if count % images:
+                raise ValueError(f"DDPOConfig.{name} must divide by images_per_prompt={images}, got {count}")
+        samples = (self.samples_per_round + concept_images) // processes
+        if samples % self.sampling_batch_size:
+            raise ValueError(
+                f"DDPOConfig.sampling_batch_size must divide the {samples} samples that a process draws in a round, "
+                f"got {self.sampling_batch_size}"
+            )
+        pairs = samples // updates * self.trained_steps
+        if pairs % self.minibatch_size:
+            raise ValueError(
+                f"DDPOConfig.minibatch_size must divide the {pairs} pairs of sample and step that a process trains on "
+                f"in an update, got {self.minibatch_size}"
+            )

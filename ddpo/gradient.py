@@ -8,13 +8,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from erasure.gradient_conflict import gradient_cosine
 from overpaint.policy import DiffusionPolicy, Guidance, Trajectory
-from overpaint.policy.ddim import gaussian_log_prob
+from overpaint.policy.ddim import gaussian_kl, gaussian_log_prob
 from overpaint.policy.types import Latents, PerSample
 from overpaint.training import TrainingRun
 
 from .config import DDPOConfig
-from .loss import clipped_surrogate, gaussian_kl, ratio_statistics, score_function
+from .loss import clipped_surrogate, ratio_statistics, score_function
 from .requests import Pairs
 
 TOLERATED = 0.1
@@ -27,14 +28,50 @@ KL_PAIRS = 16
 """Pairs on which a process measures the divergence from the reference where it is not part of the loss."""
 
 
+class Term(NamedTuple):
+    """Pairs whose loss is added up in an update."""
+
+    pairs: Pairs
+    weight: float = 1.0
+    """Of the policy gradient."""
+    divergence_weight: float = 0.0
+    """Of the divergence from the reference policy; other than 0, it costs a further UNet call without gradient."""
+
+
 class Update(NamedTuple):
-    """What one update measured on this process's pairs; on the device, but for the norm."""
+    """What one update measured on this process's pairs; on the device, but for the last two."""
 
     means: Float[Tensor, " 5"]
     """Loss, clip fraction, k1, k3, divergence from the reference."""
     ratio_max: Float[Tensor, ""]
     """Largest |ratio - 1|."""
     grad_norm: float
+    gradient_cosine: float
+    """Between the gradient of the prompts' samples and that of the erasure; 0 where either is missing."""
+
+
+class Tally:
+    """Adds up what the minibatches of an update measure, without a transfer from the device."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.sums = torch.zeros(6, device=device)
+        self.ratio_max = torch.zeros((), device=device)
+
+    def add(self, losses: PerSample, log_probs: PerSample, old_log_probs: PerSample, *, clip_range: float) -> None:
+        """Adds the losses of some pairs, and how far their probabilities have parted."""
+        off, ratio_sums = ratio_statistics(log_probs, old_log_probs, clip_range=clip_range)
+        self.sums[0] += losses.detach().sum()
+        self.sums[1:4] += ratio_sums
+        self.ratio_max = torch.maximum(self.ratio_max, off)
+
+    def add_divergence(self, divergence: PerSample) -> None:
+        """Adds divergences from the reference policy, which may be known of fewer pairs."""
+        self.sums[4] += divergence.detach().sum()
+        self.sums[5] += len(divergence)
+
+    def means(self, pairs: int) -> Float[Tensor, " 5"]:
+        """Returns what `Update.means` holds; zeros without pairs."""
+        return self.sums[:5] / torch.cat([torch.full_like(self.sums[:4], max(1, pairs)), self.sums[5:].clamp(min=1)])
 
 
 class PolicyGradient:
@@ -66,10 +103,11 @@ class PolicyGradient:
         Args:
             run: Its precision counts.
             trajectory: Of this process's samples.
-            parts: The pairs of each update.
+            parts: The pairs of each update, those of the prompts and of the concept each for themselves.
         """
         cfg = self.config
-        if cfg.estimator == "score" or cfg.minibatch_size == cfg.sampling_batch_size:
+        whole = all(len(pairs.samples) % cfg.minibatch_size == 0 for pairs in parts)
+        if cfg.estimator == "score" or (whole and cfg.minibatch_size == cfg.sampling_batch_size):
             return trajectory
         log_probs = trajectory.log_probs.clone()
         undecided = self.policy.dtype == torch.float32 and run.config.mixed_precision == "no"
@@ -88,55 +126,85 @@ class PolicyGradient:
     def update(
         self,
         run: TrainingRun,
-        pairs: Pairs,
+        prompts: Term | None,
         trajectory: Trajectory,
-        advantages: Float[Tensor, " samples"],
+        advantages: Float[Tensor, "samples steps"],
         *,
+        concept: Term | None = None,
         measure_kl: bool = True,
+        compare: bool = False,
     ) -> Update:
         """Takes one gradient step on the mean loss of some pairs; what was added to the gradient before counts too.
 
         Args:
             run: Goes backward and updates.
-            pairs: What the loss is the mean of; whole minibatches.
+            prompts: What the loss is the mean of: pairs of the prompts' samples.
             trajectory: Of this process's samples, with the log-probabilities that ratios compare with.
-            advantages: One for each sample, on the device.
+            advantages: One for each step of each sample, on the device.
+            concept: Further pairs, of the concept's samples, which come first.
             measure_kl: Whether to measure the divergence from the reference, on a few pairs, where it is not in the
                 loss.
+            compare: Whether to compare the gradient of the prompts' samples with all that was added before.
         """
-        cfg, total = self.config, len(pairs.samples)
-        sums = torch.zeros(5, device=run.device)
-        ratio_max = torch.zeros((), device=run.device)
+        terms = [term for term in (concept, prompts) if term is not None]
+        total = sum(len(term.pairs.samples) for term in terms)
+        tally = Tally(run.device)
+        erasing: list[Tensor] = []
+        for number, term in enumerate(terms):
+            if compare and term is prompts:
+                erasing = self._gradients()
+            last = number == len(terms) - 1
+            measure = measure_kl and number == 0
+            self._accumulate(run, term, total, trajectory, advantages, tally, measure_kl=measure, last=last)
+        if not terms:  # what was added before has to be averaged over the processes
+            run.backward(torch.stack([0.0 * p.sum() for p in self.policy.trainable_parameters()]).sum(), sync=True)
+        cosine = 0.0
+        if erasing:
+            erasing = [run.gather(part[None]).mean(dim=0) for part in erasing]  # as the other now is
+            cosine = gradient_cosine(
+                erasing, [both - part for both, part in zip(self._gradients(), erasing, strict=True)]
+            )
+        return Update(tally.means(total), tally.ratio_max, run.update(), cosine)
+
+    def _accumulate(
+        self,
+        run: TrainingRun,
+        term: Term,
+        total: int,
+        trajectory: Trajectory,
+        advantages: Float[Tensor, "samples steps"],
+        tally: Tally,
+        *,
+        measure_kl: bool,
+        last: bool,
+    ) -> None:
+        """Adds the gradient of a term, a part of a mean over `total` pairs, and what it measures."""
+        cfg, in_loss = self.config, term.divergence_weight > 0
         step_weights = self.step_weights.to(run.device)
-        minibatches = pairs.minibatches(cfg.minibatch_size)
+        minibatches = term.pairs.minibatches(cfg.minibatch_size)
         for number, part in enumerate(minibatches):
             # The reference goes first: it borrows the network, which the gradient must find as it was.
-            wants_kl = cfg.kl_weight > 0 or (measure_kl and number == 0)
-            reference_mean = self._reference_mean(run, trajectory, part) if wants_kl else None
+            reference_mean = None
+            if in_loss or (measure_kl and number == 0):
+                reference_mean = self._reference_mean(run, trajectory, part, all_pairs=in_loss)
 
             taken, mean, std = self._stored_steps(run, trajectory, part)
             log_probs = gaussian_log_prob(taken, mean, std)
             old_log_probs = trajectory.log_probs[part.samples, part.steps]
+            wanted = advantages[part.samples, part.steps]
             if cfg.estimator == "score":
-                losses = score_function(log_probs, advantages[part.samples])
+                losses = score_function(log_probs, wanted)
             else:
-                losses = clipped_surrogate(
-                    log_probs, old_log_probs, advantages[part.samples], clip_range=cfg.clip_range
-                )
-            losses = losses * step_weights[part.steps]
+                losses = clipped_surrogate(log_probs, old_log_probs, wanted, clip_range=cfg.clip_range)
+            losses = term.weight * losses * step_weights[part.steps]
             if reference_mean is not None:
                 count = len(reference_mean)
                 divergence = gaussian_kl(mean[:count], reference_mean, std[:count])
-                sums[4] += divergence.detach().sum() * (1.0 if cfg.kl_weight else total / count)
-                if cfg.kl_weight:
-                    losses = losses + cfg.kl_weight * divergence
-            run.backward(losses.sum() / total, sync=number == len(minibatches) - 1)
-
-            off, ratio_sums = ratio_statistics(log_probs, old_log_probs, clip_range=cfg.clip_range)
-            sums[0] += losses.detach().sum()
-            sums[1:4] += ratio_sums
-            ratio_max = torch.maximum(ratio_max, off)
-        return Update(sums / total, ratio_max, run.update())
+                tally.add_divergence(divergence)
+                if in_loss:
+                    losses = losses + term.divergence_weight * divergence
+            run.backward(losses.sum() / total, sync=last and number == len(minibatches) - 1)
+            tally.add(losses, log_probs, old_log_probs, clip_range=cfg.clip_range)
 
     def _stored_steps(
         self, run: TrainingRun, trajectory: Trajectory, pairs: Pairs
@@ -147,9 +215,14 @@ class PolicyGradient:
                 trajectory, pairs.samples, pairs.steps, guidance=self.guidance, eta=self.config.eta
             )
 
-    def _reference_mean(self, run: TrainingRun, trajectory: Trajectory, pairs: Pairs) -> Latents:
-        """Returns where the reference policy would go: of all pairs where that is in the loss, or else of a few."""
-        if not self.config.kl_weight:
+    def _gradients(self) -> list[Tensor]:
+        """Returns the gradient of each trained weight as it has been added up so far."""
+        parameters = self.policy.trainable_parameters()
+        return [torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in parameters]
+
+    def _reference_mean(self, run: TrainingRun, trajectory: Trajectory, pairs: Pairs, *, all_pairs: bool) -> Latents:
+        """Returns where the reference policy would go, of all pairs or of a few."""
+        if not all_pairs:
             pairs = Pairs(*(part[:KL_PAIRS] for part in pairs))
         with self.policy.reference():
             return self._stored_steps(run, trajectory, pairs)[1]
@@ -163,6 +236,7 @@ def measured_by(run: TrainingRun, updates: Sequence[Update], *, kl_in_loss: bool
     return {
         "loss": loss,
         "grad_norm": fmean(update.grad_norm for update in updates),
+        "gradient_cosine": fmean(update.gradient_cosine for update in updates),
         "kl": kl if kl_in_loss else float(means[0, 4]),
         "approx_kl_k1": k1,
         "approx_kl_k3": k3,

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from overpaint.policy.types import Latents, PerSample
+from overpaint.policy.types import PerSample
 
 
 def score_function(log_probs: PerSample, advantages: PerSample) -> PerSample:
@@ -28,15 +28,6 @@ def clipped_surrogate(
     ratio = (log_probs - old_log_probs).exp()
     clipped = ratio.clamp(1 - clip_range, 1 + clip_range)
     return torch.maximum(-advantages * ratio, -advantages * clipped)
-
-
-def gaussian_kl(mean: Latents, other_mean: Latents, std: PerSample) -> PerSample:
-    """Returns the divergence of two Gaussians with the same standard deviation, averaged over the latent's elements.
-
-    It is |mean - other_mean|^2 / (2 std^2), on the scale of the log-probabilities.
-    Source: Fan et al. (2023), DPOK, https://arxiv.org/abs/2305.16381, where it is summed over the elements.
-    """
-    return ((mean - other_mean) ** 2).flatten(1).mean(dim=1) / (2 * std**2)
 
 
 def ratio_statistics(

@@ -32,10 +32,10 @@ class SampleRequest(NamedTuple):
         """The seeds of this process's samples."""
         return [self.seeds[sample] for sample in self.mine.tolist()]
 
-    def gathered(self, run: TrainingRun, values: Shaped[Tensor, " mine"]) -> Shaped[Tensor, " all"]:
-        """Returns a number for each sample of all processes, in their order, from those of each process; on the CPU."""
+    def gathered(self, run: TrainingRun, values: Shaped[Tensor, "mine ..."]) -> Shaped[Tensor, "all ..."]:
+        """Returns what each sample of all processes has, in their order, from what each process has; on the CPU."""
         order = run.gather(self.mine).cpu()
-        everyone = torch.empty(len(order), dtype=values.dtype)
+        everyone = torch.empty(len(order), *values.shape[1:], dtype=values.dtype)
         everyone[order] = run.gather(values).cpu()
         return everyone
 
@@ -69,6 +69,11 @@ class Pairs(NamedTuple):
 
     steps: Int[Tensor, " pairs"]
     """Indices of denoising steps, counted from noise."""
+
+    def between(self, first: int, end: int) -> "Pairs":
+        """Returns the pairs of the samples from an index up to another, in their order."""
+        chosen = (self.samples >= first) & (self.samples < end)
+        return Pairs(self.samples[chosen], self.steps[chosen])
 
     def minibatches(self, size: int) -> list["Pairs"]:
         """Returns the pairs in parts of a size."""

@@ -18,10 +18,12 @@ class SampleCache:
         output_dir: Folder of the run.
         round: Index of the round.
         process: Index of the process.
+        kind: What they are, where the round has samples of several collectors.
     """
 
-    def __init__(self, output_dir: Path, *, round: int, process: int) -> None:
-        self.path = output_dir / FOLDER / f"round-{round:06d}-process-{process}.safetensors"
+    def __init__(self, output_dir: Path, *, round: int, process: int, kind: str = "") -> None:
+        ending = f"-{kind}" if kind else ""
+        self.path = output_dir / FOLDER / f"round-{round:06d}-process-{process}{ending}.safetensors"
 
     def save(self, batches: Sequence[Trajectory], prompts: Sequence[str], seeds: Sequence[int]) -> None:
         """Writes what was drawn so far, in one move."""

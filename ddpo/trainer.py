@@ -2,23 +2,21 @@
 
 Algorithm of Black et al. (2023), https://arxiv.org/abs/2305.13301: denoising is a decision process, whose steps are
 made likelier or less likely by how much better than expected the finished image is. With options of later work: a
-divergence penalty (DPOK), advantages within a group (GRPO), and a constraint that keeps an erased concept erased. What
-is not here: the engine (`training`), the denoising and its densities (`policy`), the arithmetic (`loss`, `advantage`),
-the scoring (`collect`). See docs/ddpo.md for each departure from the authors' code, and for results.
+divergence penalty (DPOK), advantages within a group (GRPO) or by a critic, a constraint that keeps an erased concept
+erased, and erasure under a floor of the reward. What is not here: the engine (`training`), the denoising and its
+densities (`policy`), the arithmetic (`loss`, `advantage`, `critic`, `baseline`), the weights of the two forms
+(`constraints`), the scoring (`collect`). See docs/ddpo.md for each departure from the authors' code, and for results.
 """
 
 import math
 import time
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from statistics import fmean
 from typing import Any, NamedTuple
 
-import torch
-from jaxtyping import Float
-from torch import Tensor
-
-from erasure import ErasureConstraint, ImageConstraint, ObjectiveConstraint
-from erasure.protocols import ConceptBatch
+from erasure import ErasureConstraint, ImageConstraint, ObjectiveConstraint, QualityConstraint, RewardFloor
+from erasure.floor import ReferenceDivergence
 from overpaint.policy import ClassifierFree, Conditioning, DiffusionPolicy, Trajectory
 from overpaint.policy.prompts import check_prompts
 from overpaint.training import (
@@ -28,18 +26,18 @@ from overpaint.training import (
     TrainingConfig,
     TrainingRun,
     check_trainable,
-    draw_batch,
     evaluate_held_out,
     train,
 )
 from overpaint.training.loop import check_image_size
 from rewards import RewardLike, as_reward
 
-from .advantage import EPSILON, PromptStatistics, centred, centred_advantages, group_advantages, round_advantages
+from .baseline import Advantages, Baseline
 from .collect import Collector, ScoredSamples, requested_again_on_failure, tagged
 from .config import DDPOConfig
-from .gradient import PolicyGradient, measured_by
-from .requests import SampleRequest, draw_requests, pairs_of_update
+from .constraints import add_objective, weights_of
+from .gradient import PolicyGradient, Term, Update, measured_by
+from .requests import Pairs, SampleRequest, draw_requests, pairs_of_update
 from .scoring import ScoringConfig
 from .steps import step_plan
 
@@ -53,6 +51,12 @@ class DDPOMetrics(NamedTuple):
     """Reward of the samples of the concept."""
     erasure_violation: float
     erasure_weight: float
+    floor_violation: float
+    floor_weight: float
+    gradient_cosine: float
+    """Between the gradient of the prompts' samples and that of the erasure, mean over the updates."""
+    critic: dict[str, float]
+    """What the critic measured, by tag; empty without one."""
     loss: float
     grad_norm: float
     kl: float
@@ -70,15 +74,12 @@ class DDPOMetrics(NamedTuple):
     seconds_update: float
 
 
-class Advantages(NamedTuple):
-    """By how much the samples of a round are better than expected, and what that was computed from."""
+class Taken(NamedTuple):
+    """An update that was taken, and the relative violations that were measured in it."""
 
-    rewards: Float[Tensor, " samples"]
-    """Of the samples of all processes, on the CPU; as the next two."""
-    concept_rewards: Float[Tensor, " concept_samples"]
-    violations: Float[Tensor, " concept_samples"]
-    advantages: Float[Tensor, " mine"]
-    """Of this process's samples, clipped; on the device."""
+    update: Update
+    violation: float
+    floor_violation: float
 
 
 class DDPOTrainer:
@@ -95,12 +96,15 @@ class DDPOTrainer:
         prompts: What images are drawn for, with repetition; there may be fewer of them than processes.
         config: Settings; those of the authors' code by default.
         erasure: What is kept erased: a cost on images of the concept, or an objective on noise predictions.
+        floor: Turns the two around: the erasure is what is to be had, and its weight usually fixed; the reward of the
+            prompts is not to fall below a floor, or the steps not to part from the reference policy's.
         held_out: Prompts and a reward that are not trained on, for early stopping; the best weights by it remain.
         scoring: How the reward is run beside the sampling.
 
     Raises:
-        ValueError: There are no prompts, the policy has nothing to train, or there is patience without anything held
-            out; or the VAE's factor does not divide a side of the images.
+        ValueError: There are no prompts, the policy has nothing to train, there is patience without anything held out,
+            or a floor without an erasure, or the divergence has both a ceiling and a weight; or the VAE's factor does
+            not divide a side of the images.
     """
 
     name: str = "DDPO"
@@ -113,6 +117,7 @@ class DDPOTrainer:
         config: DDPOConfig | None = None,
         *,
         erasure: ErasureConstraint | None = None,
+        floor: QualityConstraint | None = None,
         held_out: HeldOut | None = None,
         scoring: ScoringConfig | None = None,
     ) -> None:
@@ -122,19 +127,25 @@ class DDPOTrainer:
         self.prompts = check_prompts(prompts)
         self.config = cfg = config or DDPOConfig()
         self.erasure = erasure
+        self.floor = floor
+        if floor is not None and erasure is None:
+            raise ValueError("floor must come with an erasure, which is lowered subject to it, got none")
+        if isinstance(floor, ReferenceDivergence) and cfg.kl_weight:
+            raise ValueError(
+                f"DDPOConfig.kl_weight must be 0 where floor is a ReferenceDivergence, got {cfg.kl_weight}"
+            )
         self.early_stopping = EarlyStopping.of(cfg, held_out, constrained=erasure is not None)
         self.guidance = ClassifierFree(cfg.guidance_scale)
-        self.statistics = PromptStatistics(cfg.buffer_size, cfg.min_count)
         check_image_size(self)
         step_weights, self.chosen_steps = step_plan(policy, cfg)
         self.gradient = PolicyGradient(policy, cfg, self.guidance, step_weights)
-        self.collector = Collector(
-            policy,
-            self._rollout,
-            reward,
-            erasure.cost if isinstance(erasure, ImageConstraint) else None,
-            batch_size=cfg.sampling_batch_size,
-            scoring=scoring,
+        images = erasure if isinstance(erasure, ImageConstraint) else None
+        self.baseline = Baseline(policy, cfg, with_violations=images is not None)
+        cost = None if images is None else images.cost
+        size = cfg.sampling_batch_size
+        self.collector = Collector(policy, self._rollout, reward, cost, batch_size=size, scoring=scoring)
+        self.references = Collector(
+            policy, self._finished, reward, None, batch_size=size, scoring=scoring, kind="reference"
         )
 
     def train(self, run_config: TrainingConfig, *, notes: Mapping[str, Any] | None = None) -> DDPOMetrics | None:
@@ -147,10 +158,10 @@ class DDPOTrainer:
         Raises:
             RewardError: The reward failed for good. The samples are kept, and scored when the run is resumed.
         """
-        state: dict[str, Stateful] = {"statistics": self.statistics}
-        if self.erasure is not None:
-            state["lagrangian"] = self.erasure.lagrangian
-        about = {} if self.erasure is None else {"erasure": self.erasure.description()}
+        constraints = {"erasure": self.erasure, "floor": self.floor}
+        state: dict[str, Stateful] = {name: one.lagrangian for name, one in constraints.items() if one is not None}
+        about = {name: one.description() for name, one in constraints.items() if one is not None}
+        state |= self.baseline.state
         return train(self, run_config, state=state, configs={"ddpo": self.config}, about=about, notes=notes)
 
     def prepare(self, run: TrainingRun) -> None:
@@ -160,91 +171,72 @@ class DDPOTrainer:
             ValueError: A round does not divide evenly among processes, updates and batches, or the erasure objective
                 cannot work with this policy.
         """
-        cfg, processes = self.config, run.num_processes
-        counts = {"samples_per_round": cfg.samples_per_round}
-        if self.erasure is not None:
-            counts["erasure_samples_per_round"] = cfg.erasure_samples_per_round
-        for name, count in counts.items():
-            if count % (cfg.updates_per_round * processes):
-                raise ValueError(
-                    f"DDPOConfig.{name} must divide evenly among updates_per_round={cfg.updates_per_round} times "
-                    f"{processes} processes, got {count}"
-                )
-            if count % cfg.images_per_prompt:
-                raise ValueError(
-                    f"DDPOConfig.{name} must divide by images_per_prompt={cfg.images_per_prompt}, got {count}"
-                )
-        samples = (cfg.samples_per_round + self._of_concept) // processes
-        pairs = samples // cfg.updates_per_round * cfg.trained_steps
-        if samples % cfg.sampling_batch_size:
-            raise ValueError(
-                f"DDPOConfig.sampling_batch_size must divide the {samples} samples that a process draws in a round, "
-                f"got {cfg.sampling_batch_size}"
-            )
-        if pairs % cfg.minibatch_size:
-            raise ValueError(
-                f"DDPOConfig.minibatch_size must divide the {pairs} pairs of sample and step that a process trains on "
-                f"in an update, got {cfg.minibatch_size}"
-            )
+        self.config.check_shares(
+            run.num_processes, concept_images=self._of_concept, with_erasure=self.erasure is not None
+        )
+        self.baseline.start(run)
         if isinstance(self.erasure, ObjectiveConstraint):
             self.erasure.prepare(self.policy)
 
     def step(self, run: TrainingRun) -> DDPOMetrics:
-        """Does one round: draws and scores samples, and takes its updates."""
-        cfg = self.config
-        weight = 0.0 if self.erasure is None else self.erasure.lagrangian.weight
+        """Does one round: draws and scores samples, takes its updates, and answers what the round has measured."""
+        cfg, weights = self.config, weights_of(self.erasure, self.floor)
+        floor_weight = 0.0 if self.floor is None else self.floor.lagrangian.weight
         with requested_again_on_failure(run):
-            requests, scored = self._sample(run)
-        advantages = self.compute_advantages(run, requests, scored, weight)
+            requests = self._requests(run)
+            references = self._references(run, requests[0])
+            scored = self.collector.collect(run, requests)
+        violations = self.erasure.relative(scored.costs) if isinstance(self.erasure, ImageConstraint) else scored.costs
+        advantages = self.baseline.advantages(run, requests, scored, violations, weights)
 
         start = time.perf_counter()
-        parts = [
-            pairs_of_update(
-                run,
-                requests,
-                k,
-                updates=cfg.updates_per_round,
-                steps=cfg.steps,
-                trained_steps=cfg.trained_steps,
-                chosen_steps=self.chosen_steps,
+        parts = [self._pairs(run, requests, update) for update in range(cfg.updates_per_round)]
+        trajectory = self.gradient.with_old_log_probs(run, scored.trajectory, [kind for part in parts for kind in part])
+        taken = [
+            self._update(
+                run, part, trajectory, advantages, measure_kl=number == 0 and run.iteration % cfg.kl_every == 0
             )
-            for k in range(cfg.updates_per_round)
+            for number, part in enumerate(parts)
         ]
-        trajectory = self.gradient.with_old_log_probs(run, scored.trajectory, parts)
-        objective, updates = [], []
-        for number, pairs in enumerate(parts):
-            objective.append(self._objective(run))
-            measure_kl = number == 0 and run.iteration % cfg.kl_every == 0
-            updates.append(self.gradient.update(run, pairs, trajectory, advantages.advantages, measure_kl=measure_kl))
-        measured = measured_by(run, updates, kl_in_loss=cfg.kl_weight > 0)
+        critic = {**advantages.explained, **self.baseline.learn(run, requests, trajectory, advantages)}
+        measured = measured_by(run, [one.update for one in taken], kl_in_loss=cfg.kl_weight + weights.divergence > 0)
         seconds_update = time.perf_counter() - start
 
-        violation = fmean(objective)
+        violation, floor_violation = fmean(one.violation for one in taken), fmean(one.floor_violation for one in taken)
         if isinstance(self.erasure, ImageConstraint):
             violation = float(advantages.violations.mean())
             self.erasure.lagrangian.update(violation)
+        if isinstance(self.floor, RewardFloor):
+            own = scored.rewards[: len(requests[0].mine)]
+            floor_violation = run.mean(self.floor.violation(own, None if references is None else references.rewards))
+            self.floor.lagrangian.update(floor_violation)
         if self.early_stopping is not None and self.erasure is not None:
-            self.early_stopping.note_cost(violation)
+            self.early_stopping.note_cost(violation if self.floor is None else max(violation, floor_violation))
         if run.iteration % cfg.pictures_every == 0:
             prompts = [prompt for part in requests for prompt in part.my_prompts]
             shown = slice(len(scored.pictures))
             run.log_images("round", scored.pictures, prompts[shown], rewards=scored.rewards[shown])
+        drawn = [one for one in (scored, references) if one is not None]
         return DDPOMetrics(
             reward=float(advantages.rewards.mean()),
             reward_std=float(advantages.rewards.std(correction=0)),
             erasure_reward=float(advantages.concept_rewards.mean()),
             erasure_violation=violation,
-            erasure_weight=weight,
+            erasure_weight=weights.violation,
+            floor_violation=floor_violation,
+            floor_weight=floor_weight,
+            critic=critic,
             **measured,
-            retries=scored.retries,
-            seconds_sampling=scored.seconds_sampling,
-            seconds_reward=scored.seconds_reward,
+            retries=sum(one.retries for one in drawn),
+            seconds_sampling=sum(one.seconds_sampling for one in drawn),
+            seconds_reward=sum(one.seconds_reward for one in drawn),
             seconds_update=seconds_update,
         )
 
     def tagged(self, metrics: DDPOMetrics, run: TrainingRun) -> dict[str, float]:
         """Returns what was measured under the tags that docs/ddpo.md defines, without what was switched off."""
-        values = tagged(metrics, (run.iteration + 1) * (self.config.samples_per_round + self._of_concept))
+        per_round = self.config.samples_per_round * (1 + self._paired) + self._of_concept
+        values = tagged(metrics, (run.iteration + 1) * per_round) | metrics.critic
         values["policy/ratio_start"] = metrics.ratio_start
         if self.config.kl_weight or run.iteration % self.config.kl_every == 0:
             values["policy/kl"] = metrics.kl
@@ -254,8 +246,12 @@ class DDPOTrainer:
         if self.erasure is not None:
             values["erasure/violation"] = metrics.erasure_violation
             values["erasure/weight"] = metrics.erasure_weight
+            values["erasure/gradient_cosine"] = metrics.gradient_cosine
             if self._of_concept:
                 values["erasure/reward"] = metrics.erasure_reward
+        if self.floor is not None:
+            values["floor/violation"] = metrics.floor_violation
+            values["floor/weight"] = metrics.floor_weight
         return values
 
     def evaluate(self, run: TrainingRun) -> None:
@@ -276,72 +272,88 @@ class DDPOTrainer:
             width=cfg.width,
         )
 
-    def _sample(self, run: TrainingRun) -> tuple[list[SampleRequest], ScoredSamples]:
-        """Draws this process's samples and has them scored: those of the prompts, then those of the concept."""
+    def _finished(self, conditioning: Conditioning, seeds: Sequence[int]) -> Trajectory:
+        """Draws as in a round, and keeps of the trajectory the end only."""
+        whole = self._rollout(conditioning, seeds)
+        return whole._replace(
+            latents=whole.latents[:, -1:], log_probs=whole.log_probs[:, :0], timesteps=whole.timesteps[:0]
+        )
+
+    def _requests(self, run: TrainingRun) -> list[SampleRequest]:
+        """Draws what the round requests: samples of the prompts, then those of the concept."""
         cfg = self.config
         wanted = [(self.prompts, cfg.samples_per_round)]
         if isinstance(self.erasure, ImageConstraint):
             wanted.append((self.erasure.prompts, cfg.erasure_samples_per_round))
-        requests = [
+        return [
             draw_requests(
                 run, population, count, updates=cfg.updates_per_round, images_per_prompt=cfg.images_per_prompt
             )
             for population, count in wanted
         ]
-        return requests, self.collector.collect(run, requests)
 
-    def compute_advantages(
-        self, run: TrainingRun, requests: list[SampleRequest], scored: ScoredSamples, weight: float
-    ) -> Advantages:
-        """Computes advantages from rewards and violations.
+    def _references(self, run: TrainingRun, request: SampleRequest) -> ScoredSamples | None:
+        """Draws and scores the reference policy's samples of the same prompts and seeds, where a floor needs them."""
+        if not self._paired:
+            return None
+        with self.policy.reference():
+            return self.references.collect(run, [request])
 
-        Samples of the concept are worth reward - weight * violation. They are compared with each other, or with the
-        others of their prompt, and never with earlier rounds, where the weight was another. Their advantages have the
-        unit of the others', one standard deviation of the reward: were they normalised by their own, no weight could
-        make the constraint count for more than the reward does.
-        """
-        cfg, mine = self.config, len(requests[0].mine)
-        compare = {
-            "prompt": self.statistics.advantages,
-            "group": group_advantages,
-            "centred": centred_advantages,
-            "round": round_advantages,
-        }[cfg.baseline]
-        rewards = requests[0].gathered(run, scored.rewards[:mine])
-        parts = [compare(rewards, requests[0].prompts)[requests[0].mine]]
-        concept_rewards = violations = torch.zeros(1)
-        if isinstance(self.erasure, ImageConstraint):
-            concept_rewards = requests[1].gathered(run, scored.rewards[mine:])
-            violations = requests[1].gathered(run, self.erasure.relative(scored.costs))
-            worth = centred(concept_rewards - weight * violations, self._compared(requests[1]))
-            unit = centred(rewards, self._compared(requests[0])).square().mean().sqrt()
-            parts.append((worth / (unit + EPSILON))[requests[1].mine])
-        clamped = torch.cat(parts).clamp(-cfg.max_advantage, cfg.max_advantage)
-        return Advantages(rewards, concept_rewards, violations, clamped.to(run.device, torch.float32))
+    def _pairs(self, run: TrainingRun, requests: Sequence[SampleRequest], update: int) -> list[Pairs]:
+        """Returns what an update is taken on, of the prompts' samples and of the concept's."""
+        cfg, count = self.config, len(requests[0].mine)
+        pairs = pairs_of_update(
+            run,
+            requests,
+            update,
+            updates=cfg.updates_per_round,
+            steps=cfg.steps,
+            trained_steps=cfg.trained_steps,
+            chosen_steps=self.chosen_steps,
+        )
+        ends = [0, count, count + self._of_concept // run.num_processes]
+        return [pairs.between(first, end) for first, end in pairwise(ends[: len(requests) + 1])]
 
-    def _objective(self, run: TrainingRun) -> float:
-        """Adds the gradient of an erasure objective, if there is one, moves its weight, and returns its violation."""
-        erasure = self.erasure
-        if not isinstance(erasure, ObjectiveConstraint):
-            return 0.0
-        batch = draw_batch(run, erasure.prompts, self.config.erasure_samples_per_round // self.config.updates_per_round)
-        total = torch.zeros((), device=run.device)
-        for first in range(0, len(batch), self.config.minibatch_size):
-            prompts, seeds = zip(*batch[first : first + self.config.minibatch_size], strict=True)
-            with run.autocast():
-                cost = erasure.violation(self.policy, ConceptBatch(list(prompts), list(seeds))).sum() / len(batch)
-            run.backward(erasure.lagrangian.weight * cost, sync=False)
-            total += cost.detach()
-        mean = run.mean(total)
-        if math.isfinite(mean):  # otherwise the update is skipped, and there is nothing to answer
-            erasure.lagrangian.update(mean)
-        return mean
+    def _update(
+        self, run: TrainingRun, kinds: Sequence[Pairs], trajectory: Trajectory, judged: Advantages, *, measure_kl: bool
+    ) -> Taken:
+        """Takes one update with the present weights of the terms, and answers the violations known by then."""
+        cfg, weights, violation = self.config, weights_of(self.erasure, self.floor), 0.0
+        if isinstance(self.erasure, ObjectiveConstraint):
+            violation = add_objective(
+                run,
+                self.policy,
+                self.erasure,
+                cfg.erasure_samples_per_round // cfg.updates_per_round,
+                weight=weights.violation,
+                size=cfg.minibatch_size,
+            )
+        prompts = concept = None
+        if weights.reward or weights.divergence:
+            prompts = Term(kinds[0], weights.reward, cfg.kl_weight + weights.divergence)
+        if len(kinds) > 1 and weights.violation:
+            # Where their reward counts too, their advantages have the weights in them.
+            concept = Term(kinds[1], 1.0 if weights.concept_reward else weights.violation, cfg.kl_weight)
+        update = self.gradient.update(
+            run,
+            prompts,
+            trajectory,
+            judged.advantages,
+            concept=concept,
+            measure_kl=measure_kl,
+            compare=self.erasure is not None,
+        )
+        floor_violation = 0.0
+        if isinstance(self.floor, ReferenceDivergence):
+            floor_violation = run.mean(self.floor.violation(update.means[4:]))
+            if math.isfinite(floor_violation):
+                self.floor.lagrangian.update(floor_violation)
+        return Taken(update, violation, floor_violation)
 
-    # Small things.
-
-    def _compared(self, requests: SampleRequest) -> list[str]:
-        """Returns a name for each sample of those that it is compared with: those of its prompt, or all."""
-        return requests.prompts if self.config.images_per_prompt > 1 else [""] * len(requests.prompts)
+    @property
+    def _paired(self) -> bool:
+        """Whether the floor compares with samples of the reference policy."""
+        return isinstance(self.floor, RewardFloor) and self.floor.paired
 
     @property
     def _of_concept(self) -> int:

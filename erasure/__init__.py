@@ -2,6 +2,7 @@
 
 from .changes import Change, WeightChange
 from .concept import NUDITY, Concept
+from .concept_prompts import ConceptPrompts, ConceptPromptsConfig
 from .constraint import ErasureConstraint, ImageConstraint, ObjectiveConstraint
 from .controllers import FixedWeight, Switch, WeightController
 from .descend import DescentConfig, erase_by_descent
@@ -24,6 +25,7 @@ from .official import load_erasure
 from .protocols import ConceptBatch, Edit, Objective
 from .reference_distance import ReferenceDistance, ReferenceDistanceConfig
 from .registry import METHODS, ErasureMethod, erase, method_named
+from .soft_attack import SoftAttack, SoftAttackConfig
 from .strength import AdjustableMethod, StrengthSearch, Trial, strongest_erasure, strongest_setting
 
 __all__ = [
@@ -44,6 +46,8 @@ __all__ = [
     "Change",
     "Concept",
     "ConceptBatch",
+    "ConceptPrompts",
+    "ConceptPromptsConfig",
     "DescentConfig",
     "ESDConfig",
     "Edit",
@@ -70,6 +74,8 @@ __all__ = [
     "SAConfig",
     "SAFREEConfig",
     "SLDConfig",
+    "SoftAttack",
+    "SoftAttackConfig",
     "StrengthSearch",
     "Switch",
     "Trial",

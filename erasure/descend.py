@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -66,6 +66,11 @@ class DescentConfig:
             raise ValueError(
                 f"warmup_iterations must be at most iterations={self.iterations}, got {self.warmup_iterations}"
             )
+
+    def run_config(self, output_dir: Path, *, resume: bool = False, progress: bool = True) -> TrainingConfig:
+        """Returns the settings of a run that descends so, in a folder."""
+        shared = {name: value for name, value in asdict(self).items() if name != "batch_size"}
+        return TrainingConfig(output_dir=output_dir, keep_checkpoints=1, resume=resume, progress=progress, **shared)
 
     def check_processes(self) -> None:
         """Raises a `ValueError` where the processes cannot share a batch."""
@@ -139,13 +144,10 @@ def descend(
     config.check_processes()
     objective.prepare(student, concept)
     recorded = {"descent": config, objective.name.lower(): objective.config, **(record or {})}
-    shared = {name: value for name, value in asdict(config).items() if name != "batch_size"}
-    if output_dir is None:
-        shared["checkpoint_every"] = config.iterations
     with TemporaryDirectory() as nowhere:
-        run_config = TrainingConfig(
-            output_dir=Path(output_dir or nowhere), keep_checkpoints=1, resume=resume, progress=progress, **shared
-        )
+        run_config = config.run_config(Path(output_dir or nowhere), resume=resume, progress=progress)
+        if output_dir is None:
+            run_config = replace(run_config, checkpoint_every=config.iterations)
         with TrainingRun(
             student,
             run_config,

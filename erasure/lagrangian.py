@@ -30,9 +30,10 @@ class LagrangianConfig:
     space: Literal["log", "linear"] = "log"
     """What the gains act on: the logarithm of the weight, or the weight itself, as in the papers of dual ascent."""
 
-    learning_rate: float = Field(0.2, ge=0)
-    """Integral gain: what is added per unit of violation and update. In the logarithm 0.2 multiplies the weight by 100
-    in 12 updates of a gross violation, and divides it by 100 in 23 updates without any cost."""
+    learning_rate: float = Field(0.1, ge=0)
+    """Integral gain: what is added per unit of violation and update. In the logarithm 0.1 multiplies the weight by e
+    in 10 updates of twice the ceiling or more, and divides it by e in 10 updates without any cost; the proportional
+    gain answers with another factor of e at once."""
 
     initial_weight: float = Field(1.0, ge=0)
     """Weight before the first update, in units of the other term per unit of relative violation."""
@@ -53,7 +54,7 @@ class LagrangianConfig:
     """Decay of the running mean of violations that the gains see: batches are small, and their violations noisy. Zero:
     each batch for itself."""
 
-    max_violation: AnyFloat = Field(2.0, gt=0)
+    max_violation: AnyFloat = Field(1.0, gt=0)
     """Running means farther from 0 count as this far. Costs often have a lower bound and no upper one: without a bound,
     a few updates of a gross violation wind up more weight than hundreds of good ones take back."""
 

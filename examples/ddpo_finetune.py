@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ddpo import DDPOConfig, DDPOTrainer, RWRConfig, RWRTrainer
-from erasure import UCE, ImageConstraint
+from erasure import UCE, ImageConstraint, Lagrangian, LagrangianConfig
 from overpaint.evaluation import DrawConfig, Measure, Panel
 from overpaint.evaluation.experiments.experiment import draw_and_score, write_results
 from overpaint.evaluation.experiments.options import ModelOptions, RewardOptions, SharingOptions, TunedOptions
@@ -202,7 +202,8 @@ def constraint() -> ImageConstraint:
             return tinyworld.concept_shown(images).float()
 
     wanted = [*tinyworld.captions("explicit", 400, 7), *tinyworld.captions("implicit", 400, 7)]
-    return ImageConstraint(Stripes(), wanted, ceiling=0.02)
+    weight = Lagrangian(LagrangianConfig(initial_weight=0.2))
+    return ImageConstraint(Stripes(), wanted, weight, ceiling=0.02)
 
 
 def trainer_of(config: Config, policy: DiffusionPolicy, task: Task) -> DDPOTrainer | RWRTrainer:
@@ -327,7 +328,7 @@ def panels(config: Config) -> tuple[Panel, ...]:
     if not config.by_rwr:
         curves.append(Panel(title="Divergence from the untuned policy", tags={"per step": "policy/kl"}))
     if config.constrained:
-        curves.append(Panel(title="Cost of the constraint", tags={"cost": "erasure/violation"}, references={"bound": 0.0}))
+        curves.append(Panel(title="Violation", tags={"relative": "erasure/violation"}, references={"bound": 0.0}))
         curves.append(Panel(title="Weight of the constraint", tags={"weight": "erasure/weight"}))
     return tuple(curves)
 

@@ -2,6 +2,9 @@
 
 from overpaint.settings import Field, settings
 
+POOL_BATCHES, POOL = 4, 64
+"""Size of the pool of pairs that is drawn where none are given: in batches of the pretraining term, and at most."""
+
 
 @settings
 class ReFLConfig:
@@ -67,6 +70,10 @@ class ReFLConfig:
     erasure_batch_size: int = Field(64, ge=1)
     """Prompts of the concept per iteration, over all processes; used only with an erasure constraint."""
 
+    project_conflicts: bool = False
+    """Take from the gradients of reward and erasure what points against the other (PCGrad, Yu et al. 2020,
+    https://arxiv.org/abs/2001.06782), after weighing, before the pretraining term is added; only with an erasure."""
+
     evaluate_every: int = Field(20, ge=1)
     """Iterations between two evaluations: of the distance from the reference, and of the held-out prompts; where there
     are none, pictures of some training prompts are logged."""
@@ -89,3 +96,9 @@ class ReFLConfig:
             raise ValueError(f"truncation_steps must be at most first_reward_step + 1 = {first + 1}, got {steps}")
         if self.low_variance_noises and steps > 1:
             raise ValueError(f"truncation_steps must be 1 with low_variance_noises, got {steps}")
+
+    @property
+    def pool(self) -> int:
+        """Number of pairs that are drawn where none are given."""
+        batch = self.pretraining_batch_size
+        return self.pretraining_pairs or max(batch, min(POOL_BATCHES * batch, POOL))

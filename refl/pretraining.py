@@ -13,16 +13,22 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from overpaint.image_files import IMAGE_SUFFIXES, UnreadableImage, image_size, images_below, read_image
-from overpaint.policy import Conditioning, DiffusionPolicy, Guidance, SampleNoise
+from overpaint.policy import ClassifierFree, Conditioning, DiffusionPolicy, Guidance, SampleNoise
 from overpaint.policy.guidance import DEFAULT_GUIDANCE
 from overpaint.policy.prompts import check_prompts
 from overpaint.policy.types import Latents, PerSample
 from overpaint.text_files import read_json_lines, read_text
+from overpaint.training import TrainingRun
 from overpaint.training.logging import progress_bar
 from rewards.preprocess import from_pil, pil_to_square
 
+from .config import ReFLConfig
+from .terms import Measured, Term
+
 LISTINGS = ("metadata.jsonl", "metadata.csv")
 """Files that may list the captions of a folder."""
+FIRST_SEED = 2_000_000
+"""Seed of the first pair that is drawn where none are given, plus the run's."""
 CAPTION_SUFFIXES = (".txt", ".caption")
 """Endings of the files that may hold the caption of the image beside them."""
 
@@ -88,6 +94,37 @@ def pairs_from_policy(
             parts.append(latents)
             bar.update(len(latents))
     return PretrainingPairs(torch.cat(parts), captions)
+
+
+def own_pairs(
+    run: TrainingRun, policy: DiffusionPolicy, prompts: Sequence[str], config: ReFLConfig
+) -> PretrainingPairs:
+    """Draws the pairs of the pretraining term from the frozen policy, each process its part."""
+    captions = [prompts[k % len(prompts)] for k in range(config.pool)]
+    mine = run.shard(range(config.pool))
+    part = pairs_from_policy(
+        policy,
+        captions[mine.start : mine.stop],
+        count=len(mine),
+        steps=config.steps,
+        guidance=ClassifierFree(max(config.guidance_scale, 1.0)),
+        seed=FIRST_SEED + run.config.seed + mine.start,
+        height=config.height,
+        width=config.width,
+        progress=run.is_main and run.config.progress,
+    )
+    return PretrainingPairs(run.gather(part.latents), captions)
+
+
+def pretraining_term(policy: DiffusionPolicy, pairs: PretrainingPairs) -> Term[int]:
+    """Returns the denoising loss of pairs, which are given by their indices."""
+
+    def term(indices: list[int], seeds: list[int]) -> Measured:
+        conditioning = policy.encode([pairs.captions[k] for k in indices])
+        losses = denoising_loss(policy, pairs.latents[indices].to(policy.device), conditioning, seeds=seeds)
+        return Measured(losses, losses)
+
+    return term
 
 
 def pairs_from_folder(

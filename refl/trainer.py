@@ -1,23 +1,29 @@
 """The ReFL trainer.
 
-Algorithm 1 of Xu et al. (2023), https://arxiv.org/abs/2304.05977, with two additions: an optional constraint that keeps
-an erased concept erased, and early stopping by a second, held-out reward. What is not here: the engine and the loop
-(`training`), the denoising (`policy`), the constraint's arithmetic (`erasure`). See docs/refl.md for each departure
-from the authors' code, and for results.
+Algorithm 1 of Xu et al. (2023), https://arxiv.org/abs/2304.05977, with three additions: a constraint that keeps an
+erased concept erased, or an erasure that keeps a floor of the reward, and early stopping by a second, held-out reward.
+What is not here: the engine and the loop (`training`), the denoising (`policy`), the constraints' arithmetic
+(`erasure`), the terms of the loss (`terms`). See docs/refl.md for each departure from the authors' code, and for
+results.
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple, TypeVar
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
 
-from erasure import ErasureConstraint, ImageConstraint, ObjectiveConstraint
-from erasure.protocols import ConceptBatch
+from erasure import (
+    ErasureConstraint,
+    ImageConstraint,
+    ObjectiveConstraint,
+    QualityConstraint,
+    ReferenceDivergence,
+    RewardFloor,
+    WeightController,
+)
 from overpaint.policy import ClassifierFree, DiffusionPolicy
 from overpaint.policy.prompts import check_prompts
-from overpaint.policy.types import PerSample
 from overpaint.training import (
     EarlyStopping,
     HeldOut,
@@ -30,29 +36,37 @@ from overpaint.training import (
     train,
 )
 from overpaint.training.loop import check_batches, check_image_size, log_pictures
-from rewards import RewardLike, as_reward, scores_of
+from rewards import RewardLike, as_reward
 
 from .config import ReFLConfig
 from .distance import distance_to_reference
 from .gradient_check import check_gradient, not_differentiable, trial_images
-from .loss import hinge
-from .one_step import one_step_images
-from .pretraining import PretrainingPairs, denoising_loss, pairs_from_policy
-
-Item = TypeVar("Item", str, int)
-
-POOL_BATCHES, POOL = 4, 64
-"""Size of the pool of pairs that is drawn where none are given: in batches of the pretraining term, and at most."""
+from .pretraining import PretrainingPairs, own_pairs, pretraining_term
+from .terms import (
+    Term,
+    accumulate,
+    captions_of,
+    divergence_term,
+    erasure_term,
+    floor_term,
+    join_gradients,
+    reward_term,
+    take_gradient,
+)
 
 
 class ReFLMetrics(NamedTuple):
     """What one iteration measured: means over the batch of all processes, before the update."""
 
     reward: float
+    """0 where no reward is computed, under a ceiling of the divergence."""
     reward_loss: float
+    """Of the hinge; 0 where there is a floor in its place."""
     pretraining_loss: float
     erasure_violation: float
     erasure_weight: float
+    floor_violation: float
+    floor_weight: float
     gradient_cosine: float
     grad_norm: float
     reward_step: int
@@ -64,20 +78,26 @@ class ReFLTrainer:
         trainer = ReFLTrainer(policy, reward, prompts, ReFLConfig(batch_size=8))
         trainer.train(TrainingConfig(output_dir="run", iterations=100))
 
+    With an erasure, the reward is raised subject to the erasure's ceiling. With a floor besides, it is the other way
+    round: the erasure's loss is lowered subject to the floor.
+
     Args:
         policy: What is tuned, in place; needs a LoRA or `train=`.
         reward: What is raised, on the policy's device; a reward or a plain function of images and prompts. Must be
             differentiable in the images.
-        prompts: What images are drawn for.
+        prompts: What images are drawn for; with a floor, those whose pictures are to stay good.
         config: Settings; those of the authors' code by default.
-        erasure: What is kept erased: a cost on images of the concept, or an objective on noise predictions.
+        erasure: What is kept erased: a cost on images of the concept, or an objective on noise predictions. With a
+            floor, what is minimised; its weight should then be a `FixedWeight`, unless its ceiling is to be enough.
+        floor: What is kept good while the concept is erased: the reward, or the nearness to the reference policy, which
+            leaves the reward out.
         pretraining: Pairs of the pretraining term; drawn from the frozen policy itself where none are given.
         held_out: Prompts and a reward that are not trained on, for early stopping; the best weights by it remain.
 
     Raises:
         ValueError: The reward says that it has no gradient, there are no prompts or no pairs, the policy has nothing to
-            train, there is patience without anything held out, or the VAE's factor does not divide a side of the
-            images.
+            train, there is patience without anything held out, the VAE's factor does not divide a side of the images,
+            a floor comes without an erasure, or a divergence is to be measured between steps without noise.
     """
 
     name: str = "ReFL"
@@ -90,18 +110,24 @@ class ReFLTrainer:
         config: ReFLConfig | None = None,
         *,
         erasure: ErasureConstraint | None = None,
+        floor: QualityConstraint | None = None,
         pretraining: PretrainingPairs | None = None,
         held_out: HeldOut | None = None,
     ) -> None:
-        self.reward = as_reward(reward)
-        if not self.reward.differentiable:
-            raise not_differentiable("reward", reward)
-        check_trainable(policy)
         self.policy = policy
+        self.reward = as_reward(reward)
         self.prompts = check_prompts(prompts)
         self.config = config or ReFLConfig()
         self.erasure = erasure
+        self.floor = floor
         self.pretraining = pretraining
+        if self._rewarded and not self.reward.differentiable:
+            raise not_differentiable("reward", reward)
+        check_trainable(policy)
+        if floor is not None and erasure is None:
+            raise ValueError("floor must come with an erasure, which is lowered subject to it, got none")
+        if isinstance(floor, ReferenceDivergence) and self.config.eta == 0:
+            raise ValueError("ReFLConfig.eta must be above 0 with a ReferenceDivergence, got 0")
         if pretraining is not None and not 0 < len(pretraining.captions) == len(pretraining.latents):
             raise ValueError(
                 "pretraining must hold at least one pair and a caption for each of its latents, got "
@@ -118,35 +144,44 @@ class ReFLTrainer:
             run_config: Settings of the run.
             notes: What only the program knows, for the record of the run.
         """
-        state: dict[str, Stateful] = {} if self.erasure is None else {"lagrangian": self.erasure.lagrangian}
-        about = {} if self.erasure is None else {"erasure": self.erasure.description()}
+        constraints = {"erasure": self.erasure, "floor": self.floor}
+        state: dict[str, Stateful] = {} if self.erasure is None else self.erasure.state()
+        if self.floor is not None:
+            state["floor"] = self.floor.lagrangian
+        about = {name: one.description() for name, one in constraints.items() if one is not None}
         return train(self, run_config, state=state, configs={"refl": self.config}, about=about, notes=notes)
 
     def prepare(self, run: TrainingRun) -> None:
         """Checks what only a run can tell, draws pairs where none were given, and readies an erasure objective.
 
         Raises:
-            ValueError: The reward or the erasure cost has no gradient to the images, a batch does not divide evenly
-                among the processes, or the objective cannot work with this policy.
+            ValueError: The reward, the erasure cost or an attack's score has no gradient to the images, a batch does
+                not divide evenly among the processes, the objective cannot work with this policy, or an attack finds no
+                room behind a prompt.
         """
         cfg = self.config
         batches = {"batch_size": cfg.batch_size}
         if cfg.pretraining_weight:
             batches["pretraining_batch_size"] = cfg.pretraining_batch_size
             if self.pretraining is None:
-                batches["pretraining_pairs"] = self._pool
+                batches["pretraining_pairs"] = cfg.pool
         if self.erasure is not None:
             batches["erasure_batch_size"] = cfg.erasure_batch_size
         check_batches(run, "", batches)
 
         size = self.policy.image_size
         noise = trial_images(cfg.height or size, cfg.width or size, self.policy.device)
-        check_gradient("reward", self.reward, noise, self.prompts)
+        if self._rewarded:
+            check_gradient("reward", self.reward, noise, self.prompts)
         if isinstance(self.erasure, ImageConstraint):
             check_gradient("erasure cost", self.erasure.cost, noise, self.erasure.prompts)
+            if self.erasure.attack is not None and self.erasure.attack.score is not None:
+                check_gradient("attack score", self.erasure.attack.score, noise, self.erasure.prompts)
+        if self.erasure is not None and self.erasure.attack is not None:
+            self.erasure.attack.check(self.policy, self.erasure.prompts)
 
         if cfg.pretraining_weight and self.pretraining is None:
-            self.pretraining = self._own_pairs(run)
+            self.pretraining = own_pairs(run, self.policy, self.prompts, cfg)
         if isinstance(self.erasure, ObjectiveConstraint):
             self.erasure.prepare(self.policy)
 
@@ -156,43 +191,46 @@ class ReFLTrainer:
         Raises:
             ValueError: The reward or the erasure cost gave not one number for each image.
         """
-        cfg, erasure, pairs = self.config, self.erasure, self.pretraining
+        cfg, erasure, floor, pairs = self.config, self.erasure, self.floor, self.pretraining
+        parameters, size = self.policy.trainable_parameters(), cfg.micro_batch_size
+        weight, erasure_weight = self._weights()
         reward_step = int(torch.randint(cfg.first_reward_step, cfg.last_reward_step + 1, (), generator=run.generator))
 
         batch = draw_batch(run, self.prompts, cfg.batch_size)
-        rewards = self._accumulate(run, batch, lambda *part: self._reward_term(*part, reward_step))
-        costs, cosine = None, 0.0
+        rewarded = accumulate(run, batch, self._first_term(reward_step), weight=cfg.reward_scale * weight, size=size)
+        erased, cosine = None, 0.0
         if erasure is not None:
-            before = [gradient.clone() for gradient in self._gradients()]
-            batch = draw_batch(run, erasure.prompts, cfg.erasure_batch_size)
-            costs = self._accumulate(run, batch, lambda *part: self._erasure_term(*part, erasure, reward_step))
-            cosine = _cosine(before, self._gradients())
-        losses = None
+            gradient = take_gradient(run, parameters)
+            batch = erasure.prompts.draw(run, cfg.erasure_batch_size)
+            term = erasure_term(self.policy, erasure, cfg, reward_step, run.iteration)
+            erased = accumulate(run, batch, term, weight=cfg.reward_scale * erasure_weight, size=size)
+            erasure.prompts.note(run, captions_of([prompt for prompt, _ in batch], cfg), erased.losses)
+            other = take_gradient(run, parameters)
+            cosine = join_gradients(parameters, gradient, other, project=cfg.project_conflicts)
+        denoised = None
         if cfg.pretraining_weight and pairs is not None:
             chosen = draw_batch(run, range(len(pairs.captions)), cfg.pretraining_batch_size)
-            losses = self._accumulate(run, chosen, lambda *part: self._pretraining_term(*part, pairs))
+            term = pretraining_term(self.policy, pairs)
+            denoised = accumulate(run, chosen, term, weight=cfg.pretraining_weight, size=size)
 
         # The terms have added up in each process; a last backward, of nothing, averages over the processes.
-        run.backward(torch.stack([0.0 * p.sum() for p in self.policy.trainable_parameters()]).sum(), sync=True)
+        run.backward(torch.stack([0.0 * p.sum() for p in parameters]).sum(), sync=True)
         grad_norm = run.update()
 
-        cost, weight = 0.0, 0.0
-        if erasure is not None and costs is not None:
-            cost, weight = run.mean(costs), erasure.lagrangian.weight
-            if math.isfinite(cost):  # otherwise the update was skipped, and there is nothing to answer
-                erasure.lagrangian.update(cost)
-                if self.early_stopping is not None:
-                    self.early_stopping.note_cost(cost)
-        return ReFLMetrics(
-            reward=run.mean(rewards),
-            reward_loss=run.mean(hinge(rewards, margin=cfg.reward_margin)),
-            pretraining_loss=0.0 if losses is None else run.mean(losses),
-            erasure_violation=cost,
-            erasure_weight=weight,
-            gradient_cosine=run.mean(cosine),
+        metrics = ReFLMetrics(
+            reward=run.mean(rewarded.values) if self._rewarded else 0.0,
+            reward_loss=0.0 if floor is not None else run.mean(rewarded.losses),
+            pretraining_loss=0.0 if denoised is None else run.mean(denoised.losses),
+            erasure_violation=0.0 if erased is None else run.mean(erased.losses),
+            erasure_weight=0.0 if erasure is None else erasure.lagrangian.weight,
+            floor_violation=0.0 if floor is None else run.mean(rewarded.losses),
+            floor_weight=0.0 if floor is None else floor.lagrangian.weight,
+            gradient_cosine=cosine,
             grad_norm=grad_norm,
             reward_step=reward_step,
         )
+        self._answer(metrics)
+        return metrics
 
     def evaluate(self, run: TrainingRun) -> None:
         """Measures the distance from the reference, and evaluates the held-out prompts, or logs some pictures."""
@@ -203,105 +241,59 @@ class ReFLTrainer:
         else:
             evaluate_held_out(run, self)
 
-    # The three terms of the loss: each gives its mean over some samples, and what it measured of each.
-
-    def _reward_term(self, prompts: list[str], seeds: list[int], reward_step: int) -> tuple[Tensor, PerSample]:
-        cfg = self.config
-        images = one_step_images(self.policy, prompts, seeds, cfg, reward_step=reward_step)
-        rewards = scores_of("reward", self.reward, images, self._captions(prompts))
-        return cfg.reward_scale * hinge(rewards, margin=cfg.reward_margin).mean(), rewards
-
-    def _erasure_term(
-        self, prompts: list[str], seeds: list[int], erasure: ErasureConstraint, reward_step: int
-    ) -> tuple[Tensor, PerSample]:
-        cfg = self.config
-        if isinstance(erasure, ImageConstraint):
-            images = one_step_images(self.policy, prompts, seeds, cfg, reward_step=reward_step)
-            cost = erasure.violation(images, self._captions(prompts))
-        else:
-            cost = erasure.violation(self.policy, ConceptBatch(prompts, seeds))
-        return cfg.reward_scale * erasure.lagrangian.weight * cost.mean(), cost
-
-    def _pretraining_term(
-        self, indices: list[int], seeds: list[int], pairs: PretrainingPairs
-    ) -> tuple[Tensor, PerSample]:
-        conditioning = self.policy.encode([pairs.captions[k] for k in indices])
-        latents = pairs.latents[indices].to(self.policy.device)
-        loss = denoising_loss(self.policy, latents, conditioning, seeds=seeds)
-        return self.config.pretraining_weight * loss.mean(), loss
-
-    # Small things.
-
-    def _accumulate(
-        self,
-        run: TrainingRun,
-        batch: Sequence[tuple[Item, int]],
-        term: Callable[[list[Item], list[int]], tuple[Tensor, PerSample]],
-    ) -> PerSample:
-        """Adds the gradient of a term's mean over a batch, some samples at a time, and returns what it measured."""
-        measured = []
-        for start in range(0, len(batch), self.config.micro_batch_size):
-            items, seeds = zip(*batch[start : start + self.config.micro_batch_size], strict=True)
-            with run.autocast():
-                loss, values = term(list(items), list(seeds))
-            run.backward(loss * (len(items) / len(batch)), sync=False)
-            measured.append(values.detach().float())
-        return torch.cat(measured)
-
-    def _gradients(self) -> list[Tensor]:
-        """Returns the gradient of each trained weight as it has been added up so far."""
-        return [torch.zeros_like(p) if p.grad is None else p.grad for p in self.policy.trainable_parameters()]
-
-    def _captions(self, prompts: list[str]) -> list[str]:
-        """Repeats each prompt for the images that it stands for."""
-        return [prompt for prompt in prompts for _ in range(max(1, self.config.low_variance_noises))]
+    # What belongs to the constraints.
 
     @property
-    def _pool(self) -> int:
-        """Number of pairs that are drawn where none are given."""
-        batch = self.config.pretraining_batch_size
-        return self.config.pretraining_pairs or max(batch, min(POOL_BATCHES * batch, POOL))
+    def _rewarded(self) -> bool:
+        """Whether rewards are computed."""
+        return not isinstance(self.floor, ReferenceDivergence)
 
-    def _own_pairs(self, run: TrainingRun) -> PretrainingPairs:
-        """Draws the pairs of the pretraining term from the frozen policy, each process its part."""
-        cfg, count = self.config, self._pool
-        captions = [self.prompts[k % len(self.prompts)] for k in range(count)]
-        mine = run.shard(range(count))
-        part = pairs_from_policy(
-            self.policy,
-            captions[mine.start : mine.stop],
-            count=len(mine),
-            steps=cfg.steps,
-            guidance=ClassifierFree(max(cfg.guidance_scale, 1.0)),
-            seed=2_000_000 + run.config.seed + mine.start,
-            height=cfg.height,
-            width=cfg.width,
-            progress=run.is_main and run.config.progress,
-        )
-        return PretrainingPairs(run.gather(part.latents), captions)
+    def _first_term(self, reward_step: int) -> Term[str]:
+        """Returns the term of the prompts: of the reward, or of what is to be kept while the concept is erased."""
+        if isinstance(self.floor, ReferenceDivergence):
+            return divergence_term(self.policy, self.config, self.floor)
+        if isinstance(self.floor, RewardFloor):
+            return floor_term(self.policy, self.reward, self.config, reward_step, self.floor)
+        return reward_term(self.policy, self.reward, self.config, reward_step)
+
+    def _weights(self) -> tuple[float, float]:
+        """Returns what the term of the prompts and that of the erasure are multiplied by, as their controllers say."""
+        floor, erasure = (None if one is None else one.lagrangian for one in (self.floor, self.erasure))
+        return _weight(floor, erasure), _weight(erasure, floor)
+
+    def _answer(self, metrics: ReFLMetrics) -> None:
+        """Moves the weights by what was measured; what is not finite has skipped the update, and is not answered."""
+        violations = []
+        for constraint, violation in (
+            (self.erasure, metrics.erasure_violation),
+            (self.floor, metrics.floor_violation),
+        ):
+            if constraint is not None and math.isfinite(violation):
+                constraint.lagrangian.update(violation)
+                violations.append(violation)
+        if self.early_stopping is not None and violations:
+            self.early_stopping.note_cost(max(violations))
 
     def tagged(self, metrics: ReFLMetrics, run: TrainingRun) -> dict[str, float]:
         """Returns what was measured under the tags that docs/refl.md defines, without what was switched off."""
-        values = {
-            "reward/mean": metrics.reward,
-            "train/reward_loss": metrics.reward_loss,
-            "train/grad_norm": metrics.grad_norm,
-            "train/reward_step": metrics.reward_step,
-        }
+        values: dict[str, float] = {"train/grad_norm": metrics.grad_norm, "train/reward_step": metrics.reward_step}
+        if self._rewarded:
+            values["reward/mean"] = metrics.reward
+        if self.floor is None:
+            values["train/reward_loss"] = metrics.reward_loss
+        else:
+            values["floor/violation"] = metrics.floor_violation
+            values["floor/weight"] = metrics.floor_weight
         if self.config.pretraining_weight:
             values["train/pretraining_loss"] = metrics.pretraining_loss
         if self.erasure is not None:
             values["erasure/violation"] = metrics.erasure_violation
             values["erasure/weight"] = metrics.erasure_weight
             values["erasure/gradient_cosine"] = metrics.gradient_cosine
+            values |= self.erasure.measured(run)
         return values
 
 
-def _cosine(first: Sequence[Tensor], both: Sequence[Tensor]) -> float:
-    """Returns the cosine between a gradient and what was then added to it; 0 where either is zero."""
-    sums = torch.zeros(3, device=first[0].device)
-    for one, total in zip(first, both, strict=True):
-        a, b = one.flatten().float(), (total - one).flatten().float()
-        sums += torch.stack([a @ b, a @ a, b @ b])
-    product, squared, added = sums.tolist()
-    return product / math.sqrt(squared) / math.sqrt(added) if squared and added else 0.0
+def _weight(own: WeightController | None, other: WeightController | None) -> float:
+    """Returns a term's weight: its own controller's, times what the other term's controller leaves it."""
+    return (1.0 if own is None else own.weight) * (1.0 if other is None else other.other_weight)

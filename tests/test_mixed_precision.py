@@ -17,7 +17,6 @@ from erasure import (
     ObjectiveConstraint,
     ReferenceDistance,
     ReferenceDistanceConfig,
-    ScoreCeiling,
 )
 from erasure.changes import WeightChange
 from erasure.descend import DescentConfig
@@ -207,12 +206,12 @@ def rwr(policy: DiffusionPolicy, config: TrainingConfig) -> None:
 TRAINERS: dict[str, tuple[Callable[[DiffusionPolicy, TrainingConfig], None], dict[str, float]]] = {
     "refl": (refl(lambda: None), {"train/reward_loss": 0.0, "train/pretraining_loss": 0.0}),
     "refl-image": (
-        refl(lambda: ImageConstraint(ScoreCeiling(tinyworld.StripeScore(), 0.02), PROMPTS[:1] * 4)),
-        {"train/reward_loss": 0.0, "erasure/cost": 0.0},
+        refl(lambda: ImageConstraint(tinyworld.StripeScore(), PROMPTS[:1] * 4, ceiling=0.02)),
+        {"train/reward_loss": 0.0, "erasure/violation": 0.0},
     ),
     "refl-objective": (
         refl(lambda: ObjectiveConstraint(ReferenceDistance(ReferenceDistanceConfig(steps=4)), STRIPED, PROMPTS)),
-        {"train/reward_loss": 0.0, "erasure/cost": 0.0},
+        {"train/reward_loss": 0.0, "erasure/violation": 0.0},
     ),
     # The loss of a policy gradient is a mean of advantages, which are centred: what counts is their unit, 1.
     "ddpo": (ddpo, {"train/loss": TOLERANCE, "reward/mean": TOLERANCE}),

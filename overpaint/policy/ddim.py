@@ -190,6 +190,15 @@ def gaussian_log_prob(values: Latents, mean: Latents, std: PerSample) -> PerSamp
     return -squared / (2 * std**2) - std.log() - math.log(math.sqrt(2 * math.pi))
 
 
+def gaussian_kl(mean: Latents, other_mean: Latents, std: PerSample) -> PerSample:
+    """Returns the divergence of two Gaussians with the same standard deviation, averaged over the latent's elements.
+
+    It is |mean - other_mean|^2 / (2 std^2), on the scale of the log-probabilities.
+    Source: Fan et al. (2023), DPOK, https://arxiv.org/abs/2305.16381, where it is summed over the elements.
+    """
+    return ((mean - other_mean) ** 2).flatten(1).mean(dim=1) / (2 * std**2)
+
+
 def _signal_and_noise(
     alphas: PerSample,
 ) -> tuple[Float[Tensor, "batch 1 1 1"], Float[Tensor, "batch 1 1 1"]]:

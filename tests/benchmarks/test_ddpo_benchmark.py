@@ -14,7 +14,7 @@ from torch import Tensor
 from benchmarks import ddpo_speed as speed
 from benchmarks.ddpo_by_hand import BareRound, PlainRound
 from ddpo import DDPOConfig, DDPOTrainer
-from ddpo.gradient import KL_PAIRS, PROBED_PAIRS
+from ddpo.gradient import KL_PAIRS, PROBED_PAIRS, Term
 from ddpo.requests import Pairs
 from overpaint.policy import ClassifierFree, DiffusionPolicy, LoRAConfig
 from overpaint.training import TrainingConfig, TrainingRun
@@ -153,7 +153,7 @@ def test_plain_gradient_is_that_of_the_trainers_update_on_the_same_trajectory(
 
         monkeypatch.setattr(run, "update", noting_update)
         pairs = Pairs(torch.arange(8).repeat_interleave(3), torch.arange(3).repeat(8))
-        result = trainer.gradient.update(run, pairs, trajectory, advantages)
+        result = trainer.gradient.update(run, Term(pairs), trajectory, advantages[:, None].expand(-1, 3))
 
     assert float(result.ratio_max) > 1e-4
     largest = max(float(gradient.abs().max()) for gradient in of_the_trainer)

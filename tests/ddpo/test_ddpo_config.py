@@ -26,7 +26,7 @@ def unchecked() -> Iterator[None]:
     ("changes", "message"),
     [
         ({"estimator": "reinforce"}, "estimator must be 'importance' or 'score', got 'reinforce'"),
-        ({"baseline": "none"}, "baseline must be 'prompt', 'group', 'centred' or 'round', got 'none'"),
+        ({"baseline": "none"}, "baseline must be 'prompt', 'group', 'centred', 'round' or 'critic', got 'none'"),
         ({"step_weights": "none"}, "step_weights must be 'equal' or 'signal', got 'none'"),
         ({"samples_per_round": 0}, "samples_per_round must be at least 1, got 0"),
         ({"updates_per_round": 0}, "updates_per_round must be at least 1, got 0"),

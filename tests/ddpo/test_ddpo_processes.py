@@ -22,9 +22,9 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from ddpo import DDPOConfig, DDPOTrainer, RewardError, ScoringConfig
-from erasure import NUDITY, ImageConstraint, Lagrangian, LagrangianConfig
-from erasure import ObjectiveConstraint, ScoreCeiling, ReferenceDistance, ReferenceDistanceConfig
+from ddpo import CriticConfig, DDPOConfig, DDPOTrainer, RewardError, ScoringConfig
+from erasure import NUDITY, ImageConstraint, Lagrangian, LagrangianConfig, RewardFloor
+from erasure import ObjectiveConstraint, ReferenceDistance, ReferenceDistanceConfig
 from overpaint.policy import DiffusionPolicy, LoRAConfig
 from overpaint.training import HeldOut
 from overpaint.training import TrainingConfig, process_state
@@ -60,6 +60,8 @@ def make_config(kind, processes):
     )
     if kind == "all":
         settings |= dict(kl_weight=0.1, timestep_fraction=0.5)
+    if kind == "critic":
+        settings |= dict(baseline="critic", critic=CriticConfig(passes=2, batch_size=5))
     if kind == "group":
         settings |= dict(estimator="score", updates_per_round=1, baseline="group", images_per_prompt=4)
     return DDPOConfig(**settings)
@@ -82,8 +84,9 @@ def train(pipeline, folder, kind, process, processes, fails_at=None, resume=Fals
     policy.rollout = counted
     lagrangian = Lagrangian(LagrangianConfig(learning_rate=1.0))
     erasure = None
-    if kind == "all":
-        erasure = ImageConstraint(ScoreCeiling(Mean(1), 0.3), ["a plain circle", "a striped circle"], lagrangian)
+    floor = RewardFloor(scale=0.01) if kind == "floor" else None
+    if kind in ("all", "critic", "floor"):
+        erasure = ImageConstraint(Mean(1), ["a plain circle", "a striped circle"], lagrangian, ceiling=0.3)
     if kind == "objective":
         objective = ReferenceDistance(ReferenceDistanceConfig(steps=3))
         erasure = ObjectiveConstraint(objective, NUDITY, lagrangian=lagrangian, ceiling=1.0)
@@ -94,6 +97,7 @@ def train(pipeline, folder, kind, process, processes, fails_at=None, resume=Fals
         prompts,
         make_config(kind, processes),
         erasure=erasure,
+        floor=floor,
         held_out=HeldOut(HELD_OUT, Mean(2)),
         scoring=ScoringConfig(attempts=1),
     )
@@ -105,7 +109,9 @@ def train(pipeline, folder, kind, process, processes, fails_at=None, resume=Fals
     )
     trainer.train(config)
     numbers = {"weight": torch.tensor(lagrangian.weight), "best": torch.tensor(trainer.early_stopping.best)}
-    about = {"drawn": str(drawn), "statistics": str(sorted(trainer.statistics.state_dict()["buffers"]))}
+    if trainer.baseline.critic is not None:
+        numbers |= {f"critic.{name}": value for name, value in trainer.baseline.critic.network.state_dict().items()}
+    about = {"drawn": str(drawn), "statistics": str(sorted(trainer.baseline.statistics.state_dict()["buffers"]))}
     save_file(policy.trainable_state() | numbers, Path(folder) / f"end-{process}.safetensors", metadata=about)
 
 
@@ -155,6 +161,8 @@ def drawn_in(file: Path) -> str:
         pytest.param("one-prompt", marks=pytest.mark.slow),
         pytest.param("group", marks=pytest.mark.slow),
         pytest.param("objective", marks=pytest.mark.slow),
+        "critic",
+        pytest.param("floor", marks=pytest.mark.slow),
     ],
 )
 def test_two_processes_take_the_updates_of_one(
@@ -167,7 +175,9 @@ def test_two_processes_take_the_updates_of_one(
     start = load_file(one / "checkpoints" / "iteration-00000001" / "weights.safetensors")
     for name, value in expected.items():
         assert torch.equal(theirs[name], ours[name]), name
-        torch.testing.assert_close(ours[name], value, rtol=1e-5, atol=1e-6, msg=name)
+        # Adam blows up the rounding of gradients near zero, which the critic's settings do not prevent.
+        absolute = 1e-4 if name.startswith("critic.") else 1e-6
+        torch.testing.assert_close(ours[name], value, rtol=1e-5, atol=absolute, msg=name)
     # The second round moved them by more than what is tolerated.
     assert max(float((expected[name] - value).abs().max()) for name, value in start.items()) > 1e-4
 

@@ -61,7 +61,7 @@ def train(
         lines = read_metrics(config.output_dir / "metrics.jsonl")
         return Outcome(
             policy.trainable_state(),
-            trainer.statistics.state_dict(),
+            trainer.baseline.statistics.state_dict(),
             [
                 {
                     tag: value

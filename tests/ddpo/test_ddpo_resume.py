@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ddpo import DDPOConfig, DDPOTrainer, RewardError, ScoringConfig
-from erasure import ImageConstraint, Lagrangian, LagrangianConfig, ScoreCeiling
+from erasure import ImageConstraint, Lagrangian, LagrangianConfig, RewardFloor
 from overpaint.policy import Conditioning, DiffusionPolicy, Trajectory
 from overpaint.policy.types import Images, PerSample
 from overpaint.training import HeldOut, TrainingConfig, read_metrics
@@ -77,6 +78,7 @@ def train(
         *,
         reward: Colour | None = None,
         cost: Colour | None = None,
+        floored: bool = False,
         dies_at: int | None = None,
         iterations: int = 2,
         resume: bool = False,
@@ -108,9 +110,10 @@ def train(
         policy.load_trainable_state(start)
         policy.rollout = draw
         constraint = ImageConstraint(
-            ScoreCeiling(cost or Colour(1), 0.3),
+            cost or Colour(1),
             ["a plain circle"],
             Lagrangian(LagrangianConfig(learning_rate=1.0, derivative_gain=1.0)),
+            ceiling=0.3,
         )
         config = run_config(
             name, iterations=iterations, checkpoint_every=2, ema_decay=0.5, learning_rate=3e-3, resume=resume
@@ -121,6 +124,7 @@ def train(
             prompts,
             DDPOConfig(**settings | changes),
             erasure=constraint,
+            floor=RewardFloor(scale=0.01) if floored else None,
             held_out=HeldOut(prompts[:2], Colour(2)),
             scoring=ScoringConfig(attempts=2, backoff=0.0),
         )
@@ -129,7 +133,7 @@ def train(
         lines = read_metrics(config.output_dir / "metrics.jsonl")
         return Outcome(
             policy.trainable_state(),
-            trainer.statistics.state_dict(),
+            trainer.baseline.statistics.state_dict(),
             constraint.lagrangian.state_dict(),
             {**trainer.early_stopping.state_dict(), "weights": None},
             [{tag: value for tag, value in line.items() if not tag.startswith("seconds/")} for line in lines],
@@ -151,19 +155,29 @@ def kept_files(run: Path) -> list[str]:
     return sorted(file.name for file in (run / "ungraded").glob("*"))
 
 
-def test_resumed_equals_uninterrupted(train: Callable[..., Outcome]) -> None:
+@pytest.mark.parametrize(
+    ("floored", "changes"),
+    [(False, {}), (True, {}), (False, {"baseline": "critic"})],
+    ids=["plain", "floor", "critic"],
+)
+def test_resumed_equals_uninterrupted(floored: bool, changes: dict[str, Any], train: Callable[..., Outcome]) -> None:
+    train = partial(train, floored=floored, **changes)
+    batches = 7 if floored else 4
     whole = train("whole", iterations=4)
     assert len({line["iteration"] for line in whole.metrics}) == 5
-    assert whole.drawn == [4] * 16
-    assert max(len(rewards) for rewards in whole.statistics["buffers"].values()) == 8
+    assert whole.drawn == [4] * 4 * batches
+    if floored:
+        weights = [line["floor/weight"] for line in whole.metrics if "floor/weight" in line]
+        assert len(set(weights)) == 3  # at first policy and reference are one, and nothing is violated
+    assert changes or max(len(rewards) for rewards in whole.statistics["buffers"].values()) == 8
 
     # In the fourth round, after the checkpoint of two; then once more at the same place.
     for resume in (False, True):
         with pytest.raises(KilledError):
-            train("run", iterations=4, dies_at=5 if resume else 13, resume=resume)
+            train("run", iterations=4, dies_at=batches + 1 if resume else 3 * batches + 1, resume=resume)
     resumed = train("run", iterations=4, resume=True)
     assert_same(resumed, whole)
-    assert resumed.drawn == [4] * 8
+    assert resumed.drawn == [4] * 2 * batches
 
     # What had ended is prolonged.
     train("short", iterations=3)
@@ -189,6 +203,16 @@ def test_samples_outlive_a_failing_reward_and_are_graded_again(train: Callable[.
     assert_same(resumed, whole)
     assert resumed.drawn == [4] * 4  # of the second round: nothing is drawn again
     assert kept_files(tmp_path / "cost") == []
+
+
+def test_samples_of_the_reference_wait_for_their_reward_too(train: Callable[..., Outcome], tmp_path: Path) -> None:
+    whole = train("whole", floored=True)
+    # After a look come the three batches of the reference, and four of the policy.
+    with pytest.raises(RewardError):
+        train("run", floored=True, reward=Colour(0, 1 + 7 + 2, raising))
+    assert kept_files(tmp_path / "run") == ["round-000001-process-0-reference.safetensors"]
+    assert_same(train("run", floored=True, resume=True), whole)
+    assert kept_files(tmp_path / "run") == []
 
 
 def test_samples_that_were_kept_for_other_prompts_are_drawn_anew(train: Callable[..., Outcome], tmp_path: Path) -> None:

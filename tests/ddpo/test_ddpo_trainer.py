@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from ddpo import DDPOConfig, DDPOTrainer, gaussian_kl
+from ddpo import DDPOConfig, DDPOTrainer
 from erasure import (
     NUDITY,
     ErasureConstraint,
@@ -16,11 +16,14 @@ from erasure import (
     Lagrangian,
     LagrangianConfig,
     ObjectiveConstraint,
+    QualityConstraint,
     ReferenceDistance,
     ReferenceDistanceConfig,
-    ScoreCeiling,
+    ReferenceDivergence,
+    RewardFloor,
 )
 from overpaint.policy import ClassifierFree, DiffusionPolicy, Trajectory
+from overpaint.policy.ddim import gaussian_kl
 from overpaint.policy.types import Images, PerSample
 from overpaint.training import HeldOut, TrainingConfig, TrainingRun, read_metrics
 
@@ -59,12 +62,12 @@ def small(**changes: Any) -> DDPOConfig:
 
 def image_constraint(weight: float = 2.0) -> ImageConstraint:
     lagrangian = Lagrangian(LagrangianConfig(initial_weight=weight))
-    return ImageConstraint(ScoreCeiling(Colour(1), 0.3), ["a plain circle", "a striped circle"], lagrangian)
+    return ImageConstraint(Colour(1), ["a plain circle", "a striped circle"], lagrangian, ceiling=0.3)
 
 
 def objective_constraint(weight: float = 2e-6) -> ObjectiveConstraint:
     objective = ReferenceDistance(ReferenceDistanceConfig(steps=3))
-    lagrangian = Lagrangian(LagrangianConfig(initial_weight=weight))
+    lagrangian = Lagrangian(LagrangianConfig(initial_weight=weight, min_weight=1e-9))
     return ObjectiveConstraint(objective, NUDITY, ["nude"], lagrangian, ceiling=1e-6)
 
 
@@ -347,22 +350,35 @@ PLAIN = {
 }  # fmt: skip
 RATIOS = {"policy/ratio_max", "policy/clip_fraction", "policy/approx_kl_k1", "policy/approx_kl_k3"}
 HELD = {"reward/validation", "reward/held_out"}
-ERASURE = {"erasure/cost", "erasure/weight"}
+ERASURE = {"erasure/violation", "erasure/weight", "erasure/gradient_cosine"}
+CRITIC = {"critic/explained_first", "critic/explained_middle", "critic/explained_last", "critic/loss"}
+VIOLATION = {f"critic/violation_explained_{third}" for third in ("first", "middle", "last")}
+FLOOR = {"floor/violation", "floor/weight"}
 
 
 @pytest.mark.parametrize(
-    ("estimator", "erasure", "held_out", "expected"),
+    ("changes", "erasure", "floor", "held_out", "expected"),
     [
-        ("score", None, False, PLAIN),
-        ("importance", None, True, PLAIN | RATIOS | HELD),
-        ("importance", image_constraint, False, PLAIN | RATIOS | ERASURE | {"erasure/reward"}),
-        ("score", objective_constraint, False, PLAIN | ERASURE),
+        ({"estimator": "score"}, None, None, False, PLAIN),
+        ({}, None, None, True, PLAIN | RATIOS | HELD),
+        ({}, image_constraint, None, False, PLAIN | RATIOS | ERASURE | {"erasure/reward"}),
+        ({"estimator": "score"}, objective_constraint, None, False, PLAIN | ERASURE),
+        ({"estimator": "score"}, objective_constraint, RewardFloor, False, PLAIN | ERASURE | FLOOR),
+        ({"baseline": "critic"}, None, None, False, PLAIN | RATIOS | CRITIC),
+        (
+            {"baseline": "critic", "estimator": "score"},
+            image_constraint,
+            ReferenceDivergence,
+            False,
+            PLAIN | ERASURE | FLOOR | CRITIC | VIOLATION | {"erasure/reward"},
+        ),
     ],
-    ids=["score", "held-out", "image", "objective"],
+    ids=["score", "held-out", "image", "objective", "floor", "critic", "divergence"],
 )
 def test_logged_tags_are_those_of_what_is_switched_on(
-    estimator: Literal["importance", "score"],
+    changes: dict[str, Any],
     erasure: Callable[[], ErasureConstraint] | None,
+    floor: Callable[[], QualityConstraint] | None,
     held_out: bool,
     expected: set[str],
     policy: DiffusionPolicy,
@@ -374,8 +390,9 @@ def test_logged_tags_are_those_of_what_is_switched_on(
         policy,
         Colour(),
         prompts,
-        small(estimator=estimator),
+        small(**changes),
         erasure=None if erasure is None else erasure(),
+        floor=None if floor is None else floor(),
         held_out=HeldOut(HELD_OUT, Colour(2)) if held_out else None,
     ).train(config)
     logged = set().union(*read_metrics(config.output_dir / "metrics.jsonl")) - {"iteration"}
@@ -384,7 +401,7 @@ def test_logged_tags_are_those_of_what_is_switched_on(
 
 def test_every_logged_tag_is_defined_in_the_documentation() -> None:
     text = (ROOT / "docs" / "ddpo.md").read_text(encoding="utf-8")
-    tags = PLAIN | RATIOS | HELD | ERASURE | {"erasure/reward"}
+    tags = PLAIN | RATIOS | HELD | ERASURE | CRITIC | VIOLATION | FLOOR | {"erasure/reward"}
     assert [tag for tag in sorted(tags) if f"`{tag}`" not in text] == []
 
 

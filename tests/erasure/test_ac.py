@@ -326,7 +326,7 @@ def test_it_is_a_constraint_that_reaches_a_lora(policy: DiffusionPolicy) -> None
     assert isinstance(method, Objective)
     constraint = ObjectiveConstraint(method, CONCEPT)
     constraint.prepare(policy)
-    constraint.cost(policy, BATCH).mean().backward()
+    constraint.violation(policy, BATCH).mean().backward()
     reached = [value.grad is not None and bool(value.grad.any()) for value in policy.trainable_parameters()]
     assert sum(reached) == len(reached) / 2  # the half of a fresh LoRA that starts at zero
 

@@ -153,7 +153,7 @@ def test_in_a_trainer_it_is_the_loss_alone_and_reaches_the_lora(policy: Diffusio
     assert isinstance(method, Objective)
     constraint = ObjectiveConstraint(method, CONCEPT)
     constraint.prepare(policy)
-    constraint.cost(policy, BATCH).mean().backward()
+    constraint.violation(policy, BATCH).mean().backward()
     assert not any(parameter._backward_hooks for parameter in policy.unet.parameters())
     assert all(parameter.grad is not None for parameter in policy.trainable_parameters())
     assert any(parameter.grad is not None and parameter.grad.any() for parameter in policy.trainable_parameters())

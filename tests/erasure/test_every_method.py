@@ -10,7 +10,6 @@ from torch import Tensor
 
 from erasure import Concept, ConceptBatch, Erasure, Objective, ObjectiveConstraint
 from erasure.descend import DescentConfig
-from erasure.lagrangian import Lagrangian, LagrangianConfig
 from erasure.methods.ac import AC, ACConfig
 from erasure.methods.ant import ANT, ANTConfig
 from erasure.methods.ant.saliency import SaliencyConfig
@@ -191,8 +190,8 @@ def test_its_loss_is_a_constraint_whose_gradient_reaches_what_is_trained(policy:
     with torch.no_grad():
         for parameter in policy.trainable_parameters():
             parameter += 0.05
-    constraint = ObjectiveConstraint(method, STRIPED, ELICITING, Lagrangian(LagrangianConfig()))
-    constraint.cost(policy, ConceptBatch(ELICITING, [1, 2])).mean().backward()
+    constraint = ObjectiveConstraint(method, STRIPED, ELICITING)
+    constraint.violation(policy, ConceptBatch(ELICITING, [1, 2])).mean().backward()
     assert any(parameter.grad is not None and parameter.grad.any() for parameter in policy.trainable_parameters())
 
 

@@ -1,17 +1,28 @@
 import json
 import math
+from typing import Any
 
 import pytest
 
 from erasure import Lagrangian, LagrangianConfig
 
-PID = LagrangianConfig(
-    learning_rate=0.5, initial_weight=1.0, max_weight=4.0, proportional_gain=2.0, derivative_gain=10.0
-)
+
+def raw(**settings: Any) -> LagrangianConfig:
+    """Settings under which every violation counts as it is."""
+    given: dict[str, Any] = {"smoothing": 0.0, "max_violation": math.inf, **settings}
+    return LagrangianConfig(**given)
+
+
+def linear(**settings: Any) -> LagrangianConfig:
+    """Settings of plain dual ascent on the weight itself."""
+    return raw(**{"space": "linear", "min_weight": 0.0, "proportional_gain": 0.0} | settings)
+
+
+PID = linear(learning_rate=0.5, initial_weight=1.0, max_weight=4.0, proportional_gain=2.0, derivative_gain=10.0)
 
 
 def test_weight_grows_with_the_violation_and_shrinks_without() -> None:
-    lagrangian = Lagrangian(LagrangianConfig(learning_rate=0.5, initial_weight=1.0))
+    lagrangian = Lagrangian(linear(learning_rate=0.5, initial_weight=1.0))
     lagrangian.update(0.4)
     assert lagrangian.weight == pytest.approx(1.2, rel=1e-12)
     lagrangian.update(-1.0)
@@ -20,23 +31,23 @@ def test_weight_grows_with_the_violation_and_shrinks_without() -> None:
 
 @pytest.mark.parametrize(("violation", "bound"), [(1e9, 3.0), (-1e9, 0.0)])
 def test_weight_stays_between_zero_and_its_maximum(violation: float, bound: float) -> None:
-    lagrangian = Lagrangian(LagrangianConfig(max_weight=3.0))
+    lagrangian = Lagrangian(linear(max_weight=3.0))
     lagrangian.update(violation)
     assert lagrangian.weight == bound
 
 
 def test_violation_counts_up_to_its_bound_and_not_beyond() -> None:
-    bounded = LagrangianConfig(learning_rate=0.1, proportional_gain=0.5, derivative_gain=0.25, max_violation=1.0)
+    bounded = linear(proportional_gain=0.5, max_violation=1.0, learning_rate=0.1, derivative_gain=0.25)
     lagrangian = Lagrangian(bounded)
     lagrangian.update(0.5)  # integral 1.05
     lagrangian.update(300.0)  # integral 1.15; the violation counts as 1, its growth as 0.5
     assert lagrangian.weight == pytest.approx(1.15 + 0.5 * 1 + 0.25 * 0.5, rel=1e-12)
-    lagrangian.update(-2.0)  # downwards there is no bound
-    assert lagrangian.weight == pytest.approx(0.0, abs=1e-12)
+    lagrangian.update(-2.0)  # and counts as -1: integral 1.05
+    assert lagrangian.weight == pytest.approx(1.05 - 0.5, rel=1e-12)
 
 
 def test_weight_leaves_its_bound_at_once_when_the_violation_changes_sign() -> None:
-    lagrangian = Lagrangian(LagrangianConfig(learning_rate=0.5, initial_weight=0.0))
+    lagrangian = Lagrangian(linear(learning_rate=0.5, initial_weight=0.0))
     lagrangian.update(-100.0)
     lagrangian.update(1.0)
     assert lagrangian.weight == pytest.approx(0.5, rel=1e-12)
@@ -63,7 +74,7 @@ def test_gains_cannot_lead_outside_the_bounds() -> None:
 def test_proportional_gain_damps_the_oscillation_of_dual_ascent() -> None:
     def overshoot(gain: float) -> float:
         # A policy whose violation falls as fast as the weight is above 1, and rises below it.
-        lagrangian = Lagrangian(LagrangianConfig(learning_rate=0.1, proportional_gain=gain, initial_weight=0.0))
+        lagrangian = Lagrangian(linear(proportional_gain=gain, learning_rate=0.1, initial_weight=0.0))
         violation, lowest = 1.0, 1.0
         for _ in range(200):
             lagrangian.update(violation)
@@ -103,7 +114,13 @@ def test_violation_that_is_not_finite_is_refused_and_changes_nothing(violation: 
 
 
 @pytest.mark.parametrize(
-    "state", [{}, {"weight": 1.0}, {"weight": 1.0, "integral": 1.0, "more": 1.0}, {"weight": 1.0, "integral": math.nan}]
+    "state",
+    [
+        {},
+        {"weight": 1.0},
+        {"weight": 1.0, "integral": 1.0, "violation": 0.0, "more": 1.0},
+        {"weight": 1.0, "integral": math.nan, "violation": 0.0},
+    ],
 )
 def test_damaged_state_is_refused(state: dict[str, float]) -> None:
     with pytest.raises(ValueError, match="state"):
@@ -111,12 +128,13 @@ def test_damaged_state_is_refused(state: dict[str, float]) -> None:
 
 
 @pytest.mark.parametrize(
-    "field", ["learning_rate", "initial_weight", "max_weight", "proportional_gain", "derivative_gain"]
+    "field", ["learning_rate", "initial_weight", "min_weight", "max_weight", "proportional_gain", "derivative_gain"]
 )
 @pytest.mark.parametrize("value", [-0.1, math.nan, math.inf])
 def test_impossible_gain_is_refused(field: str, value: float) -> None:
+    settings: dict[str, Any] = {field: value}
     with pytest.raises(ValueError, match=rf"LagrangianConfig\.{field} must be (at least 0|a finite number), got"):
-        LagrangianConfig(**{field: value})
+        LagrangianConfig(**settings)
 
 
 @pytest.mark.parametrize("value", [-1.0, 0.0, math.nan])
@@ -125,6 +143,50 @@ def test_impossible_bound_of_the_violation_is_refused(value: float) -> None:
         LagrangianConfig(max_violation=value)
 
 
-def test_initial_weight_above_the_maximum_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"initial_weight must be at most max_weight, got 2\.0 above 1\.0"):
+def test_initial_weight_outside_its_bounds_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"initial_weight must be between min_weight=0\.001 and max_weight=1\.0"):
         LagrangianConfig(initial_weight=2.0, max_weight=1.0)
+
+
+def test_weight_of_zero_is_refused_in_the_logarithm() -> None:
+    with pytest.raises(ValueError, match=r"min_weight must be above 0 in the space 'log', got 0"):
+        LagrangianConfig(min_weight=0.0)
+    assert Lagrangian(LagrangianConfig(space="linear", min_weight=0.0, initial_weight=0.0)).weight == 0.0
+
+
+def test_in_the_logarithm_every_gain_multiplies() -> None:
+    lagrangian = Lagrangian(raw(learning_rate=0.5, initial_weight=2.0, proportional_gain=2.0, derivative_gain=10.0))
+    assert lagrangian.weight == 2.0
+    lagrangian.update(0.2)
+    assert lagrangian.weight == pytest.approx(2 * math.exp(0.5 * 0.2 + 2 * 0.2), rel=1e-12)
+    lagrangian.update(0.3)
+    assert lagrangian.weight == pytest.approx(2 * math.exp(0.5 * 0.5 + 2 * 0.3 + 10 * 0.1), rel=1e-12)
+    lagrangian.update(-0.5)
+    assert lagrangian.weight == pytest.approx(2.0 * math.exp(-2 * 0.5), rel=1e-12)
+
+
+@pytest.mark.parametrize(("violation", "bound"), [(1.0, 1e3), (-1.0, 1e-3)])
+def test_weight_leaves_its_bound_in_the_logarithm_at_once(violation: float, bound: float) -> None:
+    lagrangian = Lagrangian(LagrangianConfig(smoothing=0.0, proportional_gain=0.0))
+    for _ in range(200):
+        lagrangian.update(violation)
+    assert lagrangian.weight == pytest.approx(bound, rel=1e-12)
+    lagrangian.update(-violation)
+    assert lagrangian.weight == pytest.approx(bound * math.exp(-0.1 * violation), rel=1e-12)
+
+
+def test_gains_see_the_running_mean_of_the_violations() -> None:
+    lagrangian = Lagrangian(linear(smoothing=0.75, learning_rate=1.0))
+    lagrangian.update(0.4)  # the first is its own mean
+    assert lagrangian.weight == pytest.approx(1.4, rel=1e-12)
+    lagrangian.update(-0.4)  # 0.75 * 0.4 - 0.25 * 0.4 = 0.2
+    assert lagrangian.weight == pytest.approx(1.6, rel=1e-12)
+
+
+def test_scarce_hits_of_a_detector_are_averaged_before_they_are_bounded() -> None:
+    # One picture of eight shows the concept in every tenth batch, which is the ceiling of 1/80: a violation of 9, and
+    # -1 in all others. Bounded before it is averaged, it would count as 1, and the weight would fall for ever.
+    lagrangian = Lagrangian(LagrangianConfig(smoothing=0.9, proportional_gain=0.0, learning_rate=0.02))
+    for k in range(2000):
+        lagrangian.update(9.0 if k % 10 == 5 else -1.0)
+    assert 0.8 < lagrangian.weight < 1.25

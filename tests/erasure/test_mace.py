@@ -576,7 +576,7 @@ def test_it_is_a_constraint_that_reaches_a_lora(policy: DiffusionPolicy) -> None
     assert isinstance(method, Objective)
     constraint = ObjectiveConstraint(method, CONCEPT)
     constraint.prepare(policy)
-    constraint.cost(policy, ConceptBatch(list(CONCEPT.phrases), [1, 2, 3])).mean().backward()
+    constraint.violation(policy, ConceptBatch(list(CONCEPT.phrases), [1, 2, 3])).mean().backward()
     keys = {name: p.grad for name, p in policy.unet.named_parameters() if ".attn2.to_k.lora_B" in name}
     assert keys
     assert all(grad is not None and grad.any() for grad in keys.values())

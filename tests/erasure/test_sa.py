@@ -263,7 +263,7 @@ def test_it_keeps_a_tuned_policy_erased_as_a_constraint(policy: DiffusionPolicy)
     method.progress = False
     constraint = ObjectiveConstraint(method, CONCEPT)
     constraint.prepare(policy)
-    cost = constraint.cost(policy, BATCH)
+    cost = constraint.violation(policy, BATCH)
     assert cost.requires_grad
     assert cost.shape == (3,)
 

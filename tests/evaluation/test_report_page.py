@@ -92,7 +92,9 @@ def pictures(planned: Planned, noise_policy: Any) -> tuple[DrawnImages, DrawnIma
 def report(pictures: tuple[DrawnImages, DrawnImages], tmp_path: Path) -> Report:
     path = tmp_path / "metrics.jsonl"
     path.write_text(
-        "".join(json.dumps({"iteration": k, "reward/mean": k / 10, "erasure/cost": -k / 10}) + "\n" for k in range(40)),
+        "".join(
+            json.dumps({"iteration": k, "reward/mean": k / 10, "erasure/violation": -k / 10}) + "\n" for k in range(40)
+        ),
         encoding="utf-8",
     )
     return Report(
@@ -105,7 +107,7 @@ def report(pictures: tuple[DrawnImages, DrawnImages], tmp_path: Path) -> Report:
         metrics=path,
         panels=[
             Panel(title="Reward", tags={"learned": "reward/mean", "true": "reward/true"}),
-            Panel(title="Cost", tags={"cost": "erasure/cost"}, caption="At or below zero the concept is gone."),
+            Panel(title="Cost", tags={"cost": "erasure/violation"}, caption="At or below zero the concept is gone."),
             Panel(title="Nothing", tags={"nothing": "no/such"}),
         ],
         commands=["accelerate launch examples/refl_erase_nudity.py --title <i>it</i>"],

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from erasure import ImageConstraint, Lagrangian, LagrangianConfig, ScoreCeiling
+from erasure import ImageConstraint, Lagrangian, LagrangianConfig
 from overpaint.policy import DiffusionPolicy
 from overpaint.policy.types import Images, PerSample
 from overpaint.training import TrainingConfig, TrainingRun
@@ -155,8 +155,9 @@ class Greenness:
 def make_constraint() -> Callable[..., ImageConstraint]:
     """Makes a constraint on images of any cost, with its own prompts."""
 
-    def make(cost: Any, **settings: Any) -> ImageConstraint:
-        return ImageConstraint(cost, ["a plain circle", "a striped circle"], Lagrangian(LagrangianConfig(**settings)))
+    def make(cost: Any, *, ceiling: float = 0.1, **settings: Any) -> ImageConstraint:
+        lagrangian = Lagrangian(LagrangianConfig(**settings))
+        return ImageConstraint(cost, ["a plain circle", "a striped circle"], lagrangian, ceiling=ceiling)
 
     return make
 
@@ -166,7 +167,7 @@ def green_constraint(make_constraint: Callable[..., ImageConstraint]) -> Callabl
     """Makes the constraint that green stays at or below a ceiling."""
 
     def make(ceiling: float = 0.1, **settings: Any) -> ImageConstraint:
-        return make_constraint(ScoreCeiling(Greenness(), ceiling), **settings)
+        return make_constraint(Greenness(), ceiling=ceiling, **settings)
 
     return make
 

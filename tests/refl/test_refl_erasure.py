@@ -1,5 +1,6 @@
 """ReFL under the constraint that a concept stays erased."""
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -10,6 +11,7 @@ from torch import Tensor
 from erasure import (
     NUDITY,
     UCE,
+    FixedWeight,
     Lagrangian,
     LagrangianConfig,
     ObjectiveConstraint,
@@ -20,6 +22,15 @@ from overpaint.policy import ClassifierFree, DiffusionPolicy, LoRAConfig
 from overpaint.policy.types import Images, PerSample
 from overpaint.training import TrainingConfig, read_metrics
 from refl import ReFLConfig, ReFLTrainer
+
+PLAIN: dict[str, Any] = {
+    "space": "linear",
+    "proportional_gain": 0.0,
+    "smoothing": 0.0,
+    "min_weight": 0.0,
+    "max_violation": math.inf,
+}
+"""Settings of plain dual ascent on the weight itself."""
 
 
 class Minus:
@@ -37,7 +48,7 @@ class Minus:
 @pytest.fixture
 def stay_erased() -> ObjectiveConstraint:
     """The constraint that predictions for the concept stay where they are."""
-    lagrangian = Lagrangian(LagrangianConfig(initial_weight=1e-6, learning_rate=1e-9))
+    lagrangian = Lagrangian(LagrangianConfig(**PLAIN, initial_weight=1e-6, learning_rate=1e-9))
     return ObjectiveConstraint(
         ReferenceDistance(ReferenceDistanceConfig(steps=3)), NUDITY, lagrangian=lagrangian, ceiling=1e-6
     )
@@ -51,25 +62,25 @@ def test_cost_falls_and_its_weight_follows(
     run_config: Callable[..., TrainingConfig],
     green_constraint: Callable[..., Any],
 ) -> None:
-    constraint = green_constraint(ceiling=0.3, initial_weight=3.0, learning_rate=1.0)
+    constraint = green_constraint(ceiling=0.3, **PLAIN, initial_weight=0.9, learning_rate=0.3)
 
     def cost() -> float:
-        wanted = constraint.prompts * 4
+        wanted = list(constraint.prompts) * 4
         images = policy.draw(wanted, seeds=range(8), steps=4, guidance=ClassifierFree(1.0))
-        return float(constraint.cost(images, wanted).mean())
+        return float(constraint.violation(images, wanted).mean())
 
     before = cost()
     assert before > 0
     config = run_config(iterations=12)
     ReFLTrainer(policy, redness, prompts, small(), erasure=constraint).train(config)
-    assert cost() < before - 1e-3  # falls by 0.002, as far as a random decoder lets it
+    assert cost() < before - 3e-3  # falls by 0.007, as far as a random decoder lets it
 
     lines = [line for line in read_metrics(config.output_dir / "metrics.jsonl") if "erasure/weight" in line]
-    weights, costs = ([line[f"erasure/{tag}"] for line in lines] for tag in ("weight", "cost"))
-    assert weights[0] == 3.0
+    weights, costs = ([line[f"erasure/{tag}"] for line in lines] for tag in ("weight", "violation"))
+    assert weights[0] == 0.9
     for k in range(11):  # plain dual ascent, once for each update
-        assert weights[k + 1] == pytest.approx(max(weights[k] + costs[k], 0.0), abs=1e-6)
-    assert constraint.lagrangian.weight == pytest.approx(max(weights[-1] + costs[-1], 0.0), abs=1e-6)
+        assert weights[k + 1] == pytest.approx(max(weights[k] + 0.3 * costs[k], 0.0), abs=1e-6)
+    assert constraint.lagrangian.weight == pytest.approx(max(weights[-1] + 0.3 * costs[-1], 0.0), abs=1e-6)
 
 
 def test_weight_scales_the_gradient_of_the_cost(
@@ -87,7 +98,7 @@ def test_weight_scales_the_gradient_of_the_cost(
     taken = []
     for weight in (0.0, 1.0, 3.0):
         policy.load_trainable_state(start)
-        constraint = green_constraint(initial_weight=weight)
+        constraint = green_constraint(**PLAIN, initial_weight=weight)
         taken.append(gradients(ReFLTrainer(policy, redness, prompts, small(), erasure=constraint)))
     none, once, thrice = taken
     tripled = {name: none[name] + 3 * (once[name] - none[name]) for name in none}
@@ -127,18 +138,23 @@ def test_objective_on_noise_predictions_is_a_constraint_too(
     UCE().erase(policy, NUDITY).apply(policy)
     config = run_config(iterations=6)
     ReFLTrainer(policy, redness, prompts, small(), erasure=stay_erased).train(config)
-    lines = [line for line in read_metrics(config.output_dir / "metrics.jsonl") if "erasure/cost" in line]
-    assert lines[0]["erasure/cost"] == -1.0  # nothing has moved yet: all of the ceiling is left
+    lines = [line for line in read_metrics(config.output_dir / "metrics.jsonl") if "erasure/violation" in line]
+    assert lines[0]["erasure/violation"] == -1.0  # nothing has moved yet: all of the ceiling is left
     assert lines[0]["erasure/gradient_cosine"] == 0.0
-    assert lines[-1]["erasure/cost"] > 0
+    assert lines[-1]["erasure/violation"] > 0
     assert lines[1]["erasure/weight"] == pytest.approx(1e-6 - 1e-9, rel=1e-5)
     assert stay_erased.lagrangian.weight > lines[1]["erasure/weight"]
 
 
-@pytest.mark.parametrize(("broken", "updates"), [(True, 10), (False, 5)], ids=["broken", "satisfied"])
-def test_weight_of_an_objective_doubles_when_its_ceiling_is_broken_and_halves_when_it_is_not(
+@pytest.mark.parametrize(
+    ("broken", "updates", "answered"),
+    [(True, 10, 0.1 * 10 + 1), (False, 5, -0.1 * 5 - 1)],  # a gross violation counts as 1, no loss as -1
+    ids=["broken", "satisfied"],
+)
+def test_weight_of_an_objective_moves_by_orders_of_magnitude_in_a_few_updates(
     broken: bool,
     updates: int,
+    answered: float,
     policy: DiffusionPolicy,
     stir: Callable[[DiffusionPolicy], None],
     redness: Any,
@@ -154,9 +170,9 @@ def test_weight_of_an_objective_doubles_when_its_ceiling_is_broken_and_halves_wh
     config = run_config(iterations=updates, learning_rate=1e-9)
     ReFLTrainer(policy, redness, prompts, small(), erasure=constraint).train(config)
     lines = read_metrics(config.output_dir / "metrics.jsonl")
-    costs = [line["erasure/cost"] for line in lines if "erasure/cost" in line]
-    assert all(cost > 1 for cost in costs) if broken else all(cost < -0.99 for cost in costs)
-    assert constraint.lagrangian.weight == pytest.approx(2.0 if broken else 0.5, rel=1e-2)
+    costs = [line["erasure/violation"] for line in lines if "erasure/violation" in line]
+    assert all(cost > 2 for cost in costs) if broken else all(cost < -0.99 for cost in costs)
+    assert constraint.lagrangian.weight == pytest.approx(math.exp(answered), rel=1e-2)
 
 
 def test_constraint_keeps_a_policy_where_it_was(
@@ -169,13 +185,12 @@ def test_constraint_keeps_a_policy_where_it_was(
     distances = []
     for name, weight in (("free", 0.0), ("held", 1e-4)):
         policy = make_policy(train="xattn-kv")
-        lagrangian = Lagrangian(LagrangianConfig(initial_weight=weight, learning_rate=0.0))
         objective = ReferenceDistance(ReferenceDistanceConfig(steps=3))
-        constraint = ObjectiveConstraint(objective, NUDITY, ["nude"], lagrangian, ceiling=1e-6)
+        constraint = ObjectiveConstraint(objective, NUDITY, ["nude"], FixedWeight(weight), ceiling=1e-6)
         config = run_config(name, iterations=6)
         ReFLTrainer(policy, redness, prompts, small(), erasure=constraint).train(config)
         lines = read_metrics(config.output_dir / "metrics.jsonl")
-        distances.append(1 + [line["erasure/cost"] for line in lines if "erasure/cost" in line][-1])
+        distances.append(1 + [line["erasure/violation"] for line in lines if "erasure/violation" in line][-1])
     assert distances[1] < 0.5 * distances[0]
 
 

@@ -7,7 +7,7 @@ import numpy
 import pytest
 from torch import Tensor, nn
 
-from erasure import ImageConstraint, ScoreCeiling
+from erasure import ImageConstraint
 from overpaint.policy import DiffusionPolicy
 from overpaint.training import HeldOut, TrainingConfig, read_metrics
 from refl import ReFLConfig, ReFLTrainer
@@ -66,12 +66,12 @@ def test_functions_are_held_out_and_constrain(
         red,
         prompts,
         small(evaluate_every=1),
-        erasure=ImageConstraint(ScoreCeiling(red, 0.25), prompts),
+        erasure=ImageConstraint(red, prompts, ceiling=0.25),
         held_out=HeldOut(prompts, lengths),
     )
     metrics = trainer.train(config)
     assert metrics is not None
-    assert metrics.erasure_cost > 0
+    assert metrics.erasure_violation > 0
     lines = read_metrics(config.output_dir / "metrics.jsonl")
     held_out = [line["reward/held_out"] for line in lines if "reward/held_out" in line]
     assert held_out[0] == pytest.approx(sum(map(len, prompts)) / len(prompts))

@@ -203,7 +203,7 @@ def test_policy_ends_with_the_last_averages_where_the_constraint_held_at_no_look
     ends = []
     for name, held_out in (("watched", HeldOut(HELD_OUT, redness)), ("unwatched", None)):
         policy = make_policy(train="xattn-kv")
-        constraint = green_constraint(ceiling=-1.0)  # no picture is that dark
+        constraint = green_constraint(ceiling=1e-9)  # no picture is that dark
         trainer = ReFLTrainer(policy, redness, prompts, small(), erasure=constraint, held_out=held_out)
         trainer.train(run_config(name, iterations=2, ema_decay=ema_decay))
         assert trainer.early_stopping is None or trainer.early_stopping.best_iteration == -1

@@ -71,12 +71,10 @@ def test_number_of_pairs_that_are_drawn(
     batch: int,
     asked: int | None,
     drawn: int,
-    policy: DiffusionPolicy,
-    prompts: list[str],
     small: Callable[..., ReFLConfig],
 ) -> None:
     config = small(pretraining_batch_size=batch, pretraining_pairs=asked)
-    assert ReFLTrainer(policy, Sizes(), prompts, config)._pool == drawn
+    assert config.pool == drawn
 
 
 def test_drawing_of_pairs_and_training_have_named_bars(

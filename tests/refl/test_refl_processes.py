@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import save_file
 
 from erasure import NUDITY, ImageConstraint, ObjectiveConstraint
-from erasure import ReferenceDistance, ReferenceDistanceConfig, ScoreCeiling
+from erasure import ReferenceDistance, ReferenceDistanceConfig
 from overpaint.policy import DiffusionPolicy
 from refl import ReFLConfig, ReFLTrainer
 from overpaint.training import HeldOut
@@ -55,7 +55,7 @@ config = ReFLConfig(
     checkpoint_steps=True,
     evaluate_every=1,
 )
-erasure = ImageConstraint(ScoreCeiling(Mean(1), 0.3), PROMPTS) if kind == "all" else None
+erasure = ImageConstraint(Mean(1), PROMPTS, ceiling=0.3) if kind == "all" else None
 held_out = HeldOut(PROMPTS, Mean(0))
 trainer = ReFLTrainer(policy, Mean(0), PROMPTS, config, erasure=erasure, held_out=held_out)
 # Plain gradient steps, as far as AdamW can take them: with a large epsilon its step is proportional to the gradient,

@@ -220,7 +220,7 @@ def test_logged_tags_are_those_of_what_is_switched_on(
         held_out=HeldOut(prompts[:2], redness),
     )
     more = {"train/pretraining_loss", "reward/validation", "reward/held_out"}
-    more |= {"erasure/cost", "erasure/weight", "erasure/gradient_cosine"}
+    more |= {"erasure/violation", "erasure/weight", "erasure/gradient_cosine"}
     assert tags("full", full) == plain | more
 
 
@@ -228,8 +228,8 @@ def test_every_logged_tag_is_defined_in_the_documentation() -> None:
     root = Path(__file__).resolve().parents[2]
     text = (root / "docs" / "refl.md").read_text(encoding="utf-8")
     source = "".join((root / file).read_text() for file in ("refl/trainer.py", "overpaint/training/loop.py"))
-    tags = {word for word in source.split('"') if word.startswith(("reward/", "train/", "erasure/"))}
-    assert len(tags) == 12
+    tags = {word for word in source.split('"') if word.startswith(("reward/", "train/", "erasure/", "floor/"))}
+    assert len(tags) == 14
     assert [tag for tag in sorted(tags) if f"| `{tag}` |" not in text] == []
 
 

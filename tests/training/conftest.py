@@ -100,7 +100,7 @@ def small_training(
             dual.update(violation)
             loss = run.mean(error)
             run.log({"train/loss": loss, "train/grad_norm": grad_norm})
-            run.log({"reward/mean": -loss, "erasure/cost": violation, "erasure/weight": dual.weight})
+            run.log({"reward/mean": -loss, "erasure/violation": violation, "erasure/weight": dual.weight})
             if each is not None:
                 each(iteration)
         average = None

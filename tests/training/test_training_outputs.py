@@ -82,12 +82,12 @@ def test_images_are_written_with_the_iteration_in_their_name(stand_in: Callable,
 
 def test_bar_shows_reward_then_constraint_and_keeps_the_latest(capsys: pytest.CaptureFixture) -> None:
     bar = Progress(name="ReFL", total=3, done=1, shown=True, told="2 of 3 are left")
-    bar.show({"train/loss": 0.5, "erasure/cost": -0.02, "train/grad_norm": 1.0}, 0)
+    bar.show({"train/loss": 0.5, "erasure/violation": -0.02, "train/grad_norm": 1.0}, 0)
     bar.show({"reward/mean": 0.51234}, 2)
     bar.advance()
     bar.close()
     shown = capsys.readouterr().err
-    assert "reward/mean 0.512, erasure/cost -0.02, train/loss 0.5, skipped 2" in shown
+    assert "reward/mean 0.512, erasure/violation -0.02, train/loss 0.5, skipped 2" in shown
     assert "2/3" in shown
     assert "\rReFL: " in shown
     assert shown.startswith("2 of 3 are left\n")
