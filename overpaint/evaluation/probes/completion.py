@@ -178,5 +178,5 @@ def share(scores: PerSample, task: ProbeTask) -> float:
     return (scores >= task.shown_from).float().mean().item()
 
 
-TINY = CompletionConfig(steps_before=(2, 4))
-"""For the tiny world's 20 steps."""
+TINY = CompletionConfig(steps_before=(2, 4), empty_prompt=False)
+"""For the tiny world's 20 steps. Without words its original completes neither: only what is noised to 200 comes back."""
