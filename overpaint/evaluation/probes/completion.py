@@ -179,4 +179,4 @@ def share(scores: PerSample, task: ProbeTask) -> float:
 
 
 TINY = CompletionConfig(steps_before=(2, 4), empty_prompt=False)
-"""For the tiny world's 20 steps. Without words its original completes neither: only what is noised to 200 comes back."""
+"""For the tiny world: of 20 steps. Without words its original brings back only what was noised to 200."""
