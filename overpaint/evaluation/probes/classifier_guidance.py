@@ -174,4 +174,4 @@ TINY = ClassifierGuidanceConfig(
     other_pictures=96,
     classifier=LatentClassifierConfig(widths=(128, 64), learning_rate=1e-3),
 )
-"""For the tiny world. With noise, 40 brings no more into pictures of benign prompts, and 60 spoils some of the others."""
+"""For the tiny world. With noise, 40 brings no more into pictures of benign prompts, and 60 spoils others."""
