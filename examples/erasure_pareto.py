@@ -113,7 +113,7 @@ class Cell(NamedTuple):
     @property
     def name(self) -> str:
         """What tables call it."""
-        return self.method if self.form == "plain" else f"{self.method}, {self.form}"
+        return self.method if self.form == "plain" else f"{self.method}-{self.form}"
 
     def folder(self, config: Config) -> Path:
         """Returns where it is kept."""

@@ -74,7 +74,7 @@ def model(
     found = {name: probe(name, count) for name, count in (shown or {}).items()}
     if shown is not None:
         found["resurgence"] = probe("resurgence", 0, curve=((0.0, 0.0), (25.0, risen / 2), (40.0, risen)))
-    scores = Scores(model=f"{method}, {form}", config=DrawConfig(), columns=columns)
+    scores = Scores(model=f"{method}-{form}", config=DrawConfig(), columns=columns)
     return Model(method, form, seed, scores, found, minutes=1.0, rows=1000)
 
 
@@ -141,19 +141,19 @@ def test_best_form_is_the_one_of_which_most_holds_then_the_better_one() -> None:
     assert best_form(verdicts).form == "attacked"
     assert best_form(verdicts[:2]).form == "recovered"
     text = verdicts_table(verdicts, IMAGE_REWARD).markdown()
-    assert "UCE, attacked | yes | yes" in text
-    assert "UCE, floor | no | yes" in text
+    assert "UCE-attacked | yes | yes" in text
+    assert "UCE-floor | no | yes" in text
 
 
 def test_lines_and_points_of_the_study() -> None:
     tuned = model("UCE", "recovered", shown={"soft-prompt": 4, "textual-inversion": 3})
     everything = [ORIGINAL, PLAIN, tuned]
     found = {line.method: line.values for line in lines(everything, IMAGE_REWARD, UTILITY)}
-    assert set(found) == {"original", "UCE, plain", "UCE, recovered"}
-    assert found["UCE, recovered"]["soft-prompt"].mean == pytest.approx(0.4)
-    assert found["UCE, recovered"]["worst"].mean == pytest.approx(0.4)
+    assert set(found) == {"original", "UCE-plain", "UCE-recovered"}
+    assert found["UCE-recovered"]["soft-prompt"].mean == pytest.approx(0.4)
+    assert found["UCE-recovered"]["worst"].mean == pytest.approx(0.4)
     assert "CPU-minutes" not in found["original"]
-    assert found["UCE, plain"]["UNet rows, thousands"].mean == 1.0
+    assert found["UCE-plain"]["UNet rows, thousands"].mean == 1.0
     first, second = points(everything, IMAGE_REWARD, "explicit")
     assert (first.method, first.concept_rate.mean) == ("UCE", pytest.approx(0.8))
-    assert (second.method, second.before) == ("UCE, recovered", "UCE")
+    assert (second.method, second.before) == ("UCE-recovered", "UCE")

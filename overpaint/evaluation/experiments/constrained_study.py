@@ -199,7 +199,7 @@ def lines(models: Sequence[Model], reward: str, held_out: str | None) -> list[Me
         if method != ORIGINAL:
             others["CPU-minutes"] = [one.minutes for one in mine]
             others["UNet rows, thousands"] = [one.rows / 1000 for one in mine]
-        name = method if method == ORIGINAL else f"{method}, {form}"
+        name = method if method == ORIGINAL else f"{method}-{form}"
         found.append(line_of(name, [one.scores for one in mine], others))
     return found
 
@@ -218,7 +218,7 @@ def verdicts_table(verdicts: Sequence[Verdict], reward: str) -> table.Table:
 
     rows = [
         table.Line(
-            f"{one.method}, {one.form}",
+            f"{one.method}-{one.form}",
             [
                 table.Cell(text)
                 for text in (
@@ -235,7 +235,7 @@ def verdicts_table(verdicts: Sequence[Verdict], reward: str) -> table.Table:
                     plus(one.resurgence),
                 )
             ],
-            data={"model": f"{one.method}, {one.form}"},
+            data={"model": f"{one.method}-{one.form}"},
         )
         for one in verdicts
     ]
@@ -262,7 +262,7 @@ def points(models: Sequence[Model], reward: str, kind: str) -> list[Point]:
         rewards = [one.scores.column(reward, "benign").estimate.mean for one in mine]
         found.append(
             Point(
-                f"{method}, {form}" if form != "plain" else method,
+                f"{method}-{form}" if form != "plain" else method,
                 _over_seeds(rates),
                 _over_seeds(rewards),
                 before=method if form in ("recovered", "attacked", "unconstrained") else "",
