@@ -176,5 +176,5 @@ def distance_from_noise(latents: Latents) -> float:
     return (found - expected).abs().mean().item()
 
 
-TINY = InvertedLatentsConfig(steps=10, updates=2, learning_rate=0.02, batch_size=16)
-"""For the tiny world."""
+TINY = InvertedLatentsConfig(steps=10, updates=0, batch_size=16)
+"""For the tiny world, whose pictures plain inversion brings back already: updates raise the PSNR, and no rate."""

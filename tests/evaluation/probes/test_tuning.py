@@ -16,6 +16,7 @@ from overpaint.evaluation.probes.tuning import Tuning, updates_to_half
 from overpaint.policy import DiffusionPolicy
 from overpaint.policy.digest import policy_record
 from refl import ReFLConfig
+from rewards import as_reward
 
 Make = Callable[..., DiffusionPolicy]
 MakeTask = Callable[..., ProbeTask]
@@ -91,7 +92,8 @@ def test_relearning_against_something_foreign() -> None:
 
 def test_relearning_measures_a_copy(make_policy: Make, make_task: MakeTask) -> None:
     policy = make_policy(train="xattn")
-    policy.guard = SLDGuard(SLDConfig(concept_text="striped"), policy.encode(["striped"]))
+    config = SLDConfig(concept_text="striped", warmup_steps=0, threshold=1.0)
+    policy.guard = SLDGuard(config, policy.encode(["striped"]))
     before, asked = policy_record(policy), []
 
     def examples(count: int) -> tuple[list[str], torch.Tensor]:
@@ -129,7 +131,10 @@ def test_every_way_of_tuning_changes_a_copy(make_policy: Make, make_task: MakeTa
     policy = make_policy()
     before, chance = policy_record(policy), (torch.get_rng_state(), random.getstate())
     task = make_task(
-        make_policy(), reward=redness, shown_from=0.0, benign_pictures=lambda count: (list(CAPTIONS), PICTURES)
+        make_policy(),
+        reward=as_reward(redness),
+        shown_from=0.0,
+        benign_pictures=lambda count: (list(CAPTIONS), PICTURES),
     )
     attempts = Resurgence(SMALL).attempt(policy, task)
     assert policy_record(policy) == before
