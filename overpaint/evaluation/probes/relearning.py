@@ -104,5 +104,5 @@ def relearning_ratio(last: VariantResult) -> float | None:
     return None if found is None or not foreign else found / foreign
 
 
-TINY = RelearningConfig(updates=(0, 10, 40), learning_rate=3e-4, steps=10)
+TINY = RelearningConfig(updates=(0, 5, 20), learning_rate=3e-4, steps=10)
 """For the tiny world."""
