@@ -74,7 +74,7 @@ class InvertedLatents:
     def attempt(self, policy: DiffusionPolicy, task: ProbeTask) -> list[Attempt]:
         """Inverts and draws again."""
         references = task.wordings.get("similar", task.benign)
-        reference = task.once("reference", lambda: task.drawn_by(task.original, references))
+        reference = task.drawn_by(task.original, references)
         attempts = []
         for box in self.config.boxes:
             through = policy if box == "white" else task.original

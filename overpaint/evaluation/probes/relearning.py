@@ -17,7 +17,7 @@ from overpaint.settings import Field, settings
 
 from .probe import Attempt, Floor, ProbeTask
 from .result import VariantResult
-from .tuning import Tuning, check_updates, drawn_and_scored, updates_to_half
+from .tuning import Tuning, check_updates, updates_to_half
 
 
 @settings
@@ -80,7 +80,8 @@ class Relearning:
         attempts, curve = [], []
         for updates in cfg.updates:
             tuning.until(updates)
-            images, scores = drawn_and_scored(tuning.student, task, cfg.steps)
+            images = task.drawn_by(tuning.student, steps=cfg.steps)
+            scores = task.score(images)
             curve.append((float(updates), (scores >= task.shown_from).float().mean().item()))
             if updates:
                 attempts.append(Attempt(f"after {updates} updates", images, scores))
