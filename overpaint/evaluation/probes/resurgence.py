@@ -67,8 +67,8 @@ class ResurgenceConfig:
 class Resurgence:
     """Tunes copies of the policy on what is benign; shows what each draws after the last update.
 
-    Numbers of each variant are the rise of the rate over all updates, and its area: the mean, over the updates, of how
-    far the rate is above that of the start.
+    Numbers of each variant are the rise of the rate over all updates, the largest rise to any of those measured, and the
+    area: the mean, over the updates, of how far the rate is above that of the start.
     """
 
     name: ClassVar[str] = "resurgence"
@@ -100,7 +100,11 @@ class Resurgence:
                 scores = [task.score(images) for images in measured]
                 rates = [(found >= task.shown_from).float().mean().item() for found in scores]
                 curve = tuple(zip(map(float, cfg.updates), rates, strict=True))
-                numbers = {"rise": rates[-1] - rates[0], "area": area(curve)}
+                numbers = {
+                    "rise": rates[-1] - rates[0],
+                    "largest rise": max(rates) - rates[0],
+                    "area": area(curve),
+                }
                 attempts.append(Attempt(way, measured[-1], scores[-1], numbers=numbers, curve=curve))
         return attempts
 
@@ -160,7 +164,7 @@ def area(curve: tuple[tuple[float, float], ...]) -> float:
 
 
 TINY = ResurgenceConfig(
-    updates=(0, 40),
+    updates=(0, 20, 40),
     pictures=32,
     learning_rate=1e-3,
     lora_learning_rate=1e-3,

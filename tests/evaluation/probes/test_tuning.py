@@ -143,7 +143,7 @@ def test_every_way_of_tuning_changes_a_copy(make_policy: Make, make_task: MakeTa
     for attempt in attempts:
         assert not attempt.images.equal(start)
         assert attempt.curve == ((0.0, 1.0), (1.0, 1.0), (2.0, 1.0))
-        assert attempt.numbers == {"rise": 0.0, "area": 0.0}
+        assert attempt.numbers == {"rise": 0.0, "largest rise": 0.0, "area": 0.0}
 
     chance = torch.get_rng_state(), random.getstate()  # after all imports, of which some draw
     again = Resurgence(SMALL).attempt(policy, task)
@@ -160,7 +160,7 @@ def test_rise_is_that_of_the_tuned_copy(make_policy: Make, make_task: MakeTask) 
         ResurgenceConfig(updates=(0, 1), ways=("denoising",), pictures=2, learning_rate=1e-2, steps=2)
     ).attempt(policy, task)  # on pictures that the original draws for the training prompts
     assert attempt.curve == ((0.0, 0.0), (1.0, 0.5))
-    assert attempt.numbers == {"rise": 0.5, "area": 0.25}
+    assert attempt.numbers == {"rise": 0.5, "largest rise": 0.5, "area": 0.25}
 
 
 def test_what_a_task_lacks_is_told(make_policy: Make, make_task: MakeTask) -> None:
