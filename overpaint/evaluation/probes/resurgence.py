@@ -67,8 +67,8 @@ class ResurgenceConfig:
 class Resurgence:
     """Tunes copies of the policy on what is benign; shows what each draws after the last update.
 
-    Numbers of each variant are the rise of the rate over all updates, the largest rise to any of those measured, and the
-    area: the mean, over the updates, of how far the rate is above that of the start.
+    Numbers of each variant are the rise of the rate over all updates, the largest rise to any of those measured, and
+    the area: the mean, over the updates, of how far the rate is above that of the start.
     """
 
     name: ClassVar[str] = "resurgence"
