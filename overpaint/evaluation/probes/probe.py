@@ -92,10 +92,12 @@ class ProbeTask:
             return self.reference_pictures
         return self.drawn_by(self.original)
 
-    def drawn_by(self, policy: DiffusionPolicy, prompts: Sequence[str] | None = None) -> Images:
-        """Returns what a policy draws for the task's prompts, or for others, with the task's seeds."""
+    def drawn_by(
+        self, policy: DiffusionPolicy, prompts: Sequence[str] | None = None, *, steps: int | None = None
+    ) -> Images:
+        """Returns what a policy draws with the task's seeds: its prompts or others, in its steps or in others."""
         texts = self.prompts if prompts is None else prompts
-        return policy.draw(texts, seeds=self.seeds, steps=self.steps, guidance=self.guidance)
+        return policy.draw(texts, seeds=self.seeds, steps=steps or self.steps, guidance=self.guidance)
 
     def once(self, name: str, make: Callable[[], Made]) -> Made:
         """Returns what is the same for every policy of this task, made when it is first wanted."""

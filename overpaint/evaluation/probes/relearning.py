@@ -17,7 +17,7 @@ from overpaint.settings import Field, settings
 
 from .probe import Attempt, Floor, ProbeTask
 from .result import VariantResult
-from .tuning import Tuning, check_updates, drawn_and_scored, updates_to_half
+from .tuning import Tuning, check_updates, updates_to_half
 
 
 @settings
@@ -80,7 +80,8 @@ class Relearning:
         attempts, curve = [], []
         for updates in cfg.updates:
             tuning.until(updates)
-            images, scores = drawn_and_scored(tuning.student, task, cfg.steps)
+            images = task.drawn_by(tuning.student, steps=cfg.steps)
+            scores = task.score(images)
             curve.append((float(updates), (scores >= task.shown_from).float().mean().item()))
             if updates:
                 attempts.append(Attempt(f"after {updates} updates", images, scores))
@@ -104,5 +105,5 @@ def relearning_ratio(last: VariantResult) -> float | None:
     return None if found is None or not foreign else found / foreign
 
 
-TINY = RelearningConfig(updates=(0, 10, 40), learning_rate=3e-4, steps=10)
+TINY = RelearningConfig(updates=(0, 5, 20), learning_rate=3e-4, steps=10)
 """For the tiny world."""

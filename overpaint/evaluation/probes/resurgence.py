@@ -23,7 +23,7 @@ from refl import ReFLConfig, ReFLTrainer
 from refl.pretraining import PretrainingPairs
 
 from .probe import Attempt, Floor, Pictures, ProbeTask
-from .tuning import Tuning, check_updates, drawn_and_scored
+from .tuning import Tuning, check_updates
 
 
 @settings
@@ -67,8 +67,8 @@ class ResurgenceConfig:
 class Resurgence:
     """Tunes copies of the policy on what is benign; shows what each draws after the last update.
 
-    Numbers of each variant are the rise of the rate over all updates, and its area: the mean, over the updates, of how
-    far the rate is above that of the start.
+    Numbers of each variant are the rise of the rate over all updates, the largest rise to any of those measured, and
+    the area: the mean, over the updates, of how far the rate is above that of the start.
     """
 
     name: ClassVar[str] = "resurgence"
@@ -87,7 +87,7 @@ class Resurgence:
         if "ReFL" in cfg.ways and task.reward is None:
             raise ValueError("resurgence by ReFL needs a task with a reward, got none; see ResurgenceConfig.ways")
         benign = benign_pictures(task, cfg.pictures)
-        start = drawn_and_scored(policy, task, cfg.steps)
+        start = task.drawn_by(policy, steps=cfg.steps)
         attempts = []
         with tempfile.TemporaryDirectory() as folder:
             for way in cfg.ways:
@@ -96,11 +96,16 @@ class Resurgence:
                 measured = [start]
                 for updates in cfg.updates[1:]:
                     tune(updates)
-                    measured.append(drawn_and_scored(student, task, cfg.steps))
-                rates = [(scores >= task.shown_from).float().mean().item() for _, scores in measured]
+                    measured.append(task.drawn_by(student, steps=cfg.steps))
+                scores = [task.score(images) for images in measured]
+                rates = [(found >= task.shown_from).float().mean().item() for found in scores]
                 curve = tuple(zip(map(float, cfg.updates), rates, strict=True))
-                numbers = {"rise": rates[-1] - rates[0], "area": area(curve)}
-                attempts.append(Attempt(way, *measured[-1], numbers=numbers, curve=curve))
+                numbers = {
+                    "rise": rates[-1] - rates[0],
+                    "largest rise": max(rates) - rates[0],
+                    "area": area(curve),
+                }
+                attempts.append(Attempt(way, measured[-1], scores[-1], numbers=numbers, curve=curve))
         return attempts
 
     def _tuning(
@@ -159,7 +164,7 @@ def area(curve: tuple[tuple[float, float], ...]) -> float:
 
 
 TINY = ResurgenceConfig(
-    updates=(0, 40),
+    updates=(0, 20, 40),
     pictures=32,
     learning_rate=1e-3,
     lora_learning_rate=1e-3,

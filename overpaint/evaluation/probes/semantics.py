@@ -48,16 +48,15 @@ class Semantics:
         """
         if not task.wordings:
             raise ValueError("semantics needs a task with wordings, got none")
-        steps = self.config.steps or task.steps
-        attempts = []
+        steps, attempts = self.config.steps, []
         for wording, prompts in task.wordings.items():
-            images = policy.draw(prompts, seeds=task.seeds, steps=steps, guidance=task.guidance)
+            images = task.drawn_by(policy, prompts, steps=steps)
             scores = task.score(images)
             numbers = {"erased": 1.0 - (scores >= task.shown_from).float().mean().item()}
             if wording in task.kept:
                 numbers = {"kept": task.kept[wording](images, prompts).mean().item()}
                 if task.left_open is not None:
-                    usual = task.original.draw(prompts, seeds=task.seeds, steps=steps, guidance=task.guidance)
+                    usual = task.drawn_by(task.original, prompts, steps=steps)
                     found, expected = task.left_open(images, prompts), task.left_open(usual, prompts)
                     numbers |= {f"bias of {name}": total_variation(found[name], expected[name]) for name in expected}
             attempts.append(Attempt(wording, images, scores, numbers=numbers, prompts=prompts))

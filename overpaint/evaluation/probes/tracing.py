@@ -32,6 +32,9 @@ class TracingConfig:
     strengths: tuple[float, ...] = Field((0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0), min_length=2)
     """Shares of the way from the original to the erased model at which pictures are drawn, growing from 0 to 1."""
 
+    steps: int | None = Field(None, ge=1)
+    """Denoising steps of a picture; None are the task's."""
+
     def __post_init__(self) -> None:
         """Checks that strengths lead from the original to the erased model."""
         if list(self.strengths) != sorted(set(self.strengths)) or (self.strengths[0], self.strengths[-1]) != (0.0, 1.0):
@@ -57,11 +60,12 @@ class Tracing:
         Raises:
             ValueError: The policy has not the original's parameters, or its guard has no strength.
         """
-        drawn: dict[float, Images] = {0.0: task.once("drawn by the original", lambda: task.drawn_by(task.original))}
+        steps = self.config.steps
+        drawn: dict[float, Images] = {0.0: task.drawn_by(task.original, steps=steps)}
         with between(task.original, policy) as way:
             for strength in self.config.strengths[1:-1]:
-                drawn[strength] = task.drawn_by(way.at(strength))
-        drawn[1.0] = task.drawn_by(policy)
+                drawn[strength] = task.drawn_by(way.at(strength), steps=steps)
+        drawn[1.0] = task.drawn_by(policy, steps=steps)
 
         scores = {strength: task.score(images) for strength, images in drawn.items()}
         curve = tuple((at, (found >= task.shown_from).float().mean().item()) for at, found in scores.items())
@@ -126,5 +130,5 @@ def _weakened(guard: SamplingGuard | None, strength: float) -> SamplingGuard | N
     return guard.weakened(strength)
 
 
-TINY = TracingConfig(strengths=(0.0, 0.2, 0.4, 0.6, 0.8, 1.0))
+TINY = TracingConfig(strengths=(0.0, 0.2, 0.4, 0.6, 0.8, 1.0), steps=10)
 """For the tiny world."""

@@ -5,10 +5,8 @@ from collections.abc import Sequence
 import torch
 
 from overpaint.policy import DiffusionPolicy
-from overpaint.policy.types import Images, PerSample
+from overpaint.policy.types import Images
 from refl.pretraining import denoising_loss
-
-from .probe import ProbeTask
 
 MAX_GRAD_NORM = 1.0
 """Longest gradient, as diffusers' examples of tuning have it; longer ones are scaled down."""
@@ -58,12 +56,6 @@ class Tuning:
             torch.nn.utils.clip_grad_norm_(self.student.trainable_parameters(), MAX_GRAD_NORM)
             self.optimizer.step()
             self.updates += 1
-
-
-def drawn_and_scored(policy: DiffusionPolicy, task: ProbeTask, steps: int | None) -> tuple[Images, PerSample]:
-    """Returns what a policy draws for the task's prompts, in its steps or in others, and the scores."""
-    images = policy.draw(task.prompts, seeds=task.seeds, steps=steps or task.steps, guidance=task.guidance)
-    return images, task.score(images)
 
 
 def check_updates(updates: Sequence[int]) -> None:

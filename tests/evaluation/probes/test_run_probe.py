@@ -139,3 +139,16 @@ def test_the_best_picture_of_each_attempt() -> None:
 )
 def test_a_template_has_a_place_for_what_brings_stripes(caption: str, expected: str) -> None:
     assert template(caption) == expected
+
+
+def test_further_examples_are_of_other_prompts_and_seeds(original: DiffusionPolicy, target: ProbeTarget) -> None:
+    for floor in (None, "benign", "foreign"):
+        task = target.task(original, count=2, seed=0, floor=floor)
+        assert task.examples is not None
+        captions, pictures = task.examples(3)
+        assert len(captions) == len(pictures) == 3
+        assert not set(captions) & set(task.prompts)
+        shown = task.score(pictures) >= task.shown_from
+        assert shown.all() if floor != "benign" else not shown.any()
+    assert task.benign_pictures is not None
+    assert len(task.benign_pictures(5)[0]) == 5

@@ -1,6 +1,5 @@
 """Tuning a copy: on what is benign (resurgence) and on the concept (relearning)."""
 
-import random
 from collections.abc import Callable
 from typing import Any
 
@@ -16,6 +15,7 @@ from overpaint.evaluation.probes.tuning import Tuning, updates_to_half
 from overpaint.policy import DiffusionPolicy
 from overpaint.policy.digest import policy_record
 from refl import ReFLConfig
+from rewards import as_reward
 
 Make = Callable[..., DiffusionPolicy]
 MakeTask = Callable[..., ProbeTask]
@@ -91,7 +91,8 @@ def test_relearning_against_something_foreign() -> None:
 
 def test_relearning_measures_a_copy(make_policy: Make, make_task: MakeTask) -> None:
     policy = make_policy(train="xattn")
-    policy.guard = SLDGuard(SLDConfig(concept_text="striped"), policy.encode(["striped"]))
+    config = SLDConfig(concept_text="striped", warmup_steps=0, threshold=1.0)
+    policy.guard = SLDGuard(config, policy.encode(["striped"]))
     before, asked = policy_record(policy), []
 
     def examples(count: int) -> tuple[list[str], torch.Tensor]:
@@ -127,21 +128,25 @@ SMALL = ResurgenceConfig(
 
 def test_every_way_of_tuning_changes_a_copy(make_policy: Make, make_task: MakeTask) -> None:
     policy = make_policy()
-    before, chance = policy_record(policy), (torch.get_rng_state(), random.getstate())
+    before = policy_record(policy)
     task = make_task(
-        make_policy(), reward=redness, shown_from=0.0, benign_pictures=lambda count: (list(CAPTIONS), PICTURES)
+        make_policy(),
+        reward=as_reward(redness),
+        shown_from=0.0,
+        benign_pictures=lambda count: (list(CAPTIONS), PICTURES),
     )
     attempts = Resurgence(SMALL).attempt(policy, task)
     assert policy_record(policy) == before
-    assert torch.get_rng_state().equal(chance[0])
-    assert random.getstate() == chance[1]
     assert [attempt.variant for attempt in attempts] == ["denoising with a LoRA", "denoising", "ReFL"]
     start = policy.draw(task.prompts, seeds=task.seeds, steps=2, guidance=task.guidance)
     for attempt in attempts:
         assert not attempt.images.equal(start)
         assert attempt.curve == ((0.0, 1.0), (1.0, 1.0), (2.0, 1.0))
-        assert attempt.numbers == {"rise": 0.0, "area": 0.0}
+        assert attempt.numbers == {"rise": 0.0, "largest rise": 0.0, "area": 0.0}
+
+    chance = torch.get_rng_state()  # Python's own generator is drawn from by the checks of types in tests
     again = Resurgence(SMALL).attempt(policy, task)
+    assert torch.get_rng_state().equal(chance)
     assert all(one.images.equal(other.images) for one, other in zip(attempts, again, strict=True))
 
 
@@ -153,7 +158,7 @@ def test_rise_is_that_of_the_tuned_copy(make_policy: Make, make_task: MakeTask) 
         ResurgenceConfig(updates=(0, 1), ways=("denoising",), pictures=2, learning_rate=1e-2, steps=2)
     ).attempt(policy, task)  # on pictures that the original draws for the training prompts
     assert attempt.curve == ((0.0, 0.0), (1.0, 0.5))
-    assert attempt.numbers == {"rise": 0.5, "area": 0.25}
+    assert attempt.numbers == {"rise": 0.5, "largest rise": 0.5, "area": 0.25}
 
 
 def test_what_a_task_lacks_is_told(make_policy: Make, make_task: MakeTask) -> None:
