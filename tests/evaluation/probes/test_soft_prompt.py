@@ -1,7 +1,5 @@
 """Soft prompts: free vectors before a prompt, an upper bound of what words could do."""
 
-from dataclasses import replace
-
 import pytest
 import torch
 
@@ -14,8 +12,6 @@ from overpaint.evaluation.probes.run import run_probe
 from overpaint.evaluation.probes.soft_prompt import TINY, SoftPrompt
 from overpaint.evaluation.probes.target import ProbeTarget
 from overpaint.policy import DiffusionPolicy
-
-SHORT = replace(TINY, attack=replace(TINY.attack, timesteps=(700,)))
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +27,7 @@ def original() -> DiffusionPolicy:
 def test_vectors_bring_stripes_back_after_uce(original: DiffusionPolicy, target: ProbeTarget) -> None:
     policy = tinyworld.load_policy()
     UCE(tinyworld.PRESETS["uce"]).erase(policy, tinyworld.STRIPES).apply(policy)
-    result = run_probe(SoftPrompt(SHORT), policy, original, target, count=4, progress=False)
+    result = run_probe(SoftPrompt(TINY), policy, original, target, count=4, progress=False)
     (variant,) = result.variants
     assert variant.found.numbers["rate before"] == 0
     assert variant.found.rate.mean == 1
@@ -49,6 +45,6 @@ def test_vectors_cannot_reach_a_model_that_reads_no_prompt(original: DiffusionPo
                 weights.zero_()
     task = target.task(original, count=2, seed=0, progress=False)
     plain = task.drawn_by(policy)
-    (attempt,) = SoftPrompt(SHORT).attempt(policy, task)
+    (attempt,) = SoftPrompt(TINY).attempt(policy, task)
     assert attempt.numbers["rate after"] == attempt.numbers["rate before"] == 0
     torch.testing.assert_close(attempt.images, plain, rtol=0, atol=1e-5)
