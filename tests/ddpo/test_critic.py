@@ -121,15 +121,17 @@ def test_scores_that_never_vary_are_expected(run: TrainingRun, policy: Diffusion
 
 def test_seed_of_the_run_decides_the_critic(policy: DiffusionPolicy, run_config: Callable[..., TrainingConfig]) -> None:
     trajectory, scores = noisy_round(policy, 0)
-    ends = []
+    starts, ends = [], []
     for number, seed in enumerate((1, 1, 2)):
         torch.manual_seed(number)
         with TrainingRun(policy, run_config(f"run-{number}", seed=seed)) as run:
             critic = started(run, policy)
+            starts.append(critic.network.convolutions[0].weight.detach().clone())
             critic.fit(run, trajectory, torch.arange(64), scores[:, None])
             ends.append(critic.network.state_dict())
     assert all(torch.equal(value, ends[1][name]) for name, value in ends[0].items())
     assert not any(torch.equal(value, ends[2][name]) for name, value in ends[0].items())
+    assert not torch.equal(starts[0], starts[2])
 
 
 # In the trainer.
