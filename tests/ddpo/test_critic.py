@@ -126,7 +126,7 @@ def test_seed_of_the_run_decides_the_critic(policy: DiffusionPolicy, run_config:
         torch.manual_seed(number)
         with TrainingRun(policy, run_config(f"run-{number}", seed=seed)) as run:
             critic = started(run, policy)
-            starts.append(critic.network.convolutions[0].weight.detach().clone())
+            starts.append(critic.network.state_dict()["convolutions.0.weight"].clone())
             critic.fit(run, trajectory, torch.arange(64), scores[:, None])
             ends.append(critic.network.state_dict())
     assert all(torch.equal(value, ends[1][name]) for name, value in ends[0].items())
