@@ -33,7 +33,7 @@ from overpaint.tinyworld.presets import PRESETS, STRIPES
 
 TARGET_RATIO = 1.15
 TARGET_SECONDS = 20.0
-METHODS = ("esd", "ac", "sa", "receler", "ant", "mace")
+METHODS = ("esd", "ac", "sa", "receler", "ant", "mace", "eraseflow")
 CONCEPT = replace(STRIPES, phrases=tuple(own_phrases(STRIPES.phrases)))
 
 

@@ -2,6 +2,7 @@
 
 from .changes import Change, WeightChange
 from .concept import NUDITY, Concept
+from .concept_prompts import ConceptPrompts, ConceptPromptsConfig
 from .constraint import ErasureConstraint, ImageConstraint, ObjectiveConstraint
 from .controllers import FixedWeight, Switch, WeightController
 from .descend import DescentConfig, erase_by_descent
@@ -12,6 +13,7 @@ from .guards import GuardChange
 from .lagrangian import Lagrangian, LagrangianConfig
 from .methods.ac import AC, ACConfig
 from .methods.ant import ANT, ANTConfig
+from .methods.eraseflow import EraseFlow, EraseFlowConfig
 from .methods.esd import ESD, ESDConfig
 from .methods.mace import MACE, MACEConfig
 from .methods.receler import AddedNetworks, Receler, RecelerConfig
@@ -23,6 +25,7 @@ from .official import load_erasure
 from .protocols import ConceptBatch, Edit, Objective
 from .reference_distance import ReferenceDistance, ReferenceDistanceConfig
 from .registry import METHODS, ErasureMethod, erase, method_named
+from .soft_attack import SoftAttack, SoftAttackConfig
 from .strength import AdjustableMethod, StrengthSearch, Trial, strongest_erasure, strongest_setting
 
 __all__ = [
@@ -43,9 +46,13 @@ __all__ = [
     "Change",
     "Concept",
     "ConceptBatch",
+    "ConceptPrompts",
+    "ConceptPromptsConfig",
     "DescentConfig",
     "ESDConfig",
     "Edit",
+    "EraseFlow",
+    "EraseFlowConfig",
     "Erasure",
     "ErasureConstraint",
     "ErasureMethod",
@@ -67,6 +74,8 @@ __all__ = [
     "SAConfig",
     "SAFREEConfig",
     "SLDConfig",
+    "SoftAttack",
+    "SoftAttackConfig",
     "StrengthSearch",
     "Switch",
     "Trial",

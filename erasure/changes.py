@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Protocol, TypeVar, runtime_checkable
 
-from torch import nn
+from torch import Tensor, nn
 
 from overpaint.policy import DiffusionPolicy, WeightDelta
 from overpaint.policy.digest import tensors_hash
@@ -42,6 +42,10 @@ class Change(Protocol):
 
     def applied(self, policy: DiffusionPolicy) -> AbstractContextManager[None]:
         """Changes a policy for the length of a `with` block, then makes it what it was, to the bit."""
+        ...
+
+    def original(self, unet: nn.Module) -> dict[str, Tensor]:
+        """Returns the weights that undo the change where they stand in the changed UNet, of one not yet changed."""
         ...
 
     def base(self, unet: nn.Module) -> str | None:
@@ -94,6 +98,10 @@ class WeightChange:
         """Adds the differences and puts back the very bits that were there; the reference is not touched."""
         return self.delta.applied(policy.unet)
 
+    def original(self, unet: nn.Module) -> dict[str, Tensor]:
+        """Returns copies of the weights that will be changed, on the CPU."""
+        return {name: value.detach().cpu().clone() for name, value in _own_weights(unet, self.delta.tensors).items()}
+
     def base(self, unet: nn.Module) -> str:
         """Returns the hash of the weights that are changed."""
         return weights_hash(unet, self.delta.tensors)
@@ -114,8 +122,12 @@ def weights_hash(unet: nn.Module, names: Iterable[str]) -> str:
     Raises:
         ValueError: The UNet lacks one.
     """
+    return tensors_hash(_own_weights(unet, names))
+
+
+def _own_weights(unet: nn.Module, names: Iterable[str]) -> dict[str, nn.Parameter]:
     parameters = base_parameters(unet)
     names = set(names)
     if missing := sorted(names - parameters.keys()):
         raise ValueError(f"the UNet must have every parameter that the erasure changes, and lacks {missing[0]!r}")
-    return tensors_hash({name: parameters[name] for name in names})
+    return {name: parameters[name] for name in names}

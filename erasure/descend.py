@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -19,7 +19,7 @@ from .changes import WeightChange
 from .concept import Concept
 from .erased import Erasure
 from .generated import for_run
-from .protocols import ConceptBatch, Objective, TrainedMethod
+from .protocols import ConceptBatch, Learner, Objective, TrainedMethod
 
 
 @settings
@@ -66,6 +66,11 @@ class DescentConfig:
             raise ValueError(
                 f"warmup_iterations must be at most iterations={self.iterations}, got {self.warmup_iterations}"
             )
+
+    def run_config(self, output_dir: Path, *, resume: bool = False, progress: bool = True) -> TrainingConfig:
+        """Returns the settings of a run that descends so, in a folder."""
+        shared = {name: value for name, value in asdict(self).items() if name != "batch_size"}
+        return TrainingConfig(output_dir=output_dir, keep_checkpoints=1, resume=resume, progress=progress, **shared)
 
     def check_processes(self) -> None:
         """Raises a `ValueError` where the processes cannot share a batch."""
@@ -139,16 +144,14 @@ def descend(
     config.check_processes()
     objective.prepare(student, concept)
     recorded = {"descent": config, objective.name.lower(): objective.config, **(record or {})}
-    shared = {name: value for name, value in asdict(config).items() if name != "batch_size"}
-    if output_dir is None:
-        shared["checkpoint_every"] = config.iterations
     with TemporaryDirectory() as nowhere:
-        run_config = TrainingConfig(
-            output_dir=Path(output_dir or nowhere), keep_checkpoints=1, resume=resume, progress=progress, **shared
-        )
+        run_config = config.run_config(Path(output_dir or nowhere), resume=resume, progress=progress)
+        if output_dir is None:
+            run_config = replace(run_config, checkpoint_every=config.iterations)
         with TrainingRun(
             student,
             run_config,
+            state={"objective": objective} if isinstance(objective, Learner) else None,
             configs=recorded,
             name=f"erasing: {objective.name}",
             about={} if output_dir is None else {"model": policy_record(student), "concept": concept.to_json()},
@@ -168,7 +171,8 @@ def descend_once(
         loss = objective.loss(student, mine).mean()
     run.backward(loss)
     grad_norm = run.update()
-    run.log({"erasure/loss": run.mean(loss.detach()), "erasure/grad_norm": grad_norm})
+    learned = objective.learn(run) if isinstance(objective, Learner) else {}
+    run.log({"erasure/loss": run.mean(loss.detach()), "erasure/grad_norm": grad_norm, **learned})
 
 
 def concept_batch(concept: Concept, size: int, generator: torch.Generator) -> ConceptBatch:

@@ -5,7 +5,7 @@ from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from overpaint.policy import DiffusionPolicy, WeightDelta
 from overpaint.policy.parts import Pipeline
@@ -75,12 +75,20 @@ class Erasure:
 
         return erasure_between(original, erased, concept, method)
 
-    def apply(self, policy: DiffusionPolicy, *, check_base: bool = True) -> None:
-        """Changes a policy in place, before training; the erased policy is then its reference. A LoRA stays on top.
+    def apply(
+        self,
+        policy: DiffusionPolicy,
+        *,
+        check_base: bool = True,
+        reference: Literal["erased", "original"] = "erased",
+    ) -> None:
+        """Changes a policy in place, before training. A LoRA stays on top.
 
         Args:
             policy: What is changed.
             check_base: Whether to refuse a policy whose weights are not those that the erasure was computed from.
+            reference: Which model the policy's reference is from then on: the erased one, which training starts from,
+                or the one before, which the loss of an erasure method is about. A guard is at work in either.
 
         Raises:
             ValueError: It has other parameters or other weights, or what it already has cannot be combined with this;
@@ -88,7 +96,10 @@ class Erasure:
         """
         if check_base:
             self._check_base(policy)
+        before = self.change.original(policy.unet) if reference == "original" else {}
         self.change.apply(policy)
+        if before:
+            policy.remember_reference(before)
 
     def apply_to_pipeline(self, pipeline: Pipeline, *, check_base: bool = True) -> None:
         """Changes a plain diffusers pipeline in place; arguments and errors as in `apply`."""

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
-from torch import nn
+from torch import Tensor, nn
 
 from overpaint.policy import DiffusionPolicy, SamplingGuard
 from overpaint.policy.parts import Pipeline, UNet
@@ -74,6 +74,10 @@ class GuardChange(ABC):
             yield
         finally:
             policy.guard = None
+
+    def original(self, unet: nn.Module) -> dict[str, Tensor]:
+        """Returns nothing: no weight is changed, and the guard is at work in the reference, too."""
+        return {}
 
     def base(self, unet: nn.Module) -> None:
         """Returns None: it works with any weights."""

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from overpaint.policy import DiffusionPolicy, WeightDelta
 from overpaint.policy.types import PerSample
+from overpaint.training import Stateful, TrainingRun
 
 from .concept import Concept
 
@@ -67,10 +68,22 @@ class TrainedMethod(Objective, Protocol):
 
     name: str
     config: Any
-    """`descent` in it is a `DescentConfig`, and `train`, where it is there, one of `policy.PARAMETER_SETS`."""
+    """`descent` in it is a `DescentConfig`, and `train`, where it is there, what `policy.student_copy` takes."""
 
     def unet_calls(self) -> UNetCalls:
         """Returns the calls of its training, whose preparation is not counted."""
+        ...
+
+
+@runtime_checkable
+class Learner(Stateful, Protocol):
+    """An objective that learns something of its own beside the policy, such as a constant of its loss.
+
+    Its state, the same in all processes, goes into the checkpoints of a training of its own.
+    """
+
+    def learn(self, run: TrainingRun) -> dict[str, float]:
+        """Learns from the last loss, once after every update of the policy; returns what is to be logged."""
         ...
 
 

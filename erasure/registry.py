@@ -1,4 +1,4 @@
-"""The nine methods by name."""
+"""The ten methods by name."""
 
 import inspect
 from dataclasses import replace
@@ -13,6 +13,7 @@ from .concept import Concept
 from .erased import Erasure
 from .methods.ac import AC
 from .methods.ant import ANT
+from .methods.eraseflow import EraseFlow
 from .methods.esd import ESD
 from .methods.mace import MACE
 from .methods.receler import Receler
@@ -35,11 +36,11 @@ class ErasureMethod(Protocol):
         ...
 
 
-MethodName = Literal["sld", "safree", "uce", "mace", "esd", "ac", "sa", "receler", "ant"]
+MethodName = Literal["sld", "safree", "uce", "mace", "esd", "ac", "sa", "receler", "ant", "eraseflow"]
 """The names of `METHODS`, for the type of a setting."""
 
 METHODS = MappingProxyType(
-    {method.name.lower(): method for method in (SLD, SAFREE, UCE, MACE, ESD, AC, SA, Receler, ANT)}
+    {method.name.lower(): method for method in (SLD, SAFREE, UCE, MACE, ESD, AC, SA, Receler, ANT, EraseFlow)}
 )
 """The class of each method by its name in small letters."""
 

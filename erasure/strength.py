@@ -4,6 +4,7 @@ Bisection on common random numbers: the rewards of every setting belong to the s
 settings differ by what they do and not by the luck of the draw.
 """
 
+import inspect
 import math
 from collections.abc import Callable
 from itertools import pairwise
@@ -40,6 +41,9 @@ class Trial(NamedTuple):
 class StrengthSearch(NamedTuple):
     """What a search found."""
 
+    floor: float
+    """Lowest mean reward that was good enough."""
+
     best: Trial
     """The strongest setting that was seen to keep the floor."""
 
@@ -63,7 +67,8 @@ class AdjustableMethod(Protocol):
 def strongest_setting(
     rewards_at: Callable[[float], PerSample],
     *,
-    floor: float,
+    floor: float | None = None,
+    slack: float = 0.0,
     weakest: float = 0.0,
     strongest: float = 1.0,
     tolerance: float = 0.05,
@@ -72,8 +77,9 @@ def strongest_setting(
 
     Args:
         rewards_at: Rewards at a strength, of the same prompts and seeds in the same order each time.
-        floor: Lowest mean reward that is good enough, such as the original model's less a tolerated loss.
-        weakest: Smallest strength; it has to keep the floor.
+        floor: Lowest mean reward that is good enough; None is that of the weakest setting less the slack.
+        slack: How much reward may be given up, at least 0; only without a `floor`.
+        weakest: Smallest strength, such as 0, which is the original model; it has to keep the floor.
         strongest: Largest strength.
         tolerance: The search ends when the best setting is this close to one that misses the floor.
 
@@ -81,13 +87,7 @@ def strongest_setting(
         ValueError: The bounds are out of order, even the weakest setting misses the floor, or rewards are not
             finite or not of the same samples.
     """
-    if not (math.isfinite(weakest) and math.isfinite(strongest) and weakest < strongest):
-        raise ValueError(f"weakest must be below strongest, both finite, got {weakest} and {strongest}")
-    if not 0 < tolerance < math.inf:
-        raise ValueError(f"tolerance must be finite and above 0, got {tolerance}")
-    if not math.isfinite(floor):
-        raise ValueError(f"floor must be finite, got {floor}")
-
+    _check(floor, slack, weakest, strongest, tolerance)
     rewards: dict[float, PerSample] = {}
 
     def mean_at(strength: float) -> float:
@@ -99,7 +99,9 @@ def strongest_setting(
         rewards[strength] = found.detach().cpu().double()
         return rewards[strength].mean().item()
 
-    if (reward := mean_at(weakest)) < floor:
+    reward = mean_at(weakest)
+    floor = reward - slack if floor is None else floor
+    if reward < floor:
         raise ValueError(
             f"floor must be at most the mean reward of the weakest setting, {reward:.6g} at strength {weakest}, "
             f"got {floor:.6g}"
@@ -118,7 +120,7 @@ def strongest_setting(
     }
     rises = [_paired(rewards[stronger], rewards[weaker]) for weaker, stronger in pairwise(trials)]
     monotone = all(rise <= NOISE * standard_error for rise, standard_error in rises)
-    return StrengthSearch(trials[low], tuple(trials.values()), monotone)
+    return StrengthSearch(floor, trials[low], tuple(trials.values()), monotone)
 
 
 def strongest_erasure(
@@ -127,7 +129,8 @@ def strongest_erasure(
     concept: Concept,
     rewards_of: Callable[[DiffusionPolicy], PerSample],
     *,
-    floor: float,
+    floor: float | None = None,
+    slack: float = 0.0,
     strongest: float = 1.0,
     tolerance: float = 0.05,
 ) -> tuple[Erasure, StrengthSearch]:
@@ -138,7 +141,8 @@ def strongest_erasure(
         policy: Whose model is erased; it is left as it was.
         concept: What is erased.
         rewards_of: Draws with the policy, for fixed prompts and seeds, and returns the rewards.
-        floor: As in `strongest_setting`, with the next two.
+        floor: As in `strongest_setting`, with the next three; the weakest setting is the original model.
+        slack: How much reward may be given up.
         strongest: Largest strength.
         tolerance: How finely the strength is searched.
 
@@ -150,8 +154,20 @@ def strongest_erasure(
         with method.erase(policy, concept, strength).applied(policy):
             return rewards_of(policy)
 
-    search = strongest_setting(rewards_at, floor=floor, strongest=strongest, tolerance=tolerance)
+    search = strongest_setting(rewards_at, floor=floor, slack=slack, strongest=strongest, tolerance=tolerance)
     return method.erase(policy, concept, search.best.strength), search
+
+
+def _check(floor: float | None, slack: float, weakest: float, strongest: float, tolerance: float) -> None:
+    if not (math.isfinite(weakest) and math.isfinite(strongest) and weakest < strongest):
+        raise ValueError(f"weakest must be below strongest, both finite, got {weakest} and {strongest}")
+    if not 0 < tolerance < math.inf:
+        raise ValueError(f"tolerance must be finite and above 0, got {tolerance}")
+    if floor is not None and not math.isfinite(floor):
+        raise ValueError(f"floor must be finite, got {floor}")
+    if not 0 <= slack < math.inf or (slack and floor is not None):
+        rule = "finite and at least 0" if floor is None else f"0 with floor={floor}"
+        raise ValueError(f"slack must be {rule}, got {slack}")
 
 
 def _paired(rewards: PerSample, others: PerSample) -> tuple[float, float]:
@@ -160,6 +176,11 @@ def _paired(rewards: PerSample, others: PerSample) -> tuple[float, float]:
     count = len(differences)
     standard_error = differences.std().item() / math.sqrt(count) if count > 1 else 0.0
     return differences.mean().item(), standard_error
+
+
+def has_strength(method: object) -> bool:
+    """Tells whether a method has a strength, which `AdjustableMethod` as a type cannot: other methods erase, too."""
+    return isinstance(method, AdjustableMethod) and "strength" in inspect.signature(method.erase).parameters
 
 
 def check_strength(strength: float) -> None:

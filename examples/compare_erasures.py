@@ -17,8 +17,6 @@ from functools import partial
 from pathlib import Path
 from typing import Literal, NamedTuple, get_args
 
-import refl_erase_nudity
-
 from erasure import Erasure
 from erasure.cache import claim
 from erasure.registry import MethodName, erase, method_named
@@ -33,6 +31,7 @@ from overpaint.evaluation.experiments.published import (
     published_comparison,
     tables_html,
 )
+from overpaint.evaluation.experiments.recovery import RecoveryOptions, recover, refl_config
 from overpaint.evaluation.experiments.study import CHECKPOINTS, MethodLine, line_of, methods_table
 from overpaint.evaluation.experiments.work import work_through
 from overpaint.evaluation.prompts import prompt_set
@@ -127,9 +126,9 @@ def stages_of(config: Config) -> list[list[Cell]]:
     return [[*(Cell(BEFORE, seed) for seed in config.seeds), *erased], recovered]
 
 
-def recovery_of(config: Config) -> refl_erase_nudity.Config:
+def recovery_of(config: Config) -> RecoveryOptions:
     """Returns the settings of the recoveries, which are those of the main job."""
-    return refl_erase_nudity.Config(
+    return RecoveryOptions(
         policy=config.policy,
         policy_config=config.policy_config,
         iterations=config.recovery_iterations,
@@ -140,7 +139,7 @@ def recovery_of(config: Config) -> refl_erase_nudity.Config:
 
 def complete(config: Config) -> Config:
     """Fills in what depends on the model."""
-    refl = config.refl or refl_erase_nudity.refl_config(recovery_of(config))
+    refl = config.refl or refl_config(recovery_of(config))
     return replace(config, guidance_scale=config.usual_guidance, refl=refl)
 
 
@@ -154,7 +153,7 @@ def work(cell: Cell, config: Config) -> None:
         erasure = Erasure.load(folder.parent / "erasure")
         erasure.apply(policy)
         recovery = replace(recovery_of(config), output_dir=folder, seed=cell.seed, refl=config.refl, resume=True)
-        refl_erase_nudity.recover(recovery, policy, task, erasure, progress=False)
+        recover(recovery, policy, task, erasure, progress=False)
     elif cell.method != BEFORE:
         eraser = usual_eraser(cell.method, config.own_concept(tiny=config.tiny), tiny=config.tiny, seed=cell.seed)
         method = method_named(cell.method, eraser)

@@ -6,10 +6,11 @@ from typing import NamedTuple, TypeVar
 import torch
 from torch import Tensor, nn
 
-from erasure import ErasureConstraint, ImageConstraint, ReferenceDivergence, RewardFloor
+from erasure import ErasureConstraint, ObjectiveConstraint, ReferenceDivergence, RewardFloor
 from erasure.gradient_conflict import gradient_cosine, project_conflicts
 from erasure.protocols import ConceptBatch
 from erasure.rollout import random_stops
+from erasure.soft_attack import Judged
 from overpaint.policy import ClassifierFree, DiffusionPolicy
 from overpaint.policy.ddim import gaussian_kl
 from overpaint.policy.types import PerSample
@@ -107,16 +108,21 @@ def divergence_term(policy: DiffusionPolicy, config: ReFLConfig, bound: Referenc
 
 
 def erasure_term(
-    policy: DiffusionPolicy, erasure: ErasureConstraint, config: ReFLConfig, reward_step: int
+    policy: DiffusionPolicy, erasure: ErasureConstraint, config: ReFLConfig, reward_step: int, iteration: int
 ) -> Term[str]:
     """Returns the violation of an erasure constraint, on images as the reward sees them or on noise predictions."""
 
+    def judge(prompts: Sequence[str], seeds: Sequence[int]) -> Judged:
+        if isinstance(erasure, ObjectiveConstraint):
+            return Judged(erasure.violation(policy, ConceptBatch(prompts, seeds)))
+        images = one_step_images(policy, prompts, seeds, config, reward_step=reward_step)
+        return erasure.judged(images, captions_of(prompts, config))
+
     def term(prompts: list[str], seeds: list[int]) -> Measured:
-        if isinstance(erasure, ImageConstraint):
-            images = one_step_images(policy, prompts, seeds, config, reward_step=reward_step)
-            losses = erasure.violation(images, captions_of(prompts, config))
+        if erasure.attack is None:
+            losses = judge(prompts, seeds).violation
         else:
-            losses = erasure.violation(policy, ConceptBatch(prompts, seeds))
+            losses = erasure.attack.judged(policy, prompts, seeds, judge, iteration=iteration)
         return Measured(losses, losses)
 
     return term

@@ -45,6 +45,7 @@ from .pretraining import PretrainingPairs, own_pairs, pretraining_term
 from .terms import (
     Term,
     accumulate,
+    captions_of,
     divergence_term,
     erasure_term,
     floor_term,
@@ -144,7 +145,9 @@ class ReFLTrainer:
             notes: What only the program knows, for the record of the run.
         """
         constraints = {"erasure": self.erasure, "floor": self.floor}
-        state: dict[str, Stateful] = {name: one.lagrangian for name, one in constraints.items() if one is not None}
+        state: dict[str, Stateful] = {} if self.erasure is None else self.erasure.state()
+        if self.floor is not None:
+            state["floor"] = self.floor.lagrangian
         about = {name: one.description() for name, one in constraints.items() if one is not None}
         return train(self, run_config, state=state, configs={"refl": self.config}, about=about, notes=notes)
 
@@ -152,8 +155,9 @@ class ReFLTrainer:
         """Checks what only a run can tell, draws pairs where none were given, and readies an erasure objective.
 
         Raises:
-            ValueError: The reward or the erasure cost has no gradient to the images, a batch does not divide evenly
-                among the processes, or the objective cannot work with this policy.
+            ValueError: The reward, the erasure cost or an attack's score has no gradient to the images, a batch does
+                not divide evenly among the processes, the objective cannot work with this policy, or an attack finds no
+                room behind a prompt.
         """
         cfg = self.config
         batches = {"batch_size": cfg.batch_size}
@@ -171,6 +175,10 @@ class ReFLTrainer:
             check_gradient("reward", self.reward, noise, self.prompts)
         if isinstance(self.erasure, ImageConstraint):
             check_gradient("erasure cost", self.erasure.cost, noise, self.erasure.prompts)
+            if self.erasure.attack is not None and self.erasure.attack.score is not None:
+                check_gradient("attack score", self.erasure.attack.score, noise, self.erasure.prompts)
+        if self.erasure is not None and self.erasure.attack is not None:
+            self.erasure.attack.check(self.policy, self.erasure.prompts)
 
         if cfg.pretraining_weight and self.pretraining is None:
             self.pretraining = own_pairs(run, self.policy, self.prompts, cfg)
@@ -193,9 +201,10 @@ class ReFLTrainer:
         erased, cosine = None, 0.0
         if erasure is not None:
             gradient = take_gradient(run, parameters)
-            batch = draw_batch(run, erasure.prompts, cfg.erasure_batch_size)
-            term = erasure_term(self.policy, erasure, cfg, reward_step)
+            batch = erasure.prompts.draw(run, cfg.erasure_batch_size)
+            term = erasure_term(self.policy, erasure, cfg, reward_step, run.iteration)
             erased = accumulate(run, batch, term, weight=cfg.reward_scale * erasure_weight, size=size)
+            erasure.prompts.note(run, captions_of([prompt for prompt, _ in batch], cfg), erased.losses)
             other = take_gradient(run, parameters)
             cosine = join_gradients(parameters, gradient, other, project=cfg.project_conflicts)
         denoised = None
@@ -281,6 +290,7 @@ class ReFLTrainer:
             values["erasure/violation"] = metrics.erasure_violation
             values["erasure/weight"] = metrics.erasure_weight
             values["erasure/gradient_cosine"] = metrics.gradient_cosine
+            values |= self.erasure.measured(run)
         return values
 
 

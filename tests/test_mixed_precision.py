@@ -23,6 +23,7 @@ from erasure.descend import DescentConfig
 from erasure.methods.ac import AC, ACConfig
 from erasure.methods.ant import ANT, ANTConfig
 from erasure.methods.ant.saliency import SaliencyConfig
+from erasure.methods.eraseflow import EraseFlow, EraseFlowConfig
 from erasure.methods.esd import ESD, ESDConfig
 from erasure.methods.mace import MACE, MACEConfig
 from erasure.methods.receler import Receler, RecelerConfig
@@ -80,6 +81,7 @@ ERASERS: dict[str, Callable[[DescentConfig], Any]] = {
             saliency=SaliencyConfig(prompts=STRIPED.phrases, seeds=(3,), iterations=1, learning_rate=1e-3),
         )
     ),
+    "eraseflow": lambda descent: EraseFlow(EraseFlowConfig(steps=4, retain_share=0.0, descent=descent)),
 }  # fmt: skip
 
 

@@ -181,7 +181,7 @@ def test_every_import_is_declared() -> None:
     names = {re.split(r"[<>=!~\[ ]", requirement)[0] for requirement in requirements}
     renamed = {"pillow": "PIL", "pyyaml": "yaml", "vl-convert-python": "vl_convert"}
     modules = {renamed.get(name, name.replace("-", "_")) for name in names}
-    programs = {"examples", "benchmarks", "ddpo_finetune", "refl_erase_nudity"}  # which may build on each other
+    programs = {"examples", "benchmarks", "ddpo_finetune"}  # which may build on each other
     elsewhere = {"trl"}  # lives in an environment of its own, which benchmarks/peers.py makes
     allowed = {*modules, *PACKAGES, *sys.stdlib_module_names, *programs, *elsewhere}
     found = {root: path for path in sources(*PACKAGES, "examples", "benchmarks") for root in imported_roots(path)}

@@ -1,1 +1,1 @@
-"""The nine methods, a file or a folder each, and what several of them share."""
+"""The ten methods, a file or a folder each, and what several of them share."""

@@ -153,6 +153,14 @@ class SLDGuard:
         """Returns guidance with the safety concept as third branch, or the given one where there is nothing to do."""
         return guidance if self.config.guidance_scale == 0 else SLDGuidance(self, guidance)
 
+    def without_momentum(self) -> "SLDGuard":
+        """Returns the same guard with nothing to remember: for predictions at steps that are no trajectory."""
+        return SLDGuard(replace(self.config, momentum_scale=0.0), self._concept)
+
+    def weakened(self, strength: float) -> "SLDGuard":
+        """Returns it with a share of the guidance scale (s_S)."""
+        return SLDGuard(replace(self.config, guidance_scale=strength * self.config.guidance_scale), self._concept)
+
     def attach(self, pipeline: Pipeline) -> None:
         """Makes a plain diffusers pipeline draw in the same way, with its own text encoder's safety concept."""
         SLDChange(self.config).apply_to_pipeline(pipeline)
@@ -177,7 +185,7 @@ class SLDGuard:
         scale = context.noise_scale.view(-1, 1, 1, 1)
         away, prompt, safety = scale * predictions
         remembers = self.config.momentum_scale > 0
-        momentum = self._history.before(context.steps, trajectory, away) if remembers else torch.zeros_like(away)
+        momentum = self._history.before(context, trajectory, away) if remembers else torch.zeros_like(away)
         term, momentum = safety_term(away, prompt, safety, momentum, self.config)
         if remembers:
             self._history.keep(momentum)
@@ -219,14 +227,14 @@ class MomentumHistory:
         self._before: dict[int, Latents] = {}
         self._step = 0
 
-    def before(self, steps: Tensor, trajectory: int, like: Latents) -> Latents:
-        """Returns the momentum before a step, the same for all samples; step 0 begins a trajectory.
+    def before(self, context: StepContext, trajectory: int, like: Latents) -> Latents:
+        """Returns the momentum before a step, the same for all samples; `StepContext.start` begins a trajectory.
 
         A `ValueError` refuses a step whose earlier steps were not the latest taken.
         """
-        first, last = int(steps.min()), int(steps.max())
-        if first == last == 0:
-            self._trajectory, self._before = trajectory, {0: torch.zeros_like(like)}
+        first, last = int(context.steps.min()), int(context.steps.max())
+        if first == last == context.start:
+            self._trajectory, self._before = trajectory, {first: torch.zeros_like(like)}
         known = self._before if trajectory == self._trajectory else {}
         if first != last or first not in known:
             got = f"step {first}" if first == last else f"steps {first} to {last} together"

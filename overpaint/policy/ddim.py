@@ -154,6 +154,21 @@ def ddim_mean_and_std(
     return mean, std
 
 
+def noising_mean_and_std(latents: Latents, alphas: PerSample, previous_alphas: PerSample) -> tuple[Latents, PerSample]:
+    """Returns the Gaussian of what a step started from, given where it led: forward noising from one level to the next.
+
+    It is `q(x_t | x_prev) = N(sqrt(a / a_prev) x_prev, 1 - a / a_prev)`, without a network and without eta.
+    Source: Ho et al. (2020), https://arxiv.org/abs/2006.11239, equation 2.
+
+    Args:
+        latents: State after the step.
+        alphas: Cumulative alpha of the state before it.
+        previous_alphas: Cumulative alpha that the step leads to.
+    """
+    kept = alphas.double() / previous_alphas.double()
+    return _per_sample(kept.sqrt().to(latents.dtype)) * latents, (1 - kept).sqrt().to(latents.dtype)
+
+
 def mean_sensitivity(
     alphas: PerSample, previous_alphas: PerSample, *, eta: float, prediction_type: PredictionType
 ) -> PerSample:

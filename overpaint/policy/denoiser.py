@@ -84,9 +84,10 @@ def predict_at(
     plan: Schedule,
     steps: Int[Tensor, " batch"],
     guidance: Guidance,
+    start: int = 0,
 ) -> Latents:
-    """Returns the guided prediction at steps of a sampling."""
-    context = _context(parts, steps, len(plan.timesteps), plan.alphas[steps])
+    """Returns the guided prediction at steps of a sampling that began at the step `start`."""
+    context = _context(parts, steps, len(plan.timesteps), plan.alphas[steps])._replace(start=start)
     return predict(parts, latents, plan.timesteps[steps], conditioning, guidance, context)
 
 
@@ -98,9 +99,10 @@ def mean_and_std(
     steps: Int[Tensor, " batch"],
     guidance: Guidance,
     eta: float,
+    start: int = 0,
 ) -> tuple[Latents, PerSample]:
     """Returns the Gaussian of one step of each sample; the one path of sampling and of recomputation."""
-    prediction = predict_at(parts, latents, conditioning, plan, steps, guidance)
+    prediction = predict_at(parts, latents, conditioning, plan, steps, guidance, start)
     levels = plan.alphas[steps], plan.previous_alphas[steps]
     return ddim.ddim_mean_and_std(latents, prediction, *levels, eta=eta, prediction_type=parts.prediction_type)
 
@@ -114,10 +116,11 @@ def chain(
     eta: float,
     noise: SampleNoise,
     until: int | None = None,
+    start: int = 0,
 ) -> Iterator[tuple[Latents, Latents, PerSample]]:
     """Yields the state after each step, and mean and standard deviation of the Gaussian it was drawn from."""
-    for step in range(len(plan.timesteps) if until is None else until):
-        mean, std = mean_and_std(parts, latents, conditioning, plan, all_at(step, latents), guidance, eta)
+    for step in range(start, len(plan.timesteps) if until is None else until):
+        mean, std = mean_and_std(parts, latents, conditioning, plan, all_at(step, latents), guidance, eta, start)
         latents = mean + std.view(-1, 1, 1, 1) * noise.draw() if eta > 0 else mean
         yield latents, mean, std
 

@@ -12,6 +12,7 @@ import copy
 from collections.abc import Callable, Generator, Mapping, Sequence, Sized
 from contextlib import contextmanager
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Unpack, cast
 
 import torch
@@ -29,7 +30,7 @@ from .noise import SampleNoise, check_seeds
 from .parts import Pipeline
 from .prompts import PromptEncoder, check_prompts
 from .saving import check_plain, plain_pipeline, write_pipeline
-from .schedules import Schedules, check_eta, check_step
+from .schedules import Schedules, check_eta, check_span, check_step
 from .takeover import take_over
 from .trained import TrainedWeights
 from .trajectory import Trajectory
@@ -192,19 +193,23 @@ class DiffusionPolicy:
         eta: float = 0.0,
         seeds: Sequence[int],
         until: int | None = None,
+        latents: Latents | None = None,
+        start: int = 0,
         height: int | None = None,
         width: int | None = None,
     ) -> Latents:
-        """Denoises from noise, without gradient, and stops before the step `until`, or at the end."""
+        """Denoises, without gradient, and stops before the step `until`, or at the end.
+
+        From noise, or from latents as they are before the step `start`, which others have drawn or noised so far.
+        """
         plan = self.schedules.plan(steps, self.device)
-        if until is not None and not 0 <= until <= steps:
-            raise ValueError(f"until must be from 0 to steps={steps}, got {until}")
+        check_span(start, until, steps, given=latents is not None)
         check_eta(eta)
         noise = self._noise(seeds, conditioning, height, width)
-        latents = noise.draw()
-        for latents, _, _ in chain(self, latents, conditioning, plan, guidance, eta, noise, until):  # noqa: B007, B020
+        state = noise.draw() if latents is None else latents
+        for state, _, _ in chain(self, state, conditioning, plan, guidance, eta, noise, until, start):  # noqa: B007, B020
             pass
-        return latents
+        return state
 
     @torch.no_grad()
     def rollout(
@@ -378,19 +383,26 @@ class DiffusionPolicy:
         """Puts back what `trainable_state` gave; a `ValueError` where names or shapes differ leaves all as it was."""
         self._trained.load_state(state)
 
-    def remember_reference(self) -> None:
-        """Makes the present weights the reference policy; that of a LoRA is the UNet beneath it anyway."""
-        self._trained.remember()
+    def remember_reference(self, others: Mapping[str, Tensor] = MappingProxyType({})) -> None:
+        """Makes the present weights the reference policy; that of a LoRA is the UNet beneath it anyway.
 
-    def student_copy(self, train: str) -> "DiffusionPolicy":
-        """Returns a policy that draws the same, with a UNet of its own, in float32, of which a named set is trained.
+        `others` are values that some of the UNet's weights have in the reference instead, by their plain names; a
+        `ValueError` refuses what does not fit.
+        """
+        self._trained.remember(others)
+
+    def student_copy(self, train: str | LoRAConfig | None = None) -> "DiffusionPolicy":
+        """Returns a policy that draws the same, with a UNet of its own, in float32; a named set or a LoRA is trained.
 
         Text encoder and VAE are shared. A LoRA is added in. `network` and gradient checkpointing are a new policy's.
         """
         plain = self._plain()
         plain.unet = copy.deepcopy(plain.unet).float()
-        student = DiffusionPolicy(plain, train=train, dtype=None, device=self.device)
-        student.prompts, student.guard = self.prompts, self.guard
+        lora, names = (train, None) if isinstance(train, LoRAConfig) else (None, train)
+        student = DiffusionPolicy(plain, lora=lora, train=names, dtype=None, device=self.device)
+        student.prompts = self.prompts
+        # Its own guard too: one may remember where a trajectory is, or change what goes on inside of its UNet.
+        student.guard = copy.deepcopy(self.guard, {id(self.unet): student.unet, id(self.prompts): self.prompts})
         return student
 
     @contextmanager

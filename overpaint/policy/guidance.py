@@ -23,6 +23,9 @@ class StepContext(NamedTuple):
     """By what a difference of two predictions is to be multiplied to be a difference of noise: 1 for a network that
     predicts noise, the square root of the cumulative alpha for velocities."""
 
+    start: int = 0
+    """Step that the whole batch was begun at: later than 0 where others have drawn or noised the latents so far."""
+
 
 @runtime_checkable
 class Guidance(Protocol):
@@ -104,6 +107,15 @@ class SamplingGuard(Protocol):
 
     def attach(self, pipeline: Pipeline) -> None:
         """Makes a plain diffusers pipeline draw in the same way, in place."""
+        ...
+
+
+@runtime_checkable
+class AdjustableGuard(SamplingGuard, Protocol):
+    """A guard that can act less."""
+
+    def weakened(self, strength: float) -> SamplingGuard:
+        """Returns it with `strength`, from 0 to 1, of its own; 0 changes nothing."""
         ...
 
 

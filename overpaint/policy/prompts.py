@@ -8,8 +8,9 @@ from typing import Any
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 
+from .coined_words import CoinedWords
 from .conditioning import Conditioning
 from .parts import TextEncoder, Tokenizer
 
@@ -50,6 +51,7 @@ class PromptEncoder:
         self.tokenizer = tokenizer
         self._cache: OrderedDict[str, Float[Tensor, "tokens dim"]] = OrderedDict()
         self._replaced: Mapping[str, Float[Tensor, "tokens dim"]] = {}
+        self._coined: CoinedWords | None = None
         self._empty: Conditioning | None = None
         self._told: set[str] = set()
 
@@ -59,10 +61,23 @@ class PromptEncoder:
         return min(self.tokenizer.model_max_length, self.text_encoder.config.max_position_embeddings)
 
     def __call__(self, prompts: Sequence[str]) -> Conditioning:
-        """Returns the prompts encoded, on the text encoder's device; gradients reach only what `replaced` put there."""
+        """Returns the prompts encoded, on the text encoder's device; gradients reach what is `replaced` or `coined`."""
         texts, device = check_prompts(prompts), self.text_encoder.device
-        rows = [self._replaced[text] if text in self._replaced else self._encode(text) for text in texts]
+        free = [text for text in dict.fromkeys(texts) if self._coined is not None and text in self._coined]
+        known = {**(dict(zip(free, self._encode_free(free), strict=True)) if free else {}), **self._replaced}
+        rows = [known[text] if text in known else self.plain(text) for text in texts]
         return Conditioning(tuple(texts), torch.stack([row.to(device) for row in rows]))
+
+    def plain(self, prompt: str) -> Float[Tensor, "tokens dim"]:
+        """Returns the encoding of a prompt's own words, whatever `replaced` puts in its place; on the CPU."""
+        if prompt in self._cache:
+            self._cache.move_to_end(prompt)
+            return self._cache[prompt]
+        self._tell_if_cut(prompt)
+        self._cache[prompt] = self.run(*self._padded([self.read(prompt)]))[0][0].cpu()
+        if len(self._cache) > CACHED_PROMPTS:
+            self._cache.popitem(last=False)
+        return self._cache[prompt]
 
     @contextmanager
     def replaced(self, rows: Mapping[str, Float[Tensor, "tokens dim"]]) -> Generator[None]:
@@ -77,6 +92,28 @@ class PromptEncoder:
         finally:
             self._replaced = before
 
+    @contextmanager
+    def coined(self, words: Mapping[str, Float[Tensor, "vectors dim"]]) -> Generator[None]:
+        """Lets made-up words stand for free vectors at the text encoder's input for the length of a `with` block.
+
+        Whoever reads a text with such a word meets them, a guard alike; gradients flow to them. A word must not come
+        again with other vectors: guards remember what they have read.
+
+        Raises:
+            ValueError: Vectors are not as wide as the text encoder's, or other words are coined already.
+        """
+        if self._coined is not None:
+            raise ValueError(f"words must be coined all at once, got {sorted(words)} beside others")
+        embedding = self.text_encoder.get_input_embeddings()
+        assert isinstance(embedding, nn.Embedding)
+        made = CoinedWords(embedding, words)
+        try:
+            with made:
+                self._coined = made
+                yield
+        finally:
+            self._coined = None
+
     @torch.no_grad()
     def run(self, ids: Int[Tensor, "texts tokens"], mask: Int[Tensor, "texts tokens"] | None = None) -> Any:
         """Returns the text encoder's own output for tokens, out of reach of autocast, as what is cached must be."""
@@ -86,8 +123,13 @@ class PromptEncoder:
     def ids(self, text: str) -> list[int]:
         """Returns all tokens of a text, start and end included, however many they are.
 
-        A token that a textual inversion of several vectors stands behind becomes as many, as in diffusers' pipelines.
+        A token that a textual inversion of several vectors stands behind becomes as many, as in diffusers' pipelines;
+        so does a coined word.
         """
+        if self._coined is not None and text in self._coined:
+            start, end = self.ids("")
+            parts = [part if isinstance(part, list) else self.ids(part)[1:-1] for part in self._coined.parts(text)]
+            return [start, *(token for part in parts for token in part), end]
         tokenizer: Any = self.tokenizer
         added = tokenizer.added_tokens_encoder
         if any(token in text and f"{token}_1" in added for token in added):
@@ -120,19 +162,25 @@ class PromptEncoder:
         self._cache.clear()
         self._empty = None
 
-    def _encode(self, prompt: str) -> Float[Tensor, "tokens dim"]:
-        if prompt in self._cache:
-            self._cache.move_to_end(prompt)
-            return self._cache[prompt]
-        self._tell_if_cut(prompt)
+    def _encode_free(self, texts: Sequence[str]) -> Float[Tensor, "texts tokens dim"]:
+        """Encodes texts with coined words, all together and with gradient where it is enabled."""
+        for text in texts:
+            ids = self.ids(text)
+            if min(ids[self.room - 1 :], default=0) < 0:
+                raise ValueError(f"free vectors must be within {self.room} tokens, got {len(ids)} in {text!r}")
+        tokens, mask = self._padded([self.read(text) for text in texts])
+        with torch.autocast(self.text_encoder.device.type, enabled=False):
+            return self.text_encoder(tokens, attention_mask=mask)[0]
+
+    def _padded(
+        self, rows: Sequence[list[int]]
+    ) -> tuple[Int[Tensor, "texts tokens"], Int[Tensor, "texts tokens"] | None]:
+        """Returns the tokens of texts, on the text encoder's device, with the mask of those that read one."""
         padded = self.tokenizer.pad(
-            {"input_ids": [self.read(prompt)]}, padding="max_length", max_length=self.room, return_tensors="pt"
+            {"input_ids": list(rows)}, padding="max_length", max_length=self.room, return_tensors="pt"
         ).to(self.text_encoder.device)
         mask = padded["attention_mask"] if getattr(self.text_encoder.config, "use_attention_mask", False) else None
-        self._cache[prompt] = self.run(padded["input_ids"], mask)[0][0].cpu()
-        if len(self._cache) > CACHED_PROMPTS:
-            self._cache.popitem(last=False)
-        return self._cache[prompt]
+        return padded["input_ids"], mask
 
     def _tell_if_cut(self, prompt: str) -> None:
         """Warns of a prompt that is cut off, once."""

@@ -75,3 +75,18 @@ def check_step(step: int, steps: int) -> None:
     """
     if not 0 <= step < steps:
         raise ValueError(f"step must be from 0 to {steps - 1}, the last of {steps} steps, got {step}")
+
+
+def check_span(start: int, until: int | None, steps: int, *, given: bool) -> None:
+    """Checks which steps are to be taken: those from `start` on and before `until`, or to the end.
+
+    Raises:
+        ValueError: There are no such steps, or `start` is above 0 and the latents before it are not `given`.
+    """
+    if until is not None and not 0 <= until <= steps:
+        raise ValueError(f"until must be from 0 to steps={steps}, got {until}")
+    last = steps if until is None else until
+    if not 0 <= start <= last:
+        raise ValueError(f"start must be from 0 to {last}, where sampling ends, got {start}")
+    if start > 0 and not given:
+        raise ValueError(f"latents must be given with start={start}, got None")

@@ -1,9 +1,10 @@
-"""Prompts with free vectors among their tokens: what textual inversion learns, and what attacks move."""
+"""Prompts with free vectors among their tokens."""
 
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
+from itertools import count
 
-import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from .conditioning import Conditioning
@@ -12,11 +13,16 @@ from .prompts import PromptEncoder, check_prompts
 PLACE = "{}"
 """Where the vectors stand in a text; a text without it has them before its first word."""
 
+_numbers = count()
 
-def encode_soft(
+
+@contextmanager
+def soft_texts(
     encoder: PromptEncoder, texts: Sequence[str], vectors: Float[Tensor, "texts vectors dim"]
-) -> Conditioning:
-    """Encodes texts whose free vectors go into the text encoder in the place of tokens, with gradient to the vectors.
+) -> Generator[list[str]]:
+    """Yields texts with words in the places of free vectors, which stand for these for the length of a `with` block.
+
+    Whoever encodes or reads such a text in the block meets the vectors, a sampling guard alike; gradients flow to them.
 
     Args:
         encoder: Of the policy. Nothing of it is changed, and nothing is cached.
@@ -24,23 +30,33 @@ def encode_soft(
         vectors: Of the width of the text encoder's token embeddings; some for each text.
 
     Raises:
-        ValueError: There are no texts, not as many vectors as texts, a text has several places, or the text encoder has
-            no room for all tokens.
+        ValueError: There are no texts, not as many vectors as texts, a text has several places, or, when it is encoded,
+            the text encoder has no room for its vectors.
     """
-    texts, count = check_prompts(texts), vectors.shape[1]
-    width = token_vectors(encoder).shape[1]
+    texts, width = check_prompts(texts), token_vectors(encoder).shape[1]
     if len(vectors) != len(texts) or vectors.shape[2] != width:
         raise ValueError(f"vectors must be [{len(texts)}, vectors, {width}], got {list(vectors.shape)}")
-    rows, starts = zip(*(_ids_and_place(encoder, text, count) for text in texts), strict=True)
-    device = encoder.text_encoder.device
-    padded = encoder.tokenizer.pad(
-        {"input_ids": list(rows)}, padding="max_length", max_length=encoder.room, return_tensors="pt"
-    ).to(device)
-    places = torch.tensor(starts, device=device)[:, None] + torch.arange(count, device=device)
-    mask = padded["attention_mask"] if getattr(encoder.text_encoder.config, "use_attention_mask", False) else None
-    with _Placed(encoder, vectors, places), torch.autocast(device.type, enabled=False):
-        tokens = encoder.text_encoder(padded["input_ids"], attention_mask=mask)[0]
-    return Conditioning(tuple(texts), tokens)
+    for text in texts:
+        if text.count(PLACE) > 1:
+            raise ValueError(f"a text must have at most one {PLACE}, got {text!r}")
+    words = [f"<free-{next(_numbers)}>" for _ in texts]
+    with encoder.coined(dict(zip(words, vectors, strict=True))):
+        yield [
+            text.replace(PLACE, word) if PLACE in text else f"{word} {text}"
+            for text, word in zip(texts, words, strict=True)
+        ]
+
+
+def encode_soft(
+    encoder: PromptEncoder, texts: Sequence[str], vectors: Float[Tensor, "texts vectors dim"]
+) -> Conditioning:
+    """Encodes texts with free vectors in the place of tokens, with gradient to the vectors; see `soft_texts`.
+
+    A guard that reads words, such as SAFREE, does not meet the vectors of what this returns: predict and draw within
+    `soft_texts` where there may be one.
+    """
+    with soft_texts(encoder, texts, vectors) as words:
+        return Conditioning(tuple(texts), encoder(words).tokens)
 
 
 def token_vectors(encoder: PromptEncoder) -> Float[Tensor, "vocabulary dim"]:
@@ -50,37 +66,7 @@ def token_vectors(encoder: PromptEncoder) -> Float[Tensor, "vocabulary dim"]:
     return embedding.weight.detach()
 
 
-def _ids_and_place(encoder: PromptEncoder, text: str, count: int) -> tuple[list[int], int]:
-    """Returns the tokens of a text with `count` of any in the place of the vectors, and where these begin."""
-    before, *after = text.split(PLACE)
-    if len(after) > 1:
-        raise ValueError(f"a text must have at most one {PLACE}, got {text!r}")
-    if not after:
-        before, after = "", [text]
-    first, last = encoder.ids(before), encoder.ids(after[0])
-    ids = [*first[:-1], *[first[-1]] * count, *last[1:]]
-    if len(ids) > encoder.room:
-        raise ValueError(
-            f"a text with {count} vectors must have at most {encoder.room} tokens, got {len(ids)}: {text!r}"
-        )
-    return ids, len(first) - 1
-
-
-class _Placed:
-    """Puts vectors in the place of what the token embedding gives, while in a `with` block."""
-
-    def __init__(
-        self, encoder: PromptEncoder, vectors: Float[Tensor, "texts vectors dim"], places: Int[Tensor, "texts vectors"]
-    ) -> None:
-        self.embedding = encoder.text_encoder.get_input_embeddings()
-        self.vectors, self.places = vectors, places
-
-    def __enter__(self) -> None:
-        self.handle = self.embedding.register_forward_hook(self._place)
-
-    def __exit__(self, *_: object) -> None:
-        self.handle.remove()
-
-    def _place(self, module: nn.Module, inputs: tuple[Tensor, ...], embedded: Tensor) -> Tensor:
-        index = self.places[..., None].expand(-1, -1, embedded.shape[2])
-        return embedded.scatter(1, index, self.vectors.to(embedded))
+def initial_vectors(encoder: PromptEncoder, text: str, count: int) -> Float[Tensor, "vectors dim"]:
+    """Returns vectors to begin with: those of a text's tokens, again from the first where there are fewer."""
+    ids = encoder.ids(text)[1:-1]
+    return token_vectors(encoder)[[ids[place % len(ids)] for place in range(count)]].float()

@@ -1,8 +1,9 @@
 """The weights that training may change, and the way back to what they were."""
 
-from collections.abc import Generator, Mapping
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from types import MappingProxyType
 
 import torch
 from torch import Tensor, nn
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 from .guidance import SamplingGuard
 from .lora_files import LoRAFormat, read_lora, save_lora
 from .parts import UNet
-from .weights import LoRAConfig, attach_lora, merge_lora, select_parameters
+from .weights import LoRAConfig, attach_lora, merge_lora, plain_name, select_parameters
 
 
 class TrainedWeights:
@@ -42,7 +43,7 @@ class TrainedWeights:
                 parameter.requires_grad_(True)
         if lora is not None:
             self._attach(lora)
-        self._reference: dict[str, Tensor] = {}
+        self._reference: dict[str, tuple[nn.Parameter, Tensor]] = {}
         self._at_reference = False
         self.remember()
 
@@ -68,41 +69,43 @@ class TrainedWeights:
             parameter.copy_(state[name])
         torch.clear_autocast_cache()
 
-    def remember(self) -> None:
-        """Makes the present weights the reference; they are copied to the CPU's memory unless a LoRA is trained."""
-        if self.lora is None:
-            self._reference = {name: value.cpu() for name, value in self.state().items()}
+    def remember(self, others: Mapping[str, Tensor] = MappingProxyType({})) -> None:
+        """Makes the present weights the reference; they are copied to the CPU's memory unless a LoRA is trained.
+
+        Args:
+            others: Values that some of the UNet's weights, trained or not, have in the reference instead of the present
+                ones, by their plain names.
+
+        Raises:
+            ValueError: The UNet lacks one of them, or it has another shape; the reference stays what it was.
+        """
+        values = {} if self.lora is not None else {name: value.cpu() for name, value in self.state().items()}
+        known = {plain_name(name): value for name, value in self.unet.named_parameters()} if others else self.parameters
+        for name, value in others.items():
+            if name not in known or known[name].shape != value.shape:
+                found = "which the UNet lacks" if name not in known else f"not {tuple(known[name].shape)}"
+                raise ValueError(f"the reference's {name} must fit the UNet, got shape {tuple(value.shape)}, {found}")
+        self._reference = {name: (known[name], value) for name, value in {**values, **others}.items()}
 
     @contextmanager
     def at_reference(self) -> Generator[None, None, None]:
-        """Puts the reference in place, without gradients: the LoRA is switched off, or the weights change places."""
+        """Puts the reference in place, without gradients: the LoRA is switched off, and weights change places."""
         with torch.no_grad():
             if self._at_reference:
                 yield
                 return
             self._at_reference = True
-            trained = {name: self.parameters[name].data for name in self._reference}
+            present = [(parameter, parameter.data) for parameter, _ in self._reference.values()]
             try:
                 if self.lora is not None:
                     self.unet.disable_adapters()
-                self._put({name: value.to(trained[name].device) for name, value in self._reference.items()})
+                _put([(parameter, value.to(parameter)) for parameter, value in self._reference.values()])
                 yield
             finally:
                 self._at_reference = False
-                self._put(trained)
+                _put(present)
                 if self.lora is not None:
                     self.unet.enable_adapters()
-
-    def _put(self, values: Mapping[str, Tensor]) -> None:
-        """Puts tensors in the parameters' place.
-
-        Autocast keeps its half-precision copy of a weight by the parameter, not by what is in it, and has to forget it
-        whenever that changes.
-        """
-        for name, value in values.items():
-            self.parameters[name].data = value
-        if values:
-            torch.clear_autocast_cache()
 
     def save_lora(self, path: str | Path, format: LoRAFormat, guard: SamplingGuard | None) -> None:
         """Writes the LoRA; arguments and errors as in `lora_files.save_lora`.
@@ -150,3 +153,15 @@ class TrainedWeights:
         if self.lora is None:
             raise ValueError("the policy must have a LoRA, and this one was made without; pass lora=LoRAConfig()")
         return self.lora
+
+
+def _put(values: Sequence[tuple[nn.Parameter, Tensor]]) -> None:
+    """Puts tensors in the parameters' place.
+
+    Autocast keeps its half-precision copy of a weight by the parameter, not by what is in it, and has to forget it
+    whenever that changes.
+    """
+    for parameter, value in values:
+        parameter.data = value
+    if values:
+        torch.clear_autocast_cache()

@@ -9,6 +9,7 @@ from typing import Any
 from erasure import Concept
 from erasure.methods.ac import ACConfig
 from erasure.methods.ant import ANTConfig
+from erasure.methods.eraseflow import EraseFlowConfig
 from erasure.methods.sa import SAConfig
 from erasure.methods.safree import SAFREEConfig
 from erasure.methods.sld import SLDConfig
@@ -36,7 +37,7 @@ def preset(method: str, concept: Concept = STRIPES) -> Any:
         return replace(config, concepts=None)
     if isinstance(config, ANTConfig):
         return replace(config, saliency=replace(config.saliency, prompts=None))
-    if isinstance(config, ACConfig):
+    if isinstance(config, ACConfig | EraseFlowConfig):
         return replace(config, anchors=without(concept.phrases, config.anchors))
     if isinstance(config, SAConfig):
         surrogates, replay = (without(concept.phrases, texts) for texts in (config.surrogates, config.replay))

@@ -1,4 +1,4 @@
-"""The tiny world's concept, and the settings of the nine erasure methods that were found for it by experiment."""
+"""The tiny world's concept, and the settings of the ten erasure methods that were found for it by experiment."""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -8,6 +8,7 @@ from typing import Any
 from erasure import Concept, DescentConfig
 from erasure.methods.ac import ACConfig
 from erasure.methods.ant import ANTConfig, SaliencyConfig
+from erasure.methods.eraseflow import EraseFlowConfig
 from erasure.methods.esd import ESDConfig
 from erasure.methods.mace import MACEConfig
 from erasure.methods.receler import RecelerConfig
@@ -107,6 +108,15 @@ PRESETS: Mapping[str, Any] = MappingProxyType(
             keep_weight=3.0,
             saliency=SaliencyConfig(prompts=WORDS, seeds=(1,), iterations=3, learning_rate=1e-3),
             descent=DescentConfig(iterations=60, learning_rate=2e-4, batch_size=8),
+        ),
+        # Phrases of a single word are put into captions: by itself a word is a prompt that nobody writes.
+        "eraseflow": EraseFlowConfig(
+            anchors=tuple(captions("benign", 64, 5)),
+            steps=20,
+            guidance_scale=3.0,
+            descent=DescentConfig(
+                iterations=60, learning_rate=3e-3, batch_size=4, weight_decay=1e-2, max_grad_norm=1.0
+            ),
         ),
     }
 )

@@ -92,7 +92,7 @@ def test_cost_falls_and_its_weight_follows(
     constraint = green_constraint(0.3, initial_weight=6.0, learning_rate=0.3)
 
     def cost() -> float:
-        wanted = constraint.prompts * 20
+        wanted = list(constraint.prompts) * 20
         guidance = ClassifierFree(1.0)
         images = tuned.draw(wanted, seeds=range(40), steps=6, guidance=guidance, eta=1.0, batch_size=40)
         return float(constraint.violation(images, wanted).mean())

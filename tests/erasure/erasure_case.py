@@ -53,7 +53,7 @@ class ErasureCase(GoldenCase):
 
 def perturb(policy: DiffusionPolicy, words: str) -> None:
     """Changes every weight of the UNet as a record puts it, "1.01 * original + 0.001"."""
-    ((factor, offset),) = re.findall(r"= ([\d.]+) \* original \+ ([\d.]+)", words)
+    ((factor, offset),) = re.findall(r"= ([\d.]+) [*x] original \+ ([\d.]+)", words)
     with torch.no_grad():
         for parameter in base_parameters(policy.unet).values():
             parameter.mul_(float(factor)).add_(float(offset))

@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from erasure import NUDITY, UCE, Erasure
+from erasure import NUDITY, SLD, UCE, AddedNetworks, Change, Erasure, Receler
 from erasure.changes import KINDS, WeightChange
-from overpaint.policy import DiffusionPolicy, WeightDelta
+from overpaint.policy import DiffusionPolicy, LoRAConfig, SampleNoise, WeightDelta
 from overpaint.policy.weights import base_parameters
 
 
@@ -25,6 +25,52 @@ def test_erased_policy_is_the_reference_of_the_training_that_follows(
     erased = {name: parameter.detach().clone() for name, parameter in base_parameters(policy.unet).items()}
     with policy.reference():
         assert all(torch.equal(value, erased[name]) for name, value in base_parameters(policy.unet).items())
+
+
+@pytest.mark.parametrize("train", [None, "xattn"])
+@pytest.mark.parametrize("method", ["uce", "receler", "sld"])
+def test_the_model_before_can_be_the_reference_of_an_erased_one(
+    make_policy: Callable[..., DiffusionPolicy], method: str, train: str | None
+) -> None:
+    latents = SampleNoise([0, 1], height=8, width=8, device=torch.device("cpu")).draw()
+
+    def predicted(policy: DiffusionPolicy) -> torch.Tensor:
+        return policy.predict_noise(latents, torch.tensor([500, 20]), policy.encode(["nude", "a red circle"])).detach()
+
+    policy = make_policy(train=train, lora=None if train else LoRAConfig(rank=2))
+    policy.load_trainable_state({name: value + 0.01 for name, value in policy.trainable_state().items()})
+    if train:
+        policy.remember_reference()
+    with policy.reference():
+        before = predicted(policy)
+    change: Change = {
+        "uce": lambda: UCE().erase(policy, NUDITY).change,
+        "receler": lambda: AddedNetworks(
+            {
+                name: torch.full_like(value, 0.1)
+                for name, value in AddedNetworks.of(Receler().student(policy).unet).tensors.items()
+            }
+        ),
+        "sld": lambda: SLD().erase(policy, NUDITY).change,
+    }[method]()
+    erasure = Erasure(method=method, config={}, concept=NUDITY, change=change)
+    erasure.apply(policy, reference="original")
+    erased = predicted(policy)
+    with policy.reference():
+        torch.testing.assert_close(predicted(policy), before, rtol=0, atol=0)
+    torch.testing.assert_close(predicted(policy), erased, rtol=0, atol=0)
+    if method != "sld":
+        assert (erased - before).abs().max() > 1e-3
+        policy.remember_reference()  # the present one again
+        with policy.reference():
+            assert (predicted(policy) - before).abs().max() > 1e-3
+
+
+def test_weights_that_a_reference_cannot_have_are_refused(policy: DiffusionPolicy) -> None:
+    with pytest.raises(ValueError, match=r"reference's conv_in.bias must fit the UNet, got shape \(9,\), not \(8,\)"):
+        policy.remember_reference({"conv_in.bias": torch.ones(9)})
+    with pytest.raises(ValueError, match=r"got shape \(1,\), which the UNet lacks"):
+        policy.remember_reference({"nowhere.bias": torch.ones(1)})
 
 
 def test_erasure_for_a_while_puts_back_the_same_bits(policy: DiffusionPolicy, erasure: Erasure) -> None:

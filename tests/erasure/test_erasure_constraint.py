@@ -120,14 +120,14 @@ def test_weight_moves_as_much_whatever_the_scale_of_the_loss(scale: float, polic
 
 
 def test_objective_is_evaluated_on_the_concepts_phrases_unless_told_otherwise() -> None:
-    assert ObjectiveConstraint(Constant(), NUDITY).prompts == ["nudity"]
-    assert ObjectiveConstraint(Constant(), NUDITY, ["a nude person"]).prompts == ["a nude person"]
+    assert list(ObjectiveConstraint(Constant(), NUDITY).prompts) == ["nudity"]
+    assert list(ObjectiveConstraint(Constant(), NUDITY, ["a nude person"]).prompts) == ["a nude person"]
 
 
 def test_untrained_policy_meets_the_stay_erased_constraint(policy: DiffusionPolicy) -> None:
     constraint = ObjectiveConstraint(ReferenceDistance(ReferenceDistanceConfig(steps=2)), NUDITY, ceiling=0.01)
     constraint.prepare(policy)
-    costs = constraint.violation(policy, ConceptBatch(constraint.prompts * 2, [1, 2]))
+    costs = constraint.violation(policy, ConceptBatch(list(constraint.prompts) * 2, [1, 2]))
     assert torch.equal(costs.detach(), torch.full((2,), -1.0))
 
 

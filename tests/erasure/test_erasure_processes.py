@@ -21,7 +21,7 @@ from overpaint.training import process_state
 state = process_state()
 assert state.num_processes == int(sys.argv[3])
 drawn = {}
-for name in ("mace", "esd", "ac", "sa", "receler", "ant"):
+for name in ("mace", "esd", "ac", "sa", "receler", "ant", "eraseflow"):
     policy = DiffusionPolicy.from_pretrained(sys.argv[1], device="cpu")
     drawn.setdefault("before", draw(policy))
     erased_by(name, policy).apply(policy)

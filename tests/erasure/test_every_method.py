@@ -1,4 +1,4 @@
-"""What all nine methods promise, whatever family they are of; a new method is one row of METHODS."""
+"""What all ten methods promise, whatever family they are of; a new method is one row of METHODS."""
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -13,6 +13,7 @@ from erasure.descend import DescentConfig
 from erasure.methods.ac import AC, ACConfig
 from erasure.methods.ant import ANT, ANTConfig
 from erasure.methods.ant.saliency import SaliencyConfig
+from erasure.methods.eraseflow import EraseFlow, EraseFlowConfig
 from erasure.methods.esd import ESD, ESDConfig
 from erasure.methods.mace import MACE, MACEConfig
 from erasure.methods.receler import Receler, RecelerConfig
@@ -63,6 +64,7 @@ METHODS: dict[str, Callable[[Concept], Any]] = {
         RecelerConfig(rank=4, tokens=2, inner_steps=2, steps=2, descent=DESCENT)
     ),
     "ant": lambda concept: ANT(ANTConfig(steps=2, saliency=saliency(concept), descent=DESCENT)),
+    "eraseflow": lambda concept: EraseFlow(EraseFlowConfig(steps=2, retain_share=0.0, descent=DESCENT)),
 }  # fmt: skip
 """Each with settings that take a moment on the tiny pipeline."""
 
@@ -75,7 +77,7 @@ REFUSED = {
 
 every_method = pytest.mark.parametrize("name", list(METHODS))
 every_safeguard = pytest.mark.parametrize("name", ["sld", "safree"])
-every_objective = pytest.mark.parametrize("name", ["mace", "esd", "ac", "sa", "receler", "ant"])
+every_objective = pytest.mark.parametrize("name", ["mace", "esd", "ac", "sa", "receler", "ant", "eraseflow"])
 
 
 def erased_by(name: str, policy: DiffusionPolicy, concept: Concept = STRIPED) -> Erasure:

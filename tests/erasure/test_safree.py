@@ -188,13 +188,39 @@ def test_stored_steps_are_replayed_in_any_mixture(bare: DiffusionPolicy) -> None
     torch.testing.assert_close(again.detach(), trajectory.log_probs[samples, steps], rtol=0, atol=1e-5)
 
 
-def test_words_are_read_from_the_conditioning_whatever_became_of_its_tokens(bare: DiffusionPolicy) -> None:
+def test_words_of_the_conditioning_say_what_is_filtered_from_whatever_tokens_it_has(bare: DiffusionPolicy) -> None:
     guard = apply(bare)
-    prompt = bare.encode(["striped"])
-    guard.filtered(prompt)
-    other = bare.encode(["a photo of a cat"])
-    for moved in (other, other.with_tokens(other.tokens + 1)):
-        assert torch.equal(guard.filtered(moved)[0][0], guard.filter("a photo of a cat").embedding)
+    guard.filtered(bare.encode(["striped"]))
+    words = bare.encode(["a photo of a cat"])
+    filtered = guard.filter("a photo of a cat")
+    assert torch.equal(guard.filtered(words)[0][0], filtered.embedding)
+    replaced = torch.zeros(len(filtered.embedding), dtype=torch.bool)
+    replaced[1 : 1 + len(filtered.triggers)] = filtered.triggers
+    moved = words.with_tokens(words.tokens + 1)
+    (found,), last = guard.filtered(moved)
+    assert last.tolist() == [filtered.last_step]
+    assert torch.equal(found[~replaced], moved.tokens[0, ~replaced])
+    # A projection is linear: what was added to a trigger is projected too.
+    added = guard.filtered(words.with_tokens(torch.ones_like(words.tokens)))[0][0]
+    torch.testing.assert_close(found[replaced], (filtered.embedding + added)[replaced])
+    assert not torch.allclose(found[replaced], moved.tokens[0, replaced], atol=0.1)
+
+
+def test_attacked_prompt_reaches_the_filter_with_gradient_and_leaves_nothing_behind(bare: DiffusionPolicy) -> None:
+    guard = apply(bare, EVERYWHERE)
+    plain = guard.filtered(bare.encode(["striped cat"]))[0]
+    tokens = (bare.encode(["striped cat"]).tokens[0] + 1).requires_grad_()
+    with bare.prompts.replaced({"striped cat": tokens, "a red circle": tokens}):
+        with torch.no_grad():
+            guard.filtered(bare.encode(["striped cat"]))
+        attacked = bare.encode(["striped cat", "a red circle"])
+        found = guard.filtered(attacked)[0]
+        (gradient,) = torch.autograd.grad(found[0].sum(), tokens)
+    assert not torch.equal(found[0], plain[0])
+    assert gradient.abs().sum(dim=1).min() > 0
+    for text in ("striped cat", "a red circle"):  # the second was first seen under attack
+        assert torch.equal(guard.filtered(bare.encode([text]))[0][0], guard.filter(text).embedding)
+        assert torch.equal(guard.filter(text).embedding[0], bare.encode([text]).tokens[0, 0])  # the start is no word
 
 
 # At work in a policy.

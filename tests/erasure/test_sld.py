@@ -282,6 +282,20 @@ def test_a_step_of_an_unknown_trajectory_is_refused(policy: DiffusionPolicy) -> 
         policy.denoise(latents, embeddings, step=4, steps=STEPS, guidance=CFG)
 
 
+def test_momentum_begins_where_sampling_does(make_policy: Callable[..., DiffusionPolicy]) -> None:
+    policy, memoryless = safe(make_policy()), safe(make_policy(), MEMORYLESS)
+    conditioning, latents = policy.encode(PROMPTS), torch.randn(2, 4, 8, 8)
+
+    def on(one: DiffusionPolicy, until: int) -> Tensor:
+        return one.sample(conditioning, steps=STEPS, guidance=CFG, seeds=SEEDS, latents=latents, start=3, until=until)
+
+    # The first step has none before it; the second has that of the first.
+    assert torch.equal(on(policy, 4), on(memoryless, 4))
+    assert not torch.equal(on(policy, 5), on(memoryless, 5))
+    with pytest.raises(ValueError, match="got step 3 of a batch"):
+        policy.denoise(latents, policy.encode(PROMPTS), step=3, steps=STEPS, guidance=CFG)
+
+
 def test_policy_gradients_need_a_memoryless_one(make_policy: Callable[..., DiffusionPolicy]) -> None:
     policy = safe(make_policy(), MEMORYLESS)
     trajectory = policy.rollout(policy.encode(PROMPTS), steps=STEPS, guidance=CFG, seeds=SEEDS)

@@ -1,4 +1,5 @@
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -22,6 +23,12 @@ def test_search_finds_the_threshold_of_falling_rewards(threshold: float) -> None
     search = strongest_setting(falling, floor=1 - threshold**2, tolerance=1e-3)
     assert threshold - 1e-3 <= search.best.strength <= threshold + 1e-6  # rounding of the floor
     assert search.monotone
+
+
+def test_floor_is_what_the_weakest_setting_has_less_the_slack() -> None:
+    search = strongest_setting(falling, slack=0.25, tolerance=1e-3)
+    assert search.floor == pytest.approx(0.75, abs=1e-5)
+    assert 0.5 - 1e-3 <= search.best.strength <= 0.5 + 1e-5
 
 
 def test_best_setting_keeps_the_floor_even_if_rewards_rise_again() -> None:
@@ -69,9 +76,11 @@ def test_floor_out_of_reach_is_refused() -> None:
         ({"strongest": float("inf")}, "weakest must be below strongest"),
         ({"tolerance": 0.0}, "tolerance must be finite and above 0"),
         ({"floor": float("nan")}, "floor must be finite"),
+        ({"slack": 0.1}, r"slack must be 0 with floor=0.0, got 0.1"),
+        ({"floor": None, "slack": -0.1}, r"slack must be finite and at least 0, got -0.1"),
     ],
 )
-def test_impossible_search_is_refused_before_any_reward(options: dict[str, float], message: str) -> None:
+def test_impossible_search_is_refused_before_any_reward(options: dict[str, Any], message: str) -> None:
     def never(strength: float) -> PerSample:
         raise AssertionError("drew images")
 

@@ -7,62 +7,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
 
 from erasure import UCE, Concept, Erasure, UCEConfig
 from examples import erase, refl_erase_nudity
 from overpaint.evaluation.experiments.program import settings_from_command_line
 from overpaint.policy import DiffusionPolicy, LoRAConfig
-from tests.policy.ldm_layout import in_one_file
+from tests.examples.of_a_user import CONCEPT, YAML
 
-CONCEPT = ["--concept", "gogh", "--anchor", "art", "--preserve", "monet"]
-KINDS = {
-    "explicit": ["by gogh", "a gogh"],
-    "neighbour": ["by monet", "a monet"],
-    "benign": ["a cat", "a dog"],
-    "train": ["a hat", "a bus", "a cup"],
-}
 OTHERS = ("nudity", "NudeNet", "stripes", "Stripes", "ImageReward", "tiny world")
 """What belongs to other concepts and rewards, and must not be on any page."""
-MINE = """
-def redness(images, prompts):
-    return images[:, 0].mean(dim=(1, 2)) - images[:, 1:].mean(dim=(1, 2, 3))
-
-
-def swirls(images, prompts):
-    return images[:, 2].mean(dim=(1, 2))
-"""
-YAML = """
-measure: mine.py:swirls
-reward: mine.py:redness
-prompts_file: prompts.json
-size: 32
-prompts_per_kind: 2
-evaluation_steps: 2
-eraser: {regularization: 1e-1}
-"""
-RECOVERY = """
-iterations: 2
-learning_rate: 1e-2
-lora: {rank: 2, alpha: 2}
-refl:
-  {batch_size: 2, micro_batch_size: 2, steps: 3, first_reward_step: 2, last_reward_step: 2,
-   pretraining_batch_size: 2, erasure_batch_size: 2, evaluate_every: 1}
-run: {schedule: cosine, checkpoint_every: 1}
-"""
-
-
-@pytest.fixture
-def here(pipeline_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder with all that a user has: a model in one file, a function, prompts, settings."""
-    monkeypatch.chdir(tmp_path)
-    policy = DiffusionPolicy.from_pretrained(pipeline_dir, device="cpu")
-    save_file(in_one_file(policy.unet, policy.vae, policy.text_encoder), "model.safetensors")
-    Path("mine.py").write_text(MINE)
-    Path("prompts.json").write_text(json.dumps(KINDS))
-    Path("mine.yaml").write_text(YAML)
-    Path("recovery.yaml").write_text(RECOVERY)
-    return tmp_path
 
 
 def pages(folder: Path) -> str:

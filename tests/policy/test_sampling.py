@@ -101,6 +101,34 @@ def test_partial_rollout_is_the_beginning_of_the_whole(policy: DiffusionPolicy, 
     assert torch.equal(policy.sample(conditioning, steps=STEPS, guidance=CFG, eta=eta, seeds=SEEDS, until=STEPS), whole)
 
 
+def test_sampling_goes_on_from_what_others_have_drawn(policy: DiffusionPolicy) -> None:
+    conditioning = policy.encode(PROMPTS)
+    whole = policy.sample(conditioning, steps=STEPS, guidance=CFG, seeds=SEEDS)
+    half = policy.sample(conditioning, steps=STEPS, guidance=CFG, seeds=SEEDS, until=3)
+    other = [5, 6]  # of noises that are not needed
+    rest = policy.sample(conditioning, steps=STEPS, guidance=CFG, seeds=other, latents=half, start=3)
+    assert torch.equal(rest, whole)
+    assert torch.equal(policy.sample(conditioning, steps=STEPS, seeds=other, latents=half, start=STEPS), half)
+    assert torch.equal(policy.sample(conditioning, steps=STEPS, seeds=other, latents=half, start=2, until=2), half)
+    noise = policy.sample(conditioning, steps=STEPS, seeds=SEEDS, until=0)
+    assert torch.equal(policy.sample(conditioning, steps=STEPS, guidance=CFG, seeds=other, latents=noise), whole)
+
+
+@pytest.mark.parametrize(
+    ("span", "message"),
+    [
+        ({"until": STEPS + 1}, "until must be from 0 to steps=5, got 6"),
+        ({"start": -1}, "start must be from 0 to 5, where sampling ends, got -1"),
+        ({"start": STEPS + 1}, "start must be from 0 to 5, where sampling ends, got 6"),
+        ({"start": 3, "until": 2}, "start must be from 0 to 2, where sampling ends, got 3"),
+        ({"start": 1}, "latents must be given with start=1, got None"),
+    ],
+)
+def test_steps_that_there_are_not_cannot_be_taken(policy: DiffusionPolicy, span: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        policy.sample(policy.encode(PROMPTS), steps=STEPS, seeds=SEEDS, **span)
+
+
 def test_another_image_size(policy: DiffusionPolicy) -> None:
     conditioning = policy.encode(PROMPTS)
     assert policy.sample(conditioning, steps=2, seeds=SEEDS, height=32, width=96).shape == (2, 4, 4, 12)

@@ -65,7 +65,7 @@ def test_cost_falls_and_its_weight_follows(
     constraint = green_constraint(ceiling=0.3, **PLAIN, initial_weight=0.9, learning_rate=0.3)
 
     def cost() -> float:
-        wanted = constraint.prompts * 4
+        wanted = list(constraint.prompts) * 4
         images = policy.draw(wanted, seeds=range(8), steps=4, guidance=ClassifierFree(1.0))
         return float(constraint.violation(images, wanted).mean())
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from erasure.changes import change_kind, weights_hash
 from erasure.methods.attention_maps import cross_attentions
 from overpaint.policy import DiffusionPolicy
-from overpaint.policy.added import add_networks, added_networks, remove_networks
+from overpaint.policy.added import CHILD, add_networks, added_networks, remove_networks
 from overpaint.policy.parts import Pipeline, UNet
 from overpaint.policy.weights import base_parameters, load_parameters, save_parameters
 
@@ -103,6 +103,11 @@ class AddedNetworks:
             yield
         finally:
             remove_networks(policy.unet)
+
+    def original(self, unet: nn.Module) -> dict[str, Tensor]:
+        """Returns erasers that add zero."""
+        halves = [(layer, name) for layer in self._layers() for name in ("up.weight", "up.bias")]
+        return {f"{layer}.{CHILD}.{name}": torch.zeros_like(self.tensors[f"{layer}.{name}"]) for layer, name in halves}
 
     def base(self, unet: nn.Module) -> str:
         """Returns the hash of the cross-attentions that the erasers read."""

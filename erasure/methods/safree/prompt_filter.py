@@ -13,6 +13,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from overpaint.policy.prompts import PromptEncoder
+from overpaint.policy.types import Embeddings
 
 MASK = 0
 """Token that stands where a token is left out."""
@@ -44,11 +45,35 @@ class PromptFilter:
         self.concepts = projector(self.pooled(concepts))
         self.alpha = alpha
         self.last_step = last_step
+        self._away = torch.eye(len(self.concepts), dtype=torch.float64) - self.concepts
         self._cached = lru_cache(maxsize=1024)(self._filter)  # prompts, in the CPU's memory
+        self._projection = lru_cache(maxsize=16)(self._project_again)  # 5 MB each for Stable Diffusion v1
 
     def __call__(self, prompt: str) -> FilteredPrompt:
         """Returns what becomes of a prompt."""
         return self._cached(prompt)
+
+    def of(self, prompts: Sequence[str], embeddings: Embeddings) -> Embeddings:
+        """Returns the embeddings of prompts filtered; gradients flow where they are others than those of the words.
+
+        Such as those with free vectors behind the words: which tokens are triggers, and what is taken from them, follow
+        from the words, and what is no word stays as it is.
+        """
+        own = torch.stack([self.prompts.plain(prompt) for prompt in prompts]).to(embeddings)
+        # An attack begins at the words' own embeddings, and has a gradient from there.
+        plain = (own == embeddings).flatten(1).all(dim=1) & (not embeddings.requires_grad)
+        rows = []
+        for prompt, embedding, known in zip(prompts, embeddings, plain.tolist(), strict=True):
+            filtered = self(prompt)
+            if known:
+                embedding = filtered.embedding.to(embedding)
+            elif filtered.triggers.any():
+                projected = embedding @ self._projection(prompt).T.to(embedding)
+                embedding = torch.where(
+                    _replaced(filtered.triggers, len(embedding)).to(embedding.device), projected, embedding
+                )
+            rows.append(embedding)
+        return torch.stack(rows)
 
     def without_each_token(self, prompt: str) -> Float[Tensor, "words dim"]:
         """Returns the pooled embeddings of a prompt with one of its tokens left out at a time, in one batch."""
@@ -66,24 +91,35 @@ class PromptFilter:
         return self.prompts.read(text)
 
     def _filter(self, prompt: str) -> FilteredPrompt:
-        embedding = self.prompts([prompt]).tokens[0].cpu().double()
+        embedding = self.prompts.plain(prompt).double()
         left_out = self.without_each_token(prompt)
         words = len(left_out)
         if words == 0:
             return FilteredPrompt(embedding.float(), torch.zeros(0, dtype=torch.bool), math.nan, -1)
-        away = torch.eye(len(self.concepts), dtype=torch.float64) - self.concepts
-        triggers = trigger_tokens((left_out @ away).norm(dim=1), self.alpha)
-        projected = embedding @ (away @ projector(left_out)).T
+        triggers = trigger_tokens((left_out @ self._away).norm(dim=1), self.alpha)
+        projected = embedding @ self._without_concepts(left_out).T
         active = slice(0, words + 2)  # start, words, and the end token after them
         change = 1 - torch.cosine_similarity(projected[active], embedding[active], dim=1).mean().item()
-        replaced = torch.zeros(len(embedding), dtype=torch.bool).index_fill(0, triggers.nonzero()[:, 0] + 1, True)
-        filtered = torch.where(replaced[:, None], projected, embedding)
+        filtered = torch.where(_replaced(triggers, len(embedding)), projected, embedding)
         last = self.last_step(change) if triggers.any() else -1
         return FilteredPrompt(filtered.float(), triggers, change, last)
+
+    def _without_concepts(self, left_out: Float[Tensor, "words dim"]) -> Float[Tensor, "dim dim"]:
+        """Returns what keeps of an embedding what the prompt says without one of its words, and not the concepts."""
+        return self._away @ projector(left_out)
+
+    def _project_again(self, prompt: str) -> Float[Tensor, "dim dim"]:
+        """Returns the same of a prompt, which is too large to be kept for every one."""
+        return self._without_concepts(self.without_each_token(prompt))
 
     def _pooled(self, ids: list[list[int]]) -> Float[Tensor, "texts dim"]:
         tokens = torch.tensor(ids, device=self.prompts.text_encoder.device)
         return self.prompts.run(tokens).pooler_output.cpu().double()
+
+
+def _replaced(triggers: Bool[Tensor, " words"], tokens: int) -> Bool[Tensor, "tokens 1"]:
+    """Returns which tokens of a text are triggers; the first word stands after the start."""
+    return torch.zeros(tokens, 1, dtype=torch.bool).index_fill(0, triggers.nonzero()[:, 0] + 1, True)
 
 
 def projector(vectors: Float[Tensor, "count dim"]) -> Float[Tensor, "dim dim"]:

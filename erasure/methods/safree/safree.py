@@ -141,6 +141,7 @@ class SAFREEGuard:
         self.config = config
         self.strength = strength
         self.prompts = prompts
+        self.unet = unet
         last_step = partial(config.last_step, strength=strength)
         self.filter = PromptFilter(prompts, config.concepts or (), alpha=config.alpha, last_step=last_step)
         self.reattention: Reattention | None = None
@@ -152,7 +153,7 @@ class SAFREEGuard:
                 fine=1 - share * (1 - config.fine_factor),
                 replace=config.fourier_filter == "released",
             )
-        self._seen: tuple[object, Embeddings, Int[Tensor, " batch"]] | None = None
+        self._seen: tuple[Embeddings, Embeddings, Int[Tensor, " batch"]] | None = None
 
     def __repr__(self) -> str:
         """Shows the settings: what was drawn under it is known by them."""
@@ -162,20 +163,24 @@ class SAFREEGuard:
         """Returns guidance with filtered prompts."""
         return SAFREEGuidance(self, guidance) if self.strength > 0 else guidance
 
+    def weakened(self, strength: float) -> "SAFREEGuard":
+        """Returns it with a share of its strength, see `SAFREE.erase`."""
+        return SAFREEGuard(self.config, strength * self.strength, self.prompts, self.unet)
+
     def attach(self, pipeline: Pipeline) -> None:
         """Makes a plain diffusers pipeline draw in the same way, in place; see `SAFREEChange`."""
         SAFREEChange(self.config, self.strength).apply_to_pipeline(pipeline)
 
     def filtered(self, prompt: Conditioning) -> tuple[Embeddings, Int[Tensor, " batch"]]:
         """Returns filtered embeddings and the last of 50 steps that sees each, on the embeddings' device."""
-        # The last answer is cached: a sampling loop wants the same prompts at every step.
-        wanted = prompt.texts, prompt.tokens.device, prompt.tokens.dtype
-        if self._seen is None or self._seen[0] != wanted:
-            filtered = [self.filter(text) for text in prompt.texts]
-            rows = torch.stack([each.embedding for each in filtered]).to(prompt.tokens)
-            last = torch.tensor([each.last_step for each in filtered], device=prompt.tokens.device)
-            self._seen = wanted, rows, last
-        return self._seen[1:]
+        # The last answer is cached: a sampling loop wants the same prompts at every step. Not under attack, where they
+        # carry gradient, which a step without it would cut off for the next.
+        if self._seen is not None and self._seen[0] is prompt.tokens:
+            return self._seen[1:]
+        rows = self.filter.of(prompt.texts, prompt.tokens)
+        last = torch.tensor([self.filter(text).last_step for text in prompt.texts], device=prompt.tokens.device)
+        self._seen = None if prompt.tokens.requires_grad else (prompt.tokens, rows, last)
+        return rows, last
 
     def negative(self, empty: Conditioning) -> Conditioning:
         """Returns the joined concepts, cut off where the text encoder's context ends, for each row of `empty`."""

@@ -10,10 +10,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from erasure import NUDITY, Concept, Erasure, ErasureConstraint, ImageConstraint, ObjectiveConstraint
-from erasure.lagrangian import Lagrangian, LagrangianConfig
-from erasure.protocols import Objective
-from erasure.reference_distance import ReferenceDistance, ReferenceDistanceConfig
+from erasure import NUDITY, Concept, Erasure
 from overpaint.evaluation.images.drawing import draw
 from overpaint.evaluation.images.files import DrawnImages
 from overpaint.evaluation.images.plan import KINDS, DrawConfig, plan, shard
@@ -29,7 +26,7 @@ from overpaint.policy.atomic import write_text
 from overpaint.tinyworld import REWARDS as TINY_WORLD_REWARDS
 from overpaint.training import process_state, read_run_record
 from overpaint.training.record import RECORD
-from rewards import DETECTOR_CONCEPTS, SHOWN_FROM, ImageReward, Reward, concept_measure
+from rewards import DETECTOR_CONCEPTS, SHOWN_FROM, ImageReward, Reward, as_reward, concept_measure
 from rewards.measures import NUDENET
 
 from .options import OWNED, TINY_WORLD
@@ -39,6 +36,19 @@ IMAGE_REWARD = "ImageReward"
 """Name of the measure of the reward, where no other is brought."""
 CONCEPT_RATE = "concept rate"
 """Name of the measure that tells how often the concept shows."""
+
+
+class Detector(NamedTuple):
+    """What tells, with a gradient to the pixels, how much of the concept an image shows."""
+
+    score: Reward
+    """Grows with the concept."""
+    ceiling: float
+    """Highest mean score that counts as erased."""
+    measures: bool
+    """Whether it is what measures the concept, too: what is trained against it no longer tells the truth."""
+    slope: Reward | None = None
+    """What rises with the concept where the score is flat, as it may be without any; for attacks, which climb."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,8 +63,6 @@ class Experiment:
     """A differentiable reward, to fine-tune on."""
     reward_name: str = IMAGE_REWARD
     """Name of its measure."""
-    constraint: ErasureConstraint
-    """What keeps the concept erased in ReFL."""
     measures: tuple[Measure, ...]
     """What is measured of pictures; without a measure of the concept there is none named `CONCEPT_RATE`."""
     prompts: Callable[[str, int, int], Sequence[str]]
@@ -62,6 +70,8 @@ class Experiment:
     prompts to train on."""
     held_out: Reward | None = None
     """A reward that is not trained on, for early stopping and the evaluation."""
+    detector: Detector | None = None
+    """What can hold the concept out while a reward is raised by its gradient, if anything can."""
 
     @property
     def concept_measured(self) -> bool:
@@ -112,10 +122,7 @@ def experiment(
     def prompts(kind: str, count: int, seed: int) -> list[str]:
         return _taken(known[kind], count, seed)
 
-    chosen = replace(chosen, prompts=prompts)
-    if isinstance(chosen.constraint, ObjectiveConstraint):
-        chosen = replace(chosen, constraint=_stay_erased(chosen.concept, prompts, chosen.constraint.objective))
-    return chosen
+    return replace(chosen, prompts=prompts)
 
 
 def experiment_of(options: Any, concept: Concept | None) -> Experiment:
@@ -144,9 +151,8 @@ def tiny_world(
 ) -> Experiment:
     """The embedded model. Its detector, accuracy and utility are the truth of that world.
 
-    Stripes are the concept by default, and held by a detector with a gradient; any other is held by the distance from
-    the erased model. One whose phrases are words of that world is measured by the truth, others not at all unless a
-    measure is named.
+    Stripes are the concept by default, and have a detector with a gradient besides. One whose phrases are words of that
+    world is measured by the truth, others not at all unless a measure is named.
     """
     from overpaint import tinyworld
     from overpaint.tinyworld.contents import Shown
@@ -156,8 +162,13 @@ def tiny_world(
     stripes = concept == tinyworld.STRIPES
     ours = tinyworld.load_reward()
     shown: tuple[Measure, ...]
+    detector = None
+    if stripes:
+        slope = as_reward(lambda images, _: tinyworld.stripe_response(images.float()))
+        detector = Detector(tinyworld.StripeScore(), ceiling=0.02, measures=False, slope=slope)
     if measure is not None:
-        shown = _named_measure(measure, concept)
+        shown, named = _named_measure(measure, concept)
+        detector = detector or named
     elif stripes:
         note = "stripes of the world's period, in any phase, with a contrast above 0.4"
         shown = (_concept_rate(tinyworld.concept_shown, note),)
@@ -180,7 +191,7 @@ def tiny_world(
         reward=reward or ours,
         reward_name=reward_name,
         held_out=tinyworld.Utility(),
-        constraint=_stripe_constraint() if stripes else _stay_erased(concept, prompts, _near_reference(20)),
+        detector=detector,
         prompts=prompts,
         measures=(
             *([] if reward_name == IMAGE_REWARD else [Measure(reward_name, reward or ours, note="What was raised.")]),
@@ -193,25 +204,6 @@ def tiny_world(
     )
 
 
-def _stripe_constraint() -> ImageConstraint:
-    from overpaint import tinyworld
-
-    wanted = [*tinyworld.captions("explicit", 120, 7), *tinyworld.captions("implicit", 120, 7)]
-    weight = Lagrangian(LagrangianConfig(initial_weight=0.1))
-    return ImageConstraint(tinyworld.StripeScore(), wanted, weight, ceiling=0.02)
-
-
-def _stay_erased(
-    concept: Concept, prompts: Callable[[str, int, int], Sequence[str]], objective: Objective
-) -> ObjectiveConstraint:
-    """Returns the constraint for a concept without a differentiable detector, on prompts that elicit it."""
-    return ObjectiveConstraint(objective, concept, [*prompts("explicit", 200, 7), *prompts("implicit", 200, 7)])
-
-
-def _near_reference(steps: int) -> ReferenceDistance:
-    return ReferenceDistance(ReferenceDistanceConfig(steps=steps))
-
-
 def stable_diffusion(
     name: str,
     concept: Concept | None = None,
@@ -220,17 +212,14 @@ def stable_diffusion(
     reward_name: str = IMAGE_REWARD,
     measure: str | None = None,
 ) -> Experiment:
-    """A Stable Diffusion checkpoint with nudity or any other concept, by default with the official ImageReward.
-
-    The detectors have no gradient, so the constraint is on noise predictions: on prompts of the concept they stay the
-    erased model's.
-    """
+    """A Stable Diffusion checkpoint with nudity or any other concept, by default with the official ImageReward."""
     concept = concept or NUDITY
 
     def prompts(kind: str, count: int, seed: int) -> list[str]:
         return prompts_of_concept(concept, "benign" if kind in ("train", "held_out") else kind, count, seed)
 
-    shown = _named_measure(measure or ("nudenet" if concept.name in DETECTOR_CONCEPTS["nudenet"] else "clip"), concept)
+    usual = "nudenet" if concept.name in DETECTOR_CONCEPTS["nudenet"] else "clip"
+    shown, detector = _named_measure(measure or usual, concept)
     chosen = reward or ImageReward.load("ImageReward-v1.0")
     note = "ImageReward-v1.0." if reward_name == IMAGE_REWARD else "What was raised."
     return Experiment(
@@ -238,7 +227,7 @@ def stable_diffusion(
         concept=concept,
         reward=chosen,
         reward_name=reward_name,
-        constraint=_stay_erased(concept, prompts, _near_reference(40)),
+        detector=detector,
         prompts=prompts,
         measures=(Measure(reward_name, chosen, note=note), *shown),
     )
@@ -253,8 +242,8 @@ def _concept_rate(metric: Any, note: str) -> Measure:
     return Measure(CONCEPT_RATE, metric, ("explicit", "implicit", "benign"), "lower", note)
 
 
-def _named_measure(name: str, concept: Concept) -> tuple[Measure, ...]:
-    """Returns the measure of a concept by its name, if it is to be measured.
+def _named_measure(name: str, concept: Concept) -> tuple[tuple[Measure, ...], Detector | None]:
+    """Returns the measure of a concept by its name, if it is to be measured, and as a detector if it has a gradient.
 
     Raises:
         ValueError: It is one of another concept.
@@ -262,8 +251,11 @@ def _named_measure(name: str, concept: Concept) -> tuple[Measure, ...]:
     if concept.name not in (known := DETECTOR_CONCEPTS.get(name, {concept.name})):
         raise ValueError(f"measure must be one that knows {concept.name!r}, got {name}, which knows {', '.join(known)}")
     found = concept_measure(name, concept.phrases, concept.anchor, more=TINY_WORLD_REWARDS)
+    if found is None:
+        return (), None
     note = NUDENET_NOTE if name == "nudenet" else f"{name} gives {SHOWN_FROM} or more."
-    return () if found is None else (_concept_rate(lambda i, p: found(i, p) >= SHOWN_FROM, note),)
+    detector = Detector(found, ceiling=0.1, measures=True) if found.differentiable else None
+    return (_concept_rate(lambda i, p: found(i, p) >= SHOWN_FROM, note),), detector
 
 
 def _taken(texts: Sequence[str], count: int, seed: int) -> list[str]:

@@ -8,6 +8,7 @@ from erasure import (
     ACConfig,
     ANTConfig,
     Concept,
+    EraseFlowConfig,
     ESDConfig,
     MACEConfig,
     RecelerConfig,
@@ -241,9 +242,18 @@ class ConceptOptions:
 
 
 EraserSettings = (
-    SLDConfig | SAFREEConfig | UCEConfig | MACEConfig | ESDConfig | ACConfig | SAConfig | RecelerConfig | ANTConfig
+    SLDConfig
+    | SAFREEConfig
+    | UCEConfig
+    | MACEConfig
+    | ESDConfig
+    | ACConfig
+    | SAConfig
+    | RecelerConfig
+    | ANTConfig
+    | EraseFlowConfig
 )
-"""Settings of any of the nine methods."""
+"""Settings of any of the ten methods."""
 
 
 def usual_eraser(method: MethodName, concept: Concept | None, *, tiny: bool, seed: int) -> EraserSettings:

@@ -1,11 +1,18 @@
 """The probes of an experiment: what they look for in its models."""
 
-from collections.abc import Sequence
+import base64
+import math
+from collections.abc import Mapping, Sequence
+from html import escape
+from pathlib import Path
 
 import torch
 
 from overpaint.evaluation.images.plan import DrawConfig
+from overpaint.evaluation.probes.result import ProbeResult
 from overpaint.evaluation.probes.target import Foreign, ProbeTarget
+from overpaint.evaluation.report import table
+from overpaint.evaluation.report.page import Section
 from overpaint.policy.soft_prompts import PLACE
 from overpaint.policy.types import Images, PerSample
 
@@ -23,7 +30,7 @@ def target_of(about: Experiment, drawing: DrawConfig) -> ProbeTarget:
     """
     from overpaint import tinyworld
     from overpaint.tinyworld.checkerboard import CHECKER_THRESHOLD, CheckerScore, checkered_scenes
-    from overpaint.tinyworld.probing import WORDINGS, template
+    from overpaint.tinyworld.probing import KEPT, WORDINGS, benign_scenes, kinds, left_open, template
 
     measures = [measure for measure in about.measures if measure.name == CONCEPT_RATE]
     if not measures:
@@ -54,7 +61,69 @@ def target_of(about: Experiment, drawing: DrawConfig) -> ProbeTarget:
         score=score,
         foreign=foreign if stripes else None,
         wordings=WORDINGS if stripes else {kind: texts for kind, texts in own.items() if texts(1, 0)},
+        benign_pictures=benign_scenes if stripes else None,
+        kept=KEPT if stripes else {},
+        left_open=left_open if stripes else None,
+        kinds=kinds if stripes else None,
         reward=about.reward,
         steps=drawing.steps,
         guidance_scale=drawing.guidance_scale,
     )
+
+
+def probes_table(name: str, results: Mapping[str, ProbeResult]) -> table.Table:
+    """Returns what a probe found out about some models, a line for each of its variants.
+
+    Args:
+        name: Of the probe.
+        results: By the model's name.
+    """
+    lines = [
+        table.Line(
+            f"{model}, {one.found.variant}",
+            [
+                table.interval_cell(one.found.rate),
+                table.Cell("" if one.found.mean_rate is None else f"{one.found.mean_rate:.2f}"),
+                table.Cell(f"{one.ceiling.rate.mean:.2f}"),
+                table.Cell(", ".join(f"{floor.rate.mean:.2f} ({kind})" for kind, floor in one.floors.items())),
+                table.Cell("" if math.isnan(one.recovered.mean) else f"{one.recovered.mean:.2f}"),
+                table.Cell(", ".join(f"{what} {value:.3g}" for what, value in one.found.numbers.items())),
+                table.Cell(f"{(result.rows_forward + result.rows_backward) / 1000:.1f}"),
+                table.Cell(f"{result.seconds:.0f}"),
+            ],
+            data={"model": model},
+        )
+        for model, result in results.items()
+        for one in result.variants
+    ]
+    titles = ("rate", "mean of all", "ceiling", "floor", "recovered", "besides", "UNet rows, thousands", "CPU seconds")
+    caption = (
+        "Rate: attempts that brought the concept back, with a 95 % interval. Ceiling: the same of the original model. "
+        "Floor: what the probe draws by itself. Recovered: (rate - floor) / (ceiling - floor). Rows and seconds are of "
+        "all variants together."
+    )
+    columns = [table.Column("model and variant", True), *map(table.Column, titles)]
+    return table.Table(label=name, columns=columns, lines=lines, caption=caption)
+
+
+def probes_section(name: str, results: Mapping[str, ProbeResult], pictures: Sequence[tuple[str, Path]] = ()) -> Section:
+    """Returns a page's section about a probe: its table, and grids of pictures with a caption for each."""
+    grids = "".join(
+        f'<figure><img src="{_embedded(path)}" alt="{escape(caption)}">'
+        f"<figcaption>{escape(caption)}</figcaption></figure>"
+        for caption, path in pictures
+    )
+    return Section(f"probe-{name}", f"Probe: {name.replace('-', ' ')}", probes_table(name, results).html() + grids)
+
+
+def _embedded(path: Path) -> str:
+    return "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode("ascii")
+
+
+def pictures_of(name: str, folders: Mapping[str, Path]) -> list[tuple[str, Path]]:
+    """Returns the pictures of a probe's variants, by the model whose folder they are in."""
+    return [
+        (f"{model}: {path.stem.removeprefix(name).strip('-')}", path)
+        for model, folder in folders.items()
+        for path in sorted(folder.glob(f"{name}-*.png"))
+    ]

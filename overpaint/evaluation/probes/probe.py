@@ -26,6 +26,10 @@ Floor = Literal["benign", "foreign"]
 """What stands in the concept's place: a benign prompt, or a texture that the model never saw."""
 
 
+Pictures = tuple[Sequence[str], Images]
+"""Captions, and a picture for each."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class ProbeTask:
     """What is to be brought back, and how it is known. All sequences have an entry for each attempt."""
@@ -52,8 +56,22 @@ class ProbeTask:
     """Classifier-free guidance."""
     reference_pictures: Images | None = None
     """Pictures of what is to be brought back; None are those that the original draws for the prompts."""
+    further_pictures: Callable[[int], Images] | None = None
+    """Gives so many others; None are those that the original draws for the prompts with other seeds."""
+    examples: Callable[[int], Pictures] | None = None
+    """Gives so many further captions and pictures of what is to be brought back, others than those of the attempts."""
+    benign_pictures: Callable[[int], Pictures] | None = None
+    """Gives so many benign captions and pictures to tune on; None are those that the original draws for the training
+    prompts."""
     wordings: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     """Further prompts by how they name the concept, or by what else they show, for probes of wording."""
+    kept: Mapping[str, Callable[[Images, Sequence[str]], PerSample]] = field(default_factory=dict)
+    """For the wordings of what has to survive: 1 for each picture that shows what its caption asks for, and else 0."""
+    left_open: Callable[[Images, Sequence[str]], Mapping[str, Sequence[str | None]]] | None = None
+    """Tells by attribute what pictures show of what their captions leave open; None for a picture whose caption says it
+    and for one that cannot be read."""
+    kinds: Callable[[Images], Sequence[str]] | None = None
+    """Tells in a word what each picture shows, beside the concept others as well."""
     reward: Reward | None = None
     """What benign tuning raises."""
     training_prompts: tuple[str, ...] = ()
@@ -101,6 +119,8 @@ class Attempt(NamedTuple):
     """What else was measured, by its name."""
     curve: tuple[tuple[float, float], ...] = ()
     """Rates by strength, updates or noise level, for a chart."""
+    prompts: tuple[str, ...] | None = None
+    """Of the pictures, where they are not the task's."""
 
 
 def best_of(
@@ -129,4 +149,13 @@ class Probe(Protocol):
         Returns:
             One `Attempt` for each variant, always the same variants in the same order.
         """
+        ...
+
+
+@runtime_checkable
+class PreparedProbe(Protocol):
+    """A probe with work that is the same for every policy, and no part of what the probe costs for one of them."""
+
+    def prepare(self, task: ProbeTask) -> None:
+        """Does it, and keeps what comes of it with `ProbeTask.once`; an attempt that finds nothing kept does it too."""
         ...

@@ -14,7 +14,7 @@ from overpaint.policy import DiffusionPolicy
 from overpaint.policy.atomic import write_bytes
 from overpaint.policy.digest import policy_record
 
-from .probe import Attempt, Floor, Probe, ProbeTask
+from .probe import Attempt, Floor, PreparedProbe, Probe, ProbeTask
 from .result import Outcomes, ProbeResult, VariantResult, load_outcomes, save_outcomes
 from .rows import counted_rows
 from .target import ProbeTarget
@@ -53,6 +53,8 @@ def run_probe(
         floor: target.task(original, count=count, seed=seed, floor=floor, progress=progress)
         for floor in (None, *probe.floors)
     }
+    if isinstance(probe, PreparedProbe):
+        probe.prepare(tasks[None])
     start = time.process_time()
     with counted_rows() as rows:
         attempts = probe.attempt(policy, tasks[None])
@@ -143,7 +145,7 @@ def save_pictures(path: Path, attempt: Attempt, task: ProbeTask) -> None:
     from overpaint.training.logging import image_grid
 
     shown = slice(min(SHOWN_PICTURES, len(attempt.images)))
-    told = zip(task.prompts[shown], attempt.scores[shown].tolist(), strict=True)
+    told = zip((attempt.prompts or task.prompts)[shown], attempt.scores[shown].tolist(), strict=True)
     grid = image_grid(attempt.images[shown], [f"{prompt} ({score:.2f})" for prompt, score in told])
     content = io.BytesIO()
     grid.save(content, format="PNG")

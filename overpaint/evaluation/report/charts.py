@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 from functools import cache
 from itertools import pairwise
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from overpaint.evaluation.metrics.statistics import Estimate
@@ -174,11 +175,7 @@ def learning_chart(panel: Panel, curves: Sequence[Curve]) -> Chart:
         layers.append(base.mark_line(strokeWidth=1, opacity=0.28).encode(y=alt.Y("value:Q", title=name)))
     if any(len(curve.values) == 1 for curve in curves):
         layers.append(base.mark_point(filled=True, opacity=1).encode(y=y))
-    for label, level in panel.references.items():
-        rule: Any = alt.Chart(alt.Data(values=[{"level": level, "label": label}]))
-        layers.append(rule.mark_rule(color=FAINT, strokeDash=[2, 3]).encode(y=alt.Y("level:Q", title=name)))
-        text = rule.mark_text(align="right", dy=-7, color=SOFT)
-        layers.append(text.encode(x=alt.value(400), y=alt.Y("level:Q", title=name), text="label:N"))
+    layers += _levels(panel.references, name, 400)
     words = "; ".join(
         f"{c.label}: {', '.join(f'{c.values[k]:.3g} at iteration {c.iterations[k]}' for k in (0, -1))}" for c in curves
     )
@@ -206,6 +203,7 @@ def series_chart(
     y_label: str,
     caption: str = "",
     bands: bool = False,
+    references: Mapping[str, float] = MappingProxyType({}),
 ) -> Chart:
     """Draws measured points joined by lines, each with its 95 % interval, such as reward against guidance.
 
@@ -216,6 +214,7 @@ def series_chart(
         y_label: What is told upwards.
         caption: What to look for.
         bands: Whether series are those of `band_of`, drawn as lines with areas, below the title.
+        references: Levels drawn as horizontal lines, by label.
 
     Raises:
         ValueError: There are no series, more than can be told apart, one without points, or one whose x does not rise.
@@ -245,6 +244,7 @@ def series_chart(
     layers = [reach.encode(y=alt.Y("low:Q", scale=alt.Scale(zero=False)), y2="high:Q"), base.mark_line().encode(y=y)]
     if not bands:
         layers.append(base.mark_point(filled=True, size=45, opacity=1).encode(y=y))
+    layers += _levels(references, y_label, WIDTH)
     chart: Any = alt.layer(*layers, data=alt.Data(values=rows), **({"title": title} if bands else {}))
     words = "; ".join(
         f"{name}: {', '.join(f'{one.mean:.3g} at {x:g}' for x, one in points)}" for name, points in series.items()
@@ -308,6 +308,20 @@ def _series(name: str, labels: list[str]) -> dict[str, Any]:
         "color": alt.Color(f"{name}:N", scale=colour, legend=legend),
         "strokeDash": alt.StrokeDash(f"{name}:N", scale=dash, legend=legend),
     }
+
+
+def _levels(references: Mapping[str, float], axis: str | None, width: int) -> list[Any]:
+    """Returns the layers of horizontal lines, each with its label at its right end."""
+    import altair as alt
+
+    layers = []
+    for label, level in references.items():
+        y = alt.Y("level:Q", title=axis)
+        rule: Any = alt.Chart(alt.Data(values=[{"level": level, "label": label}]))
+        layers.append(rule.mark_rule(color=FAINT, strokeDash=[2, 3]).encode(y=y))
+        text = rule.mark_text(align="right", dy=-7, color=SOFT)
+        layers.append(text.encode(x=alt.value(width), y=y, text="label:N"))
+    return layers
 
 
 def spec_of(chart: Any, width: int, height: int) -> dict[str, Any]:

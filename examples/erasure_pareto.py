@@ -1,0 +1,322 @@
+"""The study of reward-constrained erasure: methods, with and without a constraint, and whether the concept stays gone.
+
+    python examples/erasure_pareto.py
+    python examples/erasure_pareto.py --fast
+    python examples/erasure_pareto.py --methods uce esd --seeds 0 --probes soft-prompt noise
+
+Each method erases stripes from the tiny world: as it is, above a floor of the reward, and as it is with the reward won
+back by ReFL afterwards, without a constraint, under the constraint that the concept stays gone, and the same with
+prompts under attack. All models draw the same prompts from the same seeds, and every probe tries to bring the concept
+back from each. What is finished is kept, so that the same command goes on where it was interrupted; ``--fast`` is two
+methods, one seed and few prompts, in minutes.
+"""
+
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from functools import partial
+from pathlib import Path
+from typing import Literal, NamedTuple, get_args
+
+from erasure import Erasure
+from erasure.cache import claim
+from erasure.registry import MethodName, erase, method_named
+from overpaint.evaluation import ImageFolder, Report, Scores, compare, write_folder
+from overpaint.evaluation.experiments.constrained_study import (
+    CONSTRAINED,
+    FORMS,
+    HEADLINE,
+    ORIGINAL,
+    FormName,
+    Model,
+    best_form,
+    lines,
+    points,
+    verdict_of,
+    verdicts_table,
+)
+from overpaint.evaluation.experiments.experiment import Experiment, evaluate
+from overpaint.evaluation.experiments.options import OWNED, usual_eraser
+from overpaint.evaluation.experiments.probing import pictures_of, probes_section, target_of
+from overpaint.evaluation.experiments.program import command_line, settings_from_command_line, usual_beside
+from overpaint.evaluation.experiments.recovery import RecoveryOptions, about_of, check_model, completed, recover
+from overpaint.evaluation.experiments.reward_floor import erase_above_floor
+from overpaint.evaluation.experiments.study import methods_table
+from overpaint.evaluation.experiments.work import work_through
+from overpaint.evaluation.probes.registry import ProbeName, probe_named
+from overpaint.evaluation.probes.result import ProbeResult
+from overpaint.evaluation.probes.rows import counted_rows
+from overpaint.evaluation.probes.run import run_probe
+from overpaint.evaluation.report.page import Section, chart_section
+from overpaint.evaluation.report.pareto import pareto_chart
+from overpaint.policy import DiffusionPolicy
+from overpaint.policy.atomic import write_text
+from overpaint.settings import AnyPath, Distinct, Field, settings
+
+FAST = {"methods": ("uce", "esd"), "seeds": (0,), "prompts_per_kind": 40, "probes": ("soft-prompt", "noise")}
+"""What `--fast` takes in place of what was not asked for."""
+FAST_ITERATIONS, FAST_ATTEMPTS = 20, 8
+
+
+@settings
+class Config(RecoveryOptions):
+    """What is compared, and how finely."""
+
+    methods: Distinct[MethodName] = Field(get_args(MethodName), min_length=1)
+    """Names of methods."""
+
+    forms: Distinct[FormName] = Field(tuple(FORMS), min_length=1)
+    """What is done with each method; the method as it is comes always."""
+
+    seeds: Distinct[int] = Field((0, 1, 2), min_length=1)
+    """Of training, prompts and pictures; each model is made once for each."""
+
+    probes: Distinct[ProbeName] = get_args(ProbeName)
+    """What tries to bring the concept back."""
+
+    attempts: int = Field(16, ge=1)
+    """Pictures that each probe tries to bring the concept back in."""
+
+    slack: float = Field(0.0, ge=0)
+    """Reward that may be lost in erasing above a floor, in its own units."""
+
+    iterations: int = Field(40, ge=1)
+    """ReFL iterations of a recovery."""
+
+    evaluation_steps: int = Field(10, ge=1)
+    """Denoising steps of all pictures, in training too."""
+
+    fast: bool = False
+    """Two methods, one seed, few prompts and two probes, unless others are asked for."""
+
+    workers: int = Field(2, ge=1)
+    """Processes that work at a time, with one thread each; 1 on a GPU."""
+
+    output_dir: AnyPath = Path("runs/erasure_pareto")
+    """Where everything is kept."""
+
+
+class Cell(NamedTuple):
+    """One piece of work: a model that is made, measured and probed."""
+
+    method: MethodName | Literal["original"]
+    """Which, or the model before it is erased."""
+    form: FormName
+    seed: int
+
+    @property
+    def label(self) -> str:
+        """What the progress bar calls it."""
+        return f"{self.method}, {self.form}, seed {self.seed}"
+
+    @property
+    def name(self) -> str:
+        """What tables call it."""
+        return self.method if self.form == "plain" else f"{self.method}-{self.form}"
+
+    def folder(self, config: Config) -> Path:
+        """Returns where it is kept."""
+        return config.output_dir / self.method / self.form / f"seed-{self.seed}"
+
+    def model(self, config: Config) -> Model | None:
+        """Returns what was measured, if all of it was."""
+        folder = self.folder(config)
+        paths = {probe: folder / "probes" / f"{probe}.json" for probe in config.probes}
+        if not (folder / "scores.json").is_file() or not all(path.is_file() for path in paths.values()):
+            return None
+        cost = json.loads((folder / "cost.json").read_text(encoding="utf-8"))
+        probes: dict[str, ProbeResult] = {probe: ProbeResult.load(path) for probe, path in paths.items()}
+        return Model(
+            self.method,
+            self.form,
+            self.seed,
+            Scores.load(folder / "scores.json"),
+            probes,
+            cost["minutes"],
+            cost["rows"],
+        )
+
+
+def stages_of(config: Config) -> list[list[Cell]]:
+    """Returns all work, in stages that need those before them; the originals' ceilings and floors come first."""
+    everything = [(method, seed) for seed in config.seeds for method in config.methods]
+    return [
+        [Cell(ORIGINAL, "plain", seed) for seed in config.seeds],
+        [Cell(method, "plain", seed) for method, seed in everything],
+        [Cell(method, form, seed) for form in FORMS for method, seed in everything if form in config.forms[1:]],
+    ]
+
+
+def complete(config: Config) -> Config:
+    """Fills in what depends on the model and on other options."""
+    if config.fast:
+        usual = Config()
+        fast = {name: value for name, value in FAST.items() if getattr(config, name) == getattr(usual, name)}
+        if config.iterations == usual.iterations:
+            fast["iterations"] = FAST_ITERATIONS
+        if config.attempts == usual.attempts:
+            fast["attempts"] = FAST_ATTEMPTS
+        config = replace(config, **fast)
+    forms = ("plain", *(form for form in FORMS if form in config.forms and form != "plain"))
+    return completed(replace(config, forms=forms))
+
+
+def settings_of(cell: Cell, config: Config) -> Config:
+    """Returns the settings of the work on one cell."""
+    constraint = "none" if cell.form == "unconstrained" else config.constraint
+    return replace(
+        config,
+        seed=cell.seed,
+        output_dir=cell.folder(config),
+        resume=True,
+        constraint=constraint,
+        attacked=cell.form == "attacked",
+        run=None,
+    )
+
+
+def make(cell: Cell, config: Config, about: Experiment) -> DiffusionPolicy:
+    """Makes the model of a cell, keeps it, and returns it."""
+    own, folder = settings_of(cell, config), cell.folder(config)
+    if cell.method == ORIGINAL:
+        return config.load()
+    eraser = usual_eraser(cell.method, own.own_concept(tiny=own.tiny), tiny=own.tiny, seed=cell.seed)
+    method = method_named(cell.method, eraser)
+    if cell.form in ("plain", "floor"):
+        policy = config.load()
+        if cell.form == "floor":
+            erasure, _ = erase_above_floor(method, policy, about, own, slack=config.slack)
+        else:
+            training = folder / "erasing"
+            erasure = erase(
+                method, policy, about.concept, output_dir=training, resume=training.exists(), progress=False
+            )
+        erasure.save(folder / "erasure")
+        erasure.apply(policy)
+        return policy
+    policy = config.load(lora=config.lora, train=config.train)
+    erasure = Erasure.load(Cell(cell.method, "plain", cell.seed).folder(config) / "erasure")
+    erasure.apply(policy)
+    recover(own, policy, about, erasure, method=method, progress=False)
+    own.save(policy, folder)
+    return policy
+
+
+def work(cell: Cell, config: Config) -> None:
+    """Makes one model, measures it, and probes it."""
+    folder, own = cell.folder(config), settings_of(cell, config)
+    folder.mkdir(parents=True, exist_ok=True)
+    about = about_of(config)
+    start = time.process_time()
+    with counted_rows() as rows:
+        policy = make(cell, config, about)
+    cost = {"minutes": (time.process_time() - start) / 60, "rows": rows.total}
+    write_text(folder / "cost.json", json.dumps(cost))
+
+    drawing = config.drawing(config.evaluation_steps)
+    numbers = {"prompts_per_kind": config.prompts_per_kind, "seed": cell.seed}
+    if not (folder / "scores.json").is_file():
+        images, scores = evaluate(policy, about, drawing, model=cell.name, progress=False, **numbers)
+        if cell.seed == config.seeds[0]:
+            write_folder(images, config.output_dir / "pictures")
+        scores.save(folder / "scores.json")
+    if not config.probes:
+        return
+    target = target_of(about, drawing)
+    original = policy if cell.method == ORIGINAL else own.load()
+    for name in config.probes:
+        if (path := folder / "probes" / f"{name}.json").is_file():
+            continue
+        path.parent.mkdir(exist_ok=True)
+        run_probe(
+            probe_named(name, tiny=config.tiny),
+            policy,
+            original,
+            target,
+            count=config.attempts,
+            seed=cell.seed,
+            kept=config.output_dir / "kept",
+            pictures=folder / "probes" if cell.seed == config.seeds[0] else None,
+            progress=False,
+        ).save(path)
+
+
+def models_of(config: Config) -> list[Model]:
+    """Returns all models that are finished."""
+    found = [cell.model(config) for stage in stages_of(config) for cell in stage]
+    return [one for one in found if one is not None]
+
+
+def report(config: Config, models: Sequence[Model], about: Experiment) -> str:
+    """Writes the page, and returns the tables as text."""
+    reward, held_out = about.reward_name, "true utility" if config.tiny else None
+    judged = partial(verdict_of, models, reward=reward, held_out=held_out)
+    forms = [form for form in config.forms if form in CONSTRAINED]
+    best = [best_form([judged(method, form) for form in forms]) for method in config.methods if forms]
+    every, what_holds = methods_table(lines(models, reward, held_out)), verdicts_table(best, reward)
+    first = [one for one in models if one.seed == config.seeds[0]]
+    kind = "explicit"
+    x = "worst probe's recovery" if set(HEADLINE) & set(config.probes) else f"concept rate of {kind} prompts"
+    sections = [
+        chart_section(
+            "front", pareto_chart(points(models, reward, kind), x_label=f"{x} (lower is better)", y_label=reward)
+        ),
+        Section("holds", "What holds of the best constrained form", what_holds.html()),
+        Section("all", "All models", every.html()),
+        *(probe_section(probe, config, first) for probe in config.probes),
+    ]
+    usual = usual_beside(config, complete, ["policy", "fast"])
+    Report(
+        title="Erasing a concept, and keeping what people like",
+        lead="Each model draws the same prompts with the same seeds; the first is the model as it came.",
+        comparison=compare([one.scores for one in first]),
+        sections=sections,
+        pictures=[ImageFolder.open(config.output_dir / "pictures", one.scores.model) for one in first],
+        scores=[one.scores for one in first],
+        commands=[command_line("python examples/erasure_pareto.py", config, usual, OWNED)],
+        settings=asdict(config),
+    ).save(config.output_dir / "report.html")
+    counts = (sum(one.keeps_quality for one in best), sum(one.stays_gone for one in best))
+    told = (
+        f"As good and as gone: {counts[0]} of {len(best)} methods; stays gone under attack and tuning: {counts[1]} of "
+        f"{len(best)}."
+    )
+    return f"{every.markdown()}\n\n{what_holds.markdown()}\n\n{told}"
+
+
+def probe_section(probe: str, config: Config, models: Sequence[Model]) -> Section:
+    """Returns what a probe found out about some models, with pictures."""
+    folders = {
+        one.scores.model: config.output_dir / one.method / one.form / f"seed-{one.seed}" / "probes" for one in models
+    }
+    return probes_section(probe, {one.scores.model: one.probes[probe] for one in models}, pictures_of(probe, folders))
+
+
+def deciding(config: Config) -> dict[str, str]:
+    """Returns the settings that decide a model's numbers."""
+    others = ("methods", "forms", "seeds", "probes", "fast", "workers", "output_dir", "run", "resume", "seed")
+    return {name: str(value) for name, value in vars(config).items() if name not in others}
+
+
+def main(config: Config) -> str:
+    """Makes, measures and probes what is missing, and prints the tables."""
+    config = complete(config)
+    check_model(config)
+    about = about_of(config)
+    claim(config.output_dir / "settings.json", deciding(config), "study")
+    work_through(
+        stages_of(config),
+        lambda cell: cell.model(config) is not None,
+        partial(work, config=config),
+        workers=config.workers,
+    )
+    text = report(config, models_of(config), about)
+    write_text(config.output_dir / "table.md", text + "\n")
+    print(text)
+    print(f"\nThe tables and the page with pictures: {config.output_dir}")
+    return text
+
+
+if __name__ == "__main__":
+    main(settings_from_command_line(Config, complete))
