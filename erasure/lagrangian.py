@@ -32,8 +32,7 @@ class LagrangianConfig:
 
     learning_rate: float = Field(0.1, ge=0)
     """Integral gain: what is added per unit of violation and update. In the logarithm 0.1 multiplies the weight by e
-    in 10 updates of twice the ceiling or more, and divides it by e in 10 updates without any cost; the proportional
-    gain answers with another factor of e at once."""
+    in 10 updates of twice the ceiling or more, and divides it by e in 10 updates without any cost."""
 
     initial_weight: float = Field(1.0, ge=0)
     """Weight before the first update, in units of the other term per unit of relative violation."""
@@ -50,13 +49,13 @@ class LagrangianConfig:
     derivative_gain: float = Field(0.0, ge=0)
     """What the growth of the violation since the last update adds for this update alone (K_D). Zero: off."""
 
-    smoothing: float = Field(0.5, ge=0, lt=1)
+    smoothing: float = Field(0.7, ge=0, lt=1)
     """Decay of the running mean of violations that the gains see: batches are small, and their violations noisy. Zero:
     each batch for itself."""
 
     max_violation: AnyFloat = Field(1.0, gt=0)
-    """Running means farther from 0 count as this far. Costs often have a lower bound and no upper one: without a bound,
-    a few updates of a gross violation wind up more weight than hundreds of good ones take back."""
+    """The running mean goes no farther from 0. Costs often have a lower bound and no upper one: without a
+    bound, a few updates of a gross violation wind up more weight than hundreds of good ones take back."""
 
     def __post_init__(self) -> None:
         """Checks that the weight starts within its bounds."""
@@ -101,12 +100,12 @@ class Lagrangian:
         """
         check_violation(violation)
         cfg, first = self.config, math.isnan(self._violation)
-        before = self._bounded(self._violation)
-        self._violation = violation if first else cfg.smoothing * self._violation + (1 - cfg.smoothing) * violation
-        seen = self._bounded(self._violation)
-        growth = 0.0 if first else max(seen - before, 0.0)
-        self._integral = self._clipped(self._integral + cfg.learning_rate * seen)
-        answer = self._clipped(self._integral + cfg.proportional_gain * seen + cfg.derivative_gain * growth)
+        mean = violation if first else cfg.smoothing * self._violation + (1 - cfg.smoothing) * violation
+        mean = min(max(mean, -cfg.max_violation), cfg.max_violation)
+        growth = 0.0 if first else max(mean - self._violation, 0.0)
+        self._violation = mean
+        self._integral = self._clipped(self._integral + cfg.learning_rate * mean)
+        answer = self._clipped(self._integral + cfg.proportional_gain * mean + cfg.derivative_gain * growth)
         self._weight = math.exp(answer) if cfg.space == "log" else answer
 
     def state_dict(self) -> dict[str, Any]:
@@ -138,6 +137,3 @@ class Lagrangian:
 
     def _clipped(self, value: float) -> float:
         return min(max(value, self._to_space(self.config.min_weight)), self._to_space(self.config.max_weight))
-
-    def _bounded(self, violation: float) -> float:
-        return min(max(violation, -self.config.max_violation), self.config.max_violation)

@@ -171,7 +171,7 @@ def test_weight_of_an_objective_moves_by_orders_of_magnitude_in_a_few_updates(
     ReFLTrainer(policy, redness, prompts, small(), erasure=constraint).train(config)
     lines = read_metrics(config.output_dir / "metrics.jsonl")
     costs = [line["erasure/violation"] for line in lines if "erasure/violation" in line]
-    assert all(cost > 2 for cost in costs) if broken else all(cost < -0.99 for cost in costs)
+    assert all(cost > 1 for cost in costs) if broken else all(cost < -0.99 for cost in costs)
     assert constraint.lagrangian.weight == pytest.approx(math.exp(answered), rel=1e-2)
 
 
