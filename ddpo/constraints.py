@@ -5,14 +5,16 @@ of the reward, or a ceiling of the divergence from the reference policy, is weig
 """
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 
 from erasure import ErasureConstraint, ObjectiveConstraint, QualityConstraint, RewardFloor
 from erasure.protocols import ConceptBatch
+from erasure.soft_attack import Judged
 from overpaint.policy import DiffusionPolicy
-from overpaint.training import TrainingRun, draw_batch
+from overpaint.training import TrainingRun
 
 
 class RoundWeights(NamedTuple):
@@ -49,6 +51,8 @@ def add_objective(
 ) -> float:
     """Adds the gradient of an erasure's loss to that of the coming update, and moves its weight.
 
+    Where prompts are attacked, it is the loss under attack; where hard ones are mined, it is remembered.
+
     Args:
         run: Draws the prompts and goes backward.
         policy: What is tuned.
@@ -60,16 +64,25 @@ def add_objective(
     Returns:
         The mean violation over all processes.
     """
-    batch = draw_batch(run, erasure.prompts, count)
-    total = torch.zeros((), device=run.device)
+
+    def judge(prompts: Sequence[str], seeds: Sequence[int]) -> Judged:
+        return Judged(erasure.violation(policy, ConceptBatch(prompts, seeds)))
+
+    batch = erasure.prompts.draw(run, count)
+    parts = []
     for first in range(0, len(batch), size):
         prompts, seeds = zip(*batch[first : first + size], strict=True)
         with run.autocast(), torch.set_grad_enabled(weight > 0):
-            violation = erasure.violation(policy, ConceptBatch(list(prompts), list(seeds))).sum() / len(batch)
+            if erasure.attack is None:
+                violation = judge(prompts, seeds).violation
+            else:
+                violation = erasure.attack.judged(policy, prompts, seeds, judge, iteration=run.iteration)
         if weight > 0:
-            run.backward(weight * violation, sync=False)
-        total += violation.detach()
-    mean = run.mean(total)
+            run.backward(weight * (violation.sum() / len(batch)), sync=False)
+        parts.append(violation.detach())
+    violations = torch.cat(parts)
+    erasure.prompts.note(run, [prompt for prompt, _ in batch], violations)
+    mean = run.mean(violations)
     if math.isfinite(mean):  # otherwise the update is skipped, and there is nothing to answer
         erasure.lagrangian.update(mean)
     return mean

@@ -7,6 +7,7 @@ import torch
 from jaxtyping import Int, Shaped
 from torch import Tensor
 
+from erasure import ConceptPrompts
 from overpaint.training import TrainingRun
 
 
@@ -49,14 +50,14 @@ def draw_requests(
 
     Args:
         run: Its generator draws, and it tells the processes apart.
-        population: What prompts are drawn from, with repetition.
+        population: What prompts are drawn from, with repetition; by its own mix where it has one.
         count: Samples of all processes.
         updates: Parts of equal size, each of which is divided evenly among the processes.
         images_per_prompt: Samples in a row with the same prompt.
     """
-    picks = torch.randint(len(population), (count // images_per_prompt,), generator=run.generator)
+    picked = ConceptPrompts.of(population).pick(count // images_per_prompt, run.generator)
     seeds = torch.randint(2**31 - 1, (count,), generator=run.generator)
-    prompts = [population[pick] for pick in picks.tolist() for _ in range(images_per_prompt)]
+    prompts = [prompt for prompt in picked for _ in range(images_per_prompt)]
     mine = torch.cat([run.shard(part) for part in torch.arange(count).chunk(updates)])
     return SampleRequest(prompts, seeds.tolist(), mine)
 

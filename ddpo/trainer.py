@@ -103,8 +103,8 @@ class DDPOTrainer:
 
     Raises:
         ValueError: There are no prompts, the policy has nothing to train, there is patience without anything held out,
-            or a floor without an erasure, or the divergence has both a ceiling and a weight; or the VAE's factor does
-            not divide a side of the images.
+            or a floor without an erasure, or the divergence has both a ceiling and a weight; images are to be attacked,
+            which have no gradient to their prompts; or the VAE's factor does not divide a side of the images.
     """
 
     name: str = "DDPO"
@@ -130,6 +130,11 @@ class DDPOTrainer:
         self.floor = floor
         if floor is not None and erasure is None:
             raise ValueError("floor must come with an erasure, which is lowered subject to it, got none")
+        if isinstance(erasure, ImageConstraint) and erasure.attack is not None:
+            raise ValueError(
+                "ImageConstraint.attack must be None for DDPO, whose images have no gradient to their prompts, got "
+                f"{erasure.attack!r}; use ReFL, attack an ObjectiveConstraint, or mine hard prompts alone"
+            )
         if isinstance(floor, ReferenceDivergence) and cfg.kl_weight:
             raise ValueError(
                 f"DDPOConfig.kl_weight must be 0 where floor is a ReferenceDivergence, got {cfg.kl_weight}"
@@ -159,17 +164,20 @@ class DDPOTrainer:
             RewardError: The reward failed for good. The samples are kept, and scored when the run is resumed.
         """
         constraints = {"erasure": self.erasure, "floor": self.floor}
-        state: dict[str, Stateful] = {name: one.lagrangian for name, one in constraints.items() if one is not None}
         about = {name: one.description() for name, one in constraints.items() if one is not None}
-        state |= self.baseline.state
+        state: dict[str, Stateful] = dict(self.baseline.state)
+        if self.erasure is not None:
+            state |= self.erasure.state()
+        if self.floor is not None:
+            state["floor"] = self.floor.lagrangian
         return train(self, run_config, state=state, configs={"ddpo": self.config}, about=about, notes=notes)
 
     def prepare(self, run: TrainingRun) -> None:
         """Checks what only a run can tell, and readies an erasure objective.
 
         Raises:
-            ValueError: A round does not divide evenly among processes, updates and batches, or the erasure objective
-                cannot work with this policy.
+            ValueError: A round does not divide evenly among processes, updates and batches, the erasure objective
+                cannot work with this policy, or an attack finds no room behind a prompt.
         """
         self.config.check_shares(
             run.num_processes, concept_images=self._of_concept, with_erasure=self.erasure is not None
@@ -177,6 +185,8 @@ class DDPOTrainer:
         self.baseline.start(run)
         if isinstance(self.erasure, ObjectiveConstraint):
             self.erasure.prepare(self.policy)
+            if self.erasure.attack is not None:
+                self.erasure.attack.check(self.policy, self.erasure.prompts)
 
     def step(self, run: TrainingRun) -> DDPOMetrics:
         """Does one round: draws and scores samples, takes its updates, and answers what the round has measured."""
@@ -206,6 +216,7 @@ class DDPOTrainer:
         if isinstance(self.erasure, ImageConstraint):
             violation = float(advantages.violations.mean())
             self.erasure.lagrangian.update(violation)
+            self.erasure.prompts.note(run, requests[1].my_prompts, violations)
         if isinstance(self.floor, RewardFloor):
             own = scored.rewards[: len(requests[0].mine)]
             floor_violation = run.mean(self.floor.violation(own, None if references is None else references.rewards))
@@ -249,6 +260,7 @@ class DDPOTrainer:
             values["erasure/gradient_cosine"] = metrics.gradient_cosine
             if self._of_concept:
                 values["erasure/reward"] = metrics.erasure_reward
+            values |= self.erasure.measured(run)
         if self.floor is not None:
             values["floor/violation"] = metrics.floor_violation
             values["floor/weight"] = metrics.floor_weight

@@ -157,7 +157,7 @@ class ConceptPrompts(Sequence[str]):
     def _numbers(self, count: int, generator: torch.Generator) -> list[int]:
         """Returns how many of each kind a batch has: systematic sampling, whose one draw rounds all numbers."""
         shares = self._shares()
-        # Rounded, since a whole number that is short by a bit of a double would be rounded down.
+        # Rounded, so that no number hangs on the last bit of a double, and the last bound is the count itself.
         bounds = [0.0, *(round(count * bound / sum(shares), 9) for bound in accumulate(shares))]
         start = float(torch.rand((), dtype=torch.float64, generator=generator))
         ranks = [math.floor(bound + start) for bound in bounds]

@@ -37,8 +37,9 @@ class LagrangianConfig:
     initial_weight: float = Field(1.0, ge=0)
     """Weight before the first update, in units of the other term per unit of relative violation."""
 
-    min_weight: float = Field(1e-3, ge=0)
-    """Smallest weight; above 0 in the logarithm. What it is bounds how soon a constraint that held for long counts."""
+    min_weight: float = Field(1e-2, ge=0)
+    """Smallest weight; above 0 in the logarithm. From here a constraint that has long held is soon answered, should
+    it be broken again."""
 
     max_weight: float = Field(1e3, ge=0)
     """Largest weight; keeps a constraint that cannot be met from drowning the other term."""

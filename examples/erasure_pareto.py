@@ -40,7 +40,14 @@ from overpaint.evaluation.experiments.experiment import Experiment, evaluate
 from overpaint.evaluation.experiments.options import OWNED, usual_eraser
 from overpaint.evaluation.experiments.probing import pictures_of, probes_section, target_of
 from overpaint.evaluation.experiments.program import command_line, settings_from_command_line, usual_beside
-from overpaint.evaluation.experiments.recovery import RecoveryOptions, about_of, check_model, completed, recover
+from overpaint.evaluation.experiments.recovery import (
+    RecoveryOptions,
+    about_of,
+    check_model,
+    completed,
+    recover,
+    reference_of,
+)
 from overpaint.evaluation.experiments.reward_floor import erase_above_floor
 from overpaint.evaluation.experiments.study import methods_table
 from overpaint.evaluation.experiments.work import work_through
@@ -197,7 +204,7 @@ def make(cell: Cell, config: Config, about: Experiment) -> DiffusionPolicy:
         return policy
     policy = config.load(lora=config.lora, train=config.train)
     erasure = Erasure.load(Cell(cell.method, "plain", cell.seed).folder(config) / "erasure")
-    erasure.apply(policy)
+    erasure.apply(policy, reference=reference_of(own, about))
     recover(own, policy, about, erasure, method=method, progress=False)
     own.save(policy, folder)
     return policy

@@ -102,8 +102,8 @@ def check(config: Config) -> None:
     """Checks what joins several options, before any work.
 
     Raises:
-        ValueError: The model is said to be erased already, and an erasure is given, or it is the tiny world's; an
-            original is given to a model that is not; or the form leaves an option without a meaning.
+        ValueError: The model is said to be erased already, and an erasure is given, or it is the tiny world's; or an
+            original is given to a model that is not.
     """
     if config.train is not None and config.erasure is None and config.method in WITHOUT_WEIGHTS:
         raise ValueError(f"train must be None with {config.method}, which no pipeline's folder holds; train a LoRA")
@@ -114,14 +114,30 @@ def check(config: Config) -> None:
         raise ValueError(f"erasure must be None with the method none, got {config.erasure}")
     elif config.tiny:
         raise ValueError("policy must be an erased model with the method none, got the tiny world's original")
+    check_form(config)
+    check_model(config)
+
+
+def check_form(config: Config) -> None:
+    """Checks what the form makes of the other options.
+
+    Raises:
+        ValueError: It leaves one without a meaning, the method cannot erase above a floor, or the folder holds an
+            erasure.
+    """
     if config.form != "B" and config.there:
         raise ValueError(f"form must be B for a model that is erased already, got {config.form}")
-    for name in ("train", "lora_file", "constraint", "ceiling"):
-        if not config.recovers and (value := getattr(config, name)) is not None:
-            raise ValueError(f"{name} must be None with the form {config.form}, which recovers nothing, got {value}")
     if config.floored:
         check_floor(method_named(config.method, config.eraser), config.strength)
-    check_model(config)
+    if config.recovers:
+        return
+    for name in ("train", "lora_file", "constraint", "ceiling", "attacked"):
+        if (value := getattr(config, name)) not in (None, False):
+            raise ValueError(
+                f"{name} must be left out with the form {config.form}, which recovers nothing, got {value}"
+            )
+    if not config.resume and (config.output_dir / "erasure").exists():
+        raise ValueError(f"output_dir must not hold another erasure, got {config.output_dir}; choose another folder")
 
 
 def erased(

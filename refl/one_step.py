@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch.utils.checkpoint import checkpoint
 
+from erasure.protocols import UNetCalls
 from overpaint.policy import ClassifierFree, DiffusionPolicy, SampleNoise
 from overpaint.policy.types import Images, Latents
 
@@ -69,6 +70,17 @@ def one_step_images(
         return policy.predict_clean(state, conditioning, step=reward_step, steps=config.steps, guidance=guidance)
 
     return policy.decode(_stored_or_recomputed(predict, latents, recompute=config.checkpoint_steps))
+
+
+def image_calls(config: ReFLConfig) -> UNetCalls:
+    """Returns how many samples go through the UNet for a prompt of `one_step_images`, on average over reward steps.
+
+    A sampling guard adds its own branches.
+    """
+    branches, repeats = ClassifierFree(config.guidance_scale).num_branches, config.low_variance_noises
+    reward_step = (config.first_reward_step + config.last_reward_step) / 2
+    forward = config.steps if repeats else reward_step - config.truncation_steps + 1
+    return UNetCalls(branches * forward, branches * config.truncation_steps * max(1, repeats))
 
 
 def _noise_after(draws: int, seeds: Sequence[int], latents: Latents) -> SampleNoise:

@@ -24,7 +24,7 @@ from erasure.methods.eraseflow.log_partition import LogPartition
 from erasure.methods.eraseflow.pairs import Pair, pair_of
 from erasure.protocols import ConceptBatch, Learner
 from overpaint import tinyworld
-from overpaint.policy import ClassifierFree, DiffusionPolicy, LoRAConfig
+from overpaint.policy import ClassifierFree, DiffusionPolicy, LoRAConfig, StepContext
 from overpaint.policy.ddim import ddim_mean_and_std, gaussian_log_prob
 from overpaint.policy.weights import base_parameters
 from overpaint.tinyworld import PRESETS, STRIPES, captions
@@ -263,8 +263,8 @@ def test_unconditional_branch_is_a_constant_where_it_is_said_to_be(policy: Diffu
     torch.testing.assert_close(both.loss(policy, BATCH), one.loss(policy, BATCH), rtol=0, atol=0)
     assert any(not torch.equal(*pair) for pair in zip(*gradients, strict=True))
     prediction = torch.ones(2, 1, 4, 2, 2, requires_grad=True)
-    guided: Any = ConstantUnconditional(3.0)
-    guided.combine(prediction, None).sum().backward()
+    context = StepContext(torch.tensor([0]), 1, torch.ones(1))
+    ConstantUnconditional(3.0).combine(prediction, context).sum().backward()
     assert prediction.grad is not None
     assert prediction.grad.unique(dim=0).flatten(1).tolist() == [[0.0] * 16, [3.0] * 16]
 

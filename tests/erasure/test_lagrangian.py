@@ -144,7 +144,7 @@ def test_impossible_bound_of_the_violation_is_refused(value: float) -> None:
 
 
 def test_initial_weight_outside_its_bounds_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"initial_weight must be between min_weight=0\.001 and max_weight=1\.0"):
+    with pytest.raises(ValueError, match=r"initial_weight must be between min_weight=0\.01 and max_weight=1\.0"):
         LagrangianConfig(initial_weight=2.0, max_weight=1.0)
 
 
@@ -165,7 +165,7 @@ def test_in_the_logarithm_every_gain_multiplies() -> None:
     assert lagrangian.weight == pytest.approx(2.0 * math.exp(-2 * 0.5), rel=1e-12)
 
 
-@pytest.mark.parametrize(("violation", "bound"), [(1.0, 1e3), (-1.0, 1e-3)])
+@pytest.mark.parametrize(("violation", "bound"), [(1.0, 1e3), (-1.0, 1e-2)])
 def test_weight_leaves_its_bound_in_the_logarithm_at_once(violation: float, bound: float) -> None:
     lagrangian = Lagrangian(LagrangianConfig(smoothing=0.0, proportional_gain=0.0))
     for _ in range(200):

@@ -43,6 +43,8 @@ def test_plain_erases_and_no_more() -> None:
     page = Path("plain/report.html").read_text()
     assert "UCE was applied to model, against gogh." in page
     assert "ReFL then" not in page
+    with pytest.raises(ValueError, match="output_dir must not hold another erasure, got plain"):
+        run("plain", "--form", "plain")
 
 
 def test_of_a_method_with_a_strength_the_strongest_setting_above_the_floor_is_taken() -> None:
@@ -74,7 +76,8 @@ def test_of_a_method_with_a_loss_it_is_trained_with_the_reward_above_its_floor()
     logged = list(read_metrics(Path("floored/erasing/metrics.jsonl")))
     assert len([entry for entry in logged if "floor/weight" in entry]) == 3  # the method's own iterations
     first = next(entry for entry in logged if "floor/violation" in entry)
-    assert first["floor/violation"] == pytest.approx(-0.125, abs=1e-5)  # paired with itself, before the first update
+    assert first["floor/violation"] == pytest.approx(-0.5, abs=1e-5)  # paired with itself, before the first update
+    assert "train/pretraining_loss" not in first
     assert first["erasure/weight"] == 1.0
     erasure = Erasure.load("floored/erasure")
     assert (erasure.method, erasure.config["floor"]["slack"]) == ("ESD", 0.125)
@@ -94,8 +97,12 @@ def test_of_a_method_with_a_loss_it_is_trained_with_the_reward_above_its_floor()
     ("options", "message"),
     [
         (["--form", "A", "--erasure", "somewhere"], "form must be B for a model that is erased already, got A"),
-        (["--form", "plain", "--ceiling", "1"], "ceiling must be None with the form plain, which recovers nothing"),
-        (["--form", "A", "--constraint", "none"], "constraint must be None with the form A, which recovers nothing"),
+        (["--form", "plain", "--ceiling", "1"], "ceiling must be left out with the form plain, which recovers nothing"),
+        (["--form", "A", "--attacked"], "attacked must be left out with the form A, which recovers nothing, got True"),
+        (
+            ["--form", "A", "--constraint", "none"],
+            "constraint must be left out with the form A, which recovers nothing",
+        ),
         (["--form", "A", "--method", "esd", "--strength", "2"], "strength must be 1 with ESD, which has none, got 2"),
         (["--form", "A", "--strength", "0"], "strength must be above 0, the original model, .* with UCE, got 0"),
     ],

@@ -7,8 +7,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from erasure.soft_attack import counted_rows
 from overpaint.policy import ClassifierFree, DiffusionPolicy, LoRAConfig, SampleNoise
 from refl import ReFLConfig, one_step_images
+from refl.one_step import image_calls
 
 SEEDS = [11, 12, 13]
 PROMPTS = ["a red circle", "a cat", "two blue squares"]
@@ -148,3 +150,22 @@ def test_frozen_parts_keep_no_gradient(
     with_gradient = {name for name, parameter in policy.unet.named_parameters() if parameter.grad is not None}
     assert with_gradient == set(policy.trainable_state())
     assert all(parameter.grad is None for part in (policy.vae, policy.text_encoder) for parameter in part.parameters())
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"guidance_scale": 3.0}, {"truncation_steps": 3}, {"low_variance_noises": 2, "guidance_scale": 3.0}],
+    ids=str,
+)
+def test_calls_are_as_many_as_stated(
+    policy: DiffusionPolicy, small: Callable[..., ReFLConfig], changes: dict[str, Any]
+) -> None:
+    config = small(**changes)
+    found = []
+    for step in (2, 3):
+        with counted_rows(policy) as rows:
+            one_step_images(policy, PROMPTS, SEEDS, config, reward_step=step)
+        found.append(rows)
+    (first, second), stated = found, image_calls(config)
+    assert first[0] + second[0] == 2 * 3 * stated.forward
+    assert first[1] == second[1] == 3 * stated.backward

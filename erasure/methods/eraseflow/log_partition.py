@@ -1,5 +1,6 @@
 """log Z, the one number of trajectory balance that is learned beside the network."""
 
+import copy
 import math
 from typing import Any
 
@@ -33,7 +34,7 @@ class LogPartition:
 
     def state_dict(self) -> dict[str, Any]:
         """Returns the value and the optimizer's state."""
-        return {"value": self.value, "optimizer": self._optimizer.state_dict()}
+        return {"value": self.value, "optimizer": copy.deepcopy(self._optimizer.state_dict())}
 
     def load_state_dict(self, state: dict[str, Any], /) -> None:
         """Takes over what `state_dict` returned."""

@@ -23,6 +23,7 @@ from overpaint.evaluation.scoring.compare import compare
 from overpaint.evaluation.scoring.score import Measure, Scores, gather, score
 from overpaint.policy import DiffusionPolicy
 from overpaint.policy.atomic import write_text
+from overpaint.policy.types import Images, PerSample
 from overpaint.tinyworld import REWARDS as TINY_WORLD_REWARDS
 from overpaint.training import process_state, read_run_record
 from overpaint.training.record import RECORD
@@ -164,7 +165,11 @@ def tiny_world(
     shown: tuple[Measure, ...]
     detector = None
     if stripes:
-        slope = as_reward(lambda images, _: tinyworld.stripe_response(images.float()))
+
+        def stripe_contrast(images: Images, prompts: Sequence[str]) -> PerSample:
+            return tinyworld.stripe_response(images.float())
+
+        slope = as_reward(stripe_contrast)
         detector = Detector(tinyworld.StripeScore(), ceiling=0.02, measures=False, slope=slope)
     if measure is not None:
         shown, named = _named_measure(measure, concept)

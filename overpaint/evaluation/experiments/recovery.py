@@ -41,7 +41,7 @@ from refl import ReFLConfig, ReFLTrainer
 from refl.gradient_check import check_gradient, trial_images
 from rewards.combine import to_device
 
-from .experiment import Evaluation, Experiment, evaluate, experiment_of, write_results
+from .experiment import Detector, Evaluation, Experiment, evaluate, experiment_of, write_results
 from .options import ConceptOptions, EraserSettings, RewardOptions, RunOptions, SharingOptions, TunedOptions
 from .program import check_same, updated, usual_beside
 
@@ -160,9 +160,9 @@ def about_of(config: RecoveryOptions) -> Experiment:
                 f"concept must be the saved erasure's, {', '.join(saved.phrases)}, got {', '.join(concept.phrases)}"
             )
         concept = saved
-    elif config.erasure is not None and concept is None:
-        usual = "stripes" if config.tiny else NUDITY.name
-        warnings.warn(f"{config.erasure} does not say what it erased, taken for {usual}; see --concept", stacklevel=2)
+    elif concept is None and (config.erasure is not None or config.original is not None):
+        source, usual = config.erasure or config.policy, "stripes" if config.tiny else NUDITY.name
+        warnings.warn(f"{source} does not say what was erased, taken for {usual}; see --concept", stacklevel=2)
     return experiment_of(config, concept)
 
 
@@ -206,22 +206,33 @@ def check_constraint(
             a loss is about, or a ceiling is given for nothing.
     """
     name = constraint_name(config, about)
-    if name == "detector" and about.detector is None:
-        raise ValueError(
-            "constraint must be reference, objective or none where no detector has a gradient, got detector for "
-            f"{about.concept.name}"
-        )
+    if name == "detector":
+        _detector_of(about)
     if name == "objective":
-        if not isinstance(method, TrainedMethod):
-            trained = ", ".join(key for key, kind in METHODS.items() if isinstance(kind(), TrainedMethod))
-            found = "none that is known" if method is None else method.name
-            raise ValueError(f"constraint objective must come with a method that has a loss ({trained}), got {found}")
+        _loss_of(method)
         if not original:
             raise ValueError("constraint objective must come with the original, which the loss is about, got none")
     if name == "none" and config.ceiling is not None:
         raise ValueError(f"ceiling must be None with the constraint none, got {config.ceiling}")
     if name == "none" and config.attacked:
         raise ValueError("attacked must be off with the constraint none, which has no prompts, got it on")
+
+
+def _detector_of(about: Experiment) -> Detector:
+    if about.detector is None:
+        raise ValueError(
+            "constraint must be reference, objective or none where no detector has a gradient, got detector for "
+            f"{about.concept.name}"
+        )
+    return about.detector
+
+
+def _loss_of(method: ErasureMethod | None) -> TrainedMethod:
+    if not isinstance(method, TrainedMethod):
+        trained = ", ".join(key for key, kind in METHODS.items() if isinstance(kind(), TrainedMethod))
+        found = "none that is known" if method is None else method.name
+        raise ValueError(f"constraint objective must come with a method that has a loss ({trained}), got {found}")
+    return method
 
 
 def kept_method(erasure: AnyPath | None, method: str | None, eraser: EraserSettings | None) -> ErasureMethod | None:
@@ -260,17 +271,20 @@ def constraint_of(
     refl = config.refl or refl_config(config)
     if name == "none":
         return None
-    prompts, detector = concept_prompts(config, about), about.detector
-    if name == "detector" and detector is not None:
+    prompts = concept_prompts(config, about)
+    if name == "detector":
+        detector = _detector_of(about)
         attack = SoftAttack(score=detector.slope) if config.attacked else None
         weight = Lagrangian(LagrangianConfig(initial_weight=DETECTOR_WEIGHT))
         return ImageConstraint(
             detector.score, prompts, weight, ceiling=config.ceiling or detector.ceiling, attack=attack
         )
-    ceiling, objective = config.ceiling or NEAR_REFERENCE, ReferenceDistance(ReferenceDistanceConfig(steps=refl.steps))
-    if name == "objective" and isinstance(method, TrainedMethod):
-        objective = for_run(method, config.output_dir / "constraint", progress=progress)
+    if name == "objective":
+        objective: Objective = for_run(_loss_of(method), config.output_dir / "constraint", progress=progress)
         ceiling = config.ceiling or (1 + LOSS_MARGIN) * mean_loss(objective, policy, about, refl.micro_batch_size)
+    else:
+        objective = ReferenceDistance(ReferenceDistanceConfig(steps=refl.steps))
+        ceiling = config.ceiling or NEAR_REFERENCE
     attack = SoftAttack() if config.attacked else None
     return ObjectiveConstraint(objective, about.concept, prompts, ceiling=ceiling, attack=attack)
 
@@ -349,7 +363,6 @@ def compare_states(
         ValueError: Weights of the UNet are to be trained under an erasure that no pipeline's folder holds, or the
             detector has no gradient, or a prompt no room for an attack.
     """
-    name = constraint_name(config, about)
     if recovers:
         _check_policy(config, policy, about, erasure)
     drawing = config.drawing(config.evaluation_steps)
@@ -357,7 +370,7 @@ def compare_states(
     evaluations = []
     if erasure is not None:
         evaluations.append(evaluated(model="before"))
-        erasure.apply(policy, reference="original" if recovers and name == "objective" else "erased")
+        erasure.apply(policy, reference=reference_of(config, about) if recovers else "erased")
     evaluations.append(evaluated(model="erased"))
     if recovers:
         recover(config, policy, about, erasure, method=method)
@@ -365,15 +378,20 @@ def compare_states(
     return evaluations
 
 
+def reference_of(config: RecoveryOptions, about: Experiment) -> Literal["erased", "original"]:
+    """Returns which model a policy's reference has to be in a recovery, for `Erasure.apply`."""
+    return "original" if constraint_name(config, about) == "objective" else "erased"
+
+
 def _check_policy(config: RecoveryOptions, policy: DiffusionPolicy, about: Experiment, erasure: Erasure | None) -> None:
     """Checks what only a policy can tell, before any picture is drawn."""
     if config.train is not None and erasure is not None and not isinstance(erasure.change, WeightChange):
         raise ValueError(f"train must be None with an erasure by {erasure.method}; train a LoRA")
     prompts = concept_prompts(config, about)
-    if constraint_name(config, about) == "detector" and about.detector is not None:
-        to_device(about.detector.score, policy.device)
-        side = config.size or policy.image_size
-        check_gradient("detector", about.detector.score, trial_images(side, side, policy.device), prompts)
+    if constraint_name(config, about) == "detector":
+        detector, side = _detector_of(about).score, config.size or policy.image_size
+        to_device(detector, policy.device)
+        check_gradient("detector", detector, trial_images(side, side, policy.device), prompts)
     if config.attacked:
         SoftAttack().check(policy, prompts)
 
@@ -387,7 +405,16 @@ def recover(
     method: ErasureMethod | None = None,
     progress: bool = True,
 ) -> None:
-    """Raises the reward of an erased policy under the constraint; the erasure is for the record of the run."""
+    """Raises the reward of an erased policy under the constraint.
+
+    Args:
+        config: Options.
+        policy: Erased, with `reference_of` as its reference.
+        about: What is erased from what.
+        erasure: For the record of the run.
+        method: What erased, for the constraint by its own loss.
+        progress: Whether progress bars are shown.
+    """
     config = completed(config)
     config.start(policy)
     held_out = None

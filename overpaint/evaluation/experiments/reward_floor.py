@@ -33,7 +33,7 @@ from overpaint.evaluation.report.page import Section, chart_section, learning_cu
 from overpaint.evaluation.scoring.score import Measure
 from overpaint.policy import DiffusionPolicy, WeightDelta, merged_state
 from overpaint.policy.types import PerSample
-from overpaint.training.folder import METRICS
+from overpaint.training.folder import METRICS, check_output_dir
 from refl import ReFLTrainer
 
 from .experiment import Experiment, draw_and_score
@@ -106,10 +106,13 @@ def _trained(
     """Trains what the method trains by ReFL, whose reward is held above the floor by a dual weight.
 
     The weight of the loss is fixed, in units of what it is for the original model, so that the floor's weight starts
-    near what it will be. What is trained and for how long is as the method's own settings say.
+    near what it will be. What is trained and for how long is as the method's own settings say. There is no pretraining
+    term: what it would keep, the floor does, and it would hold back the erasure.
     """
     folder, concept = config.output_dir / FOLDER, about.concept
-    refl, descent = config.refl or refl_config(config), method.config.descent
+    refl, descent = replace(config.refl or refl_config(config), pretraining_weight=0.0), method.config.descent
+    run = descent.run_config(folder, resume=config.resume)
+    check_output_dir(run)  # before long work
     objective = for_run(method, folder, progress=True)
     if isinstance(method, Receler):  # networks beside the UNet, and of phrases those that hold no other
         student = method.student(policy)
@@ -117,7 +120,7 @@ def _trained(
     else:
         student = policy.student_copy(vars(method.config).get("train", "full"))
     before = {name: value.clone() for name, value in merged_state(student.unet).items()}
-    floor = RewardFloor(slack)
+    floor = RewardFloor(slack, scale=2 * slack or 1.0)  # a violation is 1 where the reward is three slacks down
     loss = mean_loss(objective, student, replace(about, concept=concept), refl.micro_batch_size)
     trainer = ReFLTrainer(
         student,
@@ -127,7 +130,7 @@ def _trained(
         erasure=ObjectiveConstraint(objective, concept, lagrangian=FixedWeight(1.0), ceiling=loss),
         floor=floor,
     )
-    trainer.train(descent.run_config(folder, resume=config.resume), notes={"concept": concept.to_json()})
+    trainer.train(run, notes={"concept": concept.to_json()})
     change: Change
     if isinstance(method, Receler):
         change = AddedNetworks.of(student.unet)

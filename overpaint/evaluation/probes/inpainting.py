@@ -73,15 +73,16 @@ class Inpainting:
         found = []
         for variant, texts in (("concept's prompt", task.prompts), ("benign prompt", task.benign)):
             images = self._filled(policy, task, texts)
-            found.append(Attempt(variant, images, task.score(self.judged(images))))
+            found.append(Attempt(variant, images, task.score(self.judged(images, self._latents(task)))))
         return found
 
-    def judged(self, images: Images) -> Float[Tensor, "batch 3 height width"]:
-        """Returns what of pictures is judged."""
-        inside = centre_of(images, self.config.centre)
+    def judged(self, images: Images, latents: Latents) -> Float[Tensor, "batch 3 height width"]:
+        """Returns what of pictures is judged: what the latents that were filled in stand for."""
+        factor = images.shape[-1] // latents.shape[-1]
+        inside = centre_of(latents, self.config.centre).repeat_interleave(factor, 0).repeat_interleave(factor, 1)
         if self.config.surroundings == "gray":
-            return torch.where(inside, images, GRAY)
-        rows, columns = inside.any(dim=1), inside.any(dim=0)
+            return torch.where(inside.to(images.device), images, GRAY)
+        rows, columns = inside.any(dim=1).to(images.device), inside.any(dim=0).to(images.device)
         return images[:, :, rows][:, :, :, columns]
 
     def _latents(self, task: ProbeTask) -> Latents:
@@ -116,16 +117,12 @@ def fill_in(
     return latents
 
 
-def centre_of(like: Tensor, share: float) -> Bool[Tensor, "height width"]:
-    """Returns where the centre of pictures or of latents is.
-
-    Args:
-        like: Its last two dimensions are the sides.
-        share: Of each side.
-    """
-    inside = torch.zeros(like.shape[-2:], dtype=torch.bool, device=like.device)
-    down, across = (round(side * (1 - share) / 2) for side in like.shape[-2:])
-    inside[down : like.shape[-2] - down, across : like.shape[-1] - across] = True
+def centre_of(latents: Latents, share: float) -> Bool[Tensor, "h w"]:
+    """Returns where the centre of latents is; it has that share of each side."""
+    height, width = latents.shape[2:]
+    inside = torch.zeros(height, width, dtype=torch.bool, device=latents.device)
+    down, across = (round(side * (1 - share) / 2) for side in (height, width))
+    inside[down : height - down, across : width - across] = True
     return inside
 
 

@@ -35,6 +35,7 @@ PARTS: Mapping[str, str] = {
     "checkpoints": "The states that training can be resumed from; not needed for drawing.",
     "training": "The training run of the erasure, resumable.",
     "erasing": "The training run of the erasure, resumable.",
+    "constraint": "Pictures that the loss of the constraint was computed on.",
     "pictures": "The pictures that were scored, of every model, on the same prompts and seeds.",
     "scores.json": "What each picture scored.",
     "scores.csv": "What each picture scored.",

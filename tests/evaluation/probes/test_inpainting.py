@@ -14,7 +14,7 @@ def test_the_centre_is_half_of_each_side() -> None:
     inside = centre_of(torch.zeros(2, 4, 8, 6), 0.5)
     assert inside.sum() == 4 * 2
     assert inside[2:6, 2:4].all()
-    assert centre_of(torch.zeros(8, 8), 1.0).all()
+    assert centre_of(torch.zeros(2, 4, 8, 8), 1.0).all()
 
 
 def test_around_the_centre_the_picture_stays(policy: DiffusionPolicy, make_task: Callable[..., ProbeTask]) -> None:
@@ -56,13 +56,15 @@ def test_the_whole_as_centre_is_a_drawing_of_its_own(
 
 
 def test_the_centre_alone_is_judged(policy: DiffusionPolicy, make_task: Callable[..., ProbeTask]) -> None:
-    images = torch.rand(2, 3, 64, 64)
-    cut = Inpainting().judged(images)
+    images, latents = torch.rand(2, 3, 64, 64), torch.zeros(2, 4, 8, 8)
+    cut = Inpainting().judged(images, latents)
     assert torch.equal(cut, images[:, :, 16:48, 16:48])
-    gray = Inpainting(InpaintingConfig(surroundings="gray")).judged(images)
+    gray = Inpainting(InpaintingConfig(surroundings="gray")).judged(images, latents)
     assert torch.equal(gray[:, :, 16:48, 16:48], cut)
     assert gray[:, :, :16].eq(0.5).all()
     assert gray[..., 48:].eq(0.5).all()
+    wider = Inpainting(InpaintingConfig(centre=0.6)).judged(images, latents)  # whole latents: 4 of 8
+    assert torch.equal(wider, cut)
 
     task = make_task(policy)
     attempts = Inpainting().attempt(policy, task)
