@@ -107,7 +107,7 @@ def run(config: Config, baseline: BaselineName, seed: int) -> Outcome:
             images_per_prompt=4 if baseline in ("group", "centred") else 1,
             step_weights="signal",
             timestep_fraction=0.5,
-            pictures_every=config.rounds,
+            pictures_every=10,
         )
         trainer = DDPOTrainer(policy, NoStripes(), tinyworld.captions("implicit", config.prompts, seed), settings)
         trainer.train(

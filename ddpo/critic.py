@@ -243,11 +243,11 @@ class Critic:
         """
         known = ~scores.isnan()
         fresh = known.sum(dim=0).double()
-        means = scores.double().nanmean(dim=0)
-        variances = (scores.double() - means).square().nanmean(dim=0)
+        means = scores.double().nanmean(dim=0).nan_to_num()  # of what is wholly unknown, no matter
+        variances = (scores.double() - means).square().nanmean(dim=0).nan_to_num()
         old_means, old_deviations, first = self.means, self.deviations, not self.counts.any()
         total = self.counts + fresh
-        share = fresh / total
+        share = fresh / total.clamp(min=1)
         self.means = self.means + share * (means - self.means)
         between = (1 - share) * share * (means - old_means).square()
         self.variances = (1 - share) * self.variances + share * variances + between

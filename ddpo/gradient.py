@@ -154,7 +154,7 @@ class PolicyGradient:
             if compare and term is prompts:
                 erasing = self._gradients()
             last = number == len(terms) - 1
-            measure = measure_kl and number == 0
+            measure = measure_kl and last
             self._accumulate(run, term, total, trajectory, advantages, tally, measure_kl=measure, last=last)
         if not terms:  # what was added before has to be averaged over the processes
             run.backward(torch.stack([0.0 * p.sum() for p in self.policy.trainable_parameters()]).sum(), sync=True)
