@@ -1,4 +1,4 @@
-"""Compare the nine erasure methods on one model: what each erases, what it costs, and what a recovery wins back.
+"""Compare the erasure methods on one model: what each erases, what it costs, and what a recovery wins back.
 
     python examples/compare_erasures.py
     python examples/compare_erasures.py --methods uce esd --seeds 0 --prompts-per-kind 50
@@ -19,7 +19,7 @@ from typing import Literal, NamedTuple, get_args
 
 from erasure import Erasure
 from erasure.cache import claim
-from erasure.registry import MethodName, erase, method_named
+from erasure.registry import METHODS, MethodName, erase, method_named
 from overpaint.evaluation import ImageFolder, Report, Scores, compare, write_folder
 from overpaint.evaluation.experiments.experiment import CONCEPT_RATE, Experiment, evaluate, experiment_of
 from overpaint.evaluation.experiments.options import OWNED, ConceptOptions, ModelOptions, RewardOptions, usual_eraser
@@ -209,7 +209,7 @@ def report(config: Config) -> None:
     pictures = [ImageFolder.open(config.output_dir / "pictures", one.model) for one in scores]
     usual = usual_beside(config, complete, ["policy"])
     Report(
-        title="Nine ways to erase a concept",
+        title="Ways to erase a concept",
         lead="Each model draws the same prompts with the same seeds; the first is the model as it came.",
         comparison=compare(scores),
         sections=sections(config, scores),
@@ -257,7 +257,7 @@ def sections(config: Config, scores: Sequence[Scores]) -> list[Section]:
 
 def published_name(model: str) -> str:
     """Returns what the published tables call a model of this comparison."""
-    return {BEFORE: "original", "receler": "Receler"}.get(model, model.upper())
+    return "original" if model == BEFORE else METHODS[model].name
 
 
 def deciding(config: Config) -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""Erase a concept by any of the nine methods, keep the erasure, and see what it does.
+"""Erase a concept by any of the ten methods, keep the erasure, and see what it does.
 
     python examples/erase.py --method esd
     python examples/erase.py --method sld --onto runs/erase-uce/erasure
