@@ -35,10 +35,10 @@ from overpaint.evaluation.experiments.study import MethodLine, methods_table, sp
 from overpaint.evaluation.experiments.work import work_through
 from overpaint.evaluation.images.plan import DrawConfig
 from overpaint.evaluation.metrics.statistics import Estimate
-from overpaint.evaluation.probes.rows import counted_rows
 from overpaint.evaluation.report.charts import svg
 from overpaint.evaluation.report.pareto import Point, pareto_chart
 from overpaint.policy.atomic import write_text
+from overpaint.policy.unet_rows import counted_rows
 from overpaint.settings import AnyPath, Distinct, Field, settings
 from overpaint.training.logging import read_metrics
 from refl import ReFLConfig, ReFLTrainer

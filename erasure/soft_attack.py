@@ -14,8 +14,7 @@ does.
 
 import math
 import random
-from collections.abc import Callable, Generator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -26,6 +25,7 @@ from overpaint.policy import DiffusionPolicy
 from overpaint.policy.prompts import PromptEncoder
 from overpaint.policy.soft_prompts import PLACE, encode_soft, token_vectors
 from overpaint.policy.types import PerSample
+from overpaint.policy.unet_rows import counted_rows
 from overpaint.settings import Field, settings
 from overpaint.training import TrainingRun
 from rewards import RewardLike, as_reward
@@ -159,7 +159,7 @@ class SoftAttack:
         adam = torch.optim.Adam([vectors], lr=unit * cfg.learning_rate, maximize=True)
         best, highest = vectors.detach().clone(), torch.full((len(texts),), -math.inf, device=policy.device)
         before = torch.zeros(())
-        with counted_rows(policy) as rows:
+        with counted_rows() as rows:
             for step in range(cfg.steps + 1):
                 with (
                     torch.set_grad_enabled(step < cfg.steps),
@@ -179,7 +179,9 @@ class SoftAttack:
             encoded = _encoded(policy, texts, best)
         with policy.prompts.replaced(encoded):
             violation = judge(prompts, seeds).violation
-        self._tally += torch.tensor([len(before), float(before.sum()), float(violation.detach().sum()), *rows])
+        self._tally += torch.tensor(
+            [len(before), float(before.sum()), float(violation.detach().sum()), rows.forward, rows.backward]
+        )
         return violation
 
     def measured(self, run: TrainingRun) -> dict[str, float]:
@@ -234,19 +236,3 @@ def _ascent(
         f"what an attack climbs must have a gradient to how its prompts are encoded, and {judge!r} has none: it is not "
         "differentiable, or it encodes prompts of its own; train without SoftAttack"
     )
-
-
-@contextmanager
-def counted_rows(policy: DiffusionPolicy) -> Generator[list[int]]:
-    """Counts the samples that go through a policy's UNet, without gradient and with, while in a `with` block."""
-    network, rows = policy.network, [0, 0]
-
-    def count(latents: Tensor, *inputs: Any, **options: Any) -> Any:
-        rows[torch.is_grad_enabled()] += len(latents)
-        return network(latents, *inputs, **options)
-
-    policy.network = count
-    try:
-        yield rows
-    finally:
-        policy.network = network

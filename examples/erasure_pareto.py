@@ -53,12 +53,12 @@ from overpaint.evaluation.experiments.study import methods_table
 from overpaint.evaluation.experiments.work import work_through
 from overpaint.evaluation.probes.registry import ProbeName, probe_named
 from overpaint.evaluation.probes.result import ProbeResult
-from overpaint.evaluation.probes.rows import counted_rows
 from overpaint.evaluation.probes.run import run_probe
 from overpaint.evaluation.report.page import Section, chart_section
 from overpaint.evaluation.report.pareto import pareto_chart
 from overpaint.policy import DiffusionPolicy
 from overpaint.policy.atomic import write_text
+from overpaint.policy.unet_rows import counted_rows
 from overpaint.settings import AnyPath, Distinct, Field, settings
 
 FAST = {"methods": ("uce", "esd"), "seeds": (0,), "prompts_per_kind": 40, "probes": ("soft-prompt", "noise")}

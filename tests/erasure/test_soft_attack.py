@@ -24,7 +24,7 @@ from erasure import (
     SoftAttackConfig,
 )
 from erasure.protocols import UNetCalls
-from erasure.soft_attack import TAGS, Judge, Judged, counted_rows, start_vectors
+from erasure.soft_attack import TAGS, Judge, Judged, start_vectors
 from overpaint import tinyworld
 from overpaint.policy import ClassifierFree, DiffusionPolicy, LoRAConfig
 from overpaint.policy.soft_prompts import encode_soft
@@ -274,12 +274,6 @@ def test_calls_are_as_many_as_stated(erased: DiffusionPolicy, scale: float, tmp_
 def test_stated_calls_are_an_average_over_samples_and_updates() -> None:
     config = SoftAttackConfig(steps=5, share=0.5, every=4)
     assert SoftAttack(config).unet_calls(UNetCalls(16.0, 2.0)) == UNetCalls((5 * 16 + 18) / 8, 1.25)
-
-
-def test_counted_rows_are_those_of_each_call(erased: DiffusionPolicy) -> None:
-    with counted_rows(erased) as rows:
-        erased.draw(["a star"] * 3, seeds=[1, 2, 3], steps=2, guidance=ClassifierFree(3.0))
-    assert rows == [12, 0]
 
 
 # Guards.

@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from erasure.soft_attack import counted_rows
 from overpaint.policy import ClassifierFree, DiffusionPolicy, LoRAConfig, SampleNoise
+from overpaint.policy.unet_rows import counted_rows
 from refl import ReFLConfig, one_step_images
 from refl.one_step import image_calls
 
@@ -163,9 +163,9 @@ def test_calls_are_as_many_as_stated(
     config = small(**changes)
     found = []
     for step in (2, 3):
-        with counted_rows(policy) as rows:
+        with counted_rows() as rows:
             one_step_images(policy, PROMPTS, SEEDS, config, reward_step=step)
-        found.append(rows)
+        found.append([rows.forward, rows.backward])
     (first, second), stated = found, image_calls(config)
     assert first[0] + second[0] == 2 * 3 * stated.forward
     assert first[1] == second[1] == 3 * stated.backward

@@ -13,10 +13,10 @@ import torch
 from overpaint.policy import DiffusionPolicy
 from overpaint.policy.atomic import write_bytes
 from overpaint.policy.digest import policy_record
+from overpaint.policy.unet_rows import counted_rows
 
 from .probe import Attempt, Floor, PreparedProbe, Probe, ProbeTask
 from .result import Outcomes, ProbeResult, VariantResult, load_outcomes, save_outcomes
-from .rows import counted_rows
 from .target import ProbeTarget
 
 SHOWN_PICTURES = 16

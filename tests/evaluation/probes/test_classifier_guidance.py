@@ -16,8 +16,8 @@ from overpaint.evaluation.probes.latent_classifier import (
 )
 from overpaint.evaluation.probes.noise import Way, draw_ways, sample_with_noise
 from overpaint.evaluation.probes.probe import ProbeTask
-from overpaint.evaluation.probes.rows import counted_rows
 from overpaint.policy import DiffusionPolicy
+from overpaint.policy.unet_rows import counted_rows
 
 SMALL = LatentClassifierConfig(widths=(16, 8), epochs=30, learning_rate=1e-2)
 FEW = ClassifierGuidanceConfig(

@@ -15,8 +15,8 @@ from overpaint.evaluation.probes.inpainting import Inpainting, InpaintingConfig
 from overpaint.evaluation.probes.latent_classifier import LatentClassifierConfig
 from overpaint.evaluation.probes.noise import Noise, NoiseConfig
 from overpaint.evaluation.probes.probe import Probe, ProbeTask
-from overpaint.evaluation.probes.rows import counted_rows
 from overpaint.policy import DiffusionPolicy, LoRAConfig
+from overpaint.policy.unet_rows import counted_rows
 
 STRIPED = Concept(name="stripes", phrases=("striped",))
 PROBES: dict[str, tuple[Any, Any]] = {

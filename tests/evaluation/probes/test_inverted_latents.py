@@ -19,9 +19,9 @@ from overpaint.evaluation.probes.inverted_latents import (
     psnr,
 )
 from overpaint.evaluation.probes.probe import ProbeTask
-from overpaint.evaluation.probes.rows import counted_rows
 from overpaint.policy import ClassifierFree, DiffusionPolicy
 from overpaint.policy.digest import policy_record
+from overpaint.policy.unet_rows import counted_rows
 
 Make = Callable[..., DiffusionPolicy]
 MakeTask = Callable[..., ProbeTask]

@@ -13,12 +13,12 @@ from overpaint.evaluation.probes.adversarial_prompt import AdversarialPrompt, Ad
 from overpaint.evaluation.probes.noise_error import noise_error, single_steps
 from overpaint.evaluation.probes.probe import Probe, ProbeTask
 from overpaint.evaluation.probes.prompt_attack import AttackConfig
-from overpaint.evaluation.probes.rows import counted_rows
 from overpaint.evaluation.probes.soft_prompt import SoftPrompt, SoftPromptConfig
 from overpaint.evaluation.probes.target import ProbeTarget
 from overpaint.evaluation.probes.textual_inversion import TextualInversion, TextualInversionConfig
 from overpaint.policy import DiffusionPolicy
 from overpaint.policy.types import Images, PerSample
+from overpaint.policy.unet_rows import counted_rows
 
 CONCEPT = Concept(name="stripes", phrases=("striped",))
 PROMPTS = ["a striped red circle", "a striped blue square", "one striped dog"]

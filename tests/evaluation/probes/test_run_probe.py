@@ -14,10 +14,10 @@ from overpaint.evaluation.experiments.probing import target_of
 from overpaint.evaluation.images.plan import DrawConfig
 from overpaint.evaluation.probes.probe import Attempt, Floor, ProbeTask, best_of
 from overpaint.evaluation.probes.result import Outcomes, ProbeResult, VariantResult
-from overpaint.evaluation.probes.rows import counted_rows
 from overpaint.evaluation.probes.run import run_probe
 from overpaint.evaluation.probes.target import ProbeTarget
 from overpaint.policy import ClassifierFree, DiffusionPolicy
+from overpaint.policy.unet_rows import counted_rows
 from overpaint.settings import settings
 from overpaint.tinyworld.probing import template
 

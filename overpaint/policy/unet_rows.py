@@ -1,4 +1,4 @@
-"""What a probe costs: the rows of its batches that go through the UNet."""
+"""What drawing, training and attacking cost: the samples that go through a UNet."""
 
 from collections.abc import Generator
 from contextlib import contextmanager
@@ -37,7 +37,7 @@ class UNetRows:
 
 @contextmanager
 def counted_rows() -> Generator[UNetRows]:
-    """Counts what goes through any UNet in a `with` block, whoever made it: a probe may train copies."""
+    """Counts what goes through any UNet in a `with` block, whoever made it: copies may be trained."""
     rows = UNetRows()
     handle = register_module_forward_hook(rows._count)
     try:
