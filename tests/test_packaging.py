@@ -129,7 +129,10 @@ def test_programs_are_not_named_like_a_package() -> None:
 def test_examples_are_named_trainer_task_or_after_what_they_do() -> None:
     names = [path.stem for path in sources("examples")]
     assert names
-    trainerless = {"compare_erasures", "erase", "evaluate_models", "evaluate_preference", "score_images"}
+    trainerless = {
+        *("compare_erasures", "erase", "erasure_pareto", "erasure_probe"),
+        *("evaluate_models", "evaluate_preference", "score_images"),
+    }
     odd = [name for name in names if not re.fullmatch(rf"({'|'.join(TRAINERS)})_[a-z0-9_]+", name)]
     assert set(odd) == trainerless
 

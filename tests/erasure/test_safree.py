@@ -455,11 +455,12 @@ def test_gradients_pass_and_recomputing_activations_does_not_matter(
 
 
 def test_another_unet_than_that_of_the_policy_is_noticed(make_policy: Callable[..., DiffusionPolicy]) -> None:
-    policy = make_policy()
+    policy, other = make_policy(), make_policy()
     apply(policy)
-    student_copy = policy.student_copy("xattn")
+    other.guard = policy.guard
     with pytest.raises(ValueError, match="works in the UNet that SAFREE was applied with, and another one"):
-        draw(student_copy)
+        draw(other)
+    assert torch.equal(draw(policy.student_copy("xattn")), draw(policy))  # whose guard is its own
     policy.guard = None
     apply(policy, SAFREEConfig(latent_reattention=False))
     assert torch.equal(draw(policy.student_copy("xattn")), draw(policy))
