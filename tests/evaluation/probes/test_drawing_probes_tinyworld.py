@@ -32,7 +32,7 @@ def original() -> DiffusionPolicy:
     [
         (Completion(CompletionConfig(steps_before=(4,), noised_to=(), empty_prompt=False)), 4 * 16 * 2),
         (Noise(NoiseConfig(etas=(1.85,), scales=(1.0,))), 4 * 20 * 2),
-        (Inpainting(TINY), 4 * 20 * 2 * 2),
+        pytest.param(Inpainting(TINY), 4 * 20 * 2 * 2, marks=pytest.mark.slow),
     ],
     ids=["completion", "noise", "inpainting"],
 )

@@ -74,6 +74,7 @@ def test_a_task_without_wordings_is_refused(
         Semantics().attempt(policy, make_task(policy))
 
 
+@pytest.mark.slow
 def test_the_tiny_world_is_asked_in_all_of_its_wordings() -> None:
     original, erased = tinyworld.load_policy(), tinyworld.load_policy()
     UCE().erase(erased, tinyworld.STRIPES).apply(erased)

@@ -24,6 +24,7 @@ def original() -> DiffusionPolicy:
     return tinyworld.load_policy()
 
 
+@pytest.mark.slow
 def test_vectors_bring_stripes_back_after_uce(original: DiffusionPolicy, target: ProbeTarget) -> None:
     policy = tinyworld.load_policy()
     UCE(tinyworld.PRESETS["uce"]).erase(policy, tinyworld.STRIPES).apply(policy)

@@ -48,6 +48,7 @@ def test_the_first_update_is_adams(original: DiffusionPolicy, target: ProbeTarge
     torch.testing.assert_close(learned, expected.detach(), rtol=0, atol=1e-3)
 
 
+@pytest.mark.slow
 def test_a_word_brings_stripes_back_after_uce(original: DiffusionPolicy, target: ProbeTarget) -> None:
     policy = tinyworld.load_policy()
     UCE(tinyworld.PRESETS["uce"]).erase(policy, tinyworld.STRIPES).apply(policy)
