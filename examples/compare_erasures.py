@@ -31,7 +31,8 @@ from overpaint.evaluation.experiments.published import (
     published_comparison,
     tables_html,
 )
-from overpaint.evaluation.experiments.recovery import RecoveryOptions, recover, refl_config
+from overpaint.evaluation.experiments.recovery import recover
+from overpaint.evaluation.experiments.recovery_options import RecoveryOptions, refl_config
 from overpaint.evaluation.experiments.study import CHECKPOINTS, MethodLine, line_of, methods_table
 from overpaint.evaluation.experiments.work import work_through
 from overpaint.evaluation.prompts import prompt_set

@@ -40,14 +40,8 @@ from overpaint.evaluation.experiments.experiment import Experiment, evaluate
 from overpaint.evaluation.experiments.options import OWNED, usual_eraser
 from overpaint.evaluation.experiments.probing import pictures_of, probes_section, target_of
 from overpaint.evaluation.experiments.program import command_line, settings_from_command_line, usual_beside
-from overpaint.evaluation.experiments.recovery import (
-    RecoveryOptions,
-    about_of,
-    check_model,
-    completed,
-    recover,
-    reference_of,
-)
+from overpaint.evaluation.experiments.recovery import recover, reference_of
+from overpaint.evaluation.experiments.recovery_options import RecoveryOptions, about_of, check_model, completed
 from overpaint.evaluation.experiments.reward_floor import erase_above_floor
 from overpaint.evaluation.experiments.study import methods_table
 from overpaint.evaluation.experiments.work import work_through

@@ -20,13 +20,8 @@ from overpaint.evaluation import Report
 from overpaint.evaluation.experiments.options import OWNED
 from overpaint.evaluation.experiments.probing import pictures_of, probes_section, probes_table, target_of
 from overpaint.evaluation.experiments.program import command_line, settings_from_command_line, usual_beside
-from overpaint.evaluation.experiments.recovery import (
-    RecoveryOptions,
-    about_of,
-    check_model,
-    first_policy,
-    given_erasure,
-)
+from overpaint.evaluation.experiments.recovery import first_policy, given_erasure
+from overpaint.evaluation.experiments.recovery_options import RecoveryOptions, about_of, check_model
 from overpaint.evaluation.probes.registry import ProbeName, probe_named
 from overpaint.evaluation.probes.result import ProbeResult
 from overpaint.evaluation.probes.run import run_probe

@@ -25,20 +25,9 @@ from erasure.registry import MethodName
 from overpaint.evaluation.experiments.experiment import Experiment
 from overpaint.evaluation.experiments.options import EraserSettings, usual_eraser
 from overpaint.evaluation.experiments.program import settings_from_command_line
-from overpaint.evaluation.experiments.recovery import (
-    UNKNOWN,
-    Made,
-    RecoveryOptions,
-    about_of,
-    check_constraint,
-    check_model,
-    compare_states,
-    completed,
-    first_policy,
-    given_erasure,
-    kept_method,
-    write,
-)
+from overpaint.evaluation.experiments.recovery import UNKNOWN, Made, compare_states, first_policy, given_erasure, write
+from overpaint.evaluation.experiments.recovery_constraint import check_constraint, kept_method
+from overpaint.evaluation.experiments.recovery_options import RecoveryOptions, about_of, check_model, completed
 from overpaint.evaluation.experiments.reward_floor import FOLDER, check_floor, erase_above_floor, floor_section
 from overpaint.policy import DiffusionPolicy
 from overpaint.settings import AnyPath, Field, settings

@@ -21,20 +21,9 @@ from pathlib import Path
 from erasure.registry import MethodName
 from overpaint.evaluation.experiments.options import EraserSettings, usual_eraser
 from overpaint.evaluation.experiments.program import settings_from_command_line
-from overpaint.evaluation.experiments.recovery import (
-    UNKNOWN,
-    Made,
-    RecoveryOptions,
-    about_of,
-    check_constraint,
-    check_model,
-    compare_states,
-    completed,
-    first_policy,
-    given_erasure,
-    kept_method,
-    write,
-)
+from overpaint.evaluation.experiments.recovery import UNKNOWN, Made, compare_states, first_policy, given_erasure, write
+from overpaint.evaluation.experiments.recovery_constraint import check_constraint, kept_method
+from overpaint.evaluation.experiments.recovery_options import RecoveryOptions, about_of, check_model, completed
 from overpaint.settings import AnyPath, settings
 from overpaint.training import check_output_dir, process_state
 

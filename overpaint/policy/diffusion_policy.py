@@ -198,10 +198,7 @@ class DiffusionPolicy:
         height: int | None = None,
         width: int | None = None,
     ) -> Latents:
-        """Denoises, without gradient, and stops before the step `until`, or at the end.
-
-        From noise, or from latents as they are before the step `start`, which others have drawn or noised so far.
-        """
+        """Denoises from noise, or from latents before the step `start`, and stops before the step `until`, or the end."""
         plan = self.schedules.plan(steps, self.device)
         check_span(start, until, steps, given=latents is not None)
         check_eta(eta)
@@ -384,11 +381,7 @@ class DiffusionPolicy:
         self._trained.load_state(state)
 
     def remember_reference(self, others: Mapping[str, Tensor] = MappingProxyType({})) -> None:
-        """Makes the present weights the reference policy; that of a LoRA is the UNet beneath it anyway.
-
-        `others` are values that some of the UNet's weights have in the reference instead, by their plain names; a
-        `ValueError` refuses what does not fit.
-        """
+        """Makes the present weights the reference, but for others by plain name; a LoRA's is the UNet beneath anyway."""
         self._trained.remember(others)
 
     def student_copy(self, train: str | LoRAConfig | None = None) -> "DiffusionPolicy":

@@ -16,7 +16,8 @@ from safetensors.torch import save_file
 from erasure import ESD, Concept, ConceptBatch, Erasure, ESDConfig
 from examples import erase, refl_recover
 from overpaint.evaluation.experiments.program import settings_from_command_line
-from overpaint.evaluation.experiments.recovery import LOSS_SAMPLES, LOSS_SEED, about_of, kept_method, mean_loss
+from overpaint.evaluation.experiments.recovery_constraint import LOSS_SAMPLES, LOSS_SEED, kept_method, mean_loss
+from overpaint.evaluation.experiments.recovery_options import about_of
 from overpaint.policy import DiffusionPolicy, LoRAConfig
 from overpaint.policy.added import added_networks
 from overpaint.training import read_metrics

@@ -1,304 +1,35 @@
 """Recovery: the reward of an erased model is won back by ReFL, while the concept stays gone; or without that, to see.
 
-What the programs that recover have in common: options, the constraint, the training, and the comparison of the model
-before, erased and recovered.
+What the programs that recover have in common: the training, and the comparison of the model before, erased and
+recovered.
 """
 
-import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import fields, replace
+from dataclasses import replace
 from functools import partial
-from itertools import cycle, islice
 from typing import Any, Literal, NamedTuple, TypeVar
 
-from erasure import (
-    NUDITY,
-    ConceptBatch,
-    ConceptPrompts,
-    Erasure,
-    ErasureConstraint,
-    ImageConstraint,
-    Lagrangian,
-    LagrangianConfig,
-    Objective,
-    ObjectiveConstraint,
-    ReferenceDistance,
-    ReferenceDistanceConfig,
-    SoftAttack,
-)
+from erasure import Erasure, SoftAttack
 from erasure.changes import WeightChange
 from erasure.erased import is_saved
-from erasure.generated import for_run
 from erasure.official import load_erasure
-from erasure.protocols import TrainedMethod
-from erasure.registry import METHODS, ErasureMethod, method_named
+from erasure.registry import ErasureMethod
 from overpaint.evaluation.report.charts import Panel
 from overpaint.evaluation.report.page import Section
-from overpaint.policy import DiffusionPolicy, LoRAConfig, check_checkpoint
-from overpaint.settings import AnyPath, Field, settings
-from overpaint.training import HeldOut, TrainingConfig
-from refl import ReFLConfig, ReFLTrainer
+from overpaint.policy import DiffusionPolicy
+from overpaint.training import HeldOut
+from refl import ReFLTrainer
 from refl.gradient_check import check_gradient, trial_images
 from rewards.combine import to_device
 
-from .experiment import Detector, Evaluation, Experiment, evaluate, experiment_of, write_results
-from .options import ConceptOptions, EraserSettings, RewardOptions, RunOptions, SharingOptions, TunedOptions
-from .program import check_same, updated, usual_beside
+from .experiment import Evaluation, Experiment, evaluate, write_results
+from .program import usual_beside
+from .recovery_constraint import concept_prompts, constraint_name, constraint_of, detector_of
+from .recovery_options import DECIDING, RecoveryOptions, completed
 
-ConstraintName = Literal["detector", "objective", "reference", "none"]
-
-DETECTOR_WEIGHT = 0.1
-"""Weight of a detector's violation before the first update, which a reward is not drowned by."""
-NEAR_REFERENCE = 1e-3
-"""Squared distance of noise predictions from the erased model's that counts as erased."""
-LOSS_SAMPLES, LOSS_SEED, LOSS_MARGIN = 64, 5_000_000, 0.1
-"""The erased model's own loss, which the method's loss may exceed by that margin: of how many samples, from which seed
-on."""
 UNKNOWN = "its eraser"
 """What erased a model that does not say."""
-DECIDING = ("policy", "method", "concept", "anchor", "preserve")
-"""Options of the programs that decide what others are by default."""
-
-
-@settings
-class RecoveryOptions(SharingOptions, RewardOptions, TunedOptions, ConceptOptions, RunOptions):
-    """How the reward of an erased model is won back, and how its states are compared."""
-
-    original: str | None = None
-    """The model before it was erased, to compare with, where the policy is an erased model: a folder, a hub id or a
-    file."""
-
-    erasure: AnyPath | None = None
-    """What erases the policy: a folder of a saved erasure (`Erasure.save`), or a file or folder of erased weights as
-    ESD, UCE, AC, SA, MACE, Receler and EraseFlow release them."""
-
-    constraint: ConstraintName | None = None
-    """What keeps the concept gone in the recovery: a "detector" of it with a gradient; the "objective" that the erasure
-    method descends; the distance of noise predictions from those of the erased model, its "reference"; or "none", to
-    see how much of the concept comes back. None is the detector of the tiny world's stripes, and else the reference:
-    a detector that is also the measure would no longer tell the truth."""
-
-    ceiling: float | None = Field(None, gt=0)
-    """Highest mean of what the constraint holds down that counts as erased; None is 0.005 for the detector of stripes
-    and 0.1 for others, 0.001 for the reference, and for an objective a tenth more than the erased model's own loss."""
-
-    attacked: bool = False
-    """Whether the constraint has to hold on prompts that are made hard: half of those that bring the concept unnamed or
-    whose pictures still show it (`ConceptPrompts`), and every other one attacked by free vectors (`SoftAttack`)."""
-
-    iterations: int = Field(80, ge=1)
-    """ReFL iterations of the recovery."""
-
-    learning_rate: float | None = Field(None, gt=0)
-    """Of what is trained; None is 1e-3 for the tiny world and 1e-4 for Stable Diffusion."""
-
-    refl: ReFLConfig | None = None
-    """How the reward is won back; None is small for the tiny world, and the authors' batch for Stable Diffusion."""
-
-    prompts_per_kind: int = Field(200, ge=1)
-    """Prompts of each kind in the evaluation."""
-
-    evaluation_steps: int = Field(20, ge=1)
-    """Denoising steps of the pictures that are compared."""
-
-    @property
-    def training(self) -> TrainingConfig:
-        """The settings of the recovery's run."""
-        return self.run_of(1e-3 if self.tiny else 1e-4)
-
-
 Options = TypeVar("Options", bound=RecoveryOptions)
-
-
-def completed(config: Options) -> Options:
-    """Fills in what depends on the model."""
-    config = replace(config, guidance_scale=config.usual_guidance, **config.tuned(LoRAConfig(rank=8, alpha=8)))
-    refl, run = config.refl or refl_config(config), config.training
-    check_same("refl", refl, **config.training_pictures)
-    return replace(config, refl=refl, run=run, learning_rate=run.learning_rate)
-
-
-def refl_config(config: RecoveryOptions) -> ReFLConfig:
-    """Returns the settings of the recovery: small for the tiny world, the authors' batch for Stable Diffusion."""
-    if config.tiny:
-        return ReFLConfig(
-            batch_size=8,
-            micro_batch_size=8,
-            erasure_batch_size=8,
-            pretraining_batch_size=16,
-            steps=20,
-            first_reward_step=10,
-            last_reward_step=19,
-            **config.training_pictures,
-            reward_scale=0.05,
-            evaluate_every=20,
-        )
-    return ReFLConfig(
-        batch_size=64,
-        micro_batch_size=2,
-        erasure_batch_size=16,
-        pretraining_batch_size=16,
-        **config.training_pictures,
-        checkpoint_steps=True,
-    )
-
-
-# What is erased, and what holds it.
-
-
-def about_of(config: RecoveryOptions) -> Experiment:
-    """Returns what is erased from what; a saved erasure brings its concept.
-
-    Raises:
-        ValueError: The concept that is asked for is not that of the saved erasure.
-    """
-    concept = config.own_concept(tiny=config.tiny)
-    if config.erasure is not None and is_saved(config.erasure):
-        saved = Erasure.load(config.erasure).concept
-        if concept is not None and concept.phrases != saved.phrases:
-            raise ValueError(
-                f"concept must be the saved erasure's, {', '.join(saved.phrases)}, got {', '.join(concept.phrases)}"
-            )
-        concept = saved
-    elif concept is None and (config.erasure is not None or config.original is not None):
-        source, usual = config.erasure or config.policy, "stripes" if config.tiny else NUDITY.name
-        warnings.warn(f"{source} does not say what was erased, taken for {usual}; see --concept", stacklevel=2)
-    return experiment_of(config, concept)
-
-
-def check_model(config: RecoveryOptions) -> None:
-    """Checks which model is which, before any work.
-
-    Raises:
-        ValueError: There is no such model, or it is said to be erased already and an erasure is given, too.
-    """
-    config.check()
-    if config.original is not None:
-        if config.erasure is not None:
-            raise ValueError(f"original must come without an erasure of the policy, got {config.erasure} besides")
-        if config.tiny:
-            raise ValueError(
-                f"policy must be an erased model beside the original {config.original}, got the tiny world"
-            )
-        check_checkpoint(config.original)
-
-
-def constraint_name(config: RecoveryOptions, about: Experiment) -> ConstraintName:
-    """Returns the constraint that was asked for, or the usual one."""
-    if config.constraint is not None:
-        return config.constraint
-    return "reference" if about.detector is None or about.detector.measures else "detector"
-
-
-def check_constraint(
-    config: RecoveryOptions, about: Experiment, method: ErasureMethod | None, *, original: bool
-) -> None:
-    """Checks that the concept can be held by what is asked for, before any work.
-
-    Args:
-        config: Options.
-        about: What is erased.
-        method: The method that erased, or erases.
-        original: Whether the model before the erasure is known.
-
-    Raises:
-        ValueError: There is no detector with a gradient, the method has no loss, the original is not known, which such
-            a loss is about, or a ceiling is given for nothing.
-    """
-    name = constraint_name(config, about)
-    if name == "detector":
-        _detector_of(about)
-    if name == "objective":
-        _loss_of(method)
-        if not original:
-            raise ValueError("constraint objective must come with the original, which the loss is about, got none")
-    if name == "none" and config.ceiling is not None:
-        raise ValueError(f"ceiling must be None with the constraint none, got {config.ceiling}")
-    if name == "none" and config.attacked:
-        raise ValueError("attacked must be off with the constraint none, which has no prompts, got it on")
-
-
-def _detector_of(about: Experiment) -> Detector:
-    if about.detector is None:
-        raise ValueError(
-            "constraint must be reference, objective or none where no detector has a gradient, got detector for "
-            f"{about.concept.name}"
-        )
-    return about.detector
-
-
-def _loss_of(method: ErasureMethod | None) -> TrainedMethod:
-    if not isinstance(method, TrainedMethod):
-        trained = ", ".join(key for key, kind in METHODS.items() if isinstance(kind(), TrainedMethod))
-        found = "none that is known" if method is None else method.name
-        raise ValueError(f"constraint objective must come with a method that has a loss ({trained}), got {found}")
-    return method
-
-
-def kept_method(erasure: AnyPath | None, method: str | None, eraser: EraserSettings | None) -> ErasureMethod | None:
-    """Returns the method that made an erasure: the one that is named, or that of a saved one with its settings.
-
-    None is one that nobody knows.
-    """
-    if method is not None:
-        return method_named(method, eraser)
-    saved = Erasure.load(erasure) if erasure is not None and is_saved(erasure) else None
-    if saved is None or (name := saved.method.lower()) not in METHODS:
-        return None
-    usual = method_named(name).config
-    known = {field.name for field in fields(usual)}
-    return method_named(name, updated(usual, {key: value for key, value in saved.config.items() if key in known}))
-
-
-def concept_prompts(config: RecoveryOptions, about: Experiment) -> Sequence[str]:
-    """Returns the prompts of the concept that the constraint is measured on; a method's loss is about phrases."""
-    if constraint_name(config, about) == "objective":
-        explicit, implicit = list(about.concept.phrases), []
-    else:
-        explicit, implicit = (list(dict.fromkeys(about.prompts(kind, 200, 7))) for kind in ("explicit", "implicit"))
-        implicit = [prompt for prompt in implicit if prompt not in explicit]
-    return ConceptPrompts(explicit, implicit) if config.attacked else [*explicit, *implicit]
-
-
-def constraint_of(
-    config: RecoveryOptions, about: Experiment, policy: DiffusionPolicy, method: ErasureMethod | None, *, progress: bool
-) -> ErasureConstraint | None:
-    """Returns what keeps the concept gone, for an erased policy; None where nothing does.
-
-    The loss of a method has a level of its own, which no UNet falls below: its ceiling is measured on the policy.
-    """
-    name = constraint_name(config, about)
-    refl = config.refl or refl_config(config)
-    if name == "none":
-        return None
-    prompts = concept_prompts(config, about)
-    if name == "detector":
-        detector = _detector_of(about)
-        attack = SoftAttack(score=detector.slope) if config.attacked else None
-        weight = Lagrangian(LagrangianConfig(initial_weight=DETECTOR_WEIGHT))
-        return ImageConstraint(
-            detector.score, prompts, weight, ceiling=config.ceiling or detector.ceiling, attack=attack
-        )
-    if name == "objective":
-        objective: Objective = for_run(_loss_of(method), config.output_dir / "constraint", progress=progress)
-        ceiling = config.ceiling or (1 + LOSS_MARGIN) * mean_loss(objective, policy, about, refl.micro_batch_size)
-    else:
-        objective = ReferenceDistance(ReferenceDistanceConfig(steps=refl.steps))
-        ceiling = config.ceiling or NEAR_REFERENCE
-    attack = SoftAttack() if config.attacked else None
-    return ObjectiveConstraint(objective, about.concept, prompts, ceiling=ceiling, attack=attack)
-
-
-def mean_loss(objective: Objective, policy: DiffusionPolicy, about: Experiment, batch_size: int) -> float:
-    """Returns an objective's mean loss over phrases of the concept in turn, after preparing it."""
-    objective.prepare(policy, about.concept)
-    phrases = list(islice(cycle(about.concept.phrases), LOSS_SAMPLES))
-    total = 0.0
-    for start in range(0, LOSS_SAMPLES, batch_size):
-        part = phrases[start : start + batch_size]
-        seeds = range(LOSS_SEED + start, LOSS_SEED + start + len(part))
-        total += objective.loss(policy, ConceptBatch(part, seeds)).detach().sum().item()
-    return total / LOSS_SAMPLES
 
 
 # The states of the model.
@@ -389,7 +120,7 @@ def _check_policy(config: RecoveryOptions, policy: DiffusionPolicy, about: Exper
         raise ValueError(f"train must be None with an erasure by {erasure.method}; train a LoRA")
     prompts = concept_prompts(config, about)
     if constraint_name(config, about) == "detector":
-        detector, side = _detector_of(about).score, config.size or policy.image_size
+        detector, side = detector_of(about).score, config.size or policy.image_size
         to_device(detector, policy.device)
         check_gradient("detector", detector, trial_images(side, side, policy.device), prompts)
     if config.attacked:

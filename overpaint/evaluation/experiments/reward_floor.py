@@ -37,7 +37,8 @@ from overpaint.training.folder import METRICS, check_output_dir
 from refl import ReFLTrainer
 
 from .experiment import Experiment, draw_and_score
-from .recovery import RecoveryOptions, mean_loss, refl_config
+from .recovery_constraint import mean_loss
+from .recovery_options import RecoveryOptions, refl_config
 
 BENIGN = "benign"
 FOLDER = "erasing"
