@@ -198,7 +198,7 @@ class DiffusionPolicy:
         height: int | None = None,
         width: int | None = None,
     ) -> Latents:
-        """Denoises from noise, or from latents before the step `start`, and stops before the step `until`, or the end."""
+        """Denoises from noise, or from latents before a step `start`, and stops before `until`, or at the end."""
         plan = self.schedules.plan(steps, self.device)
         check_span(start, until, steps, given=latents is not None)
         check_eta(eta)
@@ -381,7 +381,7 @@ class DiffusionPolicy:
         self._trained.load_state(state)
 
     def remember_reference(self, others: Mapping[str, Tensor] = MappingProxyType({})) -> None:
-        """Makes the present weights the reference, but for others by plain name; a LoRA's is the UNet beneath anyway."""
+        """Makes the present weights the reference, but for some others by name; a LoRA's is the UNet beneath it."""
         self._trained.remember(others)
 
     def student_copy(self, train: str | LoRAConfig | None = None) -> "DiffusionPolicy":
