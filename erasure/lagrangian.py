@@ -54,9 +54,14 @@ class LagrangianConfig:
     """Decay of the running mean of violations that the gains see: batches are small, and their violations noisy. Zero:
     each batch for itself."""
 
-    max_violation: AnyFloat = Field(1.0, gt=0)
-    """The running mean goes no farther from 0. Costs often have a lower bound and no upper one: without a
-    bound, a few updates of a gross violation wind up more weight than hundreds of good ones take back."""
+    scale_memory: float = Field(0.99, ge=0, lt=1)
+    """Decay of the running mean of squares, by whose root the running mean is divided where it is above 1. Costs often
+    have a lower bound and no upper one, and few pictures of a batch show the concept, but those much: divided, gross
+    violations do not wind up the weight, and unlike cut off, they count for as much as all the good ones between them.
+    Zero: off."""
+
+    max_violation: AnyFloat = Field(20.0, gt=0)
+    """Violations farther from 0 count as this far: no single one fills the memory for long."""
 
     def __post_init__(self) -> None:
         """Checks that the weight starts within its bounds."""
@@ -81,7 +86,8 @@ class Lagrangian:
         self.config = config or LagrangianConfig()
         self._weight = float(self.config.initial_weight)
         self._integral = self._to_space(self._weight)
-        self._violation = math.nan  # none seen yet
+        self._violation = math.nan  # running mean; none seen yet
+        self._square = 0.0  # running mean of squares
 
     @property
     def weight(self) -> float:
@@ -94,19 +100,24 @@ class Lagrangian:
         The derivative counts growth only, as in Algorithm 2 of Stooke et al. Departures from it: the step is in the
         logarithm by default; the integral holds the weight itself (the gain multiplied in, and the initial weight); it
         is clipped from above as well, and so is the violation (`max_violation`); one running mean serves all three
-        gains; and the first update has no derivative, where theirs compares with a cost of zero.
+        gains, in units of the violations' root mean square where these are large (`scale_memory`), as Adam has it
+        (Kingma and Ba 2015, https://arxiv.org/abs/1412.6980); and the first update has no derivative, where theirs
+        compares with a cost of zero.
 
         Raises:
             ValueError: The violation is not finite. The weight is unchanged.
         """
         check_violation(violation)
-        cfg, first = self.config, math.isnan(self._violation)
-        mean = violation if first else cfg.smoothing * self._violation + (1 - cfg.smoothing) * violation
-        mean = min(max(mean, -cfg.max_violation), cfg.max_violation)
-        growth = 0.0 if first else max(mean - self._violation, 0.0)
-        self._violation = mean
-        self._integral = self._clipped(self._integral + cfg.learning_rate * mean)
-        answer = self._clipped(self._integral + cfg.proportional_gain * mean + cfg.derivative_gain * growth)
+        cfg, first, before = self.config, math.isnan(self._violation), self._seen
+        violation = min(max(violation, -cfg.max_violation), cfg.max_violation)
+        if first:
+            self._violation, self._square = violation, violation**2
+        else:
+            self._violation += (1 - cfg.smoothing) * (violation - self._violation)
+            self._square += (1 - cfg.scale_memory) * (violation**2 - self._square)
+        growth = 0.0 if first else max(self._seen - before, 0.0)
+        self._integral = self._clipped(self._integral + cfg.learning_rate * self._seen)
+        answer = self._clipped(self._integral + cfg.proportional_gain * self._seen + cfg.derivative_gain * growth)
         self._weight = math.exp(answer) if cfg.space == "log" else answer
 
     def state_dict(self) -> dict[str, Any]:
@@ -115,7 +126,7 @@ class Lagrangian:
         The running mean of the violation is None before the first update, so that every number is finite.
         """
         violation = None if math.isnan(self._violation) else self._violation
-        return {"integral": self._integral, "weight": self._weight, "violation": violation}
+        return {"integral": self._integral, "weight": self._weight, "violation": violation, "square": self._square}
 
     def load_state_dict(self, state: Mapping[str, Any], /) -> None:
         """Takes over what `state_dict` returned.
@@ -123,15 +134,21 @@ class Lagrangian:
         Raises:
             ValueError: A key is missing or unknown, or a value is not finite. Nothing is changed.
         """
-        check_keys(state, ("integral", "weight", "violation"))
+        check_keys(state, ("integral", "weight", "violation", "square"))
         if bad := [key for key, value in state.items() if value is not None and not math.isfinite(value)]:
             raise ValueError(f"state[{bad[0]!r}] must be finite, got {state[bad[0]]}")
         self._integral, self._weight = float(state["integral"]), float(state["weight"])
         self._violation = math.nan if state["violation"] is None else float(state["violation"])
+        self._square = float(state["square"])
 
     def description(self) -> dict[str, Any]:
         """Returns the settings."""
         return {"controller": "Lagrangian", **asdict(self.config)}
+
+    @property
+    def _seen(self) -> float:
+        """The violation as the gains see it."""
+        return self._violation / max(1.0, math.sqrt(self._square)) if self.config.scale_memory else self._violation
 
     def _to_space(self, weight: float) -> float:
         return math.log(weight) if self.config.space == "log" else weight

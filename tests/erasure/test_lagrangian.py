@@ -1,5 +1,7 @@
 import json
 import math
+import random
+from statistics import fmean, pstdev
 from typing import Any
 
 import pytest
@@ -9,7 +11,7 @@ from erasure import Lagrangian, LagrangianConfig
 
 def raw(**settings: Any) -> LagrangianConfig:
     """Settings under which every violation counts as it is."""
-    given: dict[str, Any] = {"smoothing": 0.0, "max_violation": math.inf, **settings}
+    given: dict[str, Any] = {"smoothing": 0.0, "max_violation": math.inf, "scale_memory": 0.0, **settings}
     return LagrangianConfig(**given)
 
 
@@ -183,10 +185,32 @@ def test_gains_see_the_running_mean_of_the_violations() -> None:
     assert lagrangian.weight == pytest.approx(1.6, rel=1e-12)
 
 
-def test_scarce_hits_of_a_detector_are_averaged_before_they_are_bounded() -> None:
-    # One picture of eight shows the concept in every tenth batch, which is the ceiling of 1/80: a violation of 9, and
-    # -1 in all others. Bounded before it is averaged, it would count as 1, and the weight would fall for ever.
-    lagrangian = Lagrangian(LagrangianConfig(smoothing=0.9, proportional_gain=0.0, learning_rate=0.02))
-    for k in range(2000):
-        lagrangian.update(9.0 if k % 10 == 5 else -1.0)
-    assert 0.8 < lagrangian.weight < 1.25
+def test_large_violations_count_in_units_of_their_root_mean_square() -> None:
+    lagrangian = Lagrangian(raw(learning_rate=1.0, proportional_gain=0.0, scale_memory=0.5, initial_weight=1.0))
+    lagrangian.update(8.0)  # squares 64: counts as 1
+    assert lagrangian.weight == pytest.approx(math.e, rel=1e-12)
+    lagrangian.update(-2.0)  # squares (64 + 4) / 2
+    assert lagrangian.weight == pytest.approx(math.exp(1 - 2 / math.sqrt(34)), rel=1e-12)
+    small = Lagrangian(raw(learning_rate=1.0, proportional_gain=0.0, scale_memory=0.5))
+    small.update(0.5)  # below 1 nothing is divided
+    assert small.weight == pytest.approx(math.exp(0.5), rel=1e-12)
+
+
+def scarce(updates: int, seed: int) -> tuple[list[float], list[float]]:
+    """Returns the mean violations and the logarithms of the weight where each of eight pictures shows the concept
+    rarely and then much: with a probability that falls with the weight, five updates late, at 35 times the ceiling."""
+    chance, lagrangian, generator = 0.2, Lagrangian(), random.Random(seed)
+    violations, logarithms = [], []
+    for _ in range(updates):
+        lagrangian.update(35 * sum(generator.random() < chance for _ in range(8)) / 8 - 1)
+        chance += (min(1.0, 0.05 / lagrangian.weight) - chance) / 5
+        violations.append(35 * chance - 1)
+        logarithms.append(math.log(lagrangian.weight))
+    return violations, logarithms
+
+
+def test_scarce_hits_of_a_detector_settle_at_the_ceiling_with_the_usual_gains() -> None:
+    # Cut off at the ceiling's double in place of divided, they would settle a third above it.
+    runs = [scarce(600, seed) for seed in range(16)]
+    assert abs(fmean(fmean(violations[100:]) for violations, _ in runs)) < 0.1
+    assert fmean(pstdev(logarithms[100:]) for _, logarithms in runs) < 0.6

@@ -29,6 +29,7 @@ PLAIN: dict[str, Any] = {
     "smoothing": 0.0,
     "min_weight": 0.0,
     "max_violation": math.inf,
+    "scale_memory": 0.0,
 }
 """Settings of plain dual ascent on the weight itself."""
 

@@ -1,6 +1,5 @@
 """What holds an erased concept while a reward is raised: a detector, the loss of the method, or the erased model."""
 
-import math
 from collections.abc import Sequence
 from dataclasses import fields
 from itertools import cycle, islice
@@ -31,16 +30,8 @@ from .options import EraserSettings
 from .program import updated
 from .recovery_options import ConstraintName, RecoveryOptions, refl_config
 
-DETECTOR_GAINS = LagrangianConfig(
-    space="linear",
-    initial_weight=0.1,
-    learning_rate=8e-4,
-    proportional_gain=0.0,
-    smoothing=0.0,
-    max_violation=math.inf,
-)
-"""How the weight of a detector follows: slowly. Few pictures of a batch show the concept, and those much: answered at
-the usual gains, such hits drown the reward, and what lies between them lets the weight fall too low."""
+DETECTOR_WEIGHT = 0.1
+"""Weight of a detector's violation before the first update, which a reward is not drowned by."""
 NEAR_REFERENCE = 1e-3
 """Squared distance of noise predictions from the erased model's that counts as erased."""
 LOSS_SAMPLES, LOSS_SEED, LOSS_MARGIN = 64, 5_000_000, 0.1
@@ -141,7 +132,7 @@ def constraint_of(
     if name == "detector":
         detector = detector_of(about)
         attack = SoftAttack(score=detector.slope) if config.attacked else None
-        weight = Lagrangian(DETECTOR_GAINS)
+        weight = Lagrangian(LagrangianConfig(initial_weight=DETECTOR_WEIGHT))
         return ImageConstraint(
             detector.score, prompts, weight, ceiling=config.ceiling or detector.ceiling, attack=attack
         )
