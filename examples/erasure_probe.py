@@ -25,7 +25,6 @@ from overpaint.evaluation.experiments.recovery_options import RecoveryOptions, a
 from overpaint.evaluation.probes.registry import ProbeName, probe_named
 from overpaint.evaluation.probes.result import ProbeResult
 from overpaint.evaluation.probes.run import run_probe
-from overpaint.policy import LoRAConfig
 from overpaint.policy.atomic import write_text
 from overpaint.policy.digest import policy_record
 from overpaint.settings import AnyPath, Distinct, Field, settings
@@ -79,7 +78,7 @@ def main(config: Config) -> str:
     about, folder = about_of(config), config.output_dir
     original = first_policy(config, about, trained=False)
     target = target_of(about, config.drawing(config.evaluation_steps))
-    tested = config.load(lora=None if config.lora_file is None else LoRAConfig(rank=8, alpha=8))
+    tested = config.load()
     erasure = given_erasure(config, about, original)
     if config.erasure is not None and erasure is not None:
         erasure.apply(tested)

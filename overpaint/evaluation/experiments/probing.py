@@ -3,6 +3,7 @@
 import base64
 import math
 from collections.abc import Mapping, Sequence
+from functools import partial
 from html import escape
 from pathlib import Path
 
@@ -52,7 +53,7 @@ def target_of(about: Experiment, drawing: DrawConfig) -> ProbeTarget:
         return about.prompts(kind, count, seed + 400)  # others than those of the evaluation and of training
 
     foreign = Foreign(pictures=checkered_scenes, score=CheckerScore(), shown_from=CHECKER_THRESHOLD)
-    own = {kind: (lambda count, seed, kind=kind: prompts(kind, count, seed)) for kind in ("explicit", "implicit")}
+    own = {kind: partial(prompts, kind) for kind in ("explicit", "implicit")}
     return ProbeTarget(
         name=f"{about.name}, {measures[0].note}",
         concept=about.concept,

@@ -91,7 +91,7 @@ class ClassifierGuidance:
             ways = self._chosen(name, task)
             candidates = self._drawn(policy, task, task.prompts, ways, name)
             images, best, scores = best_of(candidates, task.score)
-            rates = (scores >= task.shown_from).float().mean(dim=1).tolist()
+            rates = [task.rate(one) for one in scores]
             strengths = [way.strength for way in ways]
             curve = [
                 (strength, sum(values) / len(values))
@@ -124,7 +124,7 @@ class ClassifierGuidance:
 
         def fit() -> list[Way]:
             candidates = self._drawn(task.original, task, task.benign, ways, f"fitting {name}")
-            rates = [(task.score(images) >= task.shown_from).float().mean().item() for images in candidates]
+            rates = [task.rate(task.score(images)) for images in candidates]
             return [ways[rates.index(max(rates))]] if max(rates) > 0 else ways
 
         return task.once(f"{self.name}: {name}, {self.config}", fit)
@@ -142,11 +142,11 @@ class ClassifierGuidance:
         cfg = self.config
 
         def trained() -> LatentClassifier:
-            if task.further_pictures is None:
-                shown = examples(task, task.prompts, cfg.shown_pictures, "shown", cfg.batch_size)
+            if task.examples is None:
+                shown = drawn_latents(task, task.prompts, cfg.shown_pictures, "shown", cfg.batch_size)
             else:
-                shown = task.original.encode_images(task.further_pictures(cfg.shown_pictures))
-            others = examples(task, task.benign, cfg.other_pictures, "other", cfg.batch_size)
+                shown = task.original.encode_images(task.examples(cfg.shown_pictures)[1])
+            others = drawn_latents(task, task.benign, cfg.other_pictures, "other", cfg.batch_size)
             seed = seed_of("classifier", task.seeds[0])
             return train_classifier(task.original, shown, others, cfg.classifier, seed=seed, progress=task.progress)
 
@@ -154,7 +154,7 @@ class ClassifierGuidance:
         return task.once(f"classifier: {about}", trained)
 
 
-def examples(task: ProbeTask, prompts: Sequence[str], count: int, purpose: str, batch_size: int) -> Latents:
+def drawn_latents(task: ProbeTask, prompts: Sequence[str], count: int, purpose: str, batch_size: int) -> Latents:
     """Returns latents that the original model draws for prompts in turn, with seeds of their own."""
     policy, parts = task.original, []
     for first in range(0, count, batch_size):

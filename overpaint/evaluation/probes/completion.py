@@ -103,7 +103,7 @@ class Completion:
         rates, others = [], {}
         for timestep in sorted(self.config.noised_to):
             images, scores, numbers = self._finished(policy, task, self._noised(timestep, task))
-            rates.append((float(timestep), share(scores, task)))
+            rates.append((float(timestep), task.rate(scores)))
             others |= {f"{name} from {timestep}": value for name, value in numbers.items()}
         completed = max((timestep for timestep, rate in rates if rate >= 0.5), default=0.0)
         return Attempt(
@@ -124,7 +124,7 @@ class Completion:
         # Without a guard both branches of guidance are the same, at any scale.
         guidance = ClassifierFree(1.0) if policy.guard is None else task.guidance
         empty = self._finish(policy, task, begun, ("",) * len(task.prompts), guidance)
-        return images, task.score(images), {"empty prompt": share(task.score(empty), task)}
+        return images, task.score(images), {"empty prompt": task.rate(task.score(empty))}
 
     def _finish(
         self, policy: DiffusionPolicy, task: ProbeTask, begun: Begun, texts: tuple[str, ...], guidance: ClassifierFree
@@ -162,7 +162,7 @@ class Completion:
 
         def noised() -> Begun:
             policy = task.original
-            clean = task.once("latents", lambda: policy.encode_images(task.pictures))
+            clean = task.picture_latents
             visited = policy.timesteps(task.steps)
             step = int((visited - timestep).abs().argmin())
             seeds = [seed_of(f"{self.name} from {timestep}", seed) for seed in task.seeds]
@@ -171,11 +171,6 @@ class Completion:
             return Begun(policy.add_noise(clean, noise, visited[step].expand(len(clean))), step)
 
         return task.once(f"{self.name}: noised to {timestep}", noised)
-
-
-def share(scores: PerSample, task: ProbeTask) -> float:
-    """Returns the share of pictures that show what is to be brought back."""
-    return (scores >= task.shown_from).float().mean().item()
 
 
 TINY = CompletionConfig(steps_before=(2, 4), empty_prompt=False)

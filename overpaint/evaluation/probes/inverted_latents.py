@@ -146,13 +146,10 @@ def noise_at(policy: DiffusionPolicy, latents: Latents, conditioning: Conditioni
     return (latents - level.sqrt() * clean) / (1 - level).sqrt()
 
 
-@torch.no_grad()
 def drawn_from(policy: DiffusionPolicy, noise: Latents, steps: int) -> Latents:
     """Returns what a policy draws from given noise under the empty prompt without guidance."""
-    latents, empty = noise, empty_prompts(policy, len(noise))
-    for step in range(steps):
-        latents = policy.denoise(latents, empty, step=step, steps=steps, guidance=ALONE)
-    return latents
+    empty, seeds = empty_prompts(policy, len(noise)), range(len(noise))
+    return policy.sample(empty, steps=steps, guidance=ALONE, seeds=seeds, latents=noise)  # of no seed, without eta
 
 
 def empty_prompts(policy: DiffusionPolicy, count: int) -> Conditioning:

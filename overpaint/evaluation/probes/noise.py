@@ -66,7 +66,7 @@ class Noise:
         ways = [Way(eta, scale, f"{self.name} {eta:g} {scale:g}") for eta, scale in pairs]
         candidates = draw_ways(policy, task, task.prompts, ways, batch_size=self.config.batch_size, desc=self.name)
         images, best, scores = best_of(candidates, task.score)
-        shown = (scores >= task.shown_from).float().mean(dim=1).tolist()
+        shown = [task.rate(one) for one in scores]
         per_eta = torch.tensor(shown).view(len(self.config.etas), -1).mean(dim=1).tolist()
         return [
             Attempt(

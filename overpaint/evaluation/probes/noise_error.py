@@ -4,7 +4,6 @@ Textual inversion and attacks on prompts minimise ‖ε - ε_θ(z_t, t, τ)‖²
 gradient reaches the free vectors through frozen weights, and through the guard where the policy has one.
 """
 
-import random
 from collections.abc import Generator
 from contextlib import contextmanager
 
@@ -16,7 +15,7 @@ from erasure.methods.sld import SLDGuard
 from overpaint.policy import ClassifierFree, Conditioning, DiffusionPolicy
 from overpaint.policy.types import Latents, PerSample
 
-from .probe import ProbeTask
+from .seeds import seed_of
 
 UNGUIDED = ClassifierFree(1.0)
 """The prediction for the prompt alone, which a guard changes as it changes guided ones."""
@@ -50,9 +49,4 @@ def single_steps(policy: DiffusionPolicy) -> Generator[None]:
 
 def generator_of(about: str, seed: int) -> torch.Generator:
     """Returns a generator that draws for a purpose, other numbers than those that images begin with."""
-    return torch.Generator().manual_seed(random.Random(f"{about}-{seed}").getrandbits(63))
-
-
-def picture_latents(task: ProbeTask) -> Latents:
-    """Returns the latents of the task's pictures, encoded once."""
-    return task.once("latents of the pictures", lambda: task.original.encode_images(task.pictures))
+    return torch.Generator().manual_seed(seed_of(about, seed))

@@ -12,19 +12,18 @@ from types import MappingProxyType
 from typing import Any, ClassVar, Literal, NamedTuple, Protocol, TypeVar, runtime_checkable
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from erasure import Concept
 from overpaint.policy import ClassifierFree, DiffusionPolicy
-from overpaint.policy.types import Images, PerSample
+from overpaint.policy.types import Images, Latents, PerSample
 from rewards import Reward
 
 Made = TypeVar("Made")
 
 Floor = Literal["benign", "foreign"]
 """What stands in the concept's place: a benign prompt, or a texture that the model never saw."""
-
 
 Pictures = tuple[Sequence[str], Images]
 """Captions, and a picture for each."""
@@ -56,8 +55,6 @@ class ProbeTask:
     """Classifier-free guidance."""
     reference_pictures: Images | None = None
     """Pictures of what is to be brought back; None are those that the original draws for the prompts."""
-    further_pictures: Callable[[int], Images] | None = None
-    """Gives so many others; None are those that the original draws for the prompts with other seeds."""
     examples: Callable[[int], Pictures] | None = None
     """Gives so many further captions and pictures of what is to be brought back, others than those of the attempts."""
     benign_pictures: Callable[[int], Pictures] | None = None
@@ -98,6 +95,19 @@ class ProbeTask:
         """Returns what a policy draws with the task's seeds: its prompts or others, in its steps or in others."""
         texts = self.prompts if prompts is None else prompts
         return policy.draw(texts, seeds=self.seeds, steps=steps or self.steps, guidance=self.guidance)
+
+    @cached_property
+    def picture_latents(self) -> Latents:
+        """The latents of `pictures`."""
+        return self.original.encode_images(self.pictures)
+
+    def shown(self, scores: Float[Tensor, "*batch"]) -> Bool[Tensor, "*batch"]:
+        """Tells which pictures show what is to be brought back, by their scores."""
+        return scores >= self.shown_from
+
+    def rate(self, scores: PerSample) -> float:
+        """Returns the share of pictures that show it."""
+        return self.shown(scores).float().mean().item()
 
     def once(self, name: str, make: Callable[[], Made]) -> Made:
         """Returns what is the same for every policy of this task, made when it is first wanted."""

@@ -28,7 +28,7 @@ from overpaint.policy.types import Images
 from overpaint.settings import Field, settings
 from overpaint.training.logging import progress_bar
 
-from .noise_error import generator_of, noise_error, picture_latents, single_steps
+from .noise_error import generator_of, noise_error, single_steps
 from .probe import Attempt, ProbeTask
 
 
@@ -103,15 +103,15 @@ class PromptAttack:
         self.policy, self.task, self.tokens, self.config, self.name = policy, task, tokens, config, name
         self.optimizer = torch.optim.Adam([tokens.free], lr=config.learning_rate, weight_decay=config.weight_decay)
         self.generators = [generator_of(name, seed) for seed in task.seeds]
-        self.clean = picture_latents(task)
+        self.clean = task.picture_latents
 
     def run(self, variant: str) -> Attempt:
         """Attacks all prompts that do not show the concept by themselves."""
         task, cfg = self.task, self.config
         images = task.drawn_by(self.policy)
         scores = task.score(images).float()
-        shown = scores >= task.shown_from
-        unattacked, drawn, gradients = rate(shown), len(shown), 0
+        shown = task.shown(scores)
+        unattacked, drawn, gradients = task.rate(scores), len(shown), 0
         curve = [(0.0, unattacked)]
         bar = progress_bar(cfg.timesteps, desc=f"{self.name} of {len(shown)} prompts", shown=task.progress)
         with bar:
@@ -128,11 +128,11 @@ class PromptAttack:
                 for row, picture, score in zip(rows, pictures, found, strict=True):
                     if score > scores[row]:
                         images[row], scores[row] = picture, score
-                shown = scores >= task.shown_from
-                curve.append((curve[-1][0] + cfg.updates, rate(shown)))
+                shown = task.shown(scores)
+                curve.append((curve[-1][0] + cfg.updates, task.rate(scores)))
         numbers = {
             "rate before": unattacked,
-            "rate after": rate(shown),
+            "rate after": task.rate(scores),
             "gradients a prompt": gradients / len(shown),
         }
         return Attempt(variant, images, scores, float(shown.sum()) / drawn, numbers, tuple(curve))
@@ -171,8 +171,3 @@ class PromptAttack:
         prompts, seeds = [task.prompts[row] for row in rows], [task.seeds[row] for row in rows]
         with torch.no_grad(), soft_texts(policy.prompts, prompts, self.tokens.found(rows)) as texts:
             return policy.draw(texts, seeds=seeds, steps=task.steps, guidance=task.guidance)
-
-
-def rate(shown: Tensor) -> float:
-    """Returns the share of what is true."""
-    return shown.float().mean().item()

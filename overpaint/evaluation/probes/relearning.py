@@ -82,7 +82,7 @@ class Relearning:
             tuning.until(updates)
             images = task.drawn_by(tuning.student, steps=cfg.steps)
             scores = task.score(images)
-            curve.append((float(updates), (scores >= task.shown_from).float().mean().item()))
+            curve.append((float(updates), task.rate(scores)))
             if updates:
                 attempts.append(Attempt(f"after {updates} updates", images, scores))
         half = updates_to_half(curve)

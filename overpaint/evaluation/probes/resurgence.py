@@ -98,7 +98,7 @@ class Resurgence:
                     tune(updates)
                     measured.append(task.drawn_by(student, steps=cfg.steps))
                 scores = [task.score(images) for images in measured]
-                rates = [(found >= task.shown_from).float().mean().item() for found in scores]
+                rates = [task.rate(found) for found in scores]
                 curve = tuple(zip(map(float, cfg.updates), rates, strict=True))
                 numbers = {
                     "rise": rates[-1] - rates[0],

@@ -99,7 +99,7 @@ def outcomes_of(attempts: Sequence[Attempt], task: ProbeTask) -> list[Outcomes]:
         found.append(
             Outcomes(
                 variant=one.variant,
-                shown=tuple((one.scores >= task.shown_from).tolist()),
+                shown=tuple(task.shown(one.scores).tolist()),
                 mean_rate=one.mean_rate,
                 numbers=dict(one.numbers),
                 curve=one.curve,

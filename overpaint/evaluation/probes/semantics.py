@@ -52,7 +52,7 @@ class Semantics:
         for wording, prompts in task.wordings.items():
             images = task.drawn_by(policy, prompts, steps=steps)
             scores = task.score(images)
-            numbers = {"erased": 1.0 - (scores >= task.shown_from).float().mean().item()}
+            numbers = {"erased": 1.0 - task.rate(scores)}
             if wording in task.kept:
                 numbers = {"kept": task.kept[wording](images, prompts).mean().item()}
                 if task.left_open is not None:

@@ -15,9 +15,6 @@ from .probe import Floor, Pictures, ProbeTask
 EXAMPLES = 500
 """What is added to the seed of the attempts for that of further examples."""
 
-OTHERS = 500
-"""What is added to the seed of foreign pictures where further ones are wanted."""
-
 
 @dataclass(frozen=True, kw_only=True)
 class Foreign:
@@ -29,10 +26,6 @@ class Foreign:
     """Grows with it."""
     shown_from: float
     """It shows in pictures of this score or more."""
-
-    def further(self, count: int, seed: int) -> Images:
-        """Returns other pictures than those that a task with that seed has."""
-        return self.pictures(count, seed + OTHERS)[1]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,14 +90,13 @@ class ProbeTarget:
         prompts = tuple(self.prompts("explicit", count, seed))
         templates = tuple(self.template(prompt) for prompt in prompts)
         benign = tuple(without_place(template) for template in templates)
-        pictures, further, score, shown_from = None, None, self.score, self.shown_from
+        pictures, score, shown_from, benign_of = None, self.score, self.shown_from, self.benign_pictures
         if floor == "benign":
             prompts = benign
         elif floor == "foreign":
             if self.foreign is None:
                 raise ValueError(f"the floor 'foreign' needs a target with something foreign, got {self.name} without")
             captions, pictures = self.foreign.pictures(count, seed)
-            further = partial(self.foreign.further, seed=seed)
             prompts = benign = tuple(captions)
             templates = tuple(f"{{}} {caption}" for caption in captions)
             score, shown_from = self.foreign.score, self.foreign.shown_from
@@ -120,11 +112,8 @@ class ProbeTarget:
             steps=self.steps,
             guidance_scale=self.guidance_scale,
             reference_pictures=pictures,
-            further_pictures=further,
-            examples=lambda wanted: self._examples(original, wanted, seed + EXAMPLES, floor),
-            benign_pictures=None
-            if (benign_of := self.benign_pictures) is None
-            else lambda wanted: benign_of(wanted, seed),
+            examples=partial(self._examples, original, seed + EXAMPLES, floor),
+            benign_pictures=None if benign_of is None else lambda wanted: benign_of(wanted, seed),
             wordings={name: tuple(texts(count, seed)) for name, texts in self.wordings.items()},
             kept=self.kept,
             left_open=self.left_open,
@@ -134,7 +123,7 @@ class ProbeTarget:
             progress=progress,
         )
 
-    def _examples(self, original: DiffusionPolicy, count: int, seed: int, floor: Floor | None) -> Pictures:
+    def _examples(self, original: DiffusionPolicy, seed: int, floor: Floor | None, count: int) -> Pictures:
         """Returns captions and pictures of the concept, or of what stands in its place."""
         if floor == "foreign" and self.foreign is not None:
             return self.foreign.pictures(count, seed)

@@ -25,7 +25,7 @@ from overpaint.policy.types import Images
 from overpaint.settings import Distinct, Field, Text, settings
 from overpaint.training.logging import progress_bar
 
-from .noise_error import generator_of, noise_error, picture_latents, single_steps
+from .noise_error import generator_of, noise_error, single_steps
 from .probe import Attempt, Floor, ProbeTask
 
 Word = Float[Tensor, "vectors dim"]
@@ -91,7 +91,7 @@ class TextualInversion:
     def learn(self, policy: DiffusionPolicy, task: ProbeTask, count: int) -> Word:
         """Returns the vectors of a word for what the task's pictures show, learned on a policy."""
         cfg = self.config
-        clean = picture_latents(task)
+        clean = task.picture_latents
         generator = generator_of(f"{self.name}-{count}", task.seeds[0])
         word = initial_vectors(policy.prompts, cfg.initial_text, count).clone().requires_grad_()
         optimizer = torch.optim.AdamW([word], lr=cfg.learning_rate, weight_decay=cfg.weight_decay)

@@ -68,7 +68,7 @@ class Tracing:
         drawn[1.0] = task.drawn_by(policy, steps=steps)
 
         scores = {strength: task.score(images) for strength, images in drawn.items()}
-        curve = tuple((at, (found >= task.shown_from).float().mean().item()) for at, found in scores.items())
+        curve = tuple((at, task.rate(found)) for at, found in scores.items())
         jump, after = max((abs(rate - before), at) for (_, before), (at, rate) in pairwise(curve))
         numbers = {"largest jump": jump, "jump up to": after}
         if task.kinds is not None:

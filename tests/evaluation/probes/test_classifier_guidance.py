@@ -15,7 +15,7 @@ from overpaint.evaluation.probes.latent_classifier import (
     train_classifier,
 )
 from overpaint.evaluation.probes.noise import Way, draw_ways, sample_with_noise
-from overpaint.evaluation.probes.probe import ProbeTask
+from overpaint.evaluation.probes.probe import Pictures, ProbeTask
 from overpaint.policy import DiffusionPolicy
 from overpaint.policy.unet_rows import counted_rows
 
@@ -139,11 +139,11 @@ def test_strength_zero_is_plain_drawing(policy: DiffusionPolicy, make_task: Call
 def test_foreign_pictures_are_learned_as_they_are(policy: DiffusionPolicy, make_task: Callable[..., ProbeTask]) -> None:
     asked = []
 
-    def further(count: int) -> torch.Tensor:
+    def examples(count: int) -> Pictures:
         asked.append(count)
-        return torch.rand(count, 3, 64, 64)
+        return ["a"] * count, torch.rand(count, 3, 64, 64)
 
-    task = make_task(policy, further_pictures=further)
+    task = make_task(policy, examples=examples)
     with counted_rows() as rows:
         ClassifierGuidance(FEW).prepare(task)
     assert asked == [4]
