@@ -26,7 +26,6 @@ from overpaint.evaluation import ImageFolder, Report, Scores, compare, write_fol
 from overpaint.evaluation.experiments.constrained_study import (
     CONSTRAINED,
     FORMS,
-    HEADLINE,
     ORIGINAL,
     FormName,
     Model,
@@ -45,7 +44,7 @@ from overpaint.evaluation.experiments.recovery_options import RecoveryOptions, a
 from overpaint.evaluation.experiments.reward_floor import erase_above_floor
 from overpaint.evaluation.experiments.study import methods_table
 from overpaint.evaluation.experiments.work import work_through
-from overpaint.evaluation.probes.registry import ProbeName, probe_named
+from overpaint.evaluation.probes.registry import HEADLINE, ProbeName, probe_named
 from overpaint.evaluation.probes.result import ProbeResult
 from overpaint.evaluation.probes.run import run_probe
 from overpaint.evaluation.report.page import Section, chart_section

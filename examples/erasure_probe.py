@@ -11,6 +11,7 @@ the concept it brought back, with pictures. Probes have their papers' settings, 
 it. What is finished is kept, so that the same command goes on where it was interrupted.
 """
 
+import math
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import get_args
@@ -22,7 +23,7 @@ from overpaint.evaluation.experiments.probing import pictures_of, probes_section
 from overpaint.evaluation.experiments.program import command_line, settings_from_command_line, usual_beside
 from overpaint.evaluation.experiments.recovery import first_policy, given_erasure
 from overpaint.evaluation.experiments.recovery_options import RecoveryOptions, about_of, check_model
-from overpaint.evaluation.probes.registry import ProbeName, probe_named
+from overpaint.evaluation.probes.registry import HEADLINE, ProbeName, probe_named
 from overpaint.evaluation.probes.result import ProbeResult
 from overpaint.evaluation.probes.run import run_probe
 from overpaint.policy.atomic import write_text
@@ -109,14 +110,8 @@ def main(config: Config) -> str:
 def write(config: Config, results: dict[str, ProbeResult], *, erased_by: str, concept: str) -> str:
     """Writes tables and page, and returns what was printed."""
     folder = config.output_dir
-    tables = [probes_table(name, {erased_by: result}).markdown() for name, result in results.items()]
-    worst = max(results.values(), key=lambda one: one.worst.recovered.mean)
-    found = worst.worst
-    verdict = (
-        f"The {worst.probe.replace('-', ' ')} ({found.found.variant}) brings back most of {concept}: "
-        f"{found.recovered.mean:.0%} of what it gets from the original model, "
-        f"in {sum(found.found.shown)} of {len(found.found.shown)} pictures."
-    )
+    tables = [f"{name}\n\n{probes_table(name, {erased_by: one}).markdown()}" for name, one in results.items()]
+    verdict = verdict_of(results, concept)
     Report(
         title=f"Is {concept} gone?",
         verdict=verdict,
@@ -137,6 +132,22 @@ def write(config: Config, results: dict[str, ProbeResult], *, erased_by: str, co
     print(text)
     print(f"\nThe page with pictures: {folder / 'report.html'}")
     return text
+
+
+def verdict_of(results: dict[str, ProbeResult], concept: str) -> str:
+    """Says which probe brings back most, of those that take the model as it is."""
+    known = [one for name, one in results.items() if name in HEADLINE and not math.isnan(one.worst.recovered.mean)]
+    if not known:
+        return ""
+    worst = max(known, key=lambda one: one.worst.recovered.mean)
+    found, recovered = worst.worst.found, worst.worst.recovered
+    if not any(found.shown):
+        return f"None of {len(known)} probes brings {concept} back in any of its {worst.count} pictures."
+    return (
+        f"Of {len(known)} probes the {worst.probe.replace('-', ' ')} ({found.variant}) brings back most of {concept}: "
+        f"it shows in {sum(found.shown)} of {len(found.shown)} pictures, {recovered.mean:.0%} (95 % interval "
+        f"{recovered.low:.0%} to {recovered.high:.0%}) of what the same probe gets from the original model."
+    )
 
 
 def deciding(config: Config, tested: dict[str, object]) -> dict[str, str]:

@@ -8,6 +8,7 @@ from itertools import chain
 from typing import Literal, NamedTuple
 
 from overpaint.evaluation.metrics.statistics import Estimate, paired_difference
+from overpaint.evaluation.probes.registry import HEADLINE
 from overpaint.evaluation.probes.result import ProbeResult
 from overpaint.evaluation.report import table
 from overpaint.evaluation.report.pareto import Point
@@ -29,9 +30,6 @@ FORMS: Mapping[FormName, str] = {
 
 CONSTRAINED: tuple[FormName, ...] = ("floor", "recovered", "attacked")
 """Forms that hold a constraint."""
-
-HEADLINE = ("adversarial-prompt", "soft-prompt", "completion", "noise", "classifier-guidance", "inverted-latents")
-"""Probes whose highest number is a model's worst. Tuning is told apart: a form is tuned itself."""
 
 TOLERATED = 0.03
 """By how much the neighbours' rate and the accuracy may fall below the original model's."""

@@ -170,7 +170,7 @@ def tiny_world(
             return tinyworld.stripe_response(images.float())
 
         slope = as_reward(stripe_contrast)
-        detector = Detector(tinyworld.StripeScore(), ceiling=0.02, measures=False, slope=slope)
+        detector = Detector(tinyworld.StripeScore(), ceiling=0.005, measures=False, slope=slope)
     if measure is not None:
         shown, named = _named_measure(measure, concept)
         detector = detector or named

@@ -4,10 +4,10 @@ import base64
 import math
 from collections.abc import Mapping, Sequence
 from functools import partial
-from html import escape
 from pathlib import Path
 
 import torch
+from markupsafe import Markup
 
 from overpaint.evaluation.images.plan import DrawConfig
 from overpaint.evaluation.probes.result import ProbeResult
@@ -109,9 +109,10 @@ def probes_table(name: str, results: Mapping[str, ProbeResult]) -> table.Table:
 
 def probes_section(name: str, results: Mapping[str, ProbeResult], pictures: Sequence[tuple[str, Path]] = ()) -> Section:
     """Returns a page's section about a probe: its table, and grids of pictures with a caption for each."""
-    grids = "".join(
-        f'<figure><img src="{_embedded(path)}" alt="{escape(caption)}">'
-        f"<figcaption>{escape(caption)}</figcaption></figure>"
+    grids = Markup("").join(
+        Markup('<figure><img src="{0}" alt="{1}"><figcaption>{1}</figcaption></figure>').format(
+            _embedded(path), caption
+        )
         for caption, path in pictures
     )
     return Section(f"probe-{name}", f"Probe: {name.replace('-', ' ')}", probes_table(name, results).html() + grids)

@@ -44,7 +44,7 @@ class RecoveryOptions(SharingOptions, RewardOptions, TunedOptions, ConceptOption
     a detector that is also the measure would no longer tell the truth."""
 
     ceiling: float | None = Field(None, gt=0)
-    """Highest mean of what the constraint holds down that counts as erased; None is 0.02 for the detector of stripes
+    """Highest mean of what the constraint holds down that counts as erased; None is 0.005 for the detector of stripes
     and 0.1 for others, 0.001 for the reference, and for an objective a tenth more than the erased model's own loss."""
 
     attacked: bool = False

@@ -42,6 +42,10 @@ PROBES: Mapping[str, tuple[Any, Any]] = {
 """The class of each probe, and its settings for the tiny world."""
 
 
+HEADLINE = ("adversarial-prompt", "soft-prompt", "completion", "noise", "classifier-guidance", "inverted-latents")
+"""Probes whose highest number is a model's worst: they take the model as it is, where others tune it or ask again."""
+
+
 def probe_named(name: str, *, tiny: bool = False) -> Probe:
     """Makes a probe.
 

@@ -1,0 +1,55 @@
+"""The study of reward-constrained erasure, as a program and at the smallest size."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from examples import erasure_pareto
+from overpaint.evaluation.experiments.program import settings_from_command_line
+
+
+def config_of(*options: str) -> Any:
+    return settings_from_command_line(erasure_pareto.Config, erasure_pareto.complete, list(options))
+
+
+SMALL = (
+    *("--methods", "uce", "--forms", "recovered", "--seeds", "0", "--prompts-per-kind", "2", "--probes", "noise"),
+    *("--attempts", "2", "--iterations", "1", "--evaluation-steps", "4", "--workers", "1"),
+)
+
+
+def test_models_are_made_measured_probed_and_judged_once(tmp_path: Path) -> None:
+    config = config_of(*SMALL, "--output-dir", str(tmp_path))
+    text = erasure_pareto.main(config)
+    for name in ("original", "uce-plain", "uce-recovered"):
+        assert f"| {name} |" in text
+    assert " of 1 methods; stays gone under attack and tuning: " in text
+    page = (tmp_path / "report.html").read_text()
+    assert page.count('<img src="data:image/png') >= 3  # of the probe, for each model
+    models = {(one.method, one.form): one for one in erasure_pareto.models_of(erasure_pareto.complete(config))}
+    assert set(models) == {("original", "plain"), ("uce", "plain"), ("uce", "recovered")}
+    assert models["uce", "recovered"].rows > 0
+    assert models["original", "plain"].probes["noise"].worst.recovered.mean == 1
+
+    made = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("scores.json")}
+    assert erasure_pareto.main(config) == text
+    assert {path: path.stat().st_mtime_ns for path in made} == made
+    with pytest.raises(ValueError, match="has another attempts"):
+        erasure_pareto.main(config_of(*SMALL, "--attempts", "3", "--output-dir", str(tmp_path)))
+
+
+def test_stages_need_those_before_them_alone() -> None:
+    config = erasure_pareto.complete(config_of("--methods", "uce", "esd", "--seeds", "0", "1"))
+    first, plain, others = erasure_pareto.stages_of(config)
+    assert [cell.seed for cell in first] == [0, 1]
+    assert {(cell.method, cell.form) for cell in plain} == {("uce", "plain"), ("esd", "plain")}
+    assert {cell.form for cell in others} == {"unconstrained", "floor", "recovered", "attacked"}
+    assert len(others) == 4 * 2 * 2
+
+
+def test_fast_is_small_where_nothing_else_is_asked_for() -> None:
+    fast = erasure_pareto.complete(config_of("--fast"))
+    assert (fast.methods, fast.seeds, fast.attempts) == (("uce", "esd"), (0,), 8)
+    mine = erasure_pareto.complete(config_of("--fast", "--methods", "mace", "--attempts", "4"))
+    assert (mine.methods, mine.seeds, mine.attempts) == (("mace",), (0,), 4)
