@@ -6,6 +6,7 @@ from .concept_prompts import ConceptPrompts, ConceptPromptsConfig
 from .constraint import ErasureConstraint, ImageConstraint, ObjectiveConstraint
 from .controllers import FixedWeight, Switch, WeightController
 from .descend import DescentConfig, erase_by_descent
+from .destruction import Destruction, DestructionConfig
 from .erased import Erasure
 from .floor import QualityConstraint, ReferenceDivergence, RewardFloor
 from .gradient_conflict import gradient_cosine, project_conflicts
@@ -49,6 +50,8 @@ __all__ = [
     "ConceptPrompts",
     "ConceptPromptsConfig",
     "DescentConfig",
+    "Destruction",
+    "DestructionConfig",
     "ESDConfig",
     "Edit",
     "EraseFlow",

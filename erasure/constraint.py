@@ -22,7 +22,7 @@ from .concept import Concept
 from .concept_prompts import ConceptPrompts
 from .controllers import WeightController
 from .lagrangian import Lagrangian
-from .protocols import ConceptBatch, Objective
+from .protocols import ConceptBatch, Learner, Objective
 from .soft_attack import Judged, SoftAttack
 
 
@@ -146,6 +146,16 @@ class ObjectiveConstraint(_Constraint):
     def description(self) -> dict[str, Any]:
         """Returns what is constrained and how, for the record of a run."""
         return {"objective": shown(self.objective), "concept": self.concept.to_json(), **self._shared()}
+
+    def state(self) -> dict[str, Stateful]:
+        """Returns what belongs in the checkpoints of a run, by name: also what the objective learns."""
+        learned = {"objective": self.objective} if isinstance(self.objective, Learner) else {}
+        return super().state() | learned
+
+    def measured(self, run: TrainingRun) -> dict[str, float]:
+        """Returns what mining and attacks have measured, and lets an objective learn; every process has to call it."""
+        learned = self.objective.learn(run) if isinstance(self.objective, Learner) else {}
+        return super().measured(run) | learned
 
     def prepare(self, policy: DiffusionPolicy) -> None:
         """Prepares the objective for the policy; once, before the first update. Raises as the objective's `prepare`."""

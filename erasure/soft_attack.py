@@ -23,7 +23,7 @@ from torch import Tensor
 
 from overpaint.policy import DiffusionPolicy
 from overpaint.policy.prompts import PromptEncoder
-from overpaint.policy.soft_prompts import PLACE, encode_soft, token_vectors
+from overpaint.policy.soft_prompts import PLACE, check_room, encode_soft, token_vectors
 from overpaint.policy.types import PerSample
 from overpaint.policy.unet_rows import counted_rows
 from overpaint.settings import Field, settings
@@ -106,15 +106,7 @@ class SoftAttack:
         Raises:
             ValueError: They do not, or a prompt has a place for vectors of its own.
         """
-        room = policy.prompts.room - self.config.vectors
-        for prompt in prompts:
-            if PLACE in prompt:
-                raise ValueError(f"prompts under attack must be without {PLACE}, got {prompt!r}")
-            if (length := len(policy.prompts.ids(prompt))) > room:
-                raise ValueError(
-                    f"prompts under attack must leave room for SoftAttackConfig.vectors={self.config.vectors} and have "
-                    f"at most {room} tokens, start and end included, got {length}: {prompt!r}"
-                )
+        check_room(policy.prompts, prompts, self.config.vectors, "SoftAttackConfig.vectors")
 
     def judged(
         self, policy: DiffusionPolicy, prompts: Sequence[str], seeds: Sequence[int], judge: Judge, *, iteration: int

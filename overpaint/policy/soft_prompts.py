@@ -47,6 +47,29 @@ def soft_texts(
         ]
 
 
+def check_room(encoder: PromptEncoder, texts: Sequence[str], count: int, setting: str) -> None:
+    """Checks that free vectors have room in every text.
+
+    Args:
+        encoder: Of the policy.
+        texts: Plain ones.
+        count: Vectors.
+        setting: What says how many they are, for the error.
+
+    Raises:
+        ValueError: They do not, or a text has a place for vectors of its own.
+    """
+    room = encoder.room - count
+    for text in texts:
+        if PLACE in text:
+            raise ValueError(f"prompts under attack must be without {PLACE}, got {text!r}")
+        if (length := len(encoder.ids(text))) > room:
+            raise ValueError(
+                f"prompts under attack must leave room for {setting}={count} and have at most {room} tokens, start and "
+                f"end included, got {length}: {text!r}"
+            )
+
+
 def encode_soft(
     encoder: PromptEncoder, texts: Sequence[str], vectors: Float[Tensor, "texts vectors dim"]
 ) -> Conditioning:

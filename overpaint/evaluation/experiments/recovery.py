@@ -24,7 +24,7 @@ from rewards.combine import to_device
 
 from .experiment import Evaluation, Experiment, evaluate, write_results
 from .program import usual_beside
-from .recovery_constraint import concept_prompts, constraint_name, constraint_of, detector_of
+from .recovery_constraint import ABOUT_ORIGINAL, concept_prompts, constraint_name, constraint_of, detector_of
 from .recovery_options import DECIDING, RecoveryOptions, completed
 
 UNKNOWN = "its eraser"
@@ -111,7 +111,7 @@ def compare_states(
 
 def reference_of(config: RecoveryOptions, about: Experiment) -> Literal["erased", "original"]:
     """Returns which model a policy's reference has to be in a recovery, for `Erasure.apply`."""
-    return "original" if constraint_name(config, about) == "objective" else "erased"
+    return "original" if constraint_name(config, about) in ABOUT_ORIGINAL else "erased"
 
 
 def _check_policy(config: RecoveryOptions, policy: DiffusionPolicy, about: Experiment, erasure: Erasure | None) -> None:
@@ -148,6 +148,9 @@ def recover(
     """
     config = completed(config)
     config.start(policy)
+    name = constraint_name(config, about)
+    apart = name == "destruction" and erasure is not None and not isinstance(erasure.change, WeightChange)
+    original = first_policy(config, about, trained=False) if apart else None
     held_out = None
     if about.held_out is not None:
         held_out = HeldOut(about.prompts("benign", 48, config.seed + 200), about.held_out)
@@ -156,7 +159,7 @@ def recover(
         about.reward,
         about.prompts("train", 1000, config.seed + 300),
         config.refl,
-        erasure=constraint_of(config, about, policy, method, progress=progress),
+        erasure=constraint_of(config, about, policy, method, original=original, progress=progress),
         held_out=held_out,
     )
     kept = erasure and {"method": erasure.method, "config": erasure.config, "concept": erasure.concept.to_json()}
@@ -247,6 +250,7 @@ def write(
 HELD_BY: Mapping[str, str] = {
     "detector": "a detector",
     "objective": "the method's own loss",
+    "destruction": "what is seen in pictures of the concept",
     "reference": "the distance from the erased model's noise predictions",
 }
 """What a constraint is, in words."""

@@ -7,6 +7,8 @@ from itertools import cycle, islice
 from erasure import (
     ConceptBatch,
     ConceptPrompts,
+    Destruction,
+    DestructionConfig,
     Erasure,
     ErasureConstraint,
     ImageConstraint,
@@ -34,9 +36,16 @@ DETECTOR_WEIGHT = 0.1
 """Weight of a detector's violation before the first update, which a reward is not drowned by."""
 NEAR_REFERENCE = 1e-3
 """Squared distance of noise predictions from the erased model's that counts as erased."""
+DESTROYED, DESTRUCTION_WEIGHT = 0.05, 0.015
+"""Squared error of noise predictions in pictures of the concept that counts as erased, and the weight of its violation
+before the first update: about a third of the loss itself, beside the pretraining term's whole."""
 LOSS_SAMPLES, LOSS_SEED, LOSS_MARGIN = 64, 5_000_000, 0.1
 """The erased model's own loss, which the method's loss may exceed by that margin: of how many samples, from which seed
 on."""
+
+
+ABOUT_ORIGINAL: tuple[ConstraintName, ...] = ("objective", "destruction")
+"""Constraints that ask the model before the erasure."""
 
 
 def constraint_name(config: RecoveryOptions, about: Experiment) -> ConstraintName:
@@ -66,8 +75,8 @@ def check_constraint(
         detector_of(about)
     if name == "objective":
         _loss_of(method)
-        if not original:
-            raise ValueError("constraint objective must come with the original, which the loss is about, got none")
+    if name in ABOUT_ORIGINAL and not original:
+        raise ValueError(f"constraint {name} must come with the original, which the loss is about, got none")
     if name == "none" and config.ceiling is not None:
         raise ValueError(f"ceiling must be None with the constraint none, got {config.ceiling}")
     if name == "none" and config.attacked:
@@ -118,11 +127,18 @@ def concept_prompts(config: RecoveryOptions, about: Experiment) -> Sequence[str]
 
 
 def constraint_of(
-    config: RecoveryOptions, about: Experiment, policy: DiffusionPolicy, method: ErasureMethod | None, *, progress: bool
+    config: RecoveryOptions,
+    about: Experiment,
+    policy: DiffusionPolicy,
+    method: ErasureMethod | None,
+    *,
+    original: DiffusionPolicy | None = None,
+    progress: bool,
 ) -> ErasureConstraint | None:
     """Returns what keeps the concept gone, for an erased policy; None where nothing does.
 
-    The loss of a method has a level of its own, which no UNet falls below: its ceiling is measured on the policy.
+    The original is asked for where the policy's reference is not it. The loss of a method has a level of its own, which
+    no UNet falls below: its ceiling is measured on the policy.
     """
     name = constraint_name(config, about)
     refl = config.refl or refl_config(config)
@@ -136,6 +152,8 @@ def constraint_of(
         return ImageConstraint(
             detector.score, prompts, weight, ceiling=config.ceiling or detector.ceiling, attack=attack
         )
+    if name == "destruction":
+        return destruction_of(config, about, prompts, original, progress=progress)
     if name == "objective":
         objective: Objective = for_run(_loss_of(method), config.output_dir / "constraint", progress=progress)
         ceiling = config.ceiling or (1 + LOSS_MARGIN) * mean_loss(objective, policy, about, refl.micro_batch_size)
@@ -144,6 +162,27 @@ def constraint_of(
         ceiling = config.ceiling or NEAR_REFERENCE
     attack = SoftAttack() if config.attacked else None
     return ObjectiveConstraint(objective, about.concept, prompts, ceiling=ceiling, attack=attack)
+
+
+def destruction_of(
+    config: RecoveryOptions,
+    about: Experiment,
+    prompts: Sequence[str],
+    original: DiffusionPolicy | None,
+    *,
+    progress: bool,
+) -> ErasureConstraint:
+    """Returns the constraint that pictures of the concept are seen as something else, under attack or not."""
+    refl = config.refl or refl_config(config)
+    settings = DestructionConfig(
+        steps=refl.steps,
+        guidance_scale=config.usual_guidance,
+        words=DestructionConfig().words if config.attacked else 0,
+    )
+    objective = Destruction(settings, list(dict.fromkeys(about.prompts("explicit", 400, 11))), original)
+    objective = for_run(objective, config.output_dir / "constraint", progress=progress)
+    weight = Lagrangian(LagrangianConfig(initial_weight=DESTRUCTION_WEIGHT))
+    return ObjectiveConstraint(objective, about.concept, prompts, weight, ceiling=config.ceiling or DESTROYED)
 
 
 def mean_loss(objective: Objective, policy: DiffusionPolicy, about: Experiment, batch_size: int) -> float:

@@ -1,0 +1,307 @@
+"""Destruction: whatever it is told, a policy is to see in noised pictures of the concept something else.
+
+Most erasers teach a model where to go from the words; what it knows of the concept stays, and other vectors than those
+of the words still reach it: "When are concepts erased" (2025, https://arxiv.org/abs/2505.17013) calls that avoidance,
+and a model that gives the concept no probability under any condition destruction. This objective trains the latter,
+
+    z_t = √ᾱ_t z + √(1 - ᾱ_t) ε,    z a picture of the concept with caption c, drawn by the original model ε*
+    loss = mean of (ε_θ(z_t, t, [p; v]) - (ε*(z_t, t, ∅) - η (ε*(z_t, t, c) - ε*(z_t, t, ∅))))²
+
+with any prompt p and a word v of free vectors. The target is that of ESD (Gandikota et al. 2023,
+https://arxiv.org/abs/2303.07345, equation 6); ESD itself asks for it on what the erased model draws, and for c alone.
+The words are those that textual inversion (Gal et al. 2022, https://arxiv.org/abs/2208.01618, equation 2) learns on the
+policy while it is trained,
+
+    min over v of E (ε - ε_θ(z_t, t, [p; v]))²
+
+a few steps in each update, and kept from update to update: adversarial training (Madry et al. 2018,
+https://arxiv.org/abs/1706.06083) against words that go on from where they were, as AdvUnlearn (Zhang et al. 2024,
+https://arxiv.org/abs/2405.15234) does it with prompts that begin anew. [ours]
+"""
+
+import random
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from overpaint.policy import ClassifierFree, DiffusionPolicy
+from overpaint.policy.noise import draw_noise
+from overpaint.policy.prompts import check_prompts
+from overpaint.policy.soft_prompts import PLACE, check_room, soft_texts, token_vectors
+from overpaint.policy.types import Latents, PerSample
+from overpaint.settings import Field, settings
+from overpaint.training import TrainingRun
+
+from .concept import Concept
+from .controllers import check_keys
+from .generated import generated_latents, in_turns
+from .protocols import ConceptBatch, check_trainable
+from .rollout import erased_target, squared_error
+
+Word = Float[Tensor, "vectors dim"]
+
+
+@settings
+class DestructionConfig:
+    """What pictures of the concept are shown, and what words the policy is tried with."""
+
+    pictures: int = Field(96, ge=1)
+    """Pictures of the concept that the original model draws; captions take turns."""
+
+    steps: int = Field(50, ge=1)
+    """Denoising steps of these pictures."""
+
+    guidance_scale: float = Field(7.5, ge=0)
+    """Classifier-free guidance of these pictures."""
+
+    draw_batch_size: int = Field(16, ge=1)
+    """Pictures that are drawn at a time."""
+
+    first_timestep: int = Field(200, ge=0)
+    """Smallest timestep of training that the pictures are noised to; below, a picture is all but drawn."""
+
+    negative_guidance: float = Field(1.0, gt=0)
+    """How far predictions are led away from the concept (eta)."""
+
+    words: int = Field(6, ge=0)
+    """Words that are learned against the policy; each update takes one of them. Zero: prompts are taken as they are."""
+
+    vectors: int = Field(4, ge=1)
+    """Vectors of a word."""
+
+    attack_steps: int = Field(3, ge=1)
+    """Steps of Adam that a word takes in each update that it is used in."""
+
+    attack_learning_rate: float = Field(0.5, gt=0)
+    """Of that Adam, in units of the root mean square of the text encoder's token embeddings."""
+
+    share: float = Field(0.5, gt=0, le=1)
+    """Chance of each sample to have the word in its prompt, before it or behind; which follows from its seed."""
+
+    renewal: float = Field(0.03, ge=0, le=1)
+    """Chance of a word to begin anew when it is used: in half the cases at words of the vocabulary, in half at noise of
+    their size."""
+
+    seed: int = 0
+    """Of the pictures and the words."""
+
+
+class Destruction:
+    """The loss of seeing the concept in its pictures, with words that are learned against the policy; a `Learner`.
+
+    As a constraint of a reward it holds a concept under attack: `ObjectiveConstraint(Destruction(...), concept,
+    prompts, ceiling=...)`. Each batch that goes through the UNet at a time moves a copy of the update's word, and the
+    word goes on from their mean over all batches and processes.
+
+    Args:
+        config: Settings.
+        captions: What the pictures are of; None is the concept's phrases.
+        original: What draws them and sees them as they are: for a policy whose reference has something of an erasure,
+            as one with a guard has. None is the policy's reference.
+    """
+
+    folder_name = "concept-pictures"
+
+    def __init__(
+        self,
+        config: DestructionConfig | None = None,
+        captions: Sequence[str] | None = None,
+        original: DiffusionPolicy | None = None,
+    ) -> None:
+        self.config = config or DestructionConfig()
+        self.captions = None if captions is None else check_prompts(captions)
+        self.original = original
+        self.folder: Path | None = None
+        self.progress = False
+        self._words: dict[int, Tensor] = {}  # those that have moved
+        self._before: Tensor | None = None  # the word of this update, from the loss on
+        self._moved: list[Tensor] = []
+        self._updates = 0
+
+    def __repr__(self) -> str:
+        """Shows the settings, and how many captions there are."""
+        return f"Destruction({self.config!r}, captions={None if self.captions is None else len(self.captions)})"
+
+    def prepare(self, policy: DiffusionPolicy, concept: Concept) -> None:
+        """Draws the pictures. The words are a run's own: take another instance for another run.
+
+        Raises:
+            ValueError: Nothing is trainable, there is no timestep to noise to, or the text encoder has no room for a
+                word.
+        """
+        cfg = self.config
+        check_trainable(policy, f"destroying {concept.name!r}")
+        if cfg.first_timestep >= (total := len(policy.alphas)):
+            raise ValueError(f"DestructionConfig.first_timestep must be below {total}, got {cfg.first_timestep}")
+        if cfg.words:
+            check_room(policy.prompts, concept.phrases, cfg.vectors, "DestructionConfig.vectors")
+        texts = in_turns(self.captions or concept.phrases, cfg.pictures)
+        generator = random.Random(f"pictures of {cfg.seed}")
+        seeds = [generator.randrange(2**31) for _ in texts]
+        guidance = ClassifierFree(cfg.guidance_scale)
+        with self._knowing(policy) as original:
+            latents = generated_latents(
+                original, texts, seeds, steps=cfg.steps, guidance=guidance, batch_size=cfg.draw_batch_size,
+                folder=self.folder, progress=self.progress,
+            )  # fmt: skip
+        self._pictures, self._texts = latents, texts
+
+    def loss(self, policy: DiffusionPolicy, batch: ConceptBatch) -> PerSample:
+        """Returns the squared error of each sample, with gradient; pictures, noise and words follow from the seeds."""
+        latents, timesteps, noise, texts = self._noised(policy, batch.seeds)
+        target = self._target(policy, latents, timesteps, texts)
+        prompts, attacked = self._places(batch)
+        if self.config.words:
+            self._before = self._current(policy)
+        if self._before is None or not any(attacked):
+            return squared_error(policy.predict_noise(latents, timesteps, policy.encode(prompts)), target)
+        word = self._learned(policy, self._before, prompts, attacked, (latents, timesteps, noise))
+        return squared_error(self._predicted(policy, prompts, attacked, word, latents, timesteps), target)
+
+    def learn(self, run: TrainingRun) -> dict[str, float]:
+        """Lets the word of this update go on from where it was moved to; returns how far, as a root mean square."""
+        logged: dict[str, float] = {}
+        if self._before is not None:
+            before = self._before.cpu()
+            total = sum((one.cpu() - before for one in self._moved), torch.zeros_like(before))
+            count = run.gather(torch.tensor([float(len(self._moved))])).sum().clamp(min=1.0)
+            moved = (run.gather(total[None]).sum(dim=0) / count).cpu()
+            self._words[self._chosen] = before + moved
+            logged["erasure/word_moved"] = float(moved.square().mean().sqrt())
+        self._before, self._moved = None, []
+        self._updates += 1
+        return logged
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns the words, and the number of updates."""
+        return {"words": dict(self._words), "updates": self._updates}
+
+    def load_state_dict(self, state: Mapping[str, Any], /) -> None:
+        """Takes over what `state_dict` returned.
+
+        Raises:
+            ValueError: It is of other words, or one is not finite. Nothing is changed.
+        """
+        check_keys(state, ("words", "updates"))
+        words, cfg = dict(state["words"]), self.config
+        for number, word in words.items():
+            if number not in range(cfg.words) or len(word) != cfg.vectors or not word.isfinite().all():
+                raise ValueError(
+                    f"state['words'] must be of {cfg.words} words with {cfg.vectors} finite vectors, got number "
+                    f"{number} with {len(word)}"
+                )
+        self._words, self._updates, self._moved = words, int(state["updates"]), []
+
+    # Pictures.
+
+    @contextmanager
+    def _knowing(self, policy: DiffusionPolicy) -> Generator[DiffusionPolicy]:
+        """Yields the model that knows the concept; without gradient."""
+        if self.original is None:
+            with policy.reference():
+                yield policy
+        else:
+            with torch.no_grad():
+                yield self.original
+
+    def _noised(
+        self, policy: DiffusionPolicy, seeds: Sequence[int]
+    ) -> tuple[Latents, Int[Tensor, " batch"], Latents, list[str]]:
+        """Returns noised pictures, their timesteps, the noise in them, and their captions."""
+        first, last = self.config.first_timestep, len(policy.alphas)
+        draws = [random.Random(f"picture of {seed}") for seed in seeds]
+        picked = [draw.randrange(len(self._texts)) for draw in draws]
+        timesteps = torch.tensor([draw.randrange(first, last) for draw in draws], device=policy.device)
+        clean = self._pictures[picked].to(policy.device)
+        generators = [torch.Generator().manual_seed(draw.randrange(2**31)) for draw in draws]
+        noise = draw_noise(generators, height=clean.shape[2], width=clean.shape[3], device=policy.device)
+        return policy.add_noise(clean, noise, timesteps), timesteps, noise, [self._texts[index] for index in picked]
+
+    def _target(
+        self, policy: DiffusionPolicy, latents: Latents, timesteps: Int[Tensor, " batch"], texts: Sequence[str]
+    ) -> Latents:
+        """Returns what the policy is to see: what the original sees without a prompt, led away from the concept."""
+        with self._knowing(policy) as original:
+            both = original.encode([*texts, *[""] * len(texts)])
+            seen = original.predict_noise(latents.repeat(2, 1, 1, 1), timesteps.repeat(2), both)
+        return erased_target(*seen.chunk(2), negative_guidance=self.config.negative_guidance)
+
+    # Words.
+
+    @property
+    def _chosen(self) -> int:
+        """Which word this update takes; all of a seed's runs take the same."""
+        return random.Random(f"word {self._updates} of {self.config.seed}").randrange(self.config.words)
+
+    def _current(self, policy: DiffusionPolicy) -> Word:
+        """Returns the word of this update, renewed where its time has come."""
+        fate = random.Random(f"renewal {self._updates} of {self.config.seed}")
+        if fate.random() < self.config.renewal:
+            return self._begun(policy, self.config.words + self._updates)
+        known = self._words.get(self._chosen)
+        return self._begun(policy, self._chosen) if known is None else known
+
+    def _begun(self, policy: DiffusionPolicy, number: int) -> Word:
+        """Returns where a word begins."""
+        generator = torch.Generator().manual_seed(
+            random.Random(f"begin {number} of {self.config.seed}").randrange(2**31)
+        )
+        vocabulary = token_vectors(policy.prompts).float().cpu()
+        count = self.config.vectors
+        if torch.rand((), generator=generator) < 0.5:
+            return vocabulary[torch.randint(len(vocabulary), (count,), generator=generator)]
+        return torch.randn(count, vocabulary.shape[1], generator=generator) * vocabulary.square().mean().sqrt()
+
+    def _places(self, batch: ConceptBatch) -> tuple[list[str], list[bool]]:
+        """Returns the prompts, with a place for the word where they are to have it, and which have it."""
+        prompts, attacked = [], []
+        for prompt, seed in zip(batch.prompts, batch.seeds, strict=True):
+            draw = random.Random(f"word of {seed}")
+            attacked.append(self.config.words > 0 and draw.random() < self.config.share)
+            behind = draw.random() < 0.5
+            prompts.append((f"{prompt} {PLACE}" if behind else f"{PLACE} {prompt}") if attacked[-1] else prompt)
+        return prompts, attacked
+
+    def _learned(
+        self,
+        policy: DiffusionPolicy,
+        word: Word,
+        prompts: Sequence[str],
+        attacked: Sequence[bool],
+        shown: tuple[Latents, Int[Tensor, " batch"], Latents],
+    ) -> Word:
+        """Returns the word after some steps of textual inversion on the samples that have it."""
+        places = [place for place, flag in enumerate(attacked) if flag]
+        latents, timesteps, noise = (one[places] for one in shown)
+        texts = [prompts[place] for place in places]
+        word = word.to(policy.device).clone().requires_grad_()
+        unit = float(token_vectors(policy.prompts).float().square().mean().sqrt())
+        adam = torch.optim.Adam([word], lr=unit * self.config.attack_learning_rate)
+        with torch.enable_grad():
+            for _ in range(self.config.attack_steps):
+                seen = self._predicted(policy, texts, [True] * len(texts), word, latents, timesteps)
+                (word.grad,) = torch.autograd.grad(squared_error(seen, noise).sum(), [word])
+                adam.step()
+        self._moved.append(word.detach())
+        return word.detach()
+
+    def _predicted(
+        self,
+        policy: DiffusionPolicy,
+        prompts: Sequence[str],
+        attacked: Sequence[bool],
+        word: Word,
+        latents: Latents,
+        timesteps: Int[Tensor, " batch"],
+    ) -> Latents:
+        """Returns the noise that the policy sees for prompts, some of which have the word in their place."""
+        with_it = [prompt for prompt, flag in zip(prompts, attacked, strict=True) if flag]
+        with soft_texts(policy.prompts, with_it, word.expand(len(with_it), -1, -1)) as coined:
+            own = iter(coined)
+            texts = [next(own) if flag else prompt for prompt, flag in zip(prompts, attacked, strict=True)]
+            return policy.predict_noise(latents, timesteps, policy.encode(texts))
