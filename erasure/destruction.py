@@ -40,6 +40,7 @@ from overpaint.training import TrainingRun
 from .concept import Concept
 from .controllers import check_keys
 from .generated import generated_latents, in_turns
+from .phrases import holds, own_phrases, template_of
 from .protocols import ConceptBatch, check_trainable
 from .rollout import erased_target, squared_error
 
@@ -81,7 +82,11 @@ class DestructionConfig:
     """Of that Adam, in units of the root mean square of the text encoder's token embeddings."""
 
     share: float = Field(0.5, gt=0, le=1)
-    """Chance of each sample to have the word in its prompt, before it or behind; which follows from its seed."""
+    """Chance of each sample to have the word in its prompt; which have it follows from their seeds. The word is learned
+    on all."""
+
+    alone: float = Field(0.2, ge=0, le=1)
+    """Chance of the word to stand alone, in the place of the prompt."""
 
     renewal: float = Field(0.03, ge=0, le=1)
     """Chance of a word to begin anew when it is used: in half the cases at words of the vocabulary, in half at noise of
@@ -149,19 +154,22 @@ class Destruction:
                 original, texts, seeds, steps=cfg.steps, guidance=guidance, batch_size=cfg.draw_batch_size,
                 folder=self.folder, progress=self.progress,
             )  # fmt: skip
-        self._pictures, self._texts = latents, texts
+        self._pictures, self._texts, self._phrases = latents, texts, list(own_phrases(concept.phrases))
 
     def loss(self, policy: DiffusionPolicy, batch: ConceptBatch) -> PerSample:
         """Returns the squared error of each sample, with gradient; pictures, noise and words follow from the seeds."""
         latents, timesteps, noise, texts = self._noised(policy, batch.seeds)
         target = self._target(policy, latents, timesteps, texts)
-        prompts, attacked = self._places(batch)
-        if self.config.words:
-            self._before = self._current(policy)
-        if self._before is None or not any(attacked):
-            return squared_error(policy.predict_noise(latents, timesteps, policy.encode(prompts)), target)
-        word = self._learned(policy, self._before, prompts, attacked, (latents, timesteps, noise))
-        return squared_error(self._predicted(policy, prompts, attacked, word, latents, timesteps), target)
+        if not self.config.words:
+            return squared_error(policy.predict_noise(latents, timesteps, policy.encode(batch.prompts)), target)
+        places, attacked = self._places(batch)
+        self._before = self._current(policy).to(policy.device)
+        word = self._learned(policy, self._before, places, (latents, timesteps, noise))
+        self._moved.append(word)
+        prompts = [
+            place if flag else prompt for place, flag, prompt in zip(places, attacked, batch.prompts, strict=True)
+        ]
+        return squared_error(_predicted(policy, prompts, word, latents, timesteps), target)
 
     def learn(self, run: TrainingRun) -> dict[str, float]:
         """Lets the word of this update go on from where it was moved to; returns how far, as a root mean square."""
@@ -258,50 +266,53 @@ class Destruction:
         return torch.randn(count, vocabulary.shape[1], generator=generator) * vocabulary.square().mean().sqrt()
 
     def _places(self, batch: ConceptBatch) -> tuple[list[str], list[bool]]:
-        """Returns the prompts, with a place for the word where they are to have it, and which have it."""
-        prompts, attacked = [], []
+        """Returns the prompts with a place for the word, and which samples are to have it.
+
+        Before the prompt, behind it, or in the place of what names the concept: each as likely. Now and then alone.
+        """
+        places, attacked = [], []
         for prompt, seed in zip(batch.prompts, batch.seeds, strict=True):
             draw = random.Random(f"word of {seed}")
-            attacked.append(self.config.words > 0 and draw.random() < self.config.share)
-            behind = draw.random() < 0.5
-            prompts.append((f"{prompt} {PLACE}" if behind else f"{PLACE} {prompt}") if attacked[-1] else prompt)
-        return prompts, attacked
+            attacked.append(draw.random() < self.config.share)
+            text = "" if draw.random() < self.config.alone else prompt
+            named = [phrase for phrase in self._phrases if holds(text, phrase)]
+            kinds = [f"{PLACE} {text}", f"{text} {PLACE}", *[template_of(phrase, text) for phrase in named[:1]]]
+            places.append(draw.choice(kinds).strip())
+        return places, attacked
 
     def _learned(
         self,
         policy: DiffusionPolicy,
         word: Word,
-        prompts: Sequence[str],
-        attacked: Sequence[bool],
+        places: Sequence[str],
         shown: tuple[Latents, Int[Tensor, " batch"], Latents],
     ) -> Word:
-        """Returns the word after some steps of textual inversion on the samples that have it."""
-        places = [place for place, flag in enumerate(attacked) if flag]
-        latents, timesteps, noise = (one[places] for one in shown)
-        texts = [prompts[place] for place in places]
-        word = word.to(policy.device).clone().requires_grad_()
+        """Returns the word after some steps of textual inversion on noised pictures, their timesteps and noise."""
+        latents, timesteps, noise = shown
+        word = word.clone().requires_grad_()
         unit = float(token_vectors(policy.prompts).float().square().mean().sqrt())
         adam = torch.optim.Adam([word], lr=unit * self.config.attack_learning_rate)
         with torch.enable_grad():
             for _ in range(self.config.attack_steps):
-                seen = self._predicted(policy, texts, [True] * len(texts), word, latents, timesteps)
-                (word.grad,) = torch.autograd.grad(squared_error(seen, noise).sum(), [word])
+                error = squared_error(_predicted(policy, places, word, latents, timesteps), noise)
+                (word.grad,) = torch.autograd.grad(error.sum(), [word])
                 adam.step()
-        self._moved.append(word.detach())
         return word.detach()
 
-    def _predicted(
-        self,
-        policy: DiffusionPolicy,
-        prompts: Sequence[str],
-        attacked: Sequence[bool],
-        word: Word,
-        latents: Latents,
-        timesteps: Int[Tensor, " batch"],
-    ) -> Latents:
-        """Returns the noise that the policy sees for prompts, some of which have the word in their place."""
-        with_it = [prompt for prompt, flag in zip(prompts, attacked, strict=True) if flag]
-        with soft_texts(policy.prompts, with_it, word.expand(len(with_it), -1, -1)) as coined:
-            own = iter(coined)
-            texts = [next(own) if flag else prompt for prompt, flag in zip(prompts, attacked, strict=True)]
-            return policy.predict_noise(latents, timesteps, policy.encode(texts))
+
+def _predicted(
+    policy: DiffusionPolicy,
+    prompts: Sequence[str],
+    word: Word,
+    latents: Latents,
+    timesteps: Int[Tensor, " batch"],
+) -> Latents:
+    """Returns the noise that the policy sees for prompts, some of which have a place for the word."""
+    spoken = [prompt for prompt in prompts if PLACE in prompt]
+    if not spoken:
+        return policy.predict_noise(latents, timesteps, policy.encode(prompts))
+    with soft_texts(policy.prompts, spoken, word.expand(len(spoken), -1, -1)) as coined:
+        own = iter(coined)
+        return policy.predict_noise(
+            latents, timesteps, policy.encode([next(own) if PLACE in prompt else prompt for prompt in prompts])
+        )

@@ -19,6 +19,7 @@ from erasure import (
     Objective,
     ObjectiveConstraint,
 )
+from erasure.destruction import _predicted
 from erasure.protocols import Learner
 from overpaint import tinyworld
 from overpaint.policy import ClassifierFree, DiffusionPolicy, LoRAConfig
@@ -117,7 +118,7 @@ def word_error(policy: DiffusionPolicy, objective: Destruction, word: Tensor) ->
     seeds = range(100, 116)
     latents, timesteps, noise, _ = objective._noised(policy, seeds)
     with torch.no_grad():
-        predicted = objective._predicted(policy, ["a {} red star"] * 16, [True] * 16, word, latents, timesteps)
+        predicted = _predicted(policy, ["a {} red star"] * 16, word, latents, timesteps)
     return float((predicted - noise).square().mean())
 
 
@@ -164,12 +165,15 @@ def test_words_begin_anew_now_and_then(tmp_path: Path) -> None:
     assert (objective.state_dict()["words"][0] - moved).square().mean().sqrt() > 0.5 * unit
 
 
-def test_about_the_share_of_samples_has_a_word_on_either_side() -> None:
+def test_words_stand_where_the_concept_is_named_and_around_the_prompt() -> None:
     _, objective = prepared()
-    prompts, attacked = objective._places(ConceptBatch(["red"] * 1000, list(range(1000))))
-    assert 430 < sum(attacked) < 570
-    assert 200 < prompts.count("{} red") < 300
-    assert 200 < prompts.count("red {}") < 300
+    places, attacked = objective._places(ConceptBatch(["a striped star"] * 2000, list(range(2000))))
+    assert 900 < sum(attacked) < 1100
+    assert 300 < places.count("{}") < 500
+    for text in ("{} a striped star", "a striped star {}", "a {} star"):
+        assert 440 < places.count(text) < 630
+    places, _ = objective._places(ConceptBatch(["a red star"] * 100, list(range(100))))
+    assert set(places) == {"{}", "{} a red star", "a red star {}"}
 
 
 def test_state_goes_on_with_the_same_numbers(tmp_path: Path) -> None:
