@@ -1,5 +1,7 @@
 """Settings of ReFL."""
 
+from typing import Literal
+
 from overpaint.settings import Field, settings
 
 POOL_BATCHES, POOL = 4, 64
@@ -59,6 +61,11 @@ class ReFLConfig:
 
     pretraining_weight: float = Field(1.0, ge=0)
     """Weight of the denoising loss on image and caption pairs, which is 1 in the paper. The authors' code is 0."""
+
+    pretraining_target: Literal["noise", "reference"] = "noise"
+    """What the denoising loss compares with: the ``noise`` of the pair, as in the paper, or what the frozen policy, the
+    ``reference``, sees in its place. Where pairs are drawn from that policy both have the same mean, and the second has
+    not the noise's variance, which drowns small gradients of other terms: it is 0 as long as nothing has moved."""
 
     pretraining_batch_size: int = Field(64, ge=1)
     """Pairs per iteration, over all processes."""

@@ -8,7 +8,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from PIL import Image, ImageOps
 from torch import Tensor
 
@@ -116,12 +116,13 @@ def own_pairs(
     return PretrainingPairs(run.gather(part.latents), captions)
 
 
-def pretraining_term(policy: DiffusionPolicy, pairs: PretrainingPairs) -> Term[int]:
+def pretraining_term(policy: DiffusionPolicy, pairs: PretrainingPairs, config: ReFLConfig) -> Term[int]:
     """Returns the denoising loss of pairs, which are given by their indices."""
+    loss = denoising_loss if config.pretraining_target == "noise" else reference_loss
 
     def term(indices: list[int], seeds: list[int]) -> Measured:
         conditioning = policy.encode([pairs.captions[k] for k in indices])
-        losses = denoising_loss(policy, pairs.latents[indices].to(policy.device), conditioning, seeds=seeds)
+        losses = loss(policy, pairs.latents[indices].to(policy.device), conditioning, seeds=seeds)
         return Measured(losses, losses)
 
     return term
@@ -203,10 +204,29 @@ def denoising_loss(
 
     Timestep and noise of a sample come from its own seed: its loss is the same in any batch and any process.
     """
+    return policy.denoising_loss(latents, conditioning, *_noise(policy, latents, seeds))
+
+
+def reference_loss(
+    policy: DiffusionPolicy, latents: Latents, conditioning: Conditioning, *, seeds: Sequence[int]
+) -> PerSample:
+    """Returns the mean squared difference of each sample from what the policy's reference sees in the same latents.
+
+    Draws as `denoising_loss` does.
+    """
+    timesteps, noise = _noise(policy, latents, seeds)
+    noised = policy.add_noise(latents, noise, timesteps)
+    with policy.reference():
+        target = policy.predict_noise(noised, timesteps, conditioning)
+    return (policy.predict_noise(noised, timesteps, conditioning) - target).square().flatten(1).mean(dim=1)
+
+
+def _noise(policy: DiffusionPolicy, latents: Latents, seeds: Sequence[int]) -> tuple[Int[Tensor, " batch"], Latents]:
+    """Returns a timestep and a noise for each sample, from its seed."""
     noise = SampleNoise(seeds, height=latents.shape[2], width=latents.shape[3], device=policy.device)
     levels = len(policy.alphas)
     drawn = [torch.randint(levels, (), generator=generator) for generator in noise.generators]
-    return policy.denoising_loss(latents, conditioning, torch.stack(drawn).to(policy.device), noise.draw())
+    return torch.stack(drawn).to(policy.device), noise.draw()
 
 
 def _captions(folder: Path) -> dict[str, str]:

@@ -210,7 +210,7 @@ class ReFLTrainer:
         denoised = None
         if cfg.pretraining_weight and pairs is not None:
             chosen = draw_batch(run, range(len(pairs.captions)), cfg.pretraining_batch_size)
-            term = pretraining_term(self.policy, pairs)
+            term = pretraining_term(self.policy, pairs, cfg)
             denoised = accumulate(run, chosen, term, weight=cfg.pretraining_weight, size=size)
 
         # The terms have added up in each process; a last backward, of nothing, averages over the processes.

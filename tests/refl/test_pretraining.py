@@ -15,7 +15,7 @@ from overpaint.policy import ClassifierFree, DiffusionPolicy
 from overpaint.policy.types import Latents
 from overpaint.training import TrainingConfig, TrainingRun, read_metrics
 from refl import PretrainingPairs, ReFLConfig, ReFLTrainer, pairs_from_folder, pairs_from_policy
-from refl.pretraining import denoising_loss
+from refl.pretraining import denoising_loss, reference_loss
 
 COLOURS = {"b.png": "red", "a.jpg": "green", "below/c.webp": "blue"}
 
@@ -302,3 +302,46 @@ def test_a_folders_images_fill_the_size_that_is_asked_for(policy: DiffusionPolic
     expected[..., 32:] = 1
     torch.testing.assert_close(wide, policy.encode_images(expected), rtol=0, atol=0.05)
     assert pairs_from_folder(policy, tmp_path, height=16, width=16).latents.shape[2:] == (2, 2)
+
+
+# Compared with the reference.
+
+
+def test_loss_against_the_reference_is_zero_at_first_and_then_the_distance(
+    policy: DiffusionPolicy, stir: Callable[[DiffusionPolicy], None], pairs: PretrainingPairs
+) -> None:
+    seeds, conditioning = [3, 4, 5, 6, 7, 8], policy.encode(pairs.captions)
+    assert reference_loss(policy, pairs.latents, conditioning, seeds=seeds).abs().max() == 0
+    stir(policy)
+    loss = reference_loss(policy, pairs.latents, conditioning, seeds=seeds)
+    parts = []
+    for k, seed in enumerate(seeds):
+        generator = seeded(seed)
+        timestep = torch.randint(len(policy.alphas), (1,), generator=generator)
+        noise = torch.randn(1, *pairs.latents.shape[1:], generator=generator)
+        arguments = policy.add_noise(pairs.latents[k : k + 1], noise, timestep), timestep, conditioning[[k]]
+        with policy.reference():
+            target = policy.predict_noise(*arguments)
+        parts.append((policy.predict_noise(*arguments) - target).square().mean())
+    torch.testing.assert_close(loss, torch.stack(parts), rtol=1e-4, atol=1e-8)
+    assert loss.min() > 0
+
+
+def test_trainer_compares_with_what_its_settings_say(
+    policy: DiffusionPolicy,
+    redness: Any,
+    prompts: list[str],
+    pairs: PretrainingPairs,
+    small: Callable[..., ReFLConfig],
+    run_config: Callable[..., TrainingConfig],
+) -> None:
+    first = {}
+    for target in ("noise", "reference"):
+        config = run_config(target, iterations=1)
+        settings = small(pretraining_weight=1.0, pretraining_batch_size=8, pretraining_target=target)
+        ReFLTrainer(policy, redness, prompts, settings, pretraining=pairs).train(config)
+        lines = read_metrics(config.output_dir / "metrics.jsonl")
+        first[target] = next(line["train/pretraining_loss"] for line in lines if "train/pretraining_loss" in line)
+        policy.load_trainable_state({name: torch.zeros_like(one) for name, one in policy.trainable_state().items()})
+    assert first["noise"] > 0.1
+    assert first["reference"] < 1e-3 * first["noise"]
