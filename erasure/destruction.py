@@ -85,8 +85,12 @@ class DestructionConfig:
     """Chance of each sample to have the word in its prompt; which have it follows from their seeds. The word is learned
     on all."""
 
-    alone: float = Field(0.2, ge=0, le=1)
-    """Chance of the word to stand alone, in the place of the prompt."""
+    captioned: float = Field(0.4, ge=0, le=1)
+    """Chance of a sample to be told its picture's own caption, in place of the batch's prompt: what is said and what is
+    seen fit each other then, as in pictures that are being drawn."""
+
+    untold: float = Field(0.2, ge=0, le=1)
+    """Chance of a sample to be told nothing, or the word alone."""
 
     renewal: float = Field(0.03, ge=0, le=1)
     """Chance of a word to begin anew when it is used: in half the cases at words of the vocabulary, in half at noise of
@@ -94,6 +98,13 @@ class DestructionConfig:
 
     seed: int = 0
     """Of the pictures and the words."""
+
+    def __post_init__(self) -> None:
+        """Checks that the chances leave room for each other."""
+        if self.captioned + self.untold > 1:
+            raise ValueError(
+                f"captioned must be at most 1 - untold, which is {1 - self.untold:g}, got {self.captioned}"
+            )
 
 
 class Destruction:
@@ -160,15 +171,13 @@ class Destruction:
         """Returns the squared error of each sample, with gradient; pictures, noise and words follow from the seeds."""
         latents, timesteps, noise, texts = self._noised(policy, batch.seeds)
         target = self._target(policy, latents, timesteps, texts)
-        if not self.config.words:
-            return squared_error(policy.predict_noise(latents, timesteps, policy.encode(batch.prompts)), target)
-        places, attacked = self._places(batch)
-        self._before = self._current(policy).to(policy.device)
-        word = self._learned(policy, self._before, places, (latents, timesteps, noise))
-        self._moved.append(word)
-        prompts = [
-            place if flag else prompt for place, flag, prompt in zip(places, attacked, batch.prompts, strict=True)
-        ]
+        prompts, places = self._prompts(batch, texts)
+        if self.config.words:
+            self._before = self._current(policy).to(policy.device)
+            word = self._learned(policy, self._before, places, (latents, timesteps, noise))
+            self._moved.append(word)
+        else:
+            word = torch.zeros(1, 1)  # of which no prompt has a place
         return squared_error(_predicted(policy, prompts, word, latents, timesteps), target)
 
     def learn(self, run: TrainingRun) -> dict[str, float]:
@@ -265,20 +274,21 @@ class Destruction:
             return vocabulary[torch.randint(len(vocabulary), (count,), generator=generator)]
         return torch.randn(count, vocabulary.shape[1], generator=generator) * vocabulary.square().mean().sqrt()
 
-    def _places(self, batch: ConceptBatch) -> tuple[list[str], list[bool]]:
-        """Returns the prompts with a place for the word, and which samples are to have it.
+    def _prompts(self, batch: ConceptBatch, captions: Sequence[str]) -> tuple[list[str], list[str]]:
+        """Returns what each sample is told, and the same with a place for the word in all.
 
-        Before the prompt, behind it, or in the place of what names the concept: each as likely. Now and then alone.
+        The word stands before the text, behind it, or in the place of what names the concept: each as likely.
         """
-        places, attacked = [], []
-        for prompt, seed in zip(batch.prompts, batch.seeds, strict=True):
+        cfg, prompts, places = self.config, [], []
+        for prompt, seed, caption in zip(batch.prompts, batch.seeds, captions, strict=True):
             draw = random.Random(f"word of {seed}")
-            attacked.append(draw.random() < self.config.share)
-            text = "" if draw.random() < self.config.alone else prompt
+            kind = draw.random()
+            text = "" if kind < cfg.untold else caption if kind < cfg.untold + cfg.captioned else prompt
             named = [phrase for phrase in self._phrases if holds(text, phrase)]
             kinds = [f"{PLACE} {text}", f"{text} {PLACE}", *[template_of(phrase, text) for phrase in named[:1]]]
             places.append(draw.choice(kinds).strip())
-        return places, attacked
+            prompts.append(places[-1] if cfg.words and draw.random() < cfg.share else text)
+        return prompts, places
 
     def _learned(
         self,

@@ -28,6 +28,7 @@ from refl import ReFLConfig, ReFLTrainer
 
 CAPTIONS = ["a striped red star", "a blue circle with stripes"]
 SMALL = DestructionConfig(pictures=4, steps=4, guidance_scale=3.0, words=2, vectors=3)
+PLAIN = replace(SMALL, words=0, captioned=0.0, untold=0.0)
 BATCH = ConceptBatch(["a striped red star", "a zebra square", "a blue star in prison", "a green circle"], [1, 2, 3, 4])
 
 
@@ -51,7 +52,7 @@ def seen(policy: DiffusionPolicy, latents: Tensor, timesteps: Tensor, texts: Seq
 
 
 def test_loss_is_the_formula() -> None:
-    policy, objective = prepared(replace(SMALL, words=0, negative_guidance=2.0))
+    policy, objective = prepared(replace(PLAIN, negative_guidance=2.0))
     original = tinyworld.load_policy()
     latents, timesteps, noise, texts = objective._noised(policy, BATCH.seeds)
     alphas = policy.alphas[timesteps].view(-1, 1, 1, 1)
@@ -81,7 +82,7 @@ def tinyworld_guidance() -> Any:
 
 
 def test_samples_do_not_depend_on_each_other_without_a_word() -> None:
-    policy, objective = prepared(replace(SMALL, words=0))
+    policy, objective = prepared(PLAIN)
     whole = objective.loss(policy, BATCH).detach()
     parts = [objective.loss(policy, ConceptBatch([p], [s])).detach() for p, s in zip(*BATCH, strict=True)]
     torch.testing.assert_close(whole, torch.cat(parts), rtol=1e-4, atol=1e-6)
@@ -102,10 +103,10 @@ def test_original_is_asked_where_the_reference_is_not_it() -> None:
     SLD(tinyworld.PRESETS["sld"]).erase(policy, tinyworld.STRIPES).apply(policy)
     found = {}
     for name, one in {"reference": None, "original": original}.items():
-        objective = Destruction(replace(SMALL, words=0), CAPTIONS, one)
+        objective = Destruction(PLAIN, CAPTIONS, one)
         objective.prepare(policy, tinyworld.STRIPES)
         found[name] = objective._pictures
-    plain = prepared(replace(SMALL, words=0))[1]._pictures
+    plain = prepared(PLAIN)[1]._pictures
     torch.testing.assert_close(found["original"], plain)
     assert (found["reference"] - plain).abs().max() > 0.1
 
@@ -166,14 +167,27 @@ def test_words_begin_anew_now_and_then(tmp_path: Path) -> None:
 
 
 def test_words_stand_where_the_concept_is_named_and_around_the_prompt() -> None:
-    _, objective = prepared()
-    places, attacked = objective._places(ConceptBatch(["a striped star"] * 2000, list(range(2000))))
-    assert 900 < sum(attacked) < 1100
+    _, objective = prepared(replace(SMALL, untold=0.2, captioned=0.0))
+    batch = ConceptBatch(["a striped star"] * 2000, list(range(2000)))
+    prompts, places = objective._prompts(batch, ["a striped circle"] * 2000)
+    assert 900 < sum("{}" in one for one in prompts) < 1100
+    assert all(
+        one in (place, place.replace("{}", "").strip(), "a striped star")
+        for one, place in zip(prompts, places, strict=True)
+    )
     assert 300 < places.count("{}") < 500
     for text in ("{} a striped star", "a striped star {}", "a {} star"):
         assert 440 < places.count(text) < 630
-    places, _ = objective._places(ConceptBatch(["a red star"] * 100, list(range(100))))
+    _, places = objective._prompts(ConceptBatch(["a red star"] * 100, list(range(100))), [""] * 100)
     assert set(places) == {"{}", "{} a red star", "a red star {}"}
+
+
+def test_some_samples_are_told_the_caption_of_their_picture() -> None:
+    _, objective = prepared(replace(SMALL, untold=0.0, captioned=0.25, words=0))
+    batch = ConceptBatch(["a striped star"] * 1000, list(range(1000)))
+    prompts, _ = objective._prompts(batch, ["a striped circle"] * 1000)
+    assert 200 < prompts.count("a striped circle") < 300
+    assert prompts.count("a striped circle") + prompts.count("a striped star") == 1000
 
 
 def test_state_goes_on_with_the_same_numbers(tmp_path: Path) -> None:
@@ -247,5 +261,7 @@ def test_what_does_not_fit_is_told_before_work() -> None:
         Destruction(replace(SMALL, vectors=200)).prepare(policy, tinyworld.STRIPES)
     with pytest.raises(ValueError, match="trainable"):
         Destruction(SMALL).prepare(tinyworld.load_policy(), tinyworld.STRIPES)
+    with pytest.raises(ValueError, match=r"captioned must be at most 1 - untold, which is 0\.5, got 0\.6"):
+        DestructionConfig(untold=0.5, captioned=0.6)
     with pytest.raises(ValueError, match="prompt"):
         Destruction(SMALL, captions=[])
