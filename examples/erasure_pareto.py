@@ -40,7 +40,13 @@ from overpaint.evaluation.experiments.options import OWNED, usual_eraser
 from overpaint.evaluation.experiments.probing import pictures_of, probes_section, target_of
 from overpaint.evaluation.experiments.program import command_line, settings_from_command_line, usual_beside
 from overpaint.evaluation.experiments.recovery import recover, reference_of
-from overpaint.evaluation.experiments.recovery_options import RecoveryOptions, about_of, check_model, completed
+from overpaint.evaluation.experiments.recovery_options import (
+    RecoveryOptions,
+    about_of,
+    check_model,
+    completed,
+    refl_config,
+)
 from overpaint.evaluation.experiments.reward_floor import erase_above_floor
 from overpaint.evaluation.experiments.study import methods_table
 from overpaint.evaluation.experiments.work import work_through
@@ -83,6 +89,9 @@ class Config(RecoveryOptions):
 
     iterations: int = Field(40, ge=1)
     """ReFL iterations of a recovery."""
+
+    attacked_iterations: int = Field(120, ge=1)
+    """Of one under attack, which has more to unlearn: its constraint is the destruction, unless another is asked."""
 
     evaluation_steps: int = Field(10, ge=1)
     """Denoising steps of all pictures, in training too."""
@@ -155,23 +164,35 @@ def complete(config: Config) -> Config:
         fast = {name: value for name, value in FAST.items() if getattr(config, name) == getattr(usual, name)}
         if config.iterations == usual.iterations:
             fast["iterations"] = FAST_ITERATIONS
+        if config.attacked_iterations == usual.attacked_iterations:
+            fast["attacked_iterations"] = FAST_ITERATIONS
         if config.attempts == usual.attempts:
             fast["attempts"] = FAST_ATTEMPTS
         config = replace(config, **fast)
+    if config.refl is None and config.tiny:
+        steps = config.evaluation_steps
+        refl = replace(refl_config(config), steps=steps, first_reward_step=steps // 2, last_reward_step=steps - 1)
+        config = replace(config, refl=refl)
     forms = ("plain", *(form for form in FORMS if form in config.forms and form != "plain"))
-    return completed(replace(config, forms=forms))
+    # The learning rate depends on the form.
+    return replace(completed(replace(config, forms=forms)), learning_rate=config.learning_rate, run=None)
 
 
 def settings_of(cell: Cell, config: Config) -> Config:
     """Returns the settings of the work on one cell."""
-    constraint = "none" if cell.form == "unconstrained" else config.constraint
+    constraint, attacked = config.constraint, cell.form == "attacked"
+    if cell.form == "unconstrained":
+        constraint = "none"
+    elif attacked:
+        constraint = constraint or "destruction"
     return replace(
         config,
         seed=cell.seed,
         output_dir=cell.folder(config),
         resume=True,
         constraint=constraint,
-        attacked=cell.form == "attacked",
+        attacked=attacked,
+        iterations=config.attacked_iterations if attacked else config.iterations,
         run=None,
     )
 

@@ -26,7 +26,7 @@ from overpaint.tinyworld import REWARDS as TINY_WORLD_REWARDS
 from overpaint.tinyworld import STRIPES, load_policy
 from overpaint.tinyworld.own_concept import own_concept, preset
 from overpaint.training import TrainingConfig, default_precision
-from overpaint.training.config import Precision
+from overpaint.training.config import Precision, Schedule
 from rewards import Reward, reward_named
 
 from .program import check_same
@@ -121,11 +121,12 @@ class RunOptions(ModelOptions):
     resume: bool = False
     """Go on with an interrupted run in the same folder."""
 
-    def run_of(self, learning_rate: float) -> TrainingConfig:
+    def run_of(self, learning_rate: float, schedule: Schedule = "constant") -> TrainingConfig:
         """Returns the settings of the run: those given, or the usual ones with what the options say.
 
         Args:
             learning_rate: The usual one.
+            schedule: Of the learning rate, likewise.
 
         Raises:
             ValueError: Those given contradict the options.
@@ -134,6 +135,7 @@ class RunOptions(ModelOptions):
             output_dir=self.output_dir,
             iterations=self.iterations,
             learning_rate=learning_rate if self.learning_rate is None else self.learning_rate,
+            schedule=schedule,
             mixed_precision=self.precision,
             checkpoint_every=20,
             resume=self.resume,

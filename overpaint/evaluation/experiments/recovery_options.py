@@ -58,7 +58,8 @@ class RecoveryOptions(SharingOptions, RewardOptions, TunedOptions, ConceptOption
     """ReFL iterations of the recovery."""
 
     learning_rate: float | None = Field(None, gt=0)
-    """Of what is trained; None is 1e-3 for the tiny world and 1e-4 for Stable Diffusion."""
+    """Of what is trained; None is 1e-3 for the tiny world and 1e-4 for Stable Diffusion, and three times that with the
+    constraint destruction, which has more to unlearn."""
 
     refl: ReFLConfig | None = None
     """How the reward is won back; None is small for the tiny world, and the authors' batch for Stable Diffusion."""
@@ -71,8 +72,9 @@ class RecoveryOptions(SharingOptions, RewardOptions, TunedOptions, ConceptOption
 
     @property
     def training(self) -> TrainingConfig:
-        """The settings of the recovery's run."""
-        return self.run_of(1e-3 if self.tiny else 1e-4)
+        """The settings of the recovery's run, whose learning rate falls to 0: what is compared is where it ends."""
+        usual = (1e-3, 3e-3) if self.tiny else (1e-4, 3e-4)
+        return self.run_of(usual[self.constraint == "destruction"], schedule="cosine")
 
 
 Options = TypeVar("Options", bound=RecoveryOptions)
@@ -94,6 +96,7 @@ def refl_config(config: RecoveryOptions) -> ReFLConfig:
             micro_batch_size=8,
             erasure_batch_size=8,
             pretraining_batch_size=16,
+            pretraining_target="reference",
             steps=20,
             first_reward_step=10,
             last_reward_step=19,
