@@ -53,3 +53,22 @@ def test_fast_is_small_where_nothing_else_is_asked_for() -> None:
     assert (fast.methods, fast.seeds, fast.attempts) == (("uce", "esd"), (0,), 8)
     mine = erasure_pareto.complete(config_of("--fast", "--methods", "mace", "--attempts", "4"))
     assert (mine.methods, mine.seeds, mine.attempts) == (("mace",), (0,), 4)
+
+
+def test_each_form_has_a_constraint_of_its_own() -> None:
+    config = erasure_pareto.complete(config_of("--methods", "uce"))
+    assert config.refl is not None
+    assert (config.refl.steps, config.refl.first_reward_step, config.refl.last_reward_step) == (10, 5, 9)
+    found = {
+        form: erasure_pareto.settings_of(erasure_pareto.Cell("uce", form, 3), config)
+        for form in ("unconstrained", "recovered", "attacked")
+    }
+    assert [(one.constraint, one.attacked, one.iterations) for one in found.values()] == [
+        ("none", False, 40),
+        (None, False, 40),
+        ("destruction", True, 120),
+    ]
+    assert [one.training.learning_rate for one in found.values()] == [1e-3, 1e-3, 3e-3]
+    mine = erasure_pareto.complete(config_of("--methods", "uce", "--learning-rate", "0.1", "--constraint", "reference"))
+    one = erasure_pareto.settings_of(erasure_pareto.Cell("uce", "attacked", 3), mine)
+    assert (one.constraint, one.training.learning_rate, one.seed) == ("reference", 0.1, 3)

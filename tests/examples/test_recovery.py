@@ -13,8 +13,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from erasure import ESD, Concept, ConceptBatch, Erasure, ESDConfig
+from erasure import ESD, Concept, ConceptBatch, Destruction, Erasure, ESDConfig
 from examples import erase, refl_recover
+from overpaint.evaluation.experiments import recovery_constraint
 from overpaint.evaluation.experiments.program import settings_from_command_line
 from overpaint.evaluation.experiments.recovery_constraint import LOSS_SAMPLES, LOSS_SEED, kept_method, mean_loss
 from overpaint.evaluation.experiments.recovery_options import about_of
@@ -168,6 +169,25 @@ def test_prompts_are_mined_and_attacked_on_demand() -> None:
     assert "attacked" in Path("back/report.html").read_text()
 
 
+@pytest.mark.parametrize("method", ["uce", "sld"])
+def test_what_the_original_draws_is_unlearned_on_demand(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    found: list[Destruction] = []
+
+    class Kept(Destruction):
+        def prepare(self, policy: DiffusionPolicy, concept: Concept) -> None:
+            super().prepare(policy, concept)
+            found.append(self)
+
+    monkeypatch.setattr(recovery_constraint, "Destruction", Kept)
+    options = ["--erasure", erased_by(method), "--constraint", "destruction", "--attacked", "--iterations", "2"]
+    run(refl_recover, *RECEIVE, *options, "--output-dir", "back")
+    assert all(moved > 0 for moved in values("back", "erasure/word_moved"))
+    assert len(values("back", "erasure/violation")) == 2
+    # A guard is at work in the policy's reference too: the original is another one then.
+    assert (found[0].original is not None) == (method == "sld")
+    assert list(Path("back/constraint/concept-pictures").glob("latents-*.safetensors"))
+
+
 def test_a_detector_without_a_gradient_is_refused_before_a_picture_is_drawn() -> None:
     Path("mine.py").write_text(Path("mine.py").read_text().replace("images[:, 2]", "images.detach()[:, 2]"))
     erasure = erased_by("uce")
@@ -213,6 +233,10 @@ def test_the_ceiling_of_a_loss_is_the_erased_models_own_against_the_original(
         (
             ["--policy", "P", "--constraint", "objective", "--method", "esd", *CONCEPT],
             "constraint objective must come with the original, which the loss is about, got none",
+        ),
+        (
+            ["--policy", "P", "--constraint", "destruction", *CONCEPT],
+            "constraint destruction must come with the original, which the loss is about, got none",
         ),
         (["--policy", "P", "--measure", "none", "--constraint", "detector", *CONCEPT], "no detector .* for gogh"),
         (["--policy", "P", "--constraint", "none", "--attacked", *CONCEPT], "attacked must be off with the constraint"),
