@@ -36,6 +36,7 @@ from overpaint.training import (
     train,
 )
 from overpaint.training.loop import check_batches, check_image_size, log_pictures
+from overpaint.training.record import prompts_record
 from rewards import RewardLike, as_reward
 
 from .config import ReFLConfig
@@ -91,7 +92,8 @@ class ReFLTrainer:
             floor, what is minimised; its weight should then be a `FixedWeight`, unless its ceiling is to be enough.
         floor: What is kept good while the concept is erased: the reward, or the nearness to the reference policy, which
             leaves the reward out.
-        pretraining: Pairs of the pretraining term; drawn from the frozen policy itself where none are given.
+        pretraining: Pairs of the pretraining term, or captions for which the frozen policy draws them, which takes them
+            in turn; None is the prompts.
         held_out: Prompts and a reward that are not trained on, for early stopping; the best weights by it remain.
 
     Raises:
@@ -111,7 +113,7 @@ class ReFLTrainer:
         *,
         erasure: ErasureConstraint | None = None,
         floor: QualityConstraint | None = None,
-        pretraining: PretrainingPairs | None = None,
+        pretraining: PretrainingPairs | Sequence[str] | None = None,
         held_out: HeldOut | None = None,
     ) -> None:
         self.policy = policy
@@ -120,7 +122,9 @@ class ReFLTrainer:
         self.config = config or ReFLConfig()
         self.erasure = erasure
         self.floor = floor
-        self.pretraining = pretraining
+        given = isinstance(pretraining, PretrainingPairs)
+        self.pretraining = pretraining if given else None
+        self._captions = self.prompts if given or pretraining is None else check_prompts(pretraining)
         if self._rewarded and not self.reward.differentiable:
             raise not_differentiable("reward", reward)
         check_trainable(policy)
@@ -128,10 +132,11 @@ class ReFLTrainer:
             raise ValueError("floor must come with an erasure, which is lowered subject to it, got none")
         if isinstance(floor, ReferenceDivergence) and self.config.eta == 0:
             raise ValueError("ReFLConfig.eta must be above 0 with a ReferenceDivergence, got 0")
-        if pretraining is not None and not 0 < len(pretraining.captions) == len(pretraining.latents):
+        pairs = self.pretraining
+        if pairs is not None and not 0 < len(pairs.captions) == len(pairs.latents):
             raise ValueError(
                 "pretraining must hold at least one pair and a caption for each of its latents, got "
-                f"{len(pretraining.latents)} latents and {len(pretraining.captions)} captions"
+                f"{len(pairs.latents)} latents and {len(pairs.captions)} captions"
             )
         self.early_stopping = EarlyStopping.of(self.config, held_out, constrained=erasure is not None)
         self.guidance = ClassifierFree(self.config.guidance_scale)
@@ -149,6 +154,8 @@ class ReFLTrainer:
         if self.floor is not None:
             state["floor"] = self.floor.lagrangian
         about = {name: one.description() for name, one in constraints.items() if one is not None}
+        if self._captions is not self.prompts:
+            about["pretraining"] = prompts_record(self._captions)
         return train(self, run_config, state=state, configs={"refl": self.config}, about=about, notes=notes)
 
     def prepare(self, run: TrainingRun) -> None:
@@ -181,7 +188,7 @@ class ReFLTrainer:
             self.erasure.attack.check(self.policy, self.erasure.prompts)
 
         if cfg.pretraining_weight and self.pretraining is None:
-            self.pretraining = own_pairs(run, self.policy, self.prompts, cfg)
+            self.pretraining = own_pairs(run, self.policy, self._captions, cfg)
         if isinstance(self.erasure, ObjectiveConstraint):
             self.erasure.prepare(self.policy)
 

@@ -168,6 +168,12 @@ def test_trainer_draws_pairs_where_none_are_given(
     expected = pairs_from_policy(policy, prompts, count=16, steps=4, guidance=ClassifierFree(1.0), seed=2_000_003)
     assert trainer.pretraining.captions == expected.captions
     assert torch.equal(trainer.pretraining.latents, expected.latents)
+    captions = ["blue", "green"]
+    trainer = ReFLTrainer(policy, redness, prompts, small(pretraining_weight=1.0), pretraining=captions)
+    with TrainingRun(policy, run_config("captions", seed=3)) as run:
+        trainer.prepare(run)
+    assert trainer.pretraining is not None
+    assert trainer.pretraining.captions == captions * 8
 
 
 def test_weight_of_zero_skips_the_term(

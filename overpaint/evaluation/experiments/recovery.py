@@ -7,6 +7,7 @@ recovered.
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
+from itertools import cycle
 from typing import Any, Literal, NamedTuple, TypeVar
 
 from erasure import Erasure, SoftAttack
@@ -138,6 +139,8 @@ def recover(
 ) -> None:
     """Raises the reward of an erased policy under the constraint.
 
+    The pretraining term is about the prompts of the reward and what the concept is to preserve, in turn.
+
     Args:
         config: Options.
         policy: Erased, with `reference_of` as its reference.
@@ -154,11 +157,15 @@ def recover(
     held_out = None
     if about.held_out is not None:
         held_out = HeldOut(about.prompts("benign", 48, config.seed + 200), about.held_out)
+    prompts = about.prompts("train", 1000, config.seed + 300)
+    preserve = [one for one in about.concept.preserve if one.strip()] or prompts
+    captions = [one for pair in zip(prompts, cycle(preserve), strict=False) for one in pair]
     trainer = ReFLTrainer(
         policy,
         about.reward,
-        about.prompts("train", 1000, config.seed + 300),
+        prompts,
         config.refl,
+        pretraining=captions,
         erasure=constraint_of(config, about, policy, method, original=original, progress=progress),
         held_out=held_out,
     )

@@ -96,6 +96,7 @@ def refl_config(config: RecoveryOptions) -> ReFLConfig:
             micro_batch_size=8,
             erasure_batch_size=8,
             pretraining_batch_size=16,
+            pretraining_pairs=128,
             pretraining_target="reference",
             steps=20,
             first_reward_step=10,
