@@ -169,13 +169,11 @@ def complete(config: Config) -> Config:
         if config.attempts == usual.attempts:
             fast["attempts"] = FAST_ATTEMPTS
         config = replace(config, **fast)
-    if config.refl is None and config.tiny:
-        steps = config.evaluation_steps
-        refl = replace(refl_config(config), steps=steps, first_reward_step=steps // 2, last_reward_step=steps - 1)
-        config = replace(config, refl=refl)
     forms = ("plain", *(form for form in FORMS if form in config.forms and form != "plain"))
-    # The learning rate depends on the form.
-    return replace(completed(replace(config, forms=forms)), learning_rate=config.learning_rate, run=None)
+    # What depends on the form is left to it.
+    return replace(
+        completed(replace(config, forms=forms)), learning_rate=config.learning_rate, refl=config.refl, run=None
+    )
 
 
 def settings_of(cell: Cell, config: Config) -> Config:
@@ -185,7 +183,7 @@ def settings_of(cell: Cell, config: Config) -> Config:
         constraint = "none"
     elif attacked:
         constraint = constraint or "destruction"
-    return replace(
+    own = replace(
         config,
         seed=cell.seed,
         output_dir=cell.folder(config),
@@ -195,6 +193,11 @@ def settings_of(cell: Cell, config: Config) -> Config:
         iterations=config.attacked_iterations if attacked else config.iterations,
         run=None,
     )
+    if own.refl is not None or not own.tiny:
+        return own
+    steps = own.evaluation_steps
+    refl = replace(refl_config(own), steps=steps, first_reward_step=steps // 2, last_reward_step=steps - 1)
+    return replace(own, refl=refl)
 
 
 def make(cell: Cell, config: Config, about: Experiment) -> DiffusionPolicy:

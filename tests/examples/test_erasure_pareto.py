@@ -57,8 +57,6 @@ def test_fast_is_small_where_nothing_else_is_asked_for() -> None:
 
 def test_each_form_has_a_constraint_of_its_own() -> None:
     config = erasure_pareto.complete(config_of("--methods", "uce"))
-    assert config.refl is not None
-    assert (config.refl.steps, config.refl.first_reward_step, config.refl.last_reward_step) == (10, 5, 9)
     found = {
         form: erasure_pareto.settings_of(erasure_pareto.Cell("uce", form, 3), config)
         for form in ("unconstrained", "recovered", "attacked")
@@ -68,7 +66,10 @@ def test_each_form_has_a_constraint_of_its_own() -> None:
         (None, False, 40),
         ("destruction", True, 120),
     ]
-    assert [one.training.learning_rate for one in found.values()] == [1e-3, 1e-3, 3e-3]
+    assert [one.training.learning_rate for one in found.values()] == [1e-3, 1e-3, 5e-3]
+    refl = [one.refl for one in found.values() if one.refl is not None]
+    assert [(one.steps, one.first_reward_step, one.last_reward_step) for one in refl] == [(10, 5, 9)] * 3
+    assert [one.pretraining_weight for one in refl] == [1.0, 1.0, 4.0]
     mine = erasure_pareto.complete(config_of("--methods", "uce", "--learning-rate", "0.1", "--constraint", "reference"))
     one = erasure_pareto.settings_of(erasure_pareto.Cell("uce", "attacked", 3), mine)
     assert (one.constraint, one.training.learning_rate, one.seed) == ("reference", 0.1, 3)

@@ -36,9 +36,11 @@ DETECTOR_WEIGHT = 0.1
 """Weight of a detector's violation before the first update, which a reward is not drowned by."""
 NEAR_REFERENCE = 1e-3
 """Squared distance of noise predictions from the erased model's that counts as erased."""
-DESTROYED, DESTRUCTION_WEIGHT = 0.05, 0.015
-"""Squared error of noise predictions in pictures of the concept that counts as erased, and the weight of its violation
-before the first update: about a third of the loss itself, beside the pretraining term's whole."""
+DESTROYED = 0.05
+"""Squared error of noise predictions in pictures of the concept that counts as erased."""
+DESTRUCTION = LagrangianConfig(initial_weight=1.0, max_weight=1.5, proportional_gain=0.0)
+"""How that constraint is weighed: from the first update on, and not so hard that the pictures of other prompts, which
+the pretraining term holds, cannot come back."""
 LOSS_SAMPLES, LOSS_SEED, LOSS_MARGIN = 64, 5_000_000, 0.1
 """The erased model's own loss, which the method's loss may exceed by that margin: of how many samples, from which seed
 on."""
@@ -181,8 +183,9 @@ def destruction_of(
     )
     objective = Destruction(settings, list(dict.fromkeys(about.prompts("explicit", 400, 11))), original)
     objective = for_run(objective, config.output_dir / "constraint", progress=progress)
-    weight = Lagrangian(LagrangianConfig(initial_weight=DESTRUCTION_WEIGHT))
-    return ObjectiveConstraint(objective, about.concept, prompts, weight, ceiling=config.ceiling or DESTROYED)
+    return ObjectiveConstraint(
+        objective, about.concept, prompts, Lagrangian(DESTRUCTION), ceiling=config.ceiling or DESTROYED
+    )
 
 
 def mean_loss(objective: Objective, policy: DiffusionPolicy, about: Experiment, batch_size: int) -> float:

@@ -58,7 +58,7 @@ class RecoveryOptions(SharingOptions, RewardOptions, TunedOptions, ConceptOption
     """ReFL iterations of the recovery."""
 
     learning_rate: float | None = Field(None, gt=0)
-    """Of what is trained; None is 1e-3 for the tiny world and 1e-4 for Stable Diffusion, and three times that with the
+    """Of what is trained; None is 1e-3 for the tiny world and 1e-4 for Stable Diffusion, and five times that with the
     constraint destruction, which has more to unlearn."""
 
     refl: ReFLConfig | None = None
@@ -73,7 +73,7 @@ class RecoveryOptions(SharingOptions, RewardOptions, TunedOptions, ConceptOption
     @property
     def training(self) -> TrainingConfig:
         """The settings of the recovery's run, whose learning rate falls to 0: what is compared is where it ends."""
-        usual = (1e-3, 3e-3) if self.tiny else (1e-4, 3e-4)
+        usual = (1e-3, 5e-3) if self.tiny else (1e-4, 5e-4)
         return self.run_of(usual[self.constraint == "destruction"], schedule="cosine")
 
 
@@ -97,6 +97,7 @@ def refl_config(config: RecoveryOptions) -> ReFLConfig:
             erasure_batch_size=8,
             pretraining_batch_size=16,
             pretraining_pairs=128,
+            pretraining_weight=4.0 if config.constraint == "destruction" else 1.0,
             pretraining_target="reference",
             steps=20,
             first_reward_step=10,
