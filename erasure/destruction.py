@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Int
 from torch import Tensor
 
 from overpaint.policy import ClassifierFree, DiffusionPolicy
@@ -37,14 +37,12 @@ from overpaint.policy.types import Latents, PerSample
 from overpaint.settings import Field, settings
 from overpaint.training import TrainingRun
 
+from .adversarial_words import AdversarialWords, Word
 from .concept import Concept
-from .controllers import check_keys
 from .generated import generated_latents, in_turns
 from .phrases import holds, own_phrases, template_of
 from .protocols import ConceptBatch, check_trainable
 from .rollout import erased_target, squared_error
-
-Word = Float[Tensor, "vectors dim"]
 
 
 @settings
@@ -93,8 +91,7 @@ class DestructionConfig:
     """Chance of a sample to be told nothing, or the word alone."""
 
     renewal: float = Field(0.03, ge=0, le=1)
-    """Chance of a word to begin anew when it is used: in half the cases at words of the vocabulary, in half at noise of
-    their size."""
+    """Chance of a word to begin anew when it is used, see `AdversarialWords`."""
 
     seed: int = 0
     """Of the pictures and the words."""
@@ -111,8 +108,7 @@ class Destruction:
     """The loss of seeing the concept in its pictures, with words that are learned against the policy; a `Learner`.
 
     As a constraint of a reward it holds a concept under attack: `ObjectiveConstraint(Destruction(...), concept,
-    prompts, ceiling=...)`. Each batch that goes through the UNet at a time moves a copy of the update's word, and the
-    word goes on from their mean over all batches and processes.
+    prompts, ceiling=...)`.
 
     Args:
         config: Settings.
@@ -134,10 +130,8 @@ class Destruction:
         self.original = original
         self.folder: Path | None = None
         self.progress = False
-        self._words: dict[int, Tensor] = {}  # those that have moved
-        self._before: Tensor | None = None  # the word of this update, from the loss on
-        self._moved: list[Tensor] = []
-        self._updates = 0
+        cfg = self.config
+        self.words = AdversarialWords(cfg.words, cfg.vectors, cfg.renewal, cfg.seed) if cfg.words else None
 
     def __repr__(self) -> str:
         """Shows the settings, and how many captions there are."""
@@ -172,47 +166,24 @@ class Destruction:
         latents, timesteps, noise, texts = self._noised(policy, batch.seeds)
         target = self._target(policy, latents, timesteps, texts)
         prompts, places = self._prompts(batch, texts)
-        if self.config.words:
-            self._before = self._current(policy).to(policy.device)
-            word = self._learned(policy, self._before, places, (latents, timesteps, noise))
-            self._moved.append(word)
-        else:
-            word = torch.zeros(1, 1)  # of which no prompt has a place
+        word = None
+        if self.words is not None:
+            word = self._learned(policy, self.words.current(policy), places, (latents, timesteps, noise))
+            self.words.move(word)
         return squared_error(_predicted(policy, prompts, word, latents, timesteps), target)
 
     def learn(self, run: TrainingRun) -> dict[str, float]:
-        """Lets the word of this update go on from where it was moved to; returns how far, as a root mean square."""
-        logged: dict[str, float] = {}
-        if self._before is not None:
-            before = self._before.cpu()
-            total = sum((one.cpu() - before for one in self._moved), torch.zeros_like(before))
-            count = run.gather(torch.tensor([float(len(self._moved))])).sum().clamp(min=1.0)
-            moved = (run.gather(total[None]).sum(dim=0) / count).cpu()
-            self._words[self._chosen] = before + moved
-            logged["erasure/word_moved"] = float(moved.square().mean().sqrt())
-        self._before, self._moved = None, []
-        self._updates += 1
-        return logged
+        """Lets the word of this update go on from where it was moved to; returns how far."""
+        return {} if self.words is None else self.words.learn(run)
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns the words, and the number of updates."""
-        return {"words": dict(self._words), "updates": self._updates}
+        """Returns the state of the words."""
+        return {} if self.words is None else self.words.state_dict()
 
     def load_state_dict(self, state: Mapping[str, Any], /) -> None:
-        """Takes over what `state_dict` returned.
-
-        Raises:
-            ValueError: It is of other words, or one is not finite. Nothing is changed.
-        """
-        check_keys(state, ("words", "updates"))
-        words, cfg = dict(state["words"]), self.config
-        for number, word in words.items():
-            if number not in range(cfg.words) or len(word) != cfg.vectors or not word.isfinite().all():
-                raise ValueError(
-                    f"state['words'] must be of {cfg.words} words with {cfg.vectors} finite vectors, got number "
-                    f"{number} with {len(word)}"
-                )
-        self._words, self._updates, self._moved = words, int(state["updates"]), []
+        """Takes over what `state_dict` returned; a `ValueError` where it is of other words."""
+        if self.words is not None:
+            self.words.load_state_dict(state)
 
     # Pictures.
 
@@ -249,30 +220,6 @@ class Destruction:
         return erased_target(*seen.chunk(2), negative_guidance=self.config.negative_guidance)
 
     # Words.
-
-    @property
-    def _chosen(self) -> int:
-        """Which word this update takes; all of a seed's runs take the same."""
-        return random.Random(f"word {self._updates} of {self.config.seed}").randrange(self.config.words)
-
-    def _current(self, policy: DiffusionPolicy) -> Word:
-        """Returns the word of this update, renewed where its time has come."""
-        fate = random.Random(f"renewal {self._updates} of {self.config.seed}")
-        if fate.random() < self.config.renewal:
-            return self._begun(policy, self.config.words + self._updates)
-        known = self._words.get(self._chosen)
-        return self._begun(policy, self._chosen) if known is None else known
-
-    def _begun(self, policy: DiffusionPolicy, number: int) -> Word:
-        """Returns where a word begins."""
-        generator = torch.Generator().manual_seed(
-            random.Random(f"begin {number} of {self.config.seed}").randrange(2**31)
-        )
-        vocabulary = token_vectors(policy.prompts).float().cpu()
-        count = self.config.vectors
-        if torch.rand((), generator=generator) < 0.5:
-            return vocabulary[torch.randint(len(vocabulary), (count,), generator=generator)]
-        return torch.randn(count, vocabulary.shape[1], generator=generator) * vocabulary.square().mean().sqrt()
 
     def _prompts(self, batch: ConceptBatch, captions: Sequence[str]) -> tuple[list[str], list[str]]:
         """Returns what each sample is told, and the same with a place for the word in all.
@@ -313,13 +260,13 @@ class Destruction:
 def _predicted(
     policy: DiffusionPolicy,
     prompts: Sequence[str],
-    word: Word,
+    word: Word | None,
     latents: Latents,
     timesteps: Int[Tensor, " batch"],
 ) -> Latents:
-    """Returns the noise that the policy sees for prompts, some of which have a place for the word."""
+    """Returns the noise that the policy sees for prompts, some of which may have a place for a word."""
     spoken = [prompt for prompt in prompts if PLACE in prompt]
-    if not spoken:
+    if word is None or not spoken:
         return policy.predict_noise(latents, timesteps, policy.encode(prompts))
     with soft_texts(policy.prompts, spoken, word.expand(len(spoken), -1, -1)) as coined:
         own = iter(coined)

@@ -95,7 +95,8 @@ def test_gradient_reaches_the_policy_and_no_word() -> None:
     assert isinstance(objective, Learner)
     objective.loss(policy, BATCH).mean().backward()
     assert any(p.grad is not None and p.grad.abs().max() > 0 for p in policy.trainable_parameters())
-    assert all(not one.requires_grad for one in objective._moved)
+    assert objective.words is not None
+    assert not objective.words.current(policy).requires_grad
 
 
 def test_original_is_asked_where_the_reference_is_not_it() -> None:
@@ -125,7 +126,8 @@ def word_error(policy: DiffusionPolicy, objective: Destruction, word: Tensor) ->
 
 def test_words_learn_to_bring_the_concept_and_go_on_from_where_they_were(tmp_path: Path) -> None:
     policy, objective = prepared(replace(SMALL, words=1, share=1.0, renewal=0.0, attack_learning_rate=0.1))
-    first = objective._current(policy)
+    assert objective.words is not None
+    first = objective.words.current(policy)
     errors = [word_error(policy, objective, first)]
     with run_of(policy, tmp_path) as run:
         for update in range(12):
