@@ -157,7 +157,7 @@ def test_word_goes_on_from_the_mean_of_all_parts(tmp_path: Path) -> None:
 
 
 def test_words_begin_anew_now_and_then(tmp_path: Path) -> None:
-    policy, objective = prepared(replace(SMALL, words=1, share=1.0, renewal=1.0))
+    policy, objective = prepared(replace(SMALL, words=1, share=1.0, renewal=1.0, attack_learning_rate=1e-3))
     with run_of(policy, tmp_path) as run:
         objective.loss(policy, BATCH)
         objective.learn(run)
@@ -215,7 +215,7 @@ class Stopped(Exception):
 
 def train(folder: Path, *, stop_at: int | None = None, resume: bool = False) -> dict[str, Tensor]:
     policy = tinyworld.load_policy(lora=LoRAConfig(rank=2))
-    objective = Destruction(SMALL, CAPTIONS)
+    objective = Destruction(replace(SMALL, share=1.0), CAPTIONS)
     weight = FixedWeight(1.0)
     constraint = ObjectiveConstraint(objective, tinyworld.STRIPES, CAPTIONS, weight, ceiling=0.05)
     update = weight.update
