@@ -139,7 +139,8 @@ def recover(
 ) -> None:
     """Raises the reward of an erased policy under the constraint.
 
-    The pretraining term is about the prompts of the reward and what the concept is to preserve, in turn.
+    Beside a destruction the pretraining term is about the prompts of the reward and what the concept is to preserve, in
+    turn.
 
     Args:
         config: Options.
@@ -158,8 +159,10 @@ def recover(
     if about.held_out is not None:
         held_out = HeldOut(about.prompts("benign", 48, config.seed + 200), about.held_out)
     prompts = about.prompts("train", 1000, config.seed + 300)
-    preserve = [one for one in about.concept.preserve if one.strip()] or prompts
-    captions = [one for pair in zip(prompts, cycle(preserve), strict=False) for one in pair]
+    captions = None
+    if name == "destruction":
+        preserve = [one for one in about.concept.preserve if one.strip()] or prompts
+        captions = [one for pair in zip(prompts, cycle(preserve), strict=False) for one in pair]
     trainer = ReFLTrainer(
         policy,
         about.reward,

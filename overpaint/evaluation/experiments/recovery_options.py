@@ -2,7 +2,7 @@
 
 import warnings
 from dataclasses import replace
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 from erasure import (
     NUDITY,
@@ -58,8 +58,8 @@ class RecoveryOptions(SharingOptions, RewardOptions, TunedOptions, ConceptOption
     """ReFL iterations of the recovery."""
 
     learning_rate: float | None = Field(None, gt=0)
-    """Of what is trained; None is 1e-3 for the tiny world and 1e-4 for Stable Diffusion, and five times that with the
-    constraint destruction, which has more to unlearn."""
+    """Of what is trained; None is 1e-3 for the tiny world and 1e-4 for Stable Diffusion, and five times that, falling
+    to 0, with the constraint destruction, which has more to unlearn."""
 
     refl: ReFLConfig | None = None
     """How the reward is won back; None is small for the tiny world, and the authors' batch for Stable Diffusion."""
@@ -72,9 +72,9 @@ class RecoveryOptions(SharingOptions, RewardOptions, TunedOptions, ConceptOption
 
     @property
     def training(self) -> TrainingConfig:
-        """The settings of the recovery's run, whose learning rate falls to 0: what is compared is where it ends."""
-        usual = (1e-3, 5e-3) if self.tiny else (1e-4, 5e-4)
-        return self.run_of(usual[self.constraint == "destruction"], schedule="cosine")
+        """The settings of the recovery's run."""
+        usual = 1e-3 if self.tiny else 1e-4
+        return self.run_of(5 * usual, schedule="cosine") if self.constraint == "destruction" else self.run_of(usual)
 
 
 Options = TypeVar("Options", bound=RecoveryOptions)
@@ -90,15 +90,16 @@ def completed(config: Options) -> Options:
 
 def refl_config(config: RecoveryOptions) -> ReFLConfig:
     """Returns the settings of the recovery: small for the tiny world, the authors' batch for Stable Diffusion."""
+    keeping: dict[str, Any] = {}
+    if config.constraint == "destruction":  # which moves the model far, and what is not to move with it has to be held
+        keeping = {"pretraining_pairs": 128, "pretraining_weight": 4.0, "pretraining_target": "reference"}
     if config.tiny:
         return ReFLConfig(
             batch_size=8,
             micro_batch_size=8,
             erasure_batch_size=8,
             pretraining_batch_size=16,
-            pretraining_pairs=128,
-            pretraining_weight=4.0 if config.constraint == "destruction" else 1.0,
-            pretraining_target="reference",
+            **keeping,
             steps=20,
             first_reward_step=10,
             last_reward_step=19,
@@ -111,6 +112,7 @@ def refl_config(config: RecoveryOptions) -> ReFLConfig:
         micro_batch_size=2,
         erasure_batch_size=16,
         pretraining_batch_size=16,
+        **keeping,
         **config.training_pictures,
         checkpoint_steps=True,
     )
