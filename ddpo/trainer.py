@@ -355,6 +355,8 @@ class DDPOTrainer:
             measure_kl=measure_kl,
             compare=self.erasure is not None,
         )
+        if isinstance(self.erasure, ObjectiveConstraint):
+            self.erasure.learn(run)
         floor_violation = 0.0
         if isinstance(self.floor, ReferenceDivergence):
             floor_violation = run.mean(self.floor.violation(update.means[4:]))

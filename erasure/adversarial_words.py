@@ -68,6 +68,8 @@ class AdversarialWords:
             total = sum((one - before for one in self._moved), torch.zeros_like(before))
             count = run.gather(torch.tensor([float(len(self._moved))])).sum().clamp(min=1.0)
             moved = (run.gather(total[None]).sum(dim=0) / count).cpu()
+            if not moved.isfinite().all():  # a batch has failed, and its update is skipped
+                moved = torch.zeros_like(before)
             self._words[self._chosen] = before + moved
             logged["erasure/word_moved"] = float(moved.square().mean().sqrt())
         self._before, self._moved = None, []

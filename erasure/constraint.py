@@ -142,6 +142,7 @@ class ObjectiveConstraint(_Constraint):
             )
         self.objective = objective
         self.concept = concept
+        self._learned: dict[str, float] = {}
 
     def description(self) -> dict[str, Any]:
         """Returns what is constrained and how, for the record of a run."""
@@ -152,10 +153,14 @@ class ObjectiveConstraint(_Constraint):
         learned = {"objective": self.objective} if isinstance(self.objective, Learner) else {}
         return super().state() | learned
 
+    def learn(self, run: TrainingRun) -> None:
+        """Lets an objective learn, once after every update of the policy; every process has to call it."""
+        if isinstance(self.objective, Learner):
+            self._learned = self.objective.learn(run)
+
     def measured(self, run: TrainingRun) -> dict[str, float]:
-        """Returns what mining and attacks have measured, and lets an objective learn; every process has to call it."""
-        learned = self.objective.learn(run) if isinstance(self.objective, Learner) else {}
-        return super().measured(run) | learned
+        """Returns what mining and attacks have measured, and what the objective has learned last."""
+        return super().measured(run) | self._learned
 
     def prepare(self, policy: DiffusionPolicy) -> None:
         """Prepares the objective for the policy; once, before the first update. Raises as the objective's `prepare`."""

@@ -148,9 +148,9 @@ class Destruction:
         check_trainable(policy, f"destroying {concept.name!r}")
         if cfg.first_timestep >= (total := len(policy.alphas)):
             raise ValueError(f"DestructionConfig.first_timestep must be below {total}, got {cfg.first_timestep}")
-        if cfg.words:
-            check_room(policy.prompts, concept.phrases, cfg.vectors, "DestructionConfig.vectors")
         texts = in_turns(self.captions or concept.phrases, cfg.pictures)
+        if cfg.words:
+            check_room(policy.prompts, [*concept.phrases, *texts], cfg.vectors, "DestructionConfig.vectors")
         generator = random.Random(f"pictures of {cfg.seed}")
         seeds = [generator.randrange(2**31) for _ in texts]
         guidance = ClassifierFree(cfg.guidance_scale)

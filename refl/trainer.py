@@ -223,6 +223,8 @@ class ReFLTrainer:
         # The terms have added up in each process; a last backward, of nothing, averages over the processes.
         run.backward(torch.stack([0.0 * p.sum() for p in parameters]).sum(), sync=True)
         grad_norm = run.update()
+        if isinstance(erasure, ObjectiveConstraint):
+            erasure.learn(run)
 
         metrics = ReFLMetrics(
             reward=run.mean(rewarded.values) if self._rewarded else 0.0,

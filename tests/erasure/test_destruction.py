@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from ddpo import DDPOConfig, DDPOTrainer
 from erasure import (
     SLD,
     ConceptBatch,
@@ -156,6 +157,17 @@ def test_word_goes_on_from_the_mean_of_all_parts(tmp_path: Path) -> None:
     torch.testing.assert_close(objective.state_dict()["words"][0], (ends[0] + ends[1]) / 2, rtol=1e-5, atol=1e-7)
 
 
+def test_word_stays_where_it_was_when_a_batch_has_failed(tmp_path: Path) -> None:
+    policy, objective = prepared(replace(SMALL, words=1, renewal=0.0))
+    assert objective.words is not None
+    before = objective.words.current(policy).clone()
+    with run_of(policy, tmp_path) as run:
+        objective.words.move(torch.full_like(before, float("nan")))
+        objective.words.move(before + 1)
+        assert objective.learn(run) == {"erasure/word_moved": 0.0}
+    assert torch.equal(objective.state_dict()["words"][0], before)
+
+
 def test_words_begin_anew_now_and_then(tmp_path: Path) -> None:
     policy, objective = prepared(replace(SMALL, words=1, share=1.0, renewal=1.0, attack_learning_rate=1e-3))
     with run_of(policy, tmp_path) as run:
@@ -252,6 +264,19 @@ def test_interrupted_run_goes_on_to_the_same_weights(tmp_path: Path) -> None:
     assert min(words) > 0
 
 
+def test_each_update_of_a_round_of_ddpo_takes_a_word(tmp_path: Path) -> None:
+    policy = tinyworld.load_policy(lora=LoRAConfig(rank=2))
+    objective = Destruction(SMALL, CAPTIONS)
+    constraint = ObjectiveConstraint(objective, tinyworld.STRIPES, CAPTIONS, FixedWeight(1.0), ceiling=0.05)
+    config = DDPOConfig(
+        samples_per_round=8, updates_per_round=2, sampling_batch_size=8, minibatch_size=4, steps=2, guidance_scale=3.0,
+        erasure_samples_per_round=4,
+    )  # fmt: skip
+    trainer = DDPOTrainer(policy, tinyworld.load_reward(), CAPTIONS, config, erasure=constraint)
+    trainer.train(TrainingConfig(output_dir=tmp_path, iterations=2, learning_rate=1e-4, progress=False))
+    assert objective.state_dict()["updates"] == 4
+
+
 # What does not fit.
 
 
@@ -261,6 +286,8 @@ def test_what_does_not_fit_is_told_before_work() -> None:
         Destruction(replace(SMALL, first_timestep=1000)).prepare(policy, tinyworld.STRIPES)
     with pytest.raises(ValueError, match=r"room for DestructionConfig.vectors=200"):
         Destruction(replace(SMALL, vectors=200)).prepare(policy, tinyworld.STRIPES)
+    with pytest.raises(ValueError, match=r"leave room for DestructionConfig\.vectors=3 .* got 2[0-9]"):
+        Destruction(SMALL, captions=["a striped red star " * 5]).prepare(policy, tinyworld.STRIPES)
     with pytest.raises(ValueError, match="trainable"):
         Destruction(SMALL).prepare(tinyworld.load_policy(), tinyworld.STRIPES)
     with pytest.raises(ValueError, match=r"captioned must be at most 1 - untold, which is 0\.5, got 0\.6"):

@@ -155,7 +155,7 @@ def constraint_of(
             detector.score, prompts, weight, ceiling=config.ceiling or detector.ceiling, attack=attack
         )
     if name == "destruction":
-        return destruction_of(config, about, prompts, original, progress=progress)
+        return destruction_of(config, about, prompts, original, steps=refl.steps, progress=progress)
     if name == "objective":
         objective: Objective = for_run(_loss_of(method), config.output_dir / "constraint", progress=progress)
         ceiling = config.ceiling or (1 + LOSS_MARGIN) * mean_loss(objective, policy, about, refl.micro_batch_size)
@@ -172,12 +172,12 @@ def destruction_of(
     prompts: Sequence[str],
     original: DiffusionPolicy | None,
     *,
+    steps: int,
     progress: bool,
 ) -> ErasureConstraint:
     """Returns the constraint that pictures of the concept are seen as something else, under attack or not."""
-    refl = config.refl or refl_config(config)
     settings = DestructionConfig(
-        steps=refl.steps,
+        steps=steps,
         guidance_scale=config.usual_guidance,
         words=DestructionConfig().words if config.attacked else 0,
     )
