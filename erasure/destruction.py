@@ -5,10 +5,12 @@ of the words still reach it: "When are concepts erased" (2025, https://arxiv.org
 and a model that gives the concept no probability under any condition destruction. This objective trains the latter,
 
     z_t = √ᾱ_t z + √(1 - ᾱ_t) ε,    z a picture of the concept with caption c, drawn by the original model ε*
-    loss = mean of (ε_θ(z_t, t, [p; v]) - (ε*(z_t, t, ∅) - η (ε*(z_t, t, c) - ε*(z_t, t, ∅))))²
+    loss = mean of (ε_θ(z_t, t, [p; v]) - (ε*(z_t, t, a) - η (ε*(z_t, t, c) - ε*(z_t, t, a))))²
 
-with any prompt p and a word v of free vectors. The target is that of ESD (Gandikota et al. 2023,
-https://arxiv.org/abs/2303.07345, equation 6); ESD itself asks for it on what the erased model draws, and for c alone.
+with any prompt p, a word v of free vectors, and the caption a without the concept. The target is that of ESD (Gandikota
+et al. 2023, https://arxiv.org/abs/2303.07345, equation 6) with a in the place of the empty prompt: what else is in the
+picture, other prompts ask for, and it is not to be led away from. ESD itself asks for it on what the erased model
+draws, and for c alone.
 The words are those that textual inversion (Gal et al. 2022, https://arxiv.org/abs/2208.01618, equation 2) learns on the
 policy while it is trained,
 
@@ -40,7 +42,7 @@ from overpaint.training import TrainingRun
 from .adversarial_words import AdversarialWords, Word
 from .concept import Concept
 from .generated import generated_latents, in_turns
-from .phrases import holds, own_phrases, template_of
+from .phrases import SLOT, check_absent, holds, own_phrases, template_of
 from .protocols import ConceptBatch, check_trainable
 from .rollout import erased_target, squared_error
 
@@ -49,7 +51,7 @@ from .rollout import erased_target, squared_error
 class DestructionConfig:
     """What pictures of the concept are shown, and what words the policy is tried with."""
 
-    pictures: int = Field(96, ge=1)
+    pictures: int = Field(128, ge=1)
     """Pictures of the concept that the original model draws; captions take turns."""
 
     steps: int = Field(50, ge=1)
@@ -64,6 +66,9 @@ class DestructionConfig:
     first_timestep: int = Field(200, ge=0)
     """Smallest timestep of training that the pictures are noised to; below, a picture is all but drawn."""
 
+    last_timestep: int = Field(799, ge=0)
+    """Largest such timestep; above, a picture is all but noise, which any other picture might be behind."""
+
     negative_guidance: float = Field(1.0, gt=0)
     """How far predictions are led away from the concept (eta)."""
 
@@ -76,19 +81,16 @@ class DestructionConfig:
     attack_steps: int = Field(3, ge=1)
     """Steps of Adam that a word takes in each update that it is used in."""
 
-    attack_learning_rate: float = Field(0.5, gt=0)
+    attack_learning_rate: float = Field(1.0, gt=0)
     """Of that Adam, in units of the root mean square of the text encoder's token embeddings."""
 
     share: float = Field(0.5, gt=0, le=1)
     """Chance of each sample to have the word in its prompt; which have it follows from their seeds. The word is learned
     on all."""
 
-    captioned: float = Field(0.4, ge=0, le=1)
+    captioned: float = Field(0.33, ge=0, le=1)
     """Chance of a sample to be told its picture's own caption, in place of the batch's prompt: what is said and what is
     seen fit each other then, as in pictures that are being drawn."""
-
-    untold: float = Field(0.2, ge=0, le=1)
-    """Chance of a sample to be told nothing, or the word alone."""
 
     renewal: float = Field(0.03, ge=0, le=1)
     """Chance of a word to begin anew when it is used, see `AdversarialWords`."""
@@ -97,10 +99,10 @@ class DestructionConfig:
     """Of the pictures and the words."""
 
     def __post_init__(self) -> None:
-        """Checks that the chances leave room for each other."""
-        if self.captioned + self.untold > 1:
+        """Checks that there is a timestep to noise to."""
+        if self.first_timestep > self.last_timestep:
             raise ValueError(
-                f"captioned must be at most 1 - untold, which is {1 - self.untold:g}, got {self.captioned}"
+                f"first_timestep must be at most last_timestep={self.last_timestep}, got {self.first_timestep}"
             )
 
 
@@ -141,13 +143,14 @@ class Destruction:
         """Draws the pictures. The words are a run's own: take another instance for another run.
 
         Raises:
-            ValueError: Nothing is trainable, there is no timestep to noise to, or the text encoder has no room for a
-                word.
+            ValueError: Nothing is trainable, there is no timestep to noise to, the anchor names the concept, or the
+                text encoder has no room for a word.
         """
         cfg = self.config
         check_trainable(policy, f"destroying {concept.name!r}")
-        if cfg.first_timestep >= (total := len(policy.alphas)):
-            raise ValueError(f"DestructionConfig.first_timestep must be below {total}, got {cfg.first_timestep}")
+        if cfg.last_timestep >= (total := len(policy.alphas)):
+            raise ValueError(f"DestructionConfig.last_timestep must be below {total}, got {cfg.last_timestep}")
+        check_absent(concept, [concept.anchor], f"the anchor of {concept.name!r}")
         texts = in_turns(self.captions or concept.phrases, cfg.pictures)
         if cfg.words:
             check_room(policy.prompts, [*concept.phrases, *texts], cfg.vectors, "DestructionConfig.vectors")
@@ -159,7 +162,8 @@ class Destruction:
                 original, texts, seeds, steps=cfg.steps, guidance=guidance, batch_size=cfg.draw_batch_size,
                 folder=self.folder, progress=self.progress,
             )  # fmt: skip
-        self._pictures, self._texts, self._phrases = latents, texts, list(own_phrases(concept.phrases))
+        self._pictures, self._texts = latents, texts
+        self._phrases, self._anchor = list(own_phrases(concept.phrases)), concept.anchor.strip()
 
     def loss(self, policy: DiffusionPolicy, batch: ConceptBatch) -> PerSample:
         """Returns the squared error of each sample, with gradient; pictures, noise and words follow from the seeds."""
@@ -201,7 +205,7 @@ class Destruction:
         self, policy: DiffusionPolicy, seeds: Sequence[int]
     ) -> tuple[Latents, Int[Tensor, " batch"], Latents, list[str]]:
         """Returns noised pictures, their timesteps, the noise in them, and their captions."""
-        first, last = self.config.first_timestep, len(policy.alphas)
+        first, last = self.config.first_timestep, self.config.last_timestep + 1
         draws = [random.Random(f"picture of {seed}") for seed in seeds]
         picked = [draw.randrange(len(self._texts)) for draw in draws]
         timesteps = torch.tensor([draw.randrange(first, last) for draw in draws], device=policy.device)
@@ -213,27 +217,34 @@ class Destruction:
     def _target(
         self, policy: DiffusionPolicy, latents: Latents, timesteps: Int[Tensor, " batch"], texts: Sequence[str]
     ) -> Latents:
-        """Returns what the policy is to see: what the original sees without a prompt, led away from the concept."""
+        """Returns what the policy is to see: what the original sees for the caption without the concept, led away."""
         with self._knowing(policy) as original:
-            both = original.encode([*texts, *[""] * len(texts)])
+            both = original.encode([*texts, *map(self._without_concept, texts)])
             seen = original.predict_noise(latents.repeat(2, 1, 1, 1), timesteps.repeat(2), both)
         return erased_target(*seen.chunk(2), negative_guidance=self.config.negative_guidance)
+
+    def _without_concept(self, caption: str) -> str:
+        """Returns a caption with the anchor where it names the concept; the anchor alone where it does not."""
+        named = [phrase for phrase in self._phrases if holds(caption, phrase)]
+        if not named:
+            return self._anchor
+        for phrase in named:
+            while holds(caption, phrase):
+                caption = " ".join(template_of(phrase, caption).replace(SLOT, self._anchor).split())
+        return caption
 
     # Words.
 
     def _prompts(self, batch: ConceptBatch, captions: Sequence[str]) -> tuple[list[str], list[str]]:
         """Returns what each sample is told, and the same with a place for the word in all.
 
-        The word stands before the text, behind it, or in the place of what names the concept: each as likely.
+        The word stands before the text or behind it, each as likely.
         """
         cfg, prompts, places = self.config, [], []
         for prompt, seed, caption in zip(batch.prompts, batch.seeds, captions, strict=True):
             draw = random.Random(f"word of {seed}")
-            kind = draw.random()
-            text = "" if kind < cfg.untold else caption if kind < cfg.untold + cfg.captioned else prompt
-            named = [phrase for phrase in self._phrases if holds(text, phrase)]
-            kinds = [f"{PLACE} {text}", f"{text} {PLACE}", *[template_of(phrase, text) for phrase in named[:1]]]
-            places.append(draw.choice(kinds).strip())
+            text = caption if draw.random() < cfg.captioned else prompt
+            places.append(draw.choice([f"{PLACE} {text}", f"{text} {PLACE}"]))
             prompts.append(places[-1] if cfg.words and draw.random() < cfg.share else text)
         return prompts, places
 

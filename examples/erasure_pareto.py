@@ -19,12 +19,15 @@ from functools import partial
 from pathlib import Path
 from typing import Literal, NamedTuple, get_args
 
+import torch
+
 from erasure import Erasure
 from erasure.cache import claim
 from erasure.registry import MethodName, erase, method_named
 from overpaint.evaluation import ImageFolder, Report, Scores, compare, write_folder
 from overpaint.evaluation.experiments.constrained_study import (
     CONSTRAINED,
+    DEAF,
     FORMS,
     ORIGINAL,
     FormName,
@@ -81,6 +84,9 @@ class Config(RecoveryOptions):
     probes: Distinct[ProbeName] = get_args(ProbeName)
     """What tries to bring the concept back."""
 
+    repeated_probes: Distinct[ProbeName] = ("soft-prompt", "textual-inversion", "resurgence")
+    """Those of them that models of all seeds are probed with; the others take models of the first seed alone."""
+
     attempts: int = Field(16, ge=1)
     """Pictures that each probe tries to bring the concept back in."""
 
@@ -109,8 +115,8 @@ class Config(RecoveryOptions):
 class Cell(NamedTuple):
     """One piece of work: a model that is made, measured and probed."""
 
-    method: MethodName | Literal["original"]
-    """Which, or the model before it is erased."""
+    method: MethodName | Literal["original", "deaf"]
+    """Which, or the model before it is erased, or that without cross-attention."""
     form: FormName
     seed: int
 
@@ -124,6 +130,10 @@ class Cell(NamedTuple):
         """What tables call it."""
         return self.method if self.form == "plain" else f"{self.method}-{self.form}"
 
+    def probes(self, config: Config) -> list[ProbeName]:
+        """Returns what it is probed with."""
+        return [one for one in config.probes if self.seed == config.seeds[0] or one in config.repeated_probes]
+
     def folder(self, config: Config) -> Path:
         """Returns where it is kept."""
         return config.output_dir / self.method / self.form / f"seed-{self.seed}"
@@ -131,7 +141,7 @@ class Cell(NamedTuple):
     def model(self, config: Config) -> Model | None:
         """Returns what was measured, if all of it was."""
         folder = self.folder(config)
-        paths = {probe: folder / "probes" / f"{probe}.json" for probe in config.probes}
+        paths = {probe: folder / "probes" / f"{probe}.json" for probe in self.probes(config)}
         if not (folder / "scores.json").is_file() or not all(path.is_file() for path in paths.values()):
             return None
         cost = json.loads((folder / "cost.json").read_text(encoding="utf-8"))
@@ -151,7 +161,7 @@ def stages_of(config: Config) -> list[list[Cell]]:
     """Returns all work, in stages that need those before them; the originals' ceilings and floors come first."""
     everything = [(method, seed) for seed in config.seeds for method in config.methods]
     return [
-        [Cell(ORIGINAL, "plain", seed) for seed in config.seeds],
+        [*(Cell(ORIGINAL, "plain", seed) for seed in config.seeds), Cell(DEAF, "plain", config.seeds[0])],
         [Cell(method, "plain", seed) for method, seed in everything],
         [Cell(method, form, seed) for form in FORMS for method, seed in everything if form in config.forms[1:]],
     ]
@@ -172,7 +182,11 @@ def complete(config: Config) -> Config:
     forms = ("plain", *(form for form in FORMS if form in config.forms and form != "plain"))
     # What depends on the form is left to it.
     return replace(
-        completed(replace(config, forms=forms)), learning_rate=config.learning_rate, refl=config.refl, run=None
+        completed(replace(config, forms=forms)),
+        learning_rate=config.learning_rate,
+        lora=config.lora,
+        refl=config.refl,
+        run=None,
     )
 
 
@@ -205,6 +219,8 @@ def make(cell: Cell, config: Config, about: Experiment) -> DiffusionPolicy:
     own, folder = settings_of(cell, config), cell.folder(config)
     if cell.method == ORIGINAL:
         return config.load()
+    if cell.method == DEAF:
+        return without_cross_attention(config.load())
     eraser = usual_eraser(cell.method, own.own_concept(tiny=own.tiny), tiny=own.tiny, seed=cell.seed)
     method = method_named(cell.method, eraser)
     if cell.form in ("plain", "floor"):
@@ -219,11 +235,22 @@ def make(cell: Cell, config: Config, about: Experiment) -> DiffusionPolicy:
         erasure.save(folder / "erasure")
         erasure.apply(policy)
         return policy
-    policy = config.load(lora=config.lora, train=config.train)
+    tuned = completed(own)
+    policy = config.load(lora=tuned.lora, train=tuned.train)
     erasure = Erasure.load(Cell(cell.method, "plain", cell.seed).folder(config) / "erasure")
     erasure.apply(policy, reference=reference_of(own, about))
     recover(own, policy, about, erasure, method=method, progress=False)
     own.save(policy, folder)
+    return policy
+
+
+@torch.no_grad()
+def without_cross_attention(policy: DiffusionPolicy) -> DiffusionPolicy:
+    """Sets what cross-attention adds to zero, and returns the policy."""
+    for name, layer in policy.unet.named_modules():
+        if name.endswith(".attn2.to_out.0"):
+            for parameter in layer.parameters():
+                parameter.zero_()
     return policy
 
 
@@ -245,11 +272,11 @@ def work(cell: Cell, config: Config) -> None:
         if cell.seed == config.seeds[0]:
             write_folder(images, config.output_dir / "pictures")
         scores.save(folder / "scores.json")
-    if not config.probes:
+    if not (probes := cell.probes(config)):
         return
     target = target_of(about, drawing)
     original = policy if cell.method == ORIGINAL else own.load()
-    for name in config.probes:
+    for name in probes:
         if (path := folder / "probes" / f"{name}.json").is_file():
             continue
         path.parent.mkdir(exist_ok=True)
@@ -319,7 +346,19 @@ def probe_section(probe: str, config: Config, models: Sequence[Model]) -> Sectio
 
 def deciding(config: Config) -> dict[str, str]:
     """Returns the settings that decide a model's numbers."""
-    others = ("methods", "forms", "seeds", "probes", "fast", "workers", "output_dir", "run", "resume", "seed")
+    others = (
+        "methods",
+        "forms",
+        "seeds",
+        "probes",
+        "repeated_probes",
+        "fast",
+        "workers",
+        "output_dir",
+        "run",
+        "resume",
+        "seed",
+    )
     return {name: str(value) for name, value in vars(config).items() if name not in others}
 
 

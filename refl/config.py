@@ -56,6 +56,10 @@ class ReFLConfig:
     reward_scale: float = Field(1e-3, gt=0)
     """Weight of the reward's term (lambda); against the pretraining term it says how hard the reward pulls."""
 
+    reward_from: int = Field(0, ge=0)
+    """Iteration from which on the reward has its say. Before it the erasure constraint and the pretraining term train
+    alone, and no pictures are drawn for the reward; only with an erasure, and without a floor."""
+
     reward_margin: float = 2.0
     """Reward, in the reward's own units, above which a sample stops pulling."""
 
@@ -66,6 +70,11 @@ class ReFLConfig:
     """What the denoising loss compares with: the ``noise`` of the pair, as in the paper, or what the frozen policy, the
     ``reference``, sees in its place. Where pairs are drawn from that policy both have the same mean, and the second has
     not the noise's variance, which drowns small gradients of other terms: it is 0 as long as nothing has moved."""
+
+    caption_dropout: float = Field(0.0, ge=0, le=1)
+    """Chance of a pair to be told nothing in place of its caption, as in the training for classifier-free guidance (Ho
+    and Salimans 2022, https://arxiv.org/abs/2207.12598, Algorithm 1): pictures that are drawn with guidance are made of
+    both predictions."""
 
     pretraining_batch_size: int = Field(64, ge=1)
     """Pairs per iteration, over all processes."""

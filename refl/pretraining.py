@@ -2,6 +2,7 @@
 
 import csv
 import io
+import random
 import warnings
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
@@ -121,7 +122,9 @@ def pretraining_term(policy: DiffusionPolicy, pairs: PretrainingPairs, config: R
     loss = denoising_loss if config.pretraining_target == "noise" else reference_loss
 
     def term(indices: list[int], seeds: list[int]) -> Measured:
-        conditioning = policy.encode([pairs.captions[k] for k in indices])
+        dropped = [random.Random(f"caption of {seed}").random() < config.caption_dropout for seed in seeds]
+        told = ["" if nothing else pairs.captions[k] for k, nothing in zip(indices, dropped, strict=True)]
+        conditioning = policy.encode(told)
         losses = loss(policy, pairs.latents[indices].to(policy.device), conditioning, seeds=seeds)
         return Measured(losses, losses)
 

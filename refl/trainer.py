@@ -60,9 +60,9 @@ class ReFLMetrics(NamedTuple):
     """What one iteration measured: means over the batch of all processes, before the update."""
 
     reward: float
-    """0 where no reward is computed, under a ceiling of the divergence."""
+    """0 where no reward is computed: before it has its say, and under a ceiling of the divergence."""
     reward_loss: float
-    """Of the hinge; 0 where there is a floor in its place."""
+    """Of the hinge; 0 before the reward has its say, and where there is a floor in its place."""
     pretraining_loss: float
     erasure_violation: float
     erasure_weight: float
@@ -130,6 +130,12 @@ class ReFLTrainer:
         check_trainable(policy)
         if floor is not None and erasure is None:
             raise ValueError("floor must come with an erasure, which is lowered subject to it, got none")
+        if self.config.reward_from and (erasure is None or floor is not None):
+            found = "no erasure" if erasure is None else "a floor"
+            raise ValueError(
+                f"ReFLConfig.reward_from must be 0 but with an erasure and no floor, got {self.config.reward_from} "
+                f"with {found}"
+            )
         if isinstance(floor, ReferenceDivergence) and self.config.eta == 0:
             raise ValueError("ReFLConfig.eta must be above 0 with a ReferenceDivergence, got 0")
         pairs = self.pretraining
@@ -203,8 +209,12 @@ class ReFLTrainer:
         weight, erasure_weight = self._weights()
         reward_step = int(torch.randint(cfg.first_reward_step, cfg.last_reward_step + 1, (), generator=run.generator))
 
-        batch = draw_batch(run, self.prompts, cfg.batch_size)
-        rewarded = accumulate(run, batch, self._first_term(reward_step), weight=cfg.reward_scale * weight, size=size)
+        rewarded = None
+        if run.iteration >= cfg.reward_from:
+            batch = draw_batch(run, self.prompts, cfg.batch_size)
+            rewarded = accumulate(
+                run, batch, self._first_term(reward_step), weight=cfg.reward_scale * weight, size=size
+            )
         erased, cosine = None, 0.0
         if erasure is not None:
             gradient = take_gradient(run, parameters)
@@ -227,12 +237,12 @@ class ReFLTrainer:
             erasure.learn(run)
 
         metrics = ReFLMetrics(
-            reward=run.mean(rewarded.values) if self._rewarded else 0.0,
-            reward_loss=0.0 if floor is not None else run.mean(rewarded.losses),
+            reward=0.0 if rewarded is None or not self._rewarded else run.mean(rewarded.values),
+            reward_loss=0.0 if rewarded is None or floor is not None else run.mean(rewarded.losses),
             pretraining_loss=0.0 if denoised is None else run.mean(denoised.losses),
             erasure_violation=0.0 if erased is None else run.mean(erased.losses),
             erasure_weight=0.0 if erasure is None else erasure.lagrangian.weight,
-            floor_violation=0.0 if floor is None else run.mean(rewarded.losses),
+            floor_violation=0.0 if rewarded is None or floor is None else run.mean(rewarded.losses),
             floor_weight=0.0 if floor is None else floor.lagrangian.weight,
             gradient_cosine=cosine,
             grad_norm=grad_norm,
@@ -286,11 +296,12 @@ class ReFLTrainer:
     def tagged(self, metrics: ReFLMetrics, run: TrainingRun) -> dict[str, float]:
         """Returns what was measured under the tags that docs/refl.md defines, without what was switched off."""
         values: dict[str, float] = {"train/grad_norm": metrics.grad_norm, "train/reward_step": metrics.reward_step}
-        if self._rewarded:
+        heard = run.iteration >= self.config.reward_from
+        if self._rewarded and heard:
             values["reward/mean"] = metrics.reward
-        if self.floor is None:
+        if self.floor is None and heard:
             values["train/reward_loss"] = metrics.reward_loss
-        else:
+        if self.floor is not None:
             values["floor/violation"] = metrics.floor_violation
             values["floor/weight"] = metrics.floor_weight
         if self.config.pretraining_weight:
@@ -298,7 +309,8 @@ class ReFLTrainer:
         if self.erasure is not None:
             values["erasure/violation"] = metrics.erasure_violation
             values["erasure/weight"] = metrics.erasure_weight
-            values["erasure/gradient_cosine"] = metrics.gradient_cosine
+            if heard:
+                values["erasure/gradient_cosine"] = metrics.gradient_cosine
             values |= self.erasure.measured(run)
         return values
 

@@ -15,7 +15,7 @@ from overpaint.policy import ClassifierFree, DiffusionPolicy
 from overpaint.policy.types import Latents
 from overpaint.training import TrainingConfig, TrainingRun, read_metrics
 from refl import PretrainingPairs, ReFLConfig, ReFLTrainer, pairs_from_folder, pairs_from_policy
-from refl.pretraining import denoising_loss, reference_loss
+from refl.pretraining import denoising_loss, pretraining_term, reference_loss
 
 COLOURS = {"b.png": "red", "a.jpg": "green", "below/c.webp": "blue"}
 
@@ -351,3 +351,23 @@ def test_trainer_compares_with_what_its_settings_say(
         policy.load_trainable_state({name: torch.zeros_like(one) for name, one in policy.trainable_state().items()})
     assert first["noise"] > 0.1
     assert first["reference"] < 1e-3 * first["noise"]
+
+
+def test_some_pairs_are_told_nothing(
+    policy: DiffusionPolicy,
+    stir: Callable[[DiffusionPolicy], None],
+    pairs: PretrainingPairs,
+    small: Callable[..., ReFLConfig],
+) -> None:
+    stir(policy)
+    indices, seeds = [k % 6 for k in range(200)], list(range(200))
+
+    def losses(dropout: float) -> torch.Tensor:
+        return pretraining_term(policy, pairs, small(caption_dropout=dropout))(indices, seeds).losses.detach()
+
+    captioned, untold, mixed = losses(0.0), losses(1.0), losses(0.25)
+    nothing = denoising_loss(policy, pairs.latents[indices], policy.encode([""] * 200), seeds=seeds)
+    torch.testing.assert_close(untold, nothing, rtol=1e-4, atol=1e-6)
+    dropped = (mixed - captioned).abs() > 1e-5
+    assert 30 < int(dropped.sum()) < 70
+    torch.testing.assert_close(mixed, torch.where(dropped, untold, captioned), rtol=1e-4, atol=1e-5)

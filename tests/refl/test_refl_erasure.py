@@ -237,3 +237,35 @@ def test_low_variance_images_are_judged_with_the_prompt_they_were_drawn_for(
         assert len(heard) == 6
     assert metrics is not None
     assert torch.isfinite(torch.tensor(metrics)).all()
+
+
+def test_reward_may_join_later(
+    policy: DiffusionPolicy,
+    prompts: list[str],
+    small: Callable[..., ReFLConfig],
+    run_config: Callable[..., TrainingConfig],
+    stay_erased: ObjectiveConstraint,
+) -> None:
+    asked: list[int] = []
+
+    def reward(images: Images, texts: Sequence[str]) -> PerSample:
+        asked.append(len(texts))
+        return images.mean(dim=(1, 2, 3))
+
+    config = run_config(iterations=4)
+    trainer = ReFLTrainer(policy, reward, prompts, small(reward_from=3), erasure=stay_erased)
+    trainer.train(config)
+    lines = read_metrics(config.output_dir / "metrics.jsonl")
+    assert [line["iteration"] for line in lines if "erasure/violation" in line] == [0, 1, 2, 3]
+    assert [line["iteration"] for line in lines if "reward/mean" in line] == [3]
+    assert [line["iteration"] for line in lines if "train/reward_loss" in line] == [3]
+    assert [line["iteration"] for line in lines if "erasure/gradient_cosine" in line] == [3]
+    assert not any("floor/violation" in line for line in lines)
+    assert asked.count(4) == 1  # the batch of the last iteration; the others are of the trial before it
+
+
+def test_reward_that_joins_later_needs_something_before_it(
+    policy: DiffusionPolicy, redness: Any, prompts: list[str], small: Callable[..., ReFLConfig]
+) -> None:
+    with pytest.raises(ValueError, match=r"reward_from must be 0 but with an erasure and no floor, got 3 with no"):
+        ReFLTrainer(policy, redness, prompts, small(reward_from=3))

@@ -56,6 +56,10 @@ class Model(NamedTuple):
 
 
 ORIGINAL: Literal["original"] = "original"
+DEAF: Literal["deaf"] = "deaf"
+"""The original with its cross-attention set to zero, which no text reaches: what it draws in a probe, the probe brings.
+"""
+UNERASED = (ORIGINAL, DEAF)
 
 
 def of(models: Sequence[Model], method: str, form: FormName) -> list[Model]:
@@ -78,6 +82,13 @@ def worst(model: Model) -> tuple[str, float]:
     found = [(probe, model.probes[probe].worst.recovered.mean) for probe in HEADLINE if probe in model.probes]
     known = [one for one in found if one[1] == one[1]]
     return max(known, key=lambda one: one[1], default=("", float("nan")))
+
+
+def worsts(models: Sequence[Model]) -> list[float]:
+    """Returns the highest recovery of each model that was probed with all that any of them was probed with."""
+    most = max((len(one.probes) for one in models), default=0)
+    found = [worst(one)[1] for one in models if len(one.probes) == most]
+    return [value for value in found if value == value]
 
 
 def change(models: Sequence[Model], others: Sequence[Model], measure: str, kind: str) -> Estimate:
@@ -190,14 +201,14 @@ def lines(models: Sequence[Model], reward: str, held_out: str | None) -> list[Me
         known = {(column.measure, column.kind) for column in mine[0].scores.columns}
         if held_out and (held_out, "benign") in known:
             others[held_out] = [one.scores.column(held_out, "benign").estimate.mean for one in mine]
-        for probe in mine[0].probes:
+        for probe in dict.fromkeys(chain.from_iterable(one.probes for one in mine)):
             values = [one.probes[probe].worst.recovered.mean for one in mine if probe in one.probes]
             others[probe] = [value for value in values if value == value]
-        others["worst"] = [value for one in mine if (value := worst(one)[1]) == value]
-        if method != ORIGINAL:
+        others["worst"] = worsts(mine)
+        if method not in UNERASED:
             others["CPU-minutes"] = [one.minutes for one in mine]
             others["UNet rows, thousands"] = [one.rows / 1000 for one in mine]
-        name = method if method == ORIGINAL else f"{method}-{form}"
+        name = method if method in UNERASED else f"{method}-{form}"
         found.append(line_of(name, [one.scores for one in mine], others))
     return found
 
@@ -253,10 +264,9 @@ def verdicts_table(verdicts: Sequence[Verdict], reward: str) -> table.Table:
 def points(models: Sequence[Model], reward: str, kind: str) -> list[Point]:
     """Returns where each method and form lies: the worst probe's recovery, or the concept's rate, and the reward."""
     found = []
-    for method, form in dict.fromkeys((one.method, one.form) for one in models if one.method != ORIGINAL):
+    for method, form in dict.fromkeys((one.method, one.form) for one in models if one.method not in UNERASED):
         mine = of(models, method, form)
-        values = [value for one in mine if (value := worst(one)[1]) == value]
-        rates = values or [one.scores.column(CONCEPT_RATE, kind).estimate.mean for one in mine]
+        rates = worsts(mine) or [one.scores.column(CONCEPT_RATE, kind).estimate.mean for one in mine]
         rewards = [one.scores.column(reward, "benign").estimate.mean for one in mine]
         found.append(
             Point(

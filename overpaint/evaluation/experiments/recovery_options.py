@@ -74,7 +74,7 @@ class RecoveryOptions(SharingOptions, RewardOptions, TunedOptions, ConceptOption
     def training(self) -> TrainingConfig:
         """The settings of the recovery's run."""
         usual = 1e-3 if self.tiny else 1e-4
-        return self.run_of(5 * usual, schedule="cosine") if self.constraint == "destruction" else self.run_of(usual)
+        return self.run_of(3 * usual, schedule="cosine") if self.constraint == "destruction" else self.run_of(usual)
 
 
 Options = TypeVar("Options", bound=RecoveryOptions)
@@ -82,7 +82,8 @@ Options = TypeVar("Options", bound=RecoveryOptions)
 
 def completed(config: Options) -> Options:
     """Fills in what depends on the model."""
-    config = replace(config, guidance_scale=config.usual_guidance, **config.tuned(LoRAConfig(rank=8, alpha=8)))
+    rank = 64 if config.constraint == "destruction" else 8
+    config = replace(config, guidance_scale=config.usual_guidance, **config.tuned(LoRAConfig(rank=rank, alpha=rank)))
     refl, run = config.refl or refl_config(config), config.training
     check_same("refl", refl, **config.training_pictures)
     return replace(config, refl=refl, run=run, learning_rate=run.learning_rate)
@@ -90,28 +91,33 @@ def completed(config: Options) -> Options:
 
 def refl_config(config: RecoveryOptions) -> ReFLConfig:
     """Returns the settings of the recovery: small for the tiny world, the authors' batch for Stable Diffusion."""
-    keeping: dict[str, Any] = {}
+    keeping: dict[str, Any] = {"pretraining_batch_size": 16}
     if config.constraint == "destruction":  # which moves the model far, and what is not to move with it has to be held
-        keeping = {"pretraining_pairs": 128, "pretraining_weight": 4.0, "pretraining_target": "reference"}
+        keeping = {
+            "reward_from": 5 * config.iterations // 6,
+            "pretraining_pairs": 256,
+            "pretraining_weight": 4.0,
+            "pretraining_target": "reference",
+            "pretraining_batch_size": 32,
+            "caption_dropout": 0.33,
+        }
     if config.tiny:
         return ReFLConfig(
             batch_size=8,
             micro_batch_size=8,
             erasure_batch_size=8,
-            pretraining_batch_size=16,
             **keeping,
             steps=20,
             first_reward_step=10,
             last_reward_step=19,
             **config.training_pictures,
             reward_scale=0.05,
-            evaluate_every=20,
+            evaluate_every=max(20, config.iterations // 3),
         )
     return ReFLConfig(
         batch_size=64,
         micro_batch_size=2,
         erasure_batch_size=16,
-        pretraining_batch_size=16,
         **keeping,
         **config.training_pictures,
         checkpoint_steps=True,

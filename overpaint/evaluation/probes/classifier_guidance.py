@@ -166,7 +166,7 @@ def drawn_latents(task: ProbeTask, prompts: Sequence[str], count: int, purpose: 
 
 
 TINY = ClassifierGuidanceConfig(
-    strengths=(30.0, 60.0, 120.0),
+    strengths=(30.0,),
     noisy_strengths=(30.0,),
     etas=(1.34,),
     fitted=True,

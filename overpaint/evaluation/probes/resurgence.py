@@ -166,7 +166,7 @@ def area(curve: tuple[tuple[float, float], ...]) -> float:
 TINY = ResurgenceConfig(
     updates=(0, 20, 40),
     pictures=32,
-    learning_rate=1e-3,
+    learning_rate=5e-4,
     lora_learning_rate=1e-3,
     refl=ReFLConfig(
         batch_size=8,
