@@ -17,6 +17,7 @@ from overpaint.evaluation.experiments.constrained_study import (
     verdict_of,
     verdicts_table,
     worst,
+    worsts,
 )
 from overpaint.evaluation.experiments.experiment import CONCEPT_RATE, IMAGE_REWARD
 from overpaint.evaluation.images.plan import DrawConfig, plan
@@ -127,6 +128,10 @@ def test_means_over_seeds_and_the_worst_probe() -> None:
     assert recovered(some, "noise") == pytest.approx(0.1)
     assert worst(some[1]) == ("noise", pytest.approx(0.2))
     assert math.isnan(worst(model("UCE"))[1])
+    fewer = model("UCE", seed=1, shown={"soft-prompt": 0})
+    assert worsts([*some, fewer]) == [worst(one)[1] for one in some]
+    assert worsts([fewer]) == [0.0]
+    assert worsts([model("UCE")]) == worsts([]) == []
 
 
 def test_best_form_is_the_one_of_which_most_holds_then_the_better_one() -> None:

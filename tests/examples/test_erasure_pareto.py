@@ -4,9 +4,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from examples import erasure_pareto
+from overpaint import tinyworld
 from overpaint.evaluation.experiments.program import settings_from_command_line
+from overpaint.evaluation.probes.registry import PROBES
 
 
 def config_of(*options: str) -> Any:
@@ -22,13 +25,13 @@ SMALL = (
 def test_models_are_made_measured_probed_and_judged_once(tmp_path: Path) -> None:
     config = config_of(*SMALL, "--output-dir", str(tmp_path))
     text = erasure_pareto.main(config)
-    for name in ("original", "uce-plain", "uce-recovered"):
+    for name in ("original", "deaf", "uce-plain", "uce-recovered"):
         assert f"| {name} |" in text
     assert " of 1 methods; stays gone under attack and tuning: " in text
     page = (tmp_path / "report.html").read_text()
     assert page.count('<img src="data:image/png') >= 3  # of the probe, for each model
     models = {(one.method, one.form): one for one in erasure_pareto.models_of(erasure_pareto.complete(config))}
-    assert set(models) == {("original", "plain"), ("uce", "plain"), ("uce", "recovered")}
+    assert set(models) == {("original", "plain"), ("deaf", "plain"), ("uce", "plain"), ("uce", "recovered")}
     assert models["uce", "recovered"].rows > 0
     assert models["original", "plain"].probes["noise"].worst.recovered.mean == 1
 
@@ -42,10 +45,23 @@ def test_models_are_made_measured_probed_and_judged_once(tmp_path: Path) -> None
 def test_stages_need_those_before_them_alone() -> None:
     config = erasure_pareto.complete(config_of("--methods", "uce", "esd", "--seeds", "0", "1"))
     first, plain, others = erasure_pareto.stages_of(config)
-    assert [cell.seed for cell in first] == [0, 1]
+    assert [(cell.method, cell.seed) for cell in first] == [("original", 0), ("original", 1), ("deaf", 0)]
+    assert first[0].probes(config) == list(PROBES)
+    assert first[1].probes(config) == ["textual-inversion", "soft-prompt", "resurgence"]
     assert {(cell.method, cell.form) for cell in plain} == {("uce", "plain"), ("esd", "plain")}
     assert {cell.form for cell in others} == {"unconstrained", "floor", "recovered", "attacked"}
     assert len(others) == 4 * 2 * 2
+
+
+def test_no_text_reaches_the_control() -> None:
+    policy = erasure_pareto.without_cross_attention(tinyworld.load_policy())
+    latents, timesteps = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0)), torch.tensor([500, 500])
+    with torch.no_grad():
+        seen = [policy.predict_noise(latents, timesteps, policy.encode([text] * 2)) for text in ("a striped star", "")]
+        other = tinyworld.load_policy()
+        told = other.predict_noise(latents, timesteps, other.encode(["a striped star"] * 2))
+    torch.testing.assert_close(seen[0], seen[1], rtol=0, atol=1e-6)
+    assert (seen[0] - told).abs().max() > 0.01
 
 
 def test_fast_is_small_where_nothing_else_is_asked_for() -> None:
@@ -64,9 +80,9 @@ def test_each_form_has_a_constraint_of_its_own() -> None:
     assert [(one.constraint, one.attacked, one.iterations) for one in found.values()] == [
         ("none", False, 40),
         (None, False, 40),
-        ("destruction", True, 120),
+        ("destruction", True, 200),
     ]
-    assert [one.training.learning_rate for one in found.values()] == [1e-3, 1e-3, 5e-3]
+    assert [one.training.learning_rate for one in found.values()] == [1e-3, 1e-3, 3e-3]
     refl = [one.refl for one in found.values() if one.refl is not None]
     assert [(one.steps, one.first_reward_step, one.last_reward_step) for one in refl] == [(10, 5, 9)] * 3
     assert [one.pretraining_weight for one in refl] == [1.0, 1.0, 4.0]

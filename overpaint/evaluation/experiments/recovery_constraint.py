@@ -36,9 +36,11 @@ DETECTOR_WEIGHT = 0.1
 """Weight of a detector's violation before the first update, which a reward is not drowned by."""
 NEAR_REFERENCE = 1e-3
 """Squared distance of noise predictions from the erased model's that counts as erased."""
-DESTROYED = 0.06
+DESTROYED = 0.05
 """Squared error of noise predictions in pictures of the concept that counts as erased."""
-DESTRUCTION = LagrangianConfig(initial_weight=1.5, max_weight=1.5, learning_rate=0.3, proportional_gain=0.0)
+DESTRUCTION = LagrangianConfig(
+    initial_weight=1.5, min_weight=0.06, max_weight=1.5, learning_rate=0.3, proportional_gain=0.0
+)
 """How that constraint is weighed: from the first update on, and not so hard that the pictures of other prompts, which
 the pretraining term holds, cannot come back."""
 LOSS_SAMPLES, LOSS_SEED, LOSS_MARGIN = 64, 5_000_000, 0.1

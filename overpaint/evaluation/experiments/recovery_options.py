@@ -58,7 +58,7 @@ class RecoveryOptions(SharingOptions, RewardOptions, TunedOptions, ConceptOption
     """ReFL iterations of the recovery."""
 
     learning_rate: float | None = Field(None, gt=0)
-    """Of what is trained; None is 1e-3 for the tiny world and 1e-4 for Stable Diffusion, and five times that, falling
+    """Of what is trained; None is 1e-3 for the tiny world and 1e-4 for Stable Diffusion, and three times that, falling
     to 0, with the constraint destruction, which has more to unlearn."""
 
     refl: ReFLConfig | None = None
@@ -94,7 +94,7 @@ def refl_config(config: RecoveryOptions) -> ReFLConfig:
     keeping: dict[str, Any] = {"pretraining_batch_size": 16}
     if config.constraint == "destruction":  # which moves the model far, and what is not to move with it has to be held
         keeping = {
-            "reward_from": 5 * config.iterations // 6,
+            "reward_from": 3 * config.iterations // 4,
             "pretraining_pairs": 256,
             "pretraining_weight": 4.0,
             "pretraining_target": "reference",
@@ -104,7 +104,7 @@ def refl_config(config: RecoveryOptions) -> ReFLConfig:
     if config.tiny:
         return ReFLConfig(
             batch_size=8,
-            micro_batch_size=8,
+            micro_batch_size=32,
             erasure_batch_size=8,
             **keeping,
             steps=20,

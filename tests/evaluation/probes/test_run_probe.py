@@ -2,7 +2,7 @@
 
 import math
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, get_args
 
 import pytest
 import torch
@@ -13,6 +13,7 @@ from overpaint.evaluation.experiments.experiment import tiny_world
 from overpaint.evaluation.experiments.probing import target_of
 from overpaint.evaluation.images.plan import DrawConfig
 from overpaint.evaluation.probes.probe import Attempt, Floor, ProbeTask, best_of
+from overpaint.evaluation.probes.registry import HEADLINE, PROBES, ProbeName, probe_named
 from overpaint.evaluation.probes.result import Outcomes, ProbeResult, VariantResult
 from overpaint.evaluation.probes.run import run_probe
 from overpaint.evaluation.probes.target import ProbeTarget
@@ -152,3 +153,11 @@ def test_further_examples_are_of_other_prompts_and_seeds(original: DiffusionPoli
         assert shown.all() if floor != "benign" else not shown.any()
     assert task.benign_pictures is not None
     assert len(task.benign_pictures(5)[0]) == 5
+
+
+def test_registry_names_every_probe_as_it_names_itself() -> None:
+    assert set(get_args(ProbeName)) == set(PROBES)
+    assert {name: kind.name for name, (kind, _) in PROBES.items()} == {name: name for name in PROBES}
+    assert set(HEADLINE) <= set(PROBES)
+    with pytest.raises(ValueError, match="probe must be one of textual-inversion, .* got 'noize'"):
+        probe_named("noize")
