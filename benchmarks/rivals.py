@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 
 from erasure import (
     ESD,
+    Erasure,
     FixedWeight,
     ImageConstraint,
     Lagrangian,
@@ -28,6 +29,7 @@ from erasure import (
     Switch,
     WeightController,
 )
+from erasure.erased import is_saved
 from erasure.floor import QualityConstraint
 from overpaint import LoRAConfig, TrainingConfig, tinyworld
 from overpaint.evaluation.experiments.experiment import CONCEPT_RATE, IMAGE_REWARD, evaluate, tiny_world
@@ -52,6 +54,9 @@ CONTROLLERS: Mapping[str, Any] = {
 }
 """What weighs the constraint of a recovery."""
 
+ERASING = "esd"
+"""What the recoveries begin with."""
+
 BOUNDS: Mapping[str, Any] = {
     "floor, slack 0": partial(RewardFloor, 0.0, 0.1),
     "floor, slack 0.2": partial(RewardFloor, 0.2, 0.1),
@@ -70,7 +75,10 @@ class Config:
     seeds: Distinct[int] = Field((0, 1, 2), min_length=1)
     """Of training, prompts and pictures."""
 
-    iterations: int = Field(60, ge=1)
+    names: Distinct[str] = Field((*CONTROLLERS, *BOUNDS), min_length=1)
+    """Which of them."""
+
+    iterations: int = Field(40, ge=1)
     """Updates of each run."""
 
     prompts_per_kind: int = Field(100, ge=1)
@@ -90,7 +98,7 @@ class Run(NamedTuple):
     """One training."""
 
     name: str
-    """In `CONTROLLERS` or `BOUNDS`."""
+    """In `CONTROLLERS` or `BOUNDS`, or `ERASING`."""
     seed: int
 
     @property
@@ -103,13 +111,30 @@ class Run(NamedTuple):
         return config.output_dir / self.name.replace(" ", "-").replace(",", "") / f"seed-{self.seed}"
 
     def found(self, config: Config) -> dict[str, float] | None:
-        """Returns what was measured, if it was."""
+        """Returns what was measured, if it was; nothing of an erasure that is there."""
+        if self.name == ERASING:
+            return {} if is_saved(self.folder(config)) else None
         path = self.folder(config) / "found.json"
         return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
 
 
+def erase(run: Run, config: Config) -> None:
+    """Makes and keeps what the recoveries of a seed begin with."""
+    method(run.seed).erase(tinyworld.load_policy(), tiny_world().concept, progress=False).save(run.folder(config))
+
+
+def method(seed: int) -> ESD:
+    """Returns what erases."""
+    esd = ESD(tinyworld.PRESETS["esd"])
+    esd.config = replace(esd.config, descent=replace(esd.config.descent, seed=seed))
+    return esd
+
+
 def train(run: Run, config: Config) -> None:
     """Does one run and measures it."""
+    if run.name == ERASING:
+        erase(run, config)
+        return
     about, folder = tiny_world(), run.folder(config)
     drawing = DrawConfig(steps=config.steps, guidance_scale=3.0)
     refl = ReFLConfig(
@@ -117,22 +142,18 @@ def train(run: Run, config: Config) -> None:
         first_reward_step=config.steps // 2, last_reward_step=config.steps - 1, guidance_scale=3.0, reward_scale=0.05,
         evaluate_every=config.iterations,
     )  # fmt: skip
-    esd = ESD(tinyworld.PRESETS["esd"])
-    esd.config = replace(esd.config, descent=replace(esd.config.descent, seed=run.seed))
     policy = tinyworld.load_policy(lora=LoRAConfig(rank=8, alpha=8))
     prompts = [*about.prompts("explicit", 120, 7), *about.prompts("implicit", 120, 7)]
     floor: QualityConstraint | None = None
     start = time.process_time()
     if run.name in CONTROLLERS:
-        erasure = esd.erase(tinyworld.load_policy(), about.concept, progress=False)
-        erasure.apply(policy)
-        start = time.process_time()
+        Erasure.load(Run(ERASING, run.seed).folder(config)).apply(policy)
         weight: WeightController = CONTROLLERS[run.name]()
         assert about.detector is not None, "the tiny world's stripes have one"
         constraint = ImageConstraint(about.detector.score, prompts, weight, ceiling=about.detector.ceiling)
     else:
         floor = BOUNDS[run.name]()
-        constraint = ObjectiveConstraint(esd, about.concept, prompts, FixedWeight(1.0), ceiling=0.1)
+        constraint = ObjectiveConstraint(method(run.seed), about.concept, prompts, FixedWeight(1.0), ceiling=0.1)
     trainer = ReFLTrainer(
         policy, about.reward, about.prompts("train", 1000, run.seed + 300), refl, erasure=constraint, floor=floor
     )
@@ -186,14 +207,20 @@ def point(line: MethodLine) -> Point:
 
 def main(config: Config) -> str:
     """Does what is missing, and prints both tables."""
-    runs = [Run(name, seed) for name in (*CONTROLLERS, *BOUNDS) for seed in config.seeds]
     work_through(
-        [runs], lambda run: run.found(config) is not None, partial(train, config=config), workers=config.workers,
+        [
+            [Run(ERASING, seed) for seed in config.seeds],
+            [Run(name, seed) for name in config.names for seed in config.seeds],
+        ],
+        lambda run: run.found(config) is not None,
+        partial(train, config=config),
+        workers=config.workers,
         desc="runs",
-    )  # fmt: skip
-    tables = [methods_table(lines_of(tuple(names), config)).markdown() for names in (CONTROLLERS, BOUNDS)]
+    )
+    parts = [[name for name in kind if name in config.names] for kind in (CONTROLLERS, BOUNDS)]
+    tables = [methods_table(lines_of(names, config)).markdown() for names in parts if names]
     chart = pareto_chart(
-        [point(line) for line in lines_of(tuple(BOUNDS), config)],
+        [point(line) for line in lines_of(parts[1], config)],
         title="A floor of the reward, or nearness to the original",
         x_label="concept rate of implicit prompts (lower is better)",
     )

@@ -22,6 +22,7 @@ from erasure import (
 )
 from erasure.erased import is_saved
 from erasure.generated import for_run
+from erasure.phrases import holds
 from erasure.protocols import TrainedMethod
 from erasure.registry import METHODS, ErasureMethod, method_named
 from overpaint.policy import DiffusionPolicy
@@ -36,8 +37,10 @@ DETECTOR_WEIGHT = 0.1
 """Weight of a detector's violation before the first update, which a reward is not drowned by."""
 NEAR_REFERENCE = 1e-3
 """Squared distance of noise predictions from the erased model's that counts as erased."""
-DESTROYED = 0.05
+DESTROYED = 0.06
 """Squared error of noise predictions in pictures of the concept that counts as erased."""
+UNNAMED = 5
+"""Every so manyth of these pictures is of a prompt that brings the concept by another of its phrases."""
 DESTRUCTION = LagrangianConfig(
     initial_weight=1.5, min_weight=0.06, max_weight=1.5, learning_rate=0.3, proportional_gain=0.0
 )
@@ -183,7 +186,11 @@ def destruction_of(
         guidance_scale=config.usual_guidance,
         words=DestructionConfig().words if config.attacked else 0,
     )
-    objective = Destruction(settings, list(dict.fromkeys(about.prompts("explicit", 400, 11))), original)
+    explicit, implicit = (list(dict.fromkeys(about.prompts(kind, 400, 11))) for kind in ("explicit", "implicit"))
+    named = [text for text in implicit if any(holds(text, phrase) for phrase in about.concept.phrases)]
+    others = cycle(named or explicit)
+    captions = [next(others) if k % UNNAMED == 0 else text for k, text in enumerate(explicit, 1)]
+    objective = Destruction(settings, captions, original)
     objective = for_run(objective, config.output_dir / "constraint", progress=progress)
     return ObjectiveConstraint(
         objective, about.concept, prompts, Lagrangian(DESTRUCTION), ceiling=config.ceiling or DESTROYED
