@@ -1,8 +1,11 @@
 """Pieces of work that several processes share, some of which need others to be done before."""
 
+import os
+import signal
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
+from threading import Thread
 from typing import Protocol, TypeVar, runtime_checkable
 
 import torch
@@ -36,7 +39,8 @@ def work_through(
     Args:
         stages: Pieces of work; those of a stage are independent of each other.
         done: Whether a piece is done already; what it leaves behind decides, so that an interrupted run goes on.
-        work: Does a piece, in a process of its own with one thread; it has to be a function of a module.
+        work: Does a piece, in a process of its own with one thread; it has to be a function of a module. The process
+            ends with the one that calls this, however that ends.
         workers: Processes at a time.
         desc: What the progress bar says.
 
@@ -47,7 +51,7 @@ def work_through(
     total = sum(map(len, stages))
     with (
         progress_bar(total=total, initial=total - sum(map(len, missing)), desc=desc, unit="model") as bar,
-        ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=_one_thread) as pool,
+        ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=_begin) as pool,
     ):
         for stage in missing:
             futures = {pool.submit(work, piece): piece for piece in stage}
@@ -61,5 +65,13 @@ def work_through(
                 raise
 
 
-def _one_thread() -> None:
+def _begin() -> None:
     torch.set_num_threads(1)
+    Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    parent = parent_process()
+    assert parent is not None, "a worker has one"
+    parent.join()
+    os.kill(os.getpid(), signal.SIGKILL)
