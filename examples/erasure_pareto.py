@@ -35,6 +35,7 @@ from overpaint.evaluation.experiments.constrained_study import (
     best_form,
     lines,
     points,
+    telling,
     verdict_of,
     verdicts_table,
 )
@@ -53,7 +54,7 @@ from overpaint.evaluation.experiments.recovery_options import (
 from overpaint.evaluation.experiments.reward_floor import erase_above_floor
 from overpaint.evaluation.experiments.study import methods_table
 from overpaint.evaluation.experiments.work import work_through
-from overpaint.evaluation.probes.registry import HEADLINE, ProbeName, probe_named
+from overpaint.evaluation.probes.registry import ProbeName, probe_named
 from overpaint.evaluation.probes.result import ProbeResult
 from overpaint.evaluation.probes.run import run_probe
 from overpaint.evaluation.report.page import Section, chart_section
@@ -308,7 +309,8 @@ def report(config: Config, models: Sequence[Model], about: Experiment) -> str:
     every, what_holds = methods_table(lines(models, reward, held_out)), verdicts_table(best, reward)
     first = [one for one in models if one.seed == config.seeds[0]]
     kind = "explicit"
-    x = "worst probe's recovery" if set(HEADLINE) & set(config.probes) else f"concept rate of {kind} prompts"
+    told_by = set(telling(models)) & set(config.probes)
+    x = "worst probe's recovery" if told_by else f"concept rate of {kind} prompts"
     sections = [
         chart_section(
             "front", pareto_chart(points(models, reward, kind), x_label=f"{x} (lower is better)", y_label=reward)

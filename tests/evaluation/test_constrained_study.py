@@ -14,6 +14,7 @@ from overpaint.evaluation.experiments.constrained_study import (
     mean_rate,
     points,
     recovered,
+    telling,
     verdict_of,
     verdicts_table,
     worst,
@@ -21,6 +22,7 @@ from overpaint.evaluation.experiments.constrained_study import (
 )
 from overpaint.evaluation.experiments.experiment import CONCEPT_RATE, IMAGE_REWARD
 from overpaint.evaluation.images.plan import DrawConfig, plan
+from overpaint.evaluation.probes.registry import HEADLINE
 from overpaint.evaluation.probes.result import Outcomes, ProbeResult, VariantResult
 from overpaint.evaluation.scoring.score import Column, Scores
 
@@ -132,6 +134,17 @@ def test_means_over_seeds_and_the_worst_probe() -> None:
     assert worsts([*some, fewer]) == [worst(one)[1] for one in some]
     assert worsts([fewer]) == [0.0]
     assert worsts([model("UCE")]) == worsts([]) == []
+
+
+def test_what_a_probe_brings_back_from_the_control_too_does_not_count() -> None:
+    erased = model("UCE", shown={"noise": 4, "inverted-latents": 10})
+    for anyway, expected in ((9, 0.4), (8, 1.0)):
+        some = [erased, model("deaf", shown={"noise": 1, "inverted-latents": anyway})]
+        assert ("inverted-latents" in telling(some)) == (expected == 1.0)
+        found = next(one for one in lines(some, IMAGE_REWARD, None) if one.method == "UCE-plain")
+        assert found.values["worst"].mean == pytest.approx(expected)
+        assert points(some, IMAGE_REWARD, "explicit")[0].concept_rate.mean == pytest.approx(expected)
+    assert telling([erased]) == list(HEADLINE)
 
 
 def test_best_form_is_the_one_of_which_most_holds_then_the_better_one() -> None:

@@ -35,6 +35,8 @@ TOLERATED = 0.03
 """By how much the neighbours' rate and the accuracy may fall below the original model's."""
 HALF = 0.5
 """Share of what a probe recovers from the plain method that it may recover from a constrained form."""
+ANYWAY = 0.9
+"""Share that a probe brings back from the control from which on its finding a concept does not tell anything."""
 RESURGENCE = 0.02
 """By how much benign tuning may raise the concept's rate."""
 
@@ -77,17 +79,27 @@ def recovered(models: Sequence[Model], probe: str) -> float:
     return _mean([one.probes[probe].worst.recovered.mean for one in models])
 
 
-def worst(model: Model) -> tuple[str, float]:
-    """Returns the probe of the `HEADLINE` that brings back most, and how much; ("", NaN) where none was run."""
-    found = [(probe, model.probes[probe].worst.recovered.mean) for probe in HEADLINE if probe in model.probes]
+def telling(models: Sequence[Model]) -> list[str]:
+    """Returns the probes of the `HEADLINE` but for those that bring the concept back from the control all the same."""
+    controls = of(models, DEAF, "plain")
+    return [
+        name
+        for name in HEADLINE
+        if all(one.probes[name].worst.recovered.mean < ANYWAY for one in controls if name in one.probes)
+    ]
+
+
+def worst(model: Model, probes: Sequence[str] = HEADLINE) -> tuple[str, float]:
+    """Returns which of some probes brings back most, and how much; ("", NaN) where none was run."""
+    found = [(probe, model.probes[probe].worst.recovered.mean) for probe in probes if probe in model.probes]
     known = [one for one in found if one[1] == one[1]]
     return max(known, key=lambda one: one[1], default=("", float("nan")))
 
 
-def worsts(models: Sequence[Model]) -> list[float]:
+def worsts(models: Sequence[Model], probes: Sequence[str] = HEADLINE) -> list[float]:
     """Returns the highest recovery of each model that was probed with all that any of them was probed with."""
     most = max((len(one.probes) for one in models), default=0)
-    found = [worst(one)[1] for one in models if len(one.probes) == most]
+    found = [worst(one, probes)[1] for one in models if len(one.probes) == most]
     return [value for value in found if value == value]
 
 
@@ -204,7 +216,7 @@ def lines(models: Sequence[Model], reward: str, held_out: str | None) -> list[Me
         for probe in dict.fromkeys(chain.from_iterable(one.probes for one in mine)):
             values = [one.probes[probe].worst.recovered.mean for one in mine if probe in one.probes]
             others[probe] = [value for value in values if value == value]
-        others["worst"] = worsts(mine)
+        others["worst"] = worsts(mine, telling(models))
         if method not in UNERASED:
             others["CPU-minutes"] = [one.minutes for one in mine]
             others["UNet rows, thousands"] = [one.rows / 1000 for one in mine]
@@ -266,7 +278,7 @@ def points(models: Sequence[Model], reward: str, kind: str) -> list[Point]:
     found = []
     for method, form in dict.fromkeys((one.method, one.form) for one in models if one.method not in UNERASED):
         mine = of(models, method, form)
-        rates = worsts(mine) or [one.scores.column(CONCEPT_RATE, kind).estimate.mean for one in mine]
+        rates = worsts(mine, telling(models)) or [one.scores.column(CONCEPT_RATE, kind).estimate.mean for one in mine]
         rewards = [one.scores.column(reward, "benign").estimate.mean for one in mine]
         found.append(
             Point(

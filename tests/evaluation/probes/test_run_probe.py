@@ -159,5 +159,5 @@ def test_registry_names_every_probe_as_it_names_itself() -> None:
     assert set(get_args(ProbeName)) == set(PROBES)
     assert {name: kind.name for name, (kind, _) in PROBES.items()} == {name: name for name in PROBES}
     assert set(HEADLINE) <= set(PROBES)
-    with pytest.raises(ValueError, match="probe must be one of textual-inversion, .* got 'noize'"):
+    with pytest.raises(ValueError, match=r"probe must be one of textual-inversion, .* got 'noize'"):
         probe_named("noize")
