@@ -56,6 +56,9 @@ class Config(RecoveryOptions):
     method's loss and the reward together, or, of a method that has a strength, by the strongest setting that keeps the
     floor; "B", the reward subject to the erasure, after a plain one; "A+B", one after the other."""
 
+    iterations: int = Field(200, ge=1)
+    """ReFL iterations of the recovery; under the constraint destruction the reward joins for the last fifth of them."""
+
     floor: float = Field(0.05, ge=0)
     """How much mean reward the form A may lose against the original model, in units of the reward."""
 
@@ -80,6 +83,8 @@ def complete(config: Config) -> Config:
     eraser = config.eraser
     if eraser is None and config.method != "none":
         eraser = usual_eraser(config.method, config.own_concept(tiny=config.tiny), tiny=config.tiny, seed=config.seed)
+    if config.constraint is None and config.tiny and config.recovers and config.method != "none":
+        config = replace(config, constraint="destruction")
     return replace(completed(config), eraser=eraser)
 
 

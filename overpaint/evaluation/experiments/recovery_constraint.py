@@ -180,12 +180,8 @@ def destruction_of(
     steps: int,
     progress: bool,
 ) -> ErasureConstraint:
-    """Returns the constraint that pictures of the concept are seen as something else, under attack or not."""
-    settings = DestructionConfig(
-        steps=steps,
-        guidance_scale=config.usual_guidance,
-        words=DestructionConfig().words if config.attacked else 0,
-    )
+    """Returns the constraint that pictures of the concept are seen as something else, whatever words are learned."""
+    settings = DestructionConfig(steps=steps, guidance_scale=config.usual_guidance)
     explicit, implicit = (list(dict.fromkeys(about.prompts(kind, 400, 11))) for kind in ("explicit", "implicit"))
     named = [text for text in implicit if any(holds(text, phrase) for phrase in about.concept.phrases)]
     others = cycle(named or explicit)

@@ -40,19 +40,20 @@ class RecoveryOptions(SharingOptions, RewardOptions, TunedOptions, ConceptOption
     constraint: ConstraintName | None = None
     """What keeps the concept gone in the recovery: a "detector" of it with a gradient; the "objective" that the erasure
     method descends; the distance of noise predictions from those of the erased model, its "reference"; the
-    "destruction" of what the model sees in pictures of the concept that the original draws; or "none", to see how much
-    of the concept comes back. None is the detector of the tiny world's stripes, and else the reference: a detector that
-    is also the measure would no longer tell the truth."""
+    "destruction" of what the model sees in pictures of the concept that the original draws, whatever words are learned
+    against it; or "none", to see how much of the concept comes back. None is the detector of the tiny world's stripes,
+    and the destruction where the program has erased them itself, and else the reference: a detector that is also the
+    measure would no longer tell the truth, and a destruction has not been tried on a Stable Diffusion."""
 
     ceiling: float | None = Field(None, gt=0)
     """Highest mean of what the constraint holds down that counts as erased; None is 0.005 for the detector of stripes
-    and 0.1 for others, 0.001 for the reference, 0.05 for the destruction, and for an objective a tenth more than
+    and 0.1 for others, 0.001 for the reference, 0.06 for the destruction, and for an objective a tenth more than
     the erased model's own loss."""
 
     attacked: bool = False
     """Whether the constraint has to hold on prompts that are made hard: half of those that bring the concept unnamed or
-    whose pictures still show it (`ConceptPrompts`), and every other one attacked by free vectors (`SoftAttack`; in a
-    destruction words that are learned against the policy, see `Destruction`)."""
+    whose pictures still show it (`ConceptPrompts`), and every other one attacked by free vectors (`SoftAttack`, but in
+    a destruction, which learns words of its own)."""
 
     iterations: int = Field(80, ge=1)
     """ReFL iterations of the recovery."""
