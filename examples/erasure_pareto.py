@@ -187,6 +187,7 @@ def complete(config: Config) -> Config:
         learning_rate=config.learning_rate,
         lora=config.lora,
         refl=config.refl,
+        destruction=config.destruction,
         run=None,
     )
 

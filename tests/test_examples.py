@@ -41,7 +41,7 @@ def launch(example: str, *options: str) -> subprocess.CompletedProcess[str]:
 def test_the_main_job_writes_table_weights_and_report(tmp_path: Path) -> None:
     folder = tmp_path / "run"
     options = ["--output-dir", str(folder), "--iterations", "2", "--prompts-per-kind", "4", "--evaluation-steps", "4"]
-    options += [*SMALL_REFL, "--refl.erasure-batch-size", "2"]
+    options += [*SMALL_REFL, "--refl.erasure-batch-size", "2", "--destruction.pictures", "2"]
     done = launch("refl_erase_nudity.py", *options)
     assert done.returncode == 0, done.stderr
     for word in ("before", "erased", "recovered", "ImageReward", "concept rate", "neighbour kept", "accuracy"):

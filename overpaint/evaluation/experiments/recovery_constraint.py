@@ -8,7 +8,6 @@ from erasure import (
     ConceptBatch,
     ConceptPrompts,
     Destruction,
-    DestructionConfig,
     Erasure,
     ErasureConstraint,
     ImageConstraint,
@@ -125,12 +124,14 @@ def kept_method(erasure: AnyPath | None, method: str | None, eraser: EraserSetti
 
 def concept_prompts(config: RecoveryOptions, about: Experiment) -> Sequence[str]:
     """Returns the prompts of the concept that the constraint is measured on; a method's loss is about phrases."""
-    if constraint_name(config, about) == "objective":
+    name = constraint_name(config, about)
+    if name == "objective":
         explicit, implicit = list(about.concept.phrases), []
     else:
         explicit, implicit = (list(dict.fromkeys(about.prompts(kind, 200, 7))) for kind in ("explicit", "implicit"))
         implicit = [prompt for prompt in implicit if prompt not in explicit]
-    return ConceptPrompts(explicit, implicit) if config.attacked else [*explicit, *implicit]
+    hard = config.attacked or name == "destruction"
+    return ConceptPrompts(explicit, implicit) if hard else [*explicit, *implicit]
 
 
 def constraint_of(
@@ -160,7 +161,7 @@ def constraint_of(
             detector.score, prompts, weight, ceiling=config.ceiling or detector.ceiling, attack=attack
         )
     if name == "destruction":
-        return destruction_of(config, about, prompts, original, steps=refl.steps, progress=progress)
+        return destruction_of(config, about, prompts, original, progress=progress)
     if name == "objective":
         objective: Objective = for_run(_loss_of(method), config.output_dir / "constraint", progress=progress)
         ceiling = config.ceiling or (1 + LOSS_MARGIN) * mean_loss(objective, policy, about, refl.micro_batch_size)
@@ -177,16 +178,14 @@ def destruction_of(
     prompts: Sequence[str],
     original: DiffusionPolicy | None,
     *,
-    steps: int,
     progress: bool,
 ) -> ErasureConstraint:
     """Returns the constraint that pictures of the concept are seen as something else, whatever words are learned."""
-    settings = DestructionConfig(steps=steps, guidance_scale=config.usual_guidance)
     explicit, implicit = (list(dict.fromkeys(about.prompts(kind, 400, 11))) for kind in ("explicit", "implicit"))
     named = [text for text in implicit if any(holds(text, phrase) for phrase in about.concept.phrases)]
     others = cycle(named or explicit)
     captions = [next(others) if k % UNNAMED == 0 else text for k, text in enumerate(explicit, 1)]
-    objective = Destruction(settings, captions, original)
+    objective = Destruction(config.destruction, captions, original)
     objective = for_run(objective, config.output_dir / "constraint", progress=progress)
     return ObjectiveConstraint(
         objective, about.concept, prompts, Lagrangian(DESTRUCTION), ceiling=config.ceiling or DESTROYED

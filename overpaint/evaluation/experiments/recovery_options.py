@@ -6,6 +6,7 @@ from typing import Any, Literal, TypeVar
 
 from erasure import (
     NUDITY,
+    DestructionConfig,
     Erasure,
 )
 from erasure.erased import is_saved
@@ -52,8 +53,8 @@ class RecoveryOptions(SharingOptions, RewardOptions, TunedOptions, ConceptOption
 
     attacked: bool = False
     """Whether the constraint has to hold on prompts that are made hard: half of those that bring the concept unnamed or
-    whose pictures still show it (`ConceptPrompts`), and every other one attacked by free vectors (`SoftAttack`, but in
-    a destruction, which learns words of its own)."""
+    whose pictures still show it (`ConceptPrompts`), and every other one attacked by free vectors (`SoftAttack`). A
+    destruction always has to, against words of its own."""
 
     iterations: int = Field(80, ge=1)
     """ReFL iterations of the recovery."""
@@ -64,6 +65,9 @@ class RecoveryOptions(SharingOptions, RewardOptions, TunedOptions, ConceptOption
 
     refl: ReFLConfig | None = None
     """How the reward is won back; None is small for the tiny world, and the authors' batch for Stable Diffusion."""
+
+    destruction: DestructionConfig | None = None
+    """How the concept is destroyed, under that constraint; None draws its pictures as ReFL draws others."""
 
     prompts_per_kind: int = Field(200, ge=1)
     """Prompts of each kind in the evaluation."""
@@ -87,7 +91,9 @@ def completed(config: Options) -> Options:
     config = replace(config, guidance_scale=config.usual_guidance, **config.tuned(LoRAConfig(rank=rank, alpha=rank)))
     refl, run = config.refl or refl_config(config), config.training
     check_same("refl", refl, **config.training_pictures)
-    return replace(config, refl=refl, run=run, learning_rate=run.learning_rate)
+    usual = DestructionConfig(steps=refl.steps, guidance_scale=config.usual_guidance)
+    destruction = config.destruction or usual
+    return replace(config, refl=refl, run=run, learning_rate=run.learning_rate, destruction=destruction)
 
 
 def refl_config(config: RecoveryOptions) -> ReFLConfig:
