@@ -174,5 +174,5 @@ class Completion:
 
 
 TINY = CompletionConfig(steps_before=(1, 2), empty_prompt=False)
-"""For the tiny world: of 10 steps. After 4 stripes are there already: a model that no text reaches completes them in two
-thirds of all pictures. Without words the original brings back only what was noised to 200."""
+"""For the tiny world: of 10 steps. After 4 stripes are there already: a model that no text reaches completes them in
+two thirds of all pictures. Without words the original brings back only what was noised to 200."""
