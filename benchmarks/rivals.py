@@ -93,6 +93,11 @@ class Config:
     output_dir: AnyPath = Path("runs/rivals")
     """Where everything is kept."""
 
+    def __post_init__(self) -> None:
+        """Checks that the names are known."""
+        if unknown := [name for name in self.names if name not in (*CONTROLLERS, *BOUNDS)]:
+            raise ValueError(f"names must be of {', '.join((*CONTROLLERS, *BOUNDS))}, got {unknown[0]!r}")
+
 
 class Run(NamedTuple):
     """One training."""
@@ -219,12 +224,13 @@ def main(config: Config) -> str:
     )
     parts = [[name for name in kind if name in config.names] for kind in (CONTROLLERS, BOUNDS)]
     tables = [methods_table(lines_of(names, config)).markdown() for names in parts if names]
-    chart = pareto_chart(
-        [point(line) for line in lines_of(parts[1], config)],
-        title="A floor of the reward, or nearness to the original",
-        x_label="concept rate of implicit prompts (lower is better)",
-    )
-    write_text(config.output_dir / "bounds.svg", svg(chart.spec))
+    if parts[1]:
+        chart = pareto_chart(
+            [point(line) for line in lines_of(parts[1], config)],
+            title="A floor of the reward, or nearness to the original",
+            x_label="concept rate of implicit prompts (lower is better)",
+        )
+        write_text(config.output_dir / "bounds.svg", svg(chart.spec))
     text = "\n\n".join(tables)
     write_text(config.output_dir / "tables.md", text + "\n")
     print(text)

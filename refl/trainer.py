@@ -154,7 +154,12 @@ class ReFLTrainer:
         Args:
             run_config: Settings of the run.
             notes: What only the program knows, for the record of the run.
+
+        Raises:
+            ValueError: The reward would never have its say, or as `overpaint.training.train` says.
         """
+        if (first := self.config.reward_from) >= run_config.iterations:
+            raise ValueError(f"ReFLConfig.reward_from must be below iterations={run_config.iterations}, got {first}")
         constraints = {"erasure": self.erasure, "floor": self.floor}
         state: dict[str, Stateful] = {} if self.erasure is None else self.erasure.state()
         if self.floor is not None:
@@ -210,7 +215,7 @@ class ReFLTrainer:
         reward_step = int(torch.randint(cfg.first_reward_step, cfg.last_reward_step + 1, (), generator=run.generator))
 
         rewarded = None
-        if run.iteration >= cfg.reward_from:
+        if self._heard(run):
             batch = draw_batch(run, self.prompts, cfg.batch_size)
             rewarded = accumulate(
                 run, batch, self._first_term(reward_step), weight=cfg.reward_scale * weight, size=size
@@ -267,6 +272,10 @@ class ReFLTrainer:
         """Whether rewards are computed."""
         return not isinstance(self.floor, ReferenceDivergence)
 
+    def _heard(self, run: TrainingRun) -> bool:
+        """Whether the reward has its say in this iteration."""
+        return run.iteration >= self.config.reward_from
+
     def _first_term(self, reward_step: int) -> Term[str]:
         """Returns the term of the prompts: of the reward, or of what is to be kept while the concept is erased."""
         if isinstance(self.floor, ReferenceDivergence):
@@ -296,7 +305,7 @@ class ReFLTrainer:
     def tagged(self, metrics: ReFLMetrics, run: TrainingRun) -> dict[str, float]:
         """Returns what was measured under the tags that docs/refl.md defines, without what was switched off."""
         values: dict[str, float] = {"train/grad_norm": metrics.grad_norm, "train/reward_step": metrics.reward_step}
-        heard = run.iteration >= self.config.reward_from
+        heard = self._heard(run)
         if self._rewarded and heard:
             values["reward/mean"] = metrics.reward
         if self.floor is None and heard:

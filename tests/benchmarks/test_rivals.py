@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+import pytest
+
 from benchmarks import rivals
 from erasure import UCE
 from overpaint import tinyworld
@@ -22,6 +24,8 @@ def test_runs_are_made_measured_and_compared_once(tmp_path: Path) -> None:
         assert numbers["UNet rows, thousands"] > 0
         assert f"| {name} | {numbers['violation integral']:.3f}" in text
     assert (tmp_path / "bounds.svg").read_text().startswith("<svg")
+    with pytest.raises(ValueError, match=r"names must be of dual weight, .* got 'dual'"):
+        rivals.Config(names=("dual",))
     made = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("found.json")}
     assert rivals.main(config) == text
     assert {path: path.stat().st_mtime_ns for path in made} == made

@@ -269,3 +269,16 @@ def test_reward_that_joins_later_needs_something_before_it(
 ) -> None:
     with pytest.raises(ValueError, match=r"reward_from must be 0 but with an erasure and no floor, got 3 with no"):
         ReFLTrainer(policy, redness, prompts, small(reward_from=3))
+
+
+def test_reward_that_would_never_join_is_refused_before_work(
+    policy: DiffusionPolicy,
+    redness: Any,
+    prompts: list[str],
+    small: Callable[..., ReFLConfig],
+    run_config: Callable[..., TrainingConfig],
+    stay_erased: ObjectiveConstraint,
+) -> None:
+    trainer = ReFLTrainer(policy, redness, prompts, small(reward_from=3), erasure=stay_erased)
+    with pytest.raises(ValueError, match=r"reward_from must be below iterations=3, got 3"):
+        trainer.train(run_config(iterations=3))
