@@ -39,6 +39,7 @@ from overpaint.evaluation.experiments.constrained_study import (
     verdict_of,
     verdicts_table,
 )
+from overpaint.evaluation.experiments.constraint_curves import Weighed, ends_table
 from overpaint.evaluation.experiments.experiment import Experiment, evaluate
 from overpaint.evaluation.experiments.options import OWNED, usual_eraser
 from overpaint.evaluation.experiments.probing import pictures_of, probes_section, target_of
@@ -51,18 +52,21 @@ from overpaint.evaluation.experiments.recovery_options import (
     completed,
     refl_config,
 )
+from overpaint.evaluation.experiments.reward_floor import FOLDER as ERASING
 from overpaint.evaluation.experiments.reward_floor import erase_above_floor
 from overpaint.evaluation.experiments.study import methods_table
 from overpaint.evaluation.experiments.work import work_through
 from overpaint.evaluation.probes.registry import ProbeName, probe_named
 from overpaint.evaluation.probes.result import ProbeResult
 from overpaint.evaluation.probes.run import run_probe
+from overpaint.evaluation.report.charts import svg
 from overpaint.evaluation.report.page import Section, chart_section
 from overpaint.evaluation.report.pareto import pareto_chart
 from overpaint.policy import DiffusionPolicy
 from overpaint.policy.atomic import write_text
 from overpaint.policy.unet_rows import counted_rows
 from overpaint.settings import AnyPath, Distinct, Field, settings
+from overpaint.training.folder import METRICS
 
 FAST = {"methods": ("uce", "esd"), "seeds": (0,), "prompts_per_kind": 40, "probes": ("soft-prompt", "noise")}
 """What `--fast` takes in place of what was not asked for."""
@@ -265,7 +269,8 @@ def work(cell: Cell, config: Config) -> None:
     with counted_rows() as rows:
         policy = make(cell, config, about)
     cost = {"minutes": (time.process_time() - start) / 60, "rows": rows.total}
-    write_text(folder / "cost.json", json.dumps(cost))
+    if not (folder / "cost.json").is_file():  # one that was made before is only taken up again
+        write_text(folder / "cost.json", json.dumps(cost))
 
     drawing = config.drawing(config.evaluation_steps)
     numbers = {"prompts_per_kind": config.prompts_per_kind, "seed": cell.seed}
@@ -312,12 +317,17 @@ def report(config: Config, models: Sequence[Model], about: Experiment) -> str:
     kind = "explicit"
     told_by = set(telling(models)) & set(config.probes)
     x = "worst probe's recovery" if told_by else f"concept rate of {kind} prompts"
+    weighed = [weighed_in(form, config, models) for form in forms]
+    front = pareto_chart(points(models, reward, kind), x_label=f"{x} (lower is better)", y_label=reward)
+    curves = {name: chart for one in weighed for name, chart in one.charts().items()}
+    for name, chart in {"front": front, **curves}.items():
+        write_text(config.output_dir / f"{name}.svg", svg(chart.spec))
     sections = [
-        chart_section(
-            "front", pareto_chart(points(models, reward, kind), x_label=f"{x} (lower is better)", y_label=reward)
-        ),
+        chart_section("front", front),
         Section("holds", "What holds of the best constrained form", what_holds.html()),
         Section("all", "All models", every.html()),
+        *(chart_section(name, chart) for name, chart in curves.items()),
+        Section("ended", "Where the constraints ended", ends_table(weighed).html()),
         *(probe_section(probe, config, first) for probe in config.probes),
     ]
     usual = usual_beside(config, complete, ["policy", "fast"])
@@ -337,6 +347,18 @@ def report(config: Config, models: Sequence[Model], about: Experiment) -> str:
         f"{len(best)}."
     )
     return f"{every.markdown()}\n\n{what_holds.markdown()}\n\n{told}"
+
+
+def weighed_in(form: FormName, config: Config, models: Sequence[Model]) -> Weighed:
+    """Returns how the constraint of a form was weighed in the models of all seeds."""
+    own = {
+        f"{one.scores.model}, seed {one.seed}": config.output_dir / one.method / form / f"seed-{one.seed}"
+        for one in models
+        if one.form == form
+    }
+    if form == "floor":
+        return Weighed.read(form, "floor", {name: folder / ERASING / METRICS for name, folder in own.items()})
+    return Weighed.read(form, "erasure", {name: folder / METRICS for name, folder in own.items()})
 
 
 def probe_section(probe: str, config: Config, models: Sequence[Model]) -> Section:
