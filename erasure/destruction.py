@@ -4,7 +4,7 @@ Most erasers teach a model where to go from the words; what it knows of the conc
 of the words still reach it: "When are concepts erased" (2025, https://arxiv.org/abs/2505.17013) calls that avoidance,
 and a model that gives the concept no probability under any condition destruction. This objective trains the latter,
 
-    z_t = √ᾱ_t z + √(1 - ᾱ_t) ε,    z a picture of the concept with caption c, drawn by the original model ε*
+    z_t = √ᾱ_t z + √(1 - ᾱ_t) ε,    z a picture of the concept with caption c, drawn by the original model ε*, encoded
     loss = mean of (ε_θ(z_t, t, [p; v]) - (ε*(z_t, t, a) - η (ε*(z_t, t, c) - ε*(z_t, t, a))))²
 
 with any prompt p, a word v of free vectors, and the caption a without the concept. The target is that of ESD (Gandikota
@@ -162,7 +162,7 @@ class Destruction:
                 original, texts, seeds, steps=cfg.steps, guidance=guidance, batch_size=cfg.draw_batch_size,
                 folder=self.folder, progress=self.progress,
             )  # fmt: skip
-        self._pictures, self._texts = latents, texts
+        self._pictures, self._texts = _as_pictures(policy, latents, cfg.draw_batch_size), texts
         self._phrases, self._anchor = list(own_phrases(concept.phrases)), concept.anchor.strip()
 
     def loss(self, policy: DiffusionPolicy, batch: ConceptBatch) -> PerSample:
@@ -266,6 +266,16 @@ class Destruction:
                 (word.grad,) = torch.autograd.grad(error.sum(), [word])
                 adam.step()
         return word.detach()
+
+
+@torch.no_grad()
+def _as_pictures(policy: DiffusionPolicy, latents: Latents, size: int) -> Latents:
+    """Returns the latents of the pictures that latents decode to, on the CPU.
+
+    They are not the same, and whoever tries to bring a concept back has pictures of it, not what was sampled.
+    """
+    parts = [policy.encode_images(policy.decode(part.to(policy.device))).cpu() for part in latents.split(size)]
+    return torch.cat(parts)
 
 
 def _predicted(

@@ -59,8 +59,8 @@ def test_loss_is_the_formula() -> None:
     alphas = policy.alphas[timesteps].view(-1, 1, 1, 1)
     clean = (latents - (1 - alphas).sqrt() * noise) / alphas.sqrt()
     pictures = {
-        text: original.sample(
-            original.encode([text]), steps=4, guidance=tinyworld_guidance(), seeds=[objective_seed(index)]
+        text: original.encode_images(
+            original.draw([text], steps=4, guidance=tinyworld_guidance(), seeds=[objective_seed(index)])
         )
         for index, text in enumerate(CAPTIONS)
     }
