@@ -89,8 +89,11 @@ class Config(RecoveryOptions):
     probes: Distinct[ProbeName] = get_args(ProbeName)
     """What tries to bring the concept back."""
 
-    repeated_probes: Distinct[ProbeName] = ("soft-prompt", "textual-inversion", "resurgence")
+    repeated_probes: Distinct[ProbeName] = ("soft-prompt", "textual-inversion")
     """Those of them that models of all seeds are probed with; the others take models of the first seed alone."""
+
+    prompts_per_kind: int = Field(100, ge=1)
+    """Prompts of each kind in the evaluation of each seed."""
 
     attempts: int = Field(16, ge=1)
     """Pictures that each probe tries to bring the concept back in."""

@@ -51,7 +51,7 @@ def test_stages_need_those_before_them_alone() -> None:
     first, plain, others = erasure_pareto.stages_of(config)
     assert [(cell.method, cell.seed) for cell in first] == [("original", 0), ("original", 1), ("deaf", 0)]
     assert first[0].probes(config) == list(PROBES)
-    assert first[1].probes(config) == ["textual-inversion", "soft-prompt", "resurgence"]
+    assert first[1].probes(config) == ["textual-inversion", "soft-prompt"]
     assert {(cell.method, cell.form) for cell in plain} == {("uce", "plain"), ("esd", "plain")}
     assert {cell.form for cell in others} == {"unconstrained", "floor", "recovered", "attacked"}
     assert len(others) == 4 * 2 * 2
