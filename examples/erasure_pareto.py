@@ -104,7 +104,7 @@ class Config(RecoveryOptions):
     iterations: int = Field(40, ge=1)
     """ReFL iterations of a recovery."""
 
-    attacked_iterations: int = Field(200, ge=1)
+    attacked_iterations: int = Field(240, ge=1)
     """Of one under attack, which has more to unlearn: its constraint is the destruction, unless another is asked."""
 
     evaluation_steps: int = Field(10, ge=1)

@@ -36,7 +36,7 @@ DETECTOR_WEIGHT = 0.1
 """Weight of a detector's violation before the first update, which a reward is not drowned by."""
 NEAR_REFERENCE = 1e-3
 """Squared distance of noise predictions from the erased model's that counts as erased."""
-DESTROYED = 0.06
+DESTROYED = 0.08
 """Squared error of noise predictions in pictures of the concept that counts as erased."""
 UNNAMED = 5
 """Every so manyth of these pictures is of a prompt that brings the concept by another of its phrases."""

@@ -48,7 +48,7 @@ class RecoveryOptions(SharingOptions, RewardOptions, TunedOptions, ConceptOption
 
     ceiling: float | None = Field(None, gt=0)
     """Highest mean of what the constraint holds down that counts as erased; None is 0.005 for the detector of stripes
-    and 0.1 for others, 0.001 for the reference, 0.06 for the destruction, and for an objective a tenth more than
+    and 0.1 for others, 0.001 for the reference, 0.08 for the destruction, and for an objective a tenth more than
     the erased model's own loss."""
 
     attacked: bool = False
@@ -101,7 +101,7 @@ def refl_config(config: RecoveryOptions) -> ReFLConfig:
     keeping: dict[str, Any] = {"pretraining_batch_size": 16}
     if config.constraint == "destruction":  # which moves the model far, and what is not to move with it has to be held
         keeping = {
-            "reward_from": 4 * config.iterations // 5,
+            "reward_from": 7 * config.iterations // 10,
             "pretraining_pairs": 256,
             "pretraining_weight": 4.0,
             "pretraining_target": "reference",
