@@ -35,6 +35,7 @@ from overpaint.evaluation.experiments.constrained_study import (
     best_form,
     lines,
     points,
+    probed_lines,
     telling,
     verdict_of,
     verdicts_table,
@@ -71,6 +72,11 @@ from overpaint.training.folder import METRICS
 FAST = {"methods": ("uce", "esd"), "seeds": (0,), "prompts_per_kind": 40, "probes": ("soft-prompt", "noise")}
 """What `--fast` takes in place of what was not asked for."""
 FAST_ITERATIONS, FAST_ATTEMPTS = 20, 8
+RECOVERED = (
+    "Share of the concept that each probe brings back, by its worst variant. Worst: of the probes that do not bring it "
+    "back from the control all the same."
+)
+"""What the table of probes says."""
 
 
 @settings
@@ -315,7 +321,8 @@ def report(config: Config, models: Sequence[Model], about: Experiment) -> str:
     judged = partial(verdict_of, models, reward=reward, held_out=held_out)
     forms = [form for form in config.forms if form in CONSTRAINED]
     best = [best_form([judged(method, form) for form in forms]) for method in config.methods if forms]
-    every, what_holds = methods_table(lines(models, reward, held_out)), verdicts_table(best, reward)
+    every, what_holds = methods_table(lines(models, held_out)), verdicts_table(best, reward)
+    probed = methods_table(probed_lines(models), caption=RECOVERED)
     first = [one for one in models if one.seed == config.seeds[0]]
     kind = "explicit"
     told_by = set(telling(models)) & set(config.probes)
@@ -329,6 +336,7 @@ def report(config: Config, models: Sequence[Model], about: Experiment) -> str:
         chart_section("front", front),
         Section("holds", "What holds of the best constrained form", what_holds.html()),
         Section("all", "All models", every.html()),
+        Section("recovered", "What the probes recover", probed.html()),
         *(chart_section(name, chart) for name, chart in curves.items()),
         Section("ended", "Where the constraints ended", ends_table(weighed).html()),
         *(probe_section(probe, config, first) for probe in config.probes),
@@ -349,7 +357,7 @@ def report(config: Config, models: Sequence[Model], about: Experiment) -> str:
         f"As good and as gone: {counts[0]} of {len(best)} methods; stays gone under attack and tuning: {counts[1]} of "
         f"{len(best)}."
     )
-    return f"{every.markdown()}\n\n{what_holds.markdown()}\n\n{told}"
+    return "\n\n".join([every.markdown(), probed.markdown(), what_holds.markdown(), told])
 
 
 def weighed_in(form: FormName, config: Config, models: Sequence[Model]) -> Weighed:

@@ -13,6 +13,7 @@ from overpaint.evaluation.experiments.constrained_study import (
     lines,
     mean_rate,
     points,
+    probed_lines,
     recovered,
     telling,
     verdict_of,
@@ -141,7 +142,7 @@ def test_what_a_probe_brings_back_from_the_control_too_does_not_count() -> None:
     for anyway, expected in ((9, 0.4), (8, 1.0)):
         some = [erased, model("deaf", shown={"noise": 1, "inverted-latents": anyway})]
         assert ("inverted-latents" in telling(some)) == (expected == 1.0)
-        found = next(one for one in lines(some, IMAGE_REWARD, None) if one.method == "UCE-plain")
+        found = next(one for one in probed_lines(some) if one.method == "UCE-plain")
         assert found.values["worst"].mean == pytest.approx(expected)
         assert points(some, IMAGE_REWARD, "explicit")[0].concept_rate.mean == pytest.approx(expected)
     assert telling([erased]) == list(HEADLINE)
@@ -166,12 +167,14 @@ def test_best_form_is_the_one_of_which_most_holds_then_the_better_one() -> None:
 def test_lines_and_points_of_the_study() -> None:
     tuned = model("UCE", "recovered", shown={"soft-prompt": 4, "textual-inversion": 3})
     everything = [ORIGINAL, PLAIN, tuned]
-    found = {line.method: line.values for line in lines(everything, IMAGE_REWARD, UTILITY)}
+    found = {line.method: line.values for line in lines(everything, UTILITY)}
     assert set(found) == {"original", "UCE-plain", "UCE-recovered"}
-    assert found["UCE-recovered"]["soft-prompt"].mean == pytest.approx(0.4)
-    assert found["UCE-recovered"]["worst"].mean == pytest.approx(0.4)
+    assert found["UCE-recovered"][UTILITY].mean == tuned.scores.column(UTILITY, "benign").estimate.mean
     assert "CPU-minutes" not in found["original"]
     assert found["UCE-plain"]["UNet rows, thousands"].mean == 1.0
+    probed = {line.method: line.values for line in probed_lines(everything)}
+    assert probed["UCE-recovered"]["soft-prompt"].mean == pytest.approx(0.4)
+    assert probed["UCE-recovered"]["worst"].mean == pytest.approx(0.4)
     first, second = points(everything, IMAGE_REWARD, "explicit")
     assert (first.method, first.concept_rate.mean) == ("UCE", pytest.approx(0.8))
     assert (second.method, second.before) == ("UCE-recovered", "UCE")

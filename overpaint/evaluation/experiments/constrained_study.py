@@ -204,25 +204,37 @@ def best_form(verdicts: Sequence[Verdict]) -> Verdict:
     return max(verdicts, key=lambda one: (one.keeps_quality + one.stays_gone, one.keeps_quality, one.reward.mean))
 
 
-def lines(models: Sequence[Model], reward: str, held_out: str | None) -> list[MethodLine]:
-    """Returns a line for each method and form: means over seeds and their standard errors."""
+def lines(models: Sequence[Model], held_out: str | None) -> list[MethodLine]:
+    """Returns what each method and form draws, and what it cost: means over seeds and their standard errors."""
     found = []
-    for method, form in dict.fromkeys((one.method, one.form) for one in models):
-        mine = of(models, method, form)
+    for name, mine in _by_name(models).items():
         others: dict[str, list[float]] = {}
         known = {(column.measure, column.kind) for column in mine[0].scores.columns}
         if held_out and (held_out, "benign") in known:
             others[held_out] = [one.scores.column(held_out, "benign").estimate.mean for one in mine]
-        for probe in dict.fromkeys(chain.from_iterable(one.probes for one in mine)):
-            values = [one.probes[probe].worst.recovered.mean for one in mine if probe in one.probes]
-            others[probe] = [value for value in values if value == value]
-        others["worst"] = worsts(mine, telling(models))
-        if method not in UNERASED:
+        if name not in UNERASED:
             others["CPU-minutes"] = [one.minutes for one in mine]
             others["UNet rows, thousands"] = [one.rows / 1000 for one in mine]
-        name = method if method in UNERASED else f"{method}-{form}"
         found.append(line_of(name, [one.scores for one in mine], others))
     return found
+
+
+def probed_lines(models: Sequence[Model]) -> list[MethodLine]:
+    """Returns what each probe recovers from each method and form, by its worst variant, and the worst that tells."""
+    found = []
+    for name, mine in _by_name(models).items():
+        values = {"worst": worsts(mine, telling(models))}
+        for probe in dict.fromkeys(chain.from_iterable(one.probes for one in mine)):
+            recoveries = [one.probes[probe].worst.recovered.mean for one in mine if probe in one.probes]
+            values[probe] = [value for value in recoveries if value == value]
+        found.append(MethodLine(name, {title: spread(some) for title, some in values.items() if some}))
+    return found
+
+
+def _by_name(models: Sequence[Model]) -> dict[str, list[Model]]:
+    """Returns the models of each method and form."""
+    kinds = dict.fromkeys((one.method, one.form) for one in models)
+    return {method if method in UNERASED else f"{method}-{form}": of(models, method, form) for method, form in kinds}
 
 
 def verdicts_table(verdicts: Sequence[Verdict], reward: str) -> table.Table:
