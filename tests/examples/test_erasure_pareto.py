@@ -84,7 +84,7 @@ def test_each_form_has_a_constraint_of_its_own() -> None:
     assert [(one.constraint, one.attacked, one.iterations) for one in found.values()] == [
         ("none", False, 40),
         (None, False, 40),
-        ("destruction", True, 200),
+        ("destruction", True, 240),
     ]
     assert [one.training.learning_rate for one in found.values()] == [1e-3, 1e-3, 3e-3]
     refl = [one.refl for one in found.values() if one.refl is not None]

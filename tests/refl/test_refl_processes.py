@@ -17,7 +17,15 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from erasure import ImageConstraint, ReferenceDivergence, RewardFloor
+from erasure import (
+    Concept,
+    Destruction,
+    DestructionConfig,
+    ImageConstraint,
+    ObjectiveConstraint,
+    ReferenceDivergence,
+    RewardFloor,
+)
 from overpaint.policy import DiffusionPolicy
 from refl import ReFLConfig, ReFLTrainer
 from overpaint.training import HeldOut
@@ -56,6 +64,10 @@ config = ReFLConfig(
     project_conflicts=kind == "floor",
 )
 erasure = None if kind == "reward-alone" else ImageConstraint(Mean(1), PROMPTS, ceiling=0.3)
+if kind == "destruction":  # a word is moved by each micro batch, of which one process takes two
+    words = Destruction(DestructionConfig(pictures=4, steps=2, words=1, vectors=2, attack_steps=1, share=1.0))
+    concept = Concept(name="circle", phrases=("circle",), anchor="square")
+    erasure = ObjectiveConstraint(words, concept, PROMPTS, ceiling=0.1)
 floor = {"floor": RewardFloor(0.1), "divergence": ReferenceDivergence(1e-6)}.get(kind)
 held_out = HeldOut(PROMPTS, Mean(0))
 trainer = ReFLTrainer(policy, Mean(0), PROMPTS, config, erasure=erasure, floor=floor, held_out=held_out)
@@ -77,13 +89,14 @@ if state.is_main_process:
     numbers = {"metrics": torch.tensor(metrics), "best": torch.tensor([trainer.early_stopping.best])}
     weight = {} if erasure is None else {"weight": torch.tensor(erasure.lagrangian.weight)}
     weight |= {} if floor is None else {"floor": torch.tensor(floor.lagrangian.weight)}
+    weight |= {"word": words.state_dict()["words"][0]} if kind == "destruction" else {}
     save_file(policy.trainable_state() | numbers | weight, folder / "end.safetensors")
 state.destroy_process_group()
 '''
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["all", "floor", "divergence", "reward-alone"])
+@pytest.mark.parametrize("kind", ["all", "floor", "divergence", "reward-alone", "destruction"])
 def test_two_processes_take_the_same_steps_as_one(
     kind: str, pipeline_dir: Path, tmp_path: Path, torchrun: Callable[..., str]
 ) -> None:
