@@ -43,7 +43,7 @@ def latents_before(
     steps: int,
     guidance: Guidance,
     seeds: Sequence[int],
-) -> Float[Tensor, "stops batch 4 h w"]:
+) -> Float[Tensor, "stops batch channels h w"]:
     """Denoises every sample up to its last stop, without gradient, and returns what it was before each of its stops.
 
     Stops are indices of steps, counted from noise; 0 is pure noise. A sample that has arrived goes through the network

@@ -173,8 +173,8 @@ class SLDGuard:
         return self._concept.expand(len(like))
 
     def towards(
-        self, predictions: Float[Tensor, "3 batch 4 h w"], context: StepContext, trajectory: int
-    ) -> Float[Tensor, "batch 4 h w"]:
+        self, predictions: Float[Tensor, "3 batch channels h w"], context: StepContext, trajectory: int
+    ) -> Float[Tensor, "batch channels h w"]:
         """Returns what takes the place of the prompt's prediction in classifier-free guidance.
 
         Args:
@@ -209,8 +209,8 @@ class SLDGuidance:
         return self.guidance.away(prompt, empty), prompt, self.guard.concept(prompt)
 
     def combine(
-        self, predictions: Float[Tensor, "branches batch 4 h w"], context: StepContext
-    ) -> Float[Tensor, "batch 4 h w"]:
+        self, predictions: Float[Tensor, "branches batch channels h w"], context: StepContext
+    ) -> Float[Tensor, "batch channels h w"]:
         """Returns away + scale * (towards - term - away)."""
         towards = self.guard.towards(predictions, context, self._trajectory)
         return self.guidance.combine(torch.stack([predictions[0], towards]), context)

@@ -39,8 +39,8 @@ class Guidance(Protocol):
         ...
 
     def combine(
-        self, predictions: Float[Tensor, "branches batch 4 h w"], context: StepContext
-    ) -> Float[Tensor, "batch 4 h w"]:
+        self, predictions: Float[Tensor, "branches batch channels h w"], context: StepContext
+    ) -> Float[Tensor, "batch channels h w"]:
         """Returns one prediction for each sample from those of the branches, in the order of `branches`.
 
         Predictions are float32 and of the network's own kind: velocities for a v-prediction network.
@@ -85,8 +85,8 @@ class ClassifierFree:
         return empty if self.negative is None else self.negative.to(prompt.tokens).expand(len(prompt))
 
     def combine(
-        self, predictions: Float[Tensor, "branches batch 4 h w"], context: StepContext
-    ) -> Float[Tensor, "batch 4 h w"]:
+        self, predictions: Float[Tensor, "branches batch channels h w"], context: StepContext
+    ) -> Float[Tensor, "batch channels h w"]:
         """Returns away + scale * (towards - away), which is the last branch where the scale is 1."""
         if self.scale == 1.0:
             return predictions[-1]

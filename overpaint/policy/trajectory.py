@@ -14,7 +14,7 @@ class Trajectory(NamedTuple):
     Step i took `latents[:, i]` at `timesteps[i]` to `latents[:, i + 1]`, with log-probability `log_probs[:, i]`.
     """
 
-    latents: Float[Tensor, "batch states 4 h w"]
+    latents: Float[Tensor, "batch states channels h w"]
     """States, one more than there are steps; float32 and unrounded, so that log-probabilities stay exact."""
 
     log_probs: Float[Tensor, "batch steps"]

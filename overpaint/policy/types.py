@@ -3,8 +3,8 @@
 from jaxtyping import Float
 from torch import Tensor
 
-Latents = Float[Tensor, "batch 4 h w"]
-"""Latent images, scaled as the UNet sees them. Always float32, whatever the networks run in."""
+Latents = Float[Tensor, "batch channels h w"]
+"""Latent images, scaled as the network sees them. Always float32, whatever the networks run in."""
 
 Images = Float[Tensor, "batch 3 H W"]
 """RGB in [0, 1]."""

@@ -202,14 +202,14 @@ class ANT:
     def terms(
         self,
         policy: DiffusionPolicy,
-        latents: Float[Tensor, "2 batch 4 h w"],
+        latents: Float[Tensor, "2 batch channels h w"],
         timesteps: Int[Tensor, "2 batch"],
         prompts: Conditioning,
         empty: Conditioning,
     ) -> Terms:
         """Returns the parts of the loss, with gradient; of the latents, those of the kept steps come first."""
 
-        def predictions(*prompted: Conditioning) -> list[Float[Tensor, "2 batch 4 h w"]]:
+        def predictions(*prompted: Conditioning) -> list[Float[Tensor, "2 batch channels h w"]]:
             count = len(prompted)
             conditioning = Conditioning.cat([each for each in prompted for _ in range(2)])
             flat = latents.flatten(0, 1).repeat(count, 1, 1, 1), timesteps.flatten().repeat(count)

@@ -27,7 +27,9 @@ def chosen_steps(seeds: Sequence[int], *, steps: int, early: int, late: int) -> 
     return torch.tensor([[*chosen, *range(steps - late, steps)] for chosen in drawn])
 
 
-def noising_log_probs(latents: Float[Tensor, "batch states 4 h w"], plan: Schedule) -> Float[Tensor, "batch steps"]:
+def noising_log_probs(
+    latents: Float[Tensor, "batch states channels h w"], plan: Schedule
+) -> Float[Tensor, "batch steps"]:
     """Returns log p_B of every step of a trajectory: how likely noising leads from where it led back to its start."""
     columns = []
     for step, (alpha, previous) in enumerate(zip(plan.alphas, plan.previous_alphas, strict=True)):
@@ -77,7 +79,7 @@ def residuals(
 class ConstantUnconditional(ClassifierFree):
     """Classifier-free guidance whose gradient flows through the prompt's branch alone."""
 
-    def combine(self, predictions: Float[Tensor, "branches batch 4 h w"], context: StepContext) -> Latents:
+    def combine(self, predictions: Float[Tensor, "branches batch channels h w"], context: StepContext) -> Latents:
         """Returns the same prediction as without it."""
         *away, towards = predictions
         return super().combine(torch.stack([*(branch.detach() for branch in away), towards]), context)

@@ -143,7 +143,7 @@ class EraseFlowConfig:
 class Drawn(NamedTuple):
     """Trajectories, and the prompts that they are to be as likely for."""
 
-    latents: Float[Tensor, "batch states 4 h w"]
+    latents: Float[Tensor, "batch states channels h w"]
     log_probs: Float[Tensor, "batch steps"]  # under the anchors, of the model that drew
     scores: PerSample  # reward of each picture for its anchor; zero without a reward
     pairs: list[Pair]

@@ -219,8 +219,8 @@ class SAFREEGuidance:
         return branches if compared is None else (*branches, prompt)
 
     def combine(
-        self, predictions: Float[Tensor, "branches batch 4 h w"], context: StepContext
-    ) -> Float[Tensor, "batch 4 h w"]:
+        self, predictions: Float[Tensor, "branches batch channels h w"], context: StepContext
+    ) -> Float[Tensor, "batch channels h w"]:
         """Returns the guided prediction; that for the original prompts was only compared with.
 
         A `ValueError` refuses predictions of another UNet than the guard was applied with.

@@ -97,8 +97,8 @@ class LatentClassifier(nn.Module):
 
 def train_classifier(
     policy: DiffusionPolicy,
-    shown: Float[Tensor, "shown 4 h w"],
-    others: Float[Tensor, "others 4 h w"],
+    shown: Float[Tensor, "shown channels h w"],
+    others: Float[Tensor, "others channels h w"],
     config: LatentClassifierConfig,
     *,
     seed: int,
@@ -131,8 +131,8 @@ def train_classifier(
 def _fit(
     classifier: LatentClassifier,
     policy: DiffusionPolicy,
-    shown: Float[Tensor, "shown 4 h w"],
-    others: Float[Tensor, "others 4 h w"],
+    shown: Float[Tensor, "shown channels h w"],
+    others: Float[Tensor, "others channels h w"],
     config: LatentClassifierConfig,
     progress: bool,
 ) -> None:
