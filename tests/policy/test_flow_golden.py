@@ -98,6 +98,11 @@ def test_predictions_steps_and_densities(combination: Any, prefix: str, steps: l
             check(f"{prefix}/cps/log_prob_released", -(row["cps/next"] - mean).square().flatten(1).mean(dim=1))
 
 
+def test_even_levels_are_fluxs_and_others_end_at_the_smallest_of_training() -> None:
+    assert flow_schedule(BASE, 4, even=True).levels.tolist() == [1.0, 0.75, 0.5, 0.25]
+    assert flow_schedule(BASE, 4, even=False).levels.tolist() == pytest.approx([1.0, 0.667, 0.334, 0.001])
+
+
 @pytest.mark.parametrize("chain", CHAINS)
 def test_slope_is_how_far_a_mean_moves(chain: Any) -> None:
     plan = schedule_of(COMBINATIONS[0])
