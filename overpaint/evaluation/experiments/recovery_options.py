@@ -101,7 +101,7 @@ def refl_config(config: RecoveryOptions) -> ReFLConfig:
     keeping: dict[str, Any] = {"pretraining_batch_size": 16}
     if config.constraint == "destruction":  # which moves the model far, and what is not to move with it has to be held
         keeping = {
-            "reward_from": 7 * config.iterations // 10,
+            "reward_from": config.iterations // 2,
             "pretraining_pairs": 256,
             "pretraining_weight": 4.0,
             "pretraining_target": "reference",
