@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from itertools import cycle, islice
-from typing import Any
+from typing import Any, cast
 
 import torch
 from jaxtyping import Float
@@ -11,9 +11,9 @@ from torch import Tensor
 
 from benchmarks.timing import IdleOptimizer, call_unet, unet_inputs
 from ddpo import DDPOConfig, PromptStatistics, clipped_surrogate
-from overpaint.policy import ClassifierFree, DiffusionPolicy, Trajectory
+from overpaint.policy import ClassifierFree, DiffusionPolicy, Plan, PredictionType, Trajectory
 from overpaint.policy.autoencoder import CHUNK
-from overpaint.policy.ddim import Schedule, ddim_mean_and_std, gaussian_log_prob, schedule
+from overpaint.policy.ddim import ddim_mean_and_std, gaussian_log_prob, schedule
 from overpaint.policy.types import PerSample
 from rewards import Reward
 
@@ -43,7 +43,7 @@ class BareRound:
         self.reward = reward
         self.config = config
         self.autocast = autocast
-        self.timesteps = policy.timesteps(config.steps).tolist()
+        self.timesteps = policy.plan(config.steps).timesteps.tolist()
         drawn = config.sampling_batch_size
         self.prompts = list(islice(cycle(prompts), drawn))
         self.drawn = self._inputs(drawn)
@@ -115,7 +115,7 @@ class PlainRound:
         self.autocast = autocast
         self.batch_size = batch_size
         plan = schedule(policy.scheduler_config, config.steps)
-        self.schedule = Schedule(*(part.to(policy.device) for part in plan))
+        self.schedule = Plan(*(part.to(policy.device) for part in plan))
         self.statistics = PromptStatistics(config.buffer_size, config.min_count)
         self.generator = torch.Generator().manual_seed(0)
         self.optimizer = IdleOptimizer(policy.trainable_parameters())
@@ -178,7 +178,7 @@ class PlainRound:
             alpha.expand(count),
             previous.expand(count),
             eta=cfg.eta,
-            prediction_type=policy.prediction_type,
+            prediction_type=cast(PredictionType, policy.process.prediction_type),
         )
         return gaussian_log_prob(after, mean, std)
 

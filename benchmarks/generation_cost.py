@@ -56,7 +56,7 @@ class BareCalls:
         branches = 1 if config.guidance_scale == 1 else 2
         self.policy = policy
         self.config = config
-        self.timesteps = policy.timesteps(config.steps).tolist()
+        self.timesteps = policy.plan(config.steps).timesteps.tolist()
         self.latents, self.embeddings = unet_inputs(policy, prompts[: config.batch_size] * branches)
 
     @torch.no_grad()

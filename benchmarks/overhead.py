@@ -74,7 +74,7 @@ class BareIteration:
         self.policy = policy
         self.reward = reward
         self.prompts = prompts
-        self.timesteps = policy.timesteps(config.steps).tolist()[: config.reward_step + 1]
+        self.timesteps = policy.plan(config.steps).timesteps.tolist()[: config.reward_step + 1]
         branches = 1 if config.guidance_scale == 1 else 2
         self.drawn = unet_inputs(policy, [prompts[0]] * branches * len(prompts))
         self.pretrained = unet_inputs(policy, [prompts[0]] * config.pretraining_batch_size)

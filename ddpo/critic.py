@@ -217,8 +217,9 @@ class Critic:
         """Returns what the network says of states, in standard deviations from the mean score."""
         device = trajectory.latents.device
         samples, steps = samples.to(device), steps.to(device)
-        alphas = self.policy.alphas[trajectory.timesteps[steps].to(self.policy.alphas.device)].float().to(device)
-        levels = torch.stack([alphas.sqrt(), (1 - alphas).sqrt()], dim=1)
+        timesteps = trajectory.timesteps[steps].to(self.policy.device)
+        factors = self.policy.process.signal_and_noise(self.policy.process.levels(timesteps))
+        levels = torch.stack(factors, dim=1).float().to(device)
         prompts = trajectory.conditioning.tokens[samples].float().mean(dim=1)
         return self.network(trajectory.latents[samples, steps].float(), levels, prompts)
 

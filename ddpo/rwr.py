@@ -222,7 +222,7 @@ class RWRTrainer:
     ) -> tuple[float, float]:
         """Takes one gradient step on the weighted loss of some samples; returns the loss and the gradient's norm."""
         # Timesteps and noises of the whole batch, the same in all processes, of which each takes its part.
-        timesteps = torch.randint(len(self.policy.alphas), (len(samples),), generator=run.generator)
+        timesteps = torch.randint(self.policy.num_timesteps, (len(samples),), generator=run.generator)
         noises = torch.randn(len(samples), *clean.shape[1:], generator=run.generator)
         mine = [run.shard(part) for part in (samples, timesteps, noises)]
         count, total = len(mine[0]), torch.zeros((), device=run.device)

@@ -5,7 +5,6 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from overpaint.policy import DiffusionPolicy
-from overpaint.policy.ddim import ddim_mean_and_std, mean_sensitivity
 
 from .config import DDPOConfig
 
@@ -48,8 +47,5 @@ def step_scales(
     Raises:
         ValueError: As `DiffusionPolicy.rollout`.
     """
-    plan = policy.schedules.stochastic(steps, eta, policy.device)
-    levels = plan.alphas.double(), plan.previous_alphas.double()
-    blank = plan.alphas.new_zeros(steps, 4, 1, 1).double()
-    _, std = ddim_mean_and_std(blank, blank, *levels, eta=eta, prediction_type=policy.prediction_type)
-    return std, mean_sensitivity(*levels, eta=eta, prediction_type=policy.prediction_type)
+    plan = policy.process.stochastic(steps, eta, policy.latent_size(), policy.device)
+    return policy.process.scales(plan, eta)

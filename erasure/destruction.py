@@ -148,7 +148,7 @@ class Destruction:
         """
         cfg = self.config
         check_trainable(policy, f"destroying {concept.name!r}")
-        if cfg.last_timestep >= (total := len(policy.alphas)):
+        if cfg.last_timestep >= (total := policy.num_timesteps):
             raise ValueError(f"DestructionConfig.last_timestep must be below {total}, got {cfg.last_timestep}")
         check_absent(concept, [concept.anchor], f"the anchor of {concept.name!r}")
         texts = in_turns(self.captions or concept.phrases, cfg.pictures)

@@ -26,7 +26,7 @@ def noised_latents(
     stops = random_stops(seeds, 0, steps - 1)
     guidance = ClassifierFree(guidance_scale)
     (latents,) = latents_before(policy, conditioning, stops[None], steps=steps, guidance=guidance, seeds=seeds)
-    return latents, policy.timesteps(steps)[stops]
+    return latents, policy.plan(steps).timesteps[stops]
 
 
 def rollout_calls(first: int, last: int, guidance_scale: float) -> float:

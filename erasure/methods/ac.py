@@ -169,7 +169,7 @@ class AC:
         cfg = self.config
         if self._pictures is None:
             raise ValueError("prepare must be called before the first loss, and was not")
-        size, total = len(batch.seeds), len(policy.alphas)
+        size, total = len(batch.seeds), policy.num_timesteps
         choices = [random.Random(f"concept ablation {seed}") for seed in batch.seeds]
         indices = [choice.randrange(len(self._pictures)) for choice in choices]
         anchors = [self._anchors[index % cfg.images % len(self._anchors)] for index in indices]

@@ -3,7 +3,6 @@
 from .conditioning import Conditioning
 from .ddim import (
     PredictionType,
-    Schedule,
     add_noise,
     ddim_mean_and_std,
     gaussian_log_prob,
@@ -18,7 +17,7 @@ from .loading import check_checkpoint
 from .noise import SampleNoise
 from .prompts import TruncatedPromptWarning
 from .trajectory import Trajectory
-from .types import Embeddings, Images, Latents, PerSample
+from .types import Embeddings, Images, Latents, PerSample, Plan
 from .weights import PARAMETER_SETS, LoRAConfig, WeightDelta, merged_state, select_parameters
 
 __all__ = [
@@ -32,10 +31,10 @@ __all__ = [
     "Latents",
     "LoRAConfig",
     "PerSample",
+    "Plan",
     "PredictionType",
     "SampleNoise",
     "SamplingGuard",
-    "Schedule",
     "StepContext",
     "Trajectory",
     "TruncatedPromptWarning",

@@ -13,31 +13,18 @@ Black et al. (2023), https://arxiv.org/abs/2305.13301, averaged over the latent'
 
 import math
 from collections.abc import Mapping
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, get_args
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
-from .types import Latents, PerSample
+from .types import Latents, PerSample, Plan
 
 PredictionType = Literal["epsilon", "v_prediction", "sample"]
 """What a network predicts: the noise, the velocity (Salimans and Ho 2022, appendix D), or the clean latents."""
 
 PREDICTION_TYPES: tuple[str, ...] = get_args(PredictionType)
-
-
-class Schedule(NamedTuple):
-    """The noise levels that one way of sampling visits, from noise to image."""
-
-    timesteps: Int[Tensor, " steps"]
-    """The scheduler's integers, falling."""
-
-    alphas: Float[Tensor, " steps"]
-    """Cumulative alpha at each timestep: the share of the signal in the variance."""
-
-    previous_alphas: Float[Tensor, " steps"]
-    """Cumulative alpha that each step leads to."""
 
 
 def cumulative_alphas(scheduler_config: Mapping[str, Any]) -> Float[Tensor, " timesteps"]:
@@ -48,7 +35,7 @@ def cumulative_alphas(scheduler_config: Mapping[str, Any]) -> Float[Tensor, " ti
     return scheduler.alphas_cumprod
 
 
-def schedule(scheduler_config: Mapping[str, Any], steps: int) -> Schedule:
+def schedule(scheduler_config: Mapping[str, Any], steps: int) -> Plan:
     """Returns the noise levels of a checkpoint's own scheduler for a number of steps, on the CPU.
 
     The timesteps are those of diffusers' `DDIMScheduler` with the checkpoint's configuration. The last step leads to
@@ -73,7 +60,7 @@ def schedule(scheduler_config: Mapping[str, Any], steps: int) -> Schedule:
             f"steps must keep timesteps below the {levels} of training, got {steps} that starts at {first}"
         )
     previous = (timesteps - levels // steps).clamp(min=0)
-    return Schedule(timesteps, scheduler.alphas_cumprod[timesteps], scheduler.alphas_cumprod[previous])
+    return Plan(timesteps, scheduler.alphas_cumprod[timesteps], scheduler.alphas_cumprod[previous])
 
 
 def predict_clean(latents: Latents, prediction: Latents, alphas: PerSample, prediction_type: PredictionType) -> Latents:

@@ -7,14 +7,12 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from . import ddim
 from .conditioning import Conditioning
-from .ddim import PredictionType, Schedule
 from .guidance import ClassifierFree, Guidance, SamplingGuard, StepContext
 from .noise import SampleNoise
+from .process import Process
 from .prompts import PromptEncoder
-from .schedules import Schedules
-from .types import Latents, PerSample
+from .types import Latents, PerSample, Plan
 
 
 @runtime_checkable
@@ -24,8 +22,7 @@ class Parts(Protocol):
     network: Callable[..., Any]
     prompts: PromptEncoder
     guard: SamplingGuard | None
-    schedules: Schedules
-    prediction_type: PredictionType
+    process: Process
 
     @property
     def dtype(self) -> torch.dtype:
@@ -70,24 +67,23 @@ def predict_noise(
     steps: Int[Tensor, " batch"] | None = None,
 ) -> Latents:
     """Returns the noise at timesteps of training; see `DiffusionPolicy.predict_noise`."""
-    levels = parts.schedules.alphas(latents.device)
-    alphas, total = levels[timesteps], len(levels)
-    context = _context(parts, total - 1 - timesteps if steps is None else steps, total, alphas)
+    levels, total = parts.process.levels(timesteps), parts.process.num_timesteps
+    context = _context(parts, total - 1 - timesteps if steps is None else steps, total, levels)
     prediction = predict(parts, latents, timesteps, conditioning, guidance, context)
-    return ddim.predict_epsilon(latents, prediction, alphas, parts.prediction_type)
+    return parts.process.noise(latents, prediction, levels)
 
 
 def predict_at(
     parts: Parts,
     latents: Latents,
     conditioning: Conditioning,
-    plan: Schedule,
+    plan: Plan,
     steps: Int[Tensor, " batch"],
     guidance: Guidance,
     start: int = 0,
 ) -> Latents:
     """Returns the guided prediction at steps of a sampling that began at the step `start`."""
-    context = _context(parts, steps, len(plan.timesteps), plan.alphas[steps])._replace(start=start)
+    context = _context(parts, steps, len(plan.timesteps), plan.levels[steps])._replace(start=start)
     return predict(parts, latents, plan.timesteps[steps], conditioning, guidance, context)
 
 
@@ -95,7 +91,7 @@ def mean_and_std(
     parts: Parts,
     latents: Latents,
     conditioning: Conditioning,
-    plan: Schedule,
+    plan: Plan,
     steps: Int[Tensor, " batch"],
     guidance: Guidance,
     eta: float,
@@ -103,15 +99,14 @@ def mean_and_std(
 ) -> tuple[Latents, PerSample]:
     """Returns the Gaussian of one step of each sample; the one path of sampling and of recomputation."""
     prediction = predict_at(parts, latents, conditioning, plan, steps, guidance, start)
-    levels = plan.alphas[steps], plan.previous_alphas[steps]
-    return ddim.ddim_mean_and_std(latents, prediction, *levels, eta=eta, prediction_type=parts.prediction_type)
+    return parts.process.mean_and_std(latents, prediction, plan, steps, eta)
 
 
 def chain(
     parts: Parts,
     latents: Latents,
     conditioning: Conditioning,
-    plan: Schedule,
+    plan: Plan,
     guidance: Guidance,
     eta: float,
     noise: SampleNoise,
@@ -125,9 +120,9 @@ def chain(
         yield latents, mean, std
 
 
-def _context(parts: Parts, steps: Int[Tensor, " batch"], total: int, alphas: PerSample) -> StepContext:
+def _context(parts: Parts, steps: Int[Tensor, " batch"], total: int, levels: PerSample) -> StepContext:
     """Returns what a guidance may want to know of each sample's step."""
-    return StepContext(steps, total, ddim.noise_scale(alphas, parts.prediction_type))
+    return StepContext(steps, total, parts.process.noise_scale(levels))
 
 
 def all_at(step: int, latents: Latents) -> Int[Tensor, " batch"]:

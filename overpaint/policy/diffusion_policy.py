@@ -13,28 +13,27 @@ from collections.abc import Callable, Generator, Mapping, Sequence, Sized
 from contextlib import contextmanager
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Unpack, cast
+from typing import Any, Unpack
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Int
 from torch import Tensor, nn
 
 from . import autoencoder, ddim
 from .conditioning import Conditioning
-from .ddim import PredictionType
 from .denoiser import all_at, chain, mean_and_std, predict, predict_at, predict_noise
 from .guidance import DEFAULT_GUIDANCE, Guidance, SamplingGuard
 from .loading import PolicyOptions, default_device, load_pipeline
 from .lora_files import LoRAFormat
 from .noise import SampleNoise, check_seeds
 from .parts import Pipeline
+from .process import Diffusion, Process, add_noise, check_eta, check_span, check_step
 from .prompts import PromptEncoder, check_prompts
 from .saving import check_plain, plain_pipeline, write_pipeline
-from .schedules import Schedules, check_eta, check_span, check_step
 from .takeover import take_over
 from .trained import TrainedWeights
 from .trajectory import Trajectory
-from .types import Images, Latents, PerSample
+from .types import Images, Latents, PerSample, Plan
 from .weights import LoRAConfig
 
 
@@ -81,8 +80,8 @@ class DiffusionPolicy:
         self.unet, self.vae, self.text_encoder, self.tokenizer, self.scheduler = parts
         self.scheduler_config: dict[str, Any] = dict(self.scheduler.config)
         self.prompts = PromptEncoder(self.text_encoder, self.tokenizer)
-        self.schedules = Schedules(self.scheduler_config)
-        self.prediction_type = cast(PredictionType, self.scheduler_config.get("prediction_type", "epsilon"))
+        self.process: Process = Diffusion(self.scheduler_config)
+        """How noise becomes an image."""
         self.guard: SamplingGuard | None = None
         """What keeps something out of pictures by changing how they are sampled, if anything does."""
         self.network: Callable[..., Any] = self.unet
@@ -134,6 +133,10 @@ class DiffusionPolicy:
     def image_size(self) -> int:
         """Side of the images that the UNet was trained on, in pixels."""
         return self.sample_size * autoencoder.scale_factor(self.vae)
+
+    def latent_size(self, height: int | None = None, width: int | None = None) -> tuple[int, int]:
+        """Returns height and width of the latents of an image."""
+        return autoencoder.latent_size(self.vae, self.sample_size, height, width)
 
     @property
     def _networks(self) -> tuple[Any, Any, Any]:
@@ -199,7 +202,7 @@ class DiffusionPolicy:
         width: int | None = None,
     ) -> Latents:
         """Denoises from noise, or from latents before a step `start`, and stops before `until`, or at the end."""
-        plan = self.schedules.plan(steps, self.device)
+        plan = self.plan(steps, height, width)
         check_span(start, until, steps, given=latents is not None)
         check_eta(eta)
         noise = self._noise(seeds, conditioning, height, width)
@@ -221,7 +224,7 @@ class DiffusionPolicy:
         width: int | None = None,
     ) -> Trajectory:
         """Samples as `sample` does, to the end, and keeps every state and the log-probability of every step."""
-        plan = self.schedules.stochastic(steps, eta, self.device)
+        plan = self.process.stochastic(steps, eta, self.latent_size(height, width), self.device)
         noise = self._noise(seeds, conditioning, height, width)
         states, log_probs = [noise.draw()], []
         for latents, mean, std in chain(self, states[0], conditioning, plan, guidance, eta, noise):
@@ -262,10 +265,11 @@ class DiffusionPolicy:
         Returns:
             The latents after each step, the mean, with gradient where it is enabled, and the standard deviation.
         """
-        plan = self.schedules.stochastic(len(trajectory.timesteps), eta, self.device)
+        states = trajectory.latents
+        plan = self.process.stochastic(len(trajectory.timesteps), eta, _size_of(states), self.device)
         conditioning = trajectory.conditioning[samples].to(self.device)
-        samples, steps = samples.to(trajectory.latents.device), steps.to(trajectory.latents.device)
-        before, after = (trajectory.latents[samples, at].to(self.device) for at in (steps, steps + 1))
+        samples, steps = samples.to(states.device), steps.to(states.device)
+        before, after = (states[samples, at].to(self.device) for at in (steps, steps + 1))
         moments = mean_and_std(self, before, conditioning, plan, steps.to(self.device), guidance, eta)
         return after, *moments
 
@@ -281,7 +285,7 @@ class DiffusionPolicy:
         noise: Latents | None = None,
     ) -> Latents:
         """Takes one step, with gradient where it is enabled; with eta above 0 it adds the noise, scaled by its std."""
-        plan = self.schedules.plan(steps, self.device)
+        plan = self.process.plan(steps, _size_of(latents), self.device)
         check_step(step, steps)
         check_eta(eta)
         if eta > 0 and noise is None:
@@ -299,11 +303,11 @@ class DiffusionPolicy:
         guidance: Guidance = DEFAULT_GUIDANCE,
     ) -> Latents:
         """Returns the clean latents as one call of the UNet guesses them, with gradient where it is enabled."""
-        plan = self.schedules.plan(steps, self.device)
+        plan = self.process.plan(steps, _size_of(latents), self.device)
         check_step(step, steps)
         indices = all_at(step, latents)
         prediction = predict_at(self, latents, conditioning, plan, indices, guidance)
-        return ddim.predict_clean(latents, prediction, plan.alphas[indices], self.prediction_type)
+        return self.process.clean(latents, prediction, plan.levels[indices])
 
     @torch.no_grad()
     def draw(
@@ -336,17 +340,17 @@ class DiffusionPolicy:
     # Forward noising, for losses on images that exist.
 
     @property
-    def alphas(self) -> Float[Tensor, " timesteps"]:
-        """Cumulative alpha of every timestep of training, on the policy's device."""
-        return self.schedules.alphas(self.device)
+    def num_timesteps(self) -> int:
+        """How many timesteps training had: from 0, nearly an image, to one less, nearly noise."""
+        return self.process.num_timesteps
 
-    def timesteps(self, steps: int) -> Int[Tensor, " steps"]:
-        """Returns the timesteps that sampling with that many steps visits, falling, on the policy's device."""
-        return self.schedules.plan(steps, self.device).timesteps
+    def plan(self, steps: int, height: int | None = None, width: int | None = None) -> Plan:
+        """Returns the timesteps and levels that sampling with that many steps visits, on the policy's device."""
+        return self.process.plan(steps, self.latent_size(height, width), self.device)
 
     def add_noise(self, clean: Latents, noise: Latents, timesteps: Int[Tensor, " batch"]) -> Latents:
         """Returns clean latents noised forward to the timestep of each sample."""
-        return ddim.add_noise(clean, noise, self.alphas[timesteps])
+        return add_noise(self.process, clean, noise, self.process.levels(timesteps))
 
     def denoising_loss(
         self, latents: Latents, conditioning: Conditioning, timesteps: Int[Tensor, " batch"], noise: Latents
@@ -360,7 +364,7 @@ class DiffusionPolicy:
         """
         noised = self.add_noise(latents, noise, timesteps)
         prediction = predict(self, noised, timesteps, conditioning)
-        target = ddim.prediction_target(latents, noise, self.alphas[timesteps], self.prediction_type)
+        target = self.process.target(latents, noise, self.process.levels(timesteps))
         return ((prediction - target) ** 2).flatten(1).mean(dim=1)
 
     @property
@@ -444,5 +448,10 @@ class DiffusionPolicy:
 
     def _noise(self, seeds: Sequence[int], samples: Sized, height: int | None, width: int | None) -> SampleNoise:
         check_seeds(seeds, len(samples))
-        down, across = autoencoder.latent_size(self.vae, self.sample_size, height, width)
+        down, across = self.latent_size(height, width)
         return SampleNoise(seeds, height=down, width=across, device=self.device)
+
+
+def _size_of(latents: Tensor) -> tuple[int, int]:
+    """Returns height and width of latents, or of states of a trajectory."""
+    return latents.shape[-2], latents.shape[-1]

@@ -22,34 +22,21 @@ sampling, https://arxiv.org/abs/2509.05952.
 
 import math
 from collections.abc import Mapping
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from .types import Latents, PerSample
+from .types import Latents, PerSample, Plan
 
 Chain = Literal["sde", "cps", "dance"]
 """Which noise a stochastic step adds."""
 CHAINS: tuple[Chain, ...] = get_args(Chain)
 
 
-class FlowSchedule(NamedTuple):
-    """The noise levels that one way of sampling visits, from noise to image."""
-
-    timesteps: Float[Tensor, " steps"]
-    """1000 times the levels."""
-
-    levels: Float[Tensor, " steps"]
-    """Share of the noise at each step."""
-
-    next_levels: Float[Tensor, " steps"]
-    """Level that each step leads to; the last one to 0."""
-
-
-def flow_schedule(config: Mapping[str, Any], steps: int, *, tokens: int | None = None, even: bool) -> FlowSchedule:
+def flow_schedule(config: Mapping[str, Any], steps: int, *, tokens: int | None = None, even: bool) -> Plan:
     """Returns the noise levels of a checkpoint's own scheduler for a number of steps, on the CPU.
 
     Args:
@@ -78,7 +65,7 @@ def flow_schedule(config: Mapping[str, Any], steps: int, *, tokens: int | None =
         options["num_inference_steps"] = steps
     scheduler.set_timesteps(**options)
     levels: Tensor = scheduler.sigmas
-    return FlowSchedule(scheduler.timesteps, levels[:-1], levels[1:])
+    return Plan(scheduler.timesteps, levels[:-1], levels[1:])
 
 
 def shift_of(config: Mapping[str, Any], tokens: int) -> float:

@@ -1,6 +1,8 @@
-"""Names of the tensors that travel between packages."""
+"""The tensors that travel between packages: names of their types, and the levels that sampling visits."""
 
-from jaxtyping import Float
+from typing import NamedTuple
+
+from jaxtyping import Float, Shaped
 from torch import Tensor
 
 Latents = Float[Tensor, "batch channels h w"]
@@ -14,3 +16,17 @@ PerSample = Float[Tensor, " batch"]
 
 Embeddings = Float[Tensor, "batch tokens dim"]
 """Prompts as the UNet's cross-attention reads them."""
+
+
+class Plan(NamedTuple):
+    """The levels that one way of sampling visits, from noise to image."""
+
+    timesteps: Shaped[Tensor, " steps"]
+    """What the network is told of each step, falling: the scheduler's integers in diffusion, any numbers in a flow."""
+
+    levels: Float[Tensor, " steps"]
+    """Of each step: the cumulative alpha, the share of the signal in the variance, in diffusion; the share of the noise
+    in a flow."""
+
+    next_levels: Float[Tensor, " steps"]
+    """That each step leads to."""

@@ -33,7 +33,7 @@ def noisy_round(policy: DiffusionPolicy, seed: int, samples: int = 64, steps: in
     pictures = torch.randn(samples, 4, 8, 8, generator=generator) * 0.2
     pictures[:, 1] += signs[:, None, None]
     timesteps = torch.linspace(900, 1, steps).long()
-    alphas = policy.alphas[timesteps][None, :, None, None, None]
+    alphas = policy.process.levels(timesteps)[None, :, None, None, None]
     noises = torch.randn(samples, steps, 4, 8, 8, generator=generator)
     states = alphas.sqrt() * pictures[:, None] + (1 - alphas).sqrt() * noises
     conditioning = policy.encode(["a cat"] * samples)

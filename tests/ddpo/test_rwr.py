@@ -108,7 +108,7 @@ def test_loss_of_an_update_by_hand(
     rewards = Failing()(policy.draw(texts, **drawing), texts)
     weights = samples * rewards.exp() / rewards.exp().sum()
     clean = policy.sample(policy.encode(texts), **drawing)[order]
-    alphas = policy.alphas[times].view(-1, 1, 1, 1)
+    alphas = policy.process.levels(times).view(-1, 1, 1, 1)
     noised = alphas.sqrt() * clean + (1 - alphas).sqrt() * noise
     conditional, unconditional = (
         policy.unet(noised, times, encoder_hidden_states=conditioning.tokens).sample

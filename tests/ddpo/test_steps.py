@@ -13,9 +13,9 @@ from overpaint.policy import ClassifierFree, DiffusionPolicy
 
 @pytest.mark.parametrize("steps", [3, 10])
 def test_weights_are_variance_over_slope_by_the_equations_of_ddim(steps: int, policy: DiffusionPolicy) -> None:
-    timesteps = policy.timesteps(steps)
-    level = policy.alphas[timesteps].double()
-    previous = policy.alphas[(timesteps - 1000 // steps).clamp(min=0)].double()
+    timesteps = policy.plan(steps).timesteps
+    level = policy.process.levels(timesteps).double()
+    previous = policy.process.levels((timesteps - 1000 // steps).clamp(min=0)).double()
     variance = (1 - previous) / (1 - level) * (1 - level / previous)
     slope = (previous / level).sqrt() * (1 - level).sqrt() - (1 - previous - variance).clamp(min=0).sqrt()
     expected = (variance / slope).float()

@@ -66,7 +66,7 @@ def test_the_loss_is_that_of_the_equation_in_noise(
         for parameter in policy.trainable_parameters():
             parameter.mul_(1.5)  # the teacher is the present network, not the one that training started from
     seen = method.examples(policy, BATCH)
-    noise, alphas = seen.noise, policy.alphas[seen.timesteps].view(-1, 1, 1, 1)
+    noise, alphas = seen.noise, policy.process.levels(seen.timesteps).view(-1, 1, 1, 1)
 
     def noise_for(rows: slice, texts: list[str]) -> torch.Tensor:
         inputs = (seen.latents[rows], seen.timesteps[rows], policy.encode(texts).tokens)

@@ -36,7 +36,7 @@ def stored(policy: DiffusionPolicy) -> Examples:
 def test_the_schedule_is_the_one_that_the_policy_noises_by(student: DiffusionPolicy) -> None:
     schedule: Any = student.scheduler.config
     betas = f"{schedule.beta_start}..{schedule.beta_end} {schedule.beta_schedule}"
-    words = f"DDPM, {len(student.alphas)} steps, beta {betas}, {schedule.prediction_type} prediction"
+    words = f"DDPM, {student.num_timesteps} steps, beta {betas}, {schedule.prediction_type} prediction"
     assert words == HYPER["scheduler"]
 
 

@@ -109,7 +109,7 @@ def test_before_training_only_the_reversed_term_is_above_zero_for_eta_of_one(
     for index, term, factor in ((0, terms.keep, 0.5), (1, terms.reverse, 2.5)):
         given = latents[index], timesteps[index]
         asked, unasked = (policy.unet(*given, each.tokens, return_dict=False)[0] for each in (prompts, empty))
-        scale = policy.alphas[timesteps[index]].sqrt() if prediction == "v_prediction" else 1.0
+        scale = policy.process.levels(timesteps[index]).sqrt() if prediction == "v_prediction" else 1.0
         expected = (factor * scale * (asked - unasked)).square().mean()
         torch.testing.assert_close(term[0], expected, rtol=1e-3, atol=1e-12)
     at_one = ANT(ANTConfig()).terms(policy, latents, timesteps, prompts, empty)

@@ -58,8 +58,8 @@ def test_official_settings_are_those_of_the_paper() -> None:
 
 def test_steps_above_the_border_are_kept_and_the_others_reversed(student: DiffusionPolicy) -> None:
     border = HYPER["t_prime"]
-    config = ANTConfig(kept_share=1 - border / len(student.alphas))
-    kept, turned = (student.timesteps(config.steps)[list(stage)].tolist() for stage in config.stages())
+    config = ANTConfig(kept_share=1 - border / student.num_timesteps)
+    kept, turned = (student.plan(config.steps).timesteps[list(stage)].tolist() for stage in config.stages())
     assert min(kept) > border >= max(turned)
     assert HYPER["t_early"] in kept
     assert HYPER["t_late"] in turned

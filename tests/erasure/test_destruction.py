@@ -56,7 +56,7 @@ def test_loss_is_the_formula() -> None:
     policy, objective = prepared(replace(PLAIN, negative_guidance=2.0))
     original = tinyworld.load_policy()
     latents, timesteps, noise, texts = objective._noised(policy, BATCH.seeds)
-    alphas = policy.alphas[timesteps].view(-1, 1, 1, 1)
+    alphas = policy.process.levels(timesteps).view(-1, 1, 1, 1)
     clean = (latents - (1 - alphas).sqrt() * noise) / alphas.sqrt()
     pictures = {
         text: original.encode_images(

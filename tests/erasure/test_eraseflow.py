@@ -136,13 +136,13 @@ def test_steps_are_drawn_for_each_seed_and_the_last_ones_are_always_among_them()
 
 
 def test_balanced_weights_make_a_difference_of_noise_count_the_same_at_every_step(policy: DiffusionPolicy) -> None:
-    plan = policy.schedules.plan(10, policy.device)
+    plan = policy.plan(10)
     weights = step_weights(plan, "balanced").double()
     assert weights.mean().item() == pytest.approx(1)
     assert torch.equal(step_weights(plan, "equal"), torch.ones(10))
     latents = torch.randn(10, 4, 8, 8, generator=torch.Generator().manual_seed(0))
     noise = torch.zeros_like(latents)
-    levels = plan.alphas, plan.previous_alphas
+    levels = plan.levels, plan.next_levels
     mean, std = ddim_mean_and_std(latents, noise, *levels, eta=1.0, prediction_type="epsilon")
     other, _ = ddim_mean_and_std(latents, noise + 0.1, *levels, eta=1.0, prediction_type="epsilon")
     lost = gaussian_log_prob(mean, mean, std) - gaussian_log_prob(mean, other, std)
@@ -161,12 +161,12 @@ def test_residual_is_that_by_hand(policy: DiffusionPolicy) -> None:
     steps = torch.arange(5).expand(4, 5)
     found = method.residuals(policy, drawn, steps)
     targets = policy.encode([pair.target for pair in drawn.pairs])
-    plan = policy.schedules.plan(5, policy.device)
+    plan = policy.plan(5)
     weights = step_weights(plan, "balanced")
     expected = torch.full((4,), 0.25 - 1.5)
     for step in range(5):
         before, after = drawn.latents[:, step], drawn.latents[:, step + 1]
-        level, previous = plan.alphas[step], plan.previous_alphas[step]
+        level, previous = plan.levels[step], plan.next_levels[step]
         mean = policy.denoise(before, targets, step=step, steps=5, guidance=ClassifierFree(3.0), eta=1.0,
                               noise=torch.zeros_like(before))  # fmt: skip
         sigma = ((1 - previous) / (1 - level) * (1 - level / previous)).sqrt()
@@ -205,12 +205,12 @@ def test_matched_level_is_that_of_the_anchors_own_trajectories(weights: Any, sha
         assert method.residuals(policy, drawn, chosen).mean() < -0.4
 
     # -½ log((1 - a_prev) / (1 - a)) + ½ (m - 1) (1 - a / a_prev) / (1 - a), m the mean square of the predicted noise.
-    plan = policy.schedules.plan(20, policy.device)
+    plan = policy.plan(20)
     weight = step_weights(plan, weights)
     anchors = policy.encode([pair.anchor for pair in drawn.pairs])
     expected = torch.zeros(4)
     for step in range(20):
-        level, previous = plan.alphas[step], plan.previous_alphas[step]
+        level, previous = plan.levels[step], plan.next_levels[step]
         with torch.no_grad():
             noise = policy.predict_noise(
                 drawn.latents[:, step], plan.timesteps[step].expand(4), anchors, ClassifierFree(3.0)

@@ -62,18 +62,18 @@ def chosen(steps: list[int]) -> Tensor:
 def test_schedule_and_embeddings_are_those_of_the_case() -> None:
     policy = DiffusionPolicy.from_pretrained(TINY_SD, device="cpu")
     assert HYPER["schedule"].startswith("DDIM over 1000 steps, scaled_linear 0.00085-0.012, leading spacing")
-    plan = policy.schedules.stochastic(STEPS, HYPER["eta"], policy.device)
+    plan = policy.process.stochastic(STEPS, HYPER["eta"], policy.latent_size(), policy.device)
     assert plan.timesteps.tolist() == CASE.tensors["timesteps"].tolist()
-    assert torch.equal(plan.previous_alphas, policy.alphas[CASE.tensors["prev_timesteps"].long()])
+    assert torch.equal(plan.next_levels, policy.process.levels(CASE.tensors["prev_timesteps"].long()))
     for name, text in (("target", "target_prompt"), ("anchor", "anchor_prompt"), ("empty", "negative_prompt")):
         CASE.check_embedding(policy, f"emb_{name}", HYPER[text])
 
 
 def test_deviations_of_both_kernels_are_theirs(student: DiffusionPolicy) -> None:
-    plan = student.schedules.plan(STEPS, student.device)
-    levels = plan.alphas, plan.previous_alphas
+    plan = student.plan(STEPS)
+    levels = plan.levels, plan.next_levels
     blank = torch.zeros(STEPS, 4, 1, 1)
-    _, std = ddim_mean_and_std(blank, blank, *levels, eta=HYPER["eta"], prediction_type=student.prediction_type)
+    _, std = ddim_mean_and_std(blank, blank, *levels, eta=HYPER["eta"], prediction_type="epsilon")
     CASE.check("sigma", std)
     _, std = noising_mean_and_std(blank, *levels)
     CASE.check("backward_std", std)
@@ -96,7 +96,7 @@ def test_log_densities_are_theirs(weights: str, student: DiffusionPolicy) -> Non
     if weights == "stale":
         perturb(student, HYPER["student"])
     trajectory, guidance = stored(), ClassifierFree(HYPER["guidance"])
-    CASE.check("log_pb", noising_log_probs(trajectory.latents, student.schedules.plan(STEPS, student.device)))
+    CASE.check("log_pb", noising_log_probs(trajectory.latents, student.plan(STEPS)))
     for name in ("target", "anchor"):
         prompted = trajectory._replace(conditioning=encoded(f"emb_{name}"))
         found = denoising_log_probs(student, prompted, chosen(ALL), guidance=guidance)
@@ -116,7 +116,7 @@ def test_loss_and_gradients_are_theirs(weights: str, form: str, student: Diffusi
     steps, guidance = FORMS[form]
     log_z = torch.tensor(HYPER["log_z"], dtype=torch.float64, requires_grad=True)
     forward = denoising_log_probs(student, trajectory, chosen(steps), guidance=guidance(HYPER["guidance"]))
-    plan = student.schedules.plan(STEPS, student.device)
+    plan = student.plan(STEPS)
     backward = noising_log_probs(trajectory.latents, plan)[:, steps]
     # In place of means over elements, the sum over them is the contrast of one form.
     scale = trajectory.latents[0, 0].numel() if form == "sum" else 1.0

@@ -20,6 +20,7 @@ from erasure.methods.sa.fisher import (
     watched_weights,
 )
 from overpaint.policy import Conditioning, DiffusionPolicy, LoRAConfig
+from overpaint.policy.process import Diffusion
 
 PROMPTS = ["a cat", "a dog", "a red circle"]
 EVERY = FisherConfig(chunk=4)
@@ -33,7 +34,8 @@ def few_timesteps(make_policy: Callable[..., DiffusionPolicy]) -> Callable[..., 
 
     def make(**options: Any) -> DiffusionPolicy:
         policy = make_policy(**options)
-        policy.schedules._alphas = policy.schedules._alphas[:: 1000 // TIMESTEPS][:TIMESTEPS]
+        assert isinstance(policy.process, Diffusion)
+        policy.process._alphas = policy.process._alphas[:: 1000 // TIMESTEPS][:TIMESTEPS]
         return policy
 
     return make
@@ -187,10 +189,8 @@ def test_velocities_are_turned_into_noise(
 ) -> None:
     policy = few_timesteps(path=v_pipeline_dir, train="xattn-kv")
     clean, noise = latents(2), latents(4)[2:]
-    signal, spread = (
-        policy.alphas[[3, 9]].sqrt().view(-1, 1, 1, 1),
-        (1 - policy.alphas[[3, 9]]).sqrt().view(-1, 1, 1, 1),
-    )
+    factors = policy.process.signal_and_noise(policy.process.levels(torch.tensor([3, 9])))
+    signal, spread = (factor.view(-1, 1, 1, 1) for factor in factors)
     # A network that gives the true velocity knows the noise.
     monkeypatch.setattr(policy, "network", lambda *args, **kwargs: (signal * noise - spread * clean,))
     errors = noise_errors(policy, clean, noise, torch.tensor([3, 9]), policy.encode(PROMPTS[:2]))

@@ -60,7 +60,7 @@ def test_loss_is_the_mean_square_over_a_sample(policy: DiffusionPolicy) -> None:
     one_step = ReferenceDistance(ReferenceDistanceConfig(steps=1))
     embeddings = policy.encode(BATCH.prompts)
     noise = policy.sample(embeddings, steps=1, seeds=BATCH.seeds, until=0)
-    timesteps = policy.timesteps(1).expand(3)
+    timesteps = policy.plan(1).timesteps.expand(3)
     with torch.no_grad():
         prediction = policy.predict_noise(noise, timesteps, embeddings)
     with policy.reference():
@@ -95,7 +95,7 @@ def test_seeds_spread_over_all_steps(policy: DiffusionPolicy) -> None:
 
     policy.predict_noise = spy  # ty: ignore[invalid-assignment]
     OBJECTIVE.loss(policy, ConceptBatch(["nude"] * 24, range(24)))
-    assert set(seen) == set(policy.timesteps(4).tolist())
+    assert set(seen) == set(policy.plan(4).timesteps.tolist())
 
 
 def test_latents_are_the_tuned_policys_own(policy: DiffusionPolicy) -> None:
@@ -104,7 +104,7 @@ def test_latents_are_the_tuned_policys_own(policy: DiffusionPolicy) -> None:
     embeddings = policy.encode(["nude"])
     guidance = ClassifierFree(OBJECTIVE.config.guidance_scale)
     latents = policy.sample(embeddings, steps=4, guidance=guidance, seeds=[seed], until=3)
-    timesteps = policy.timesteps(4)[[3]]
+    timesteps = policy.plan(4).timesteps[[3]]
     with policy.reference():
         target = policy.predict_noise(latents, timesteps, embeddings)
     expected = (policy.predict_noise(latents, timesteps, embeddings) - target).square().mean()

@@ -174,7 +174,7 @@ def test_velocities_are_compared_as_noise(
     policy = make_policy(path=v_pipeline_dir, train="xattn-kv")
     method = prepared(policy)
     examples = method.examples(policy, BATCH)
-    alphas = policy.alphas[examples.timesteps].view(-1, 1, 1, 1)
+    alphas = policy.process.levels(examples.timesteps).view(-1, 1, 1, 1)
     velocity = alphas.sqrt() * examples.noise - (1 - alphas).sqrt() * examples.clean
     monkeypatch.setattr(policy, "network", lambda *args, **kwargs: (velocity,))
     assert method.loss(policy, BATCH).max() < 1e-6  # whoever gives the true velocity knows the noise

@@ -66,12 +66,12 @@ def test_the_schedule_is_the_one_that_the_policy_draws_by(golden_policy: Diffusi
     betas = f"{schedule.beta_start}..{schedule.beta_end} {schedule.beta_schedule}"
     # That it neither adds noise nor clips is no setting: the trajectories show it.
     assert HYPER["scheduler"] == (
-        f"DDIM, eta 0, num_train_timesteps {len(golden_policy.alphas)}, beta {betas}, "
+        f"DDIM, eta 0, num_train_timesteps {golden_policy.num_timesteps}, beta {betas}, "
         f"clip_sample False, set_alpha_to_one {schedule.set_alpha_to_one}, "
         f"steps_offset {schedule.steps_offset}"
     )
     for case in CASES:
-        assert golden_policy.timesteps(STEPS).tolist() == CASE.tensors[f"{case}/timesteps"].tolist()
+        assert golden_policy.plan(STEPS).timesteps.tolist() == CASE.tensors[f"{case}/timesteps"].tolist()
 
 
 def test_texts_are_read_as_in_the_authors_code(golden_policy: DiffusionPolicy) -> None:

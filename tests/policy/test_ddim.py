@@ -38,8 +38,8 @@ def golden_step(case: Record, tensors: Tensors, prediction: Tensor) -> tuple[Ten
     return ddim.ddim_mean_and_std(
         tensors["sample"],
         prediction,
-        plan.alphas[steps],
-        plan.previous_alphas[steps],
+        plan.levels[steps],
+        plan.next_levels[steps],
         eta=case["eta"],
         prediction_type=case["prediction_type"],
     )
@@ -50,8 +50,8 @@ def test_schedule_agrees_with_golden(combination: tuple[Record, Tensors]) -> Non
     plan = ddim.schedule(SD14, case["num_inference_steps"])
     steps = torch.tensor(case["step_indices"])
     assert plan.timesteps[steps].tolist() == tensors["timesteps"].tolist() == case["timesteps"]
-    assert torch.equal(plan.alphas[steps], tensors["alpha_prod_t"])
-    assert torch.equal(plan.previous_alphas[steps], tensors["alpha_prod_t_prev"])
+    assert torch.equal(plan.levels[steps], tensors["alpha_prod_t"])
+    assert torch.equal(plan.next_levels[steps], tensors["alpha_prod_t_prev"])
 
 
 def test_mean_and_std_agree_with_golden(combination: tuple[Record, Tensors]) -> None:
@@ -97,7 +97,7 @@ def test_gradient_of_log_prob_agrees_with_golden(combination: tuple[Record, Tens
 def test_last_step_is_the_authors_with_other_settings_too(deviation: str, name: str, changes: dict[str, Any]) -> None:
     plan = ddim.schedule(SD14 | changes, 50)
     zero = torch.zeros(50, 4, 1, 1)
-    _, std = ddim.ddim_mean_and_std(zero, zero, plan.alphas, plan.previous_alphas, eta=1.0, prediction_type="epsilon")
+    _, std = ddim.ddim_mean_and_std(zero, zero, plan.levels, plan.next_levels, eta=1.0, prediction_type="epsilon")
     (rtol,) = CASE.tolerance("std")
     assert float(std[-1]) == pytest.approx(CASE.record["final_step"]["deviations"][deviation][name], abs=0, rel=rtol)
 
@@ -107,11 +107,9 @@ def test_last_step_leads_to_timestep_zero_and_keeps_a_positive_std(steps: int) -
     plan = ddim.schedule(SD14, steps)
     assert len(plan.timesteps) == steps
     assert plan.timesteps[-1] == 1
-    assert plan.previous_alphas[-1] == ddim.cumulative_alphas(SD14)[0]
+    assert plan.next_levels[-1] == ddim.cumulative_alphas(SD14)[0]
     latents = torch.zeros(steps, 4, 1, 1)
-    _, std = ddim.ddim_mean_and_std(
-        latents, latents, plan.alphas, plan.previous_alphas, eta=1.0, prediction_type="epsilon"
-    )
+    _, std = ddim.ddim_mean_and_std(latents, latents, plan.levels, plan.next_levels, eta=1.0, prediction_type="epsilon")
     assert (std > 0).all()
 
 

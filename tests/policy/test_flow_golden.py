@@ -10,7 +10,6 @@ from torch import Tensor
 from overpaint.policy.ddim import gaussian_log_prob
 from overpaint.policy.flow import (
     CHAINS,
-    FlowSchedule,
     clean_of,
     deviation_and_direction,
     flow_mean_and_std,
@@ -20,6 +19,7 @@ from overpaint.policy.flow import (
     noised,
     shift_of,
 )
+from overpaint.policy.types import Plan
 from tests.golden.golden_case import GoldenCase
 
 CASE = GoldenCase("flow/flow_step")
@@ -33,7 +33,7 @@ BASE = {
 }
 
 
-def schedule_of(combination: Any) -> FlowSchedule:
+def schedule_of(combination: Any) -> Plan:
     config = {**BASE, **dict(combination["scheduler"])}
     dynamic = "use_dynamic_shifting" in combination["scheduler"]
     tokens = combination["image_tokens"] if dynamic else None

@@ -124,5 +124,7 @@ def test_guidance_learns_number_of_steps_and_noise_scale(v_policy: DiffusionPoli
     policy.sample(policy.encode(["a cat"]), steps=3, guidance=Recorder(2.0), seeds=[0])
     policy.predict_noise(torch.zeros(1, 4, 8, 8), torch.tensor([10]), policy.encode(["a cat"]), Recorder(2.0))
     assert [context.total for context in seen] == [3, 3, 3, 1000]
-    timesteps = [*policy.timesteps(3).tolist(), 10]
-    torch.testing.assert_close(torch.cat([context.noise_scale for context in seen]), policy.alphas[timesteps].sqrt())
+    timesteps = torch.cat([policy.plan(3).timesteps, torch.tensor([10])])
+    torch.testing.assert_close(
+        torch.cat([context.noise_scale for context in seen]), policy.process.levels(timesteps).sqrt()
+    )

@@ -322,9 +322,9 @@ def test_process_takes_its_own_accelerator(monkeypatch: pytest.MonkeyPatch) -> N
 def test_prediction_type_and_precision_come_from_checkpoint_and_caller(
     v_policy: DiffusionPolicy, make_policy: Callable[..., DiffusionPolicy]
 ) -> None:
-    assert v_policy.prediction_type == "v_prediction"
+    assert v_policy.process.prediction_type == "v_prediction"
     half = make_policy(dtype=torch.bfloat16)
-    assert half.prediction_type == "epsilon"
+    assert half.process.prediction_type == "epsilon"
     assert (
         half.dtype == half.vae.dtype == half.text_encoder.dtype == half.encode(["a cat"]).tokens.dtype == torch.bfloat16
     )

@@ -144,7 +144,7 @@ def test_rollout_ends_where_sampling_ends(policy: DiffusionPolicy) -> None:
     trajectory = policy.rollout(conditioning, steps=STEPS, guidance=CFG, eta=1.0, seeds=SEEDS)
     assert trajectory.latents.shape == (2, STEPS + 1, 4, 8, 8)
     assert trajectory.log_probs.shape == (2, STEPS)
-    assert torch.equal(trajectory.timesteps, policy.timesteps(STEPS))
+    assert torch.equal(trajectory.timesteps, policy.plan(STEPS).timesteps)
     assert torch.equal(trajectory.latents[:, 0], noises(SEEDS, 1)[0])
     final = policy.sample(conditioning, steps=STEPS, guidance=CFG, eta=1.0, seeds=SEEDS)
     assert torch.equal(trajectory.latents[:, -1], final)
@@ -218,7 +218,7 @@ def test_a_step_along_the_gradient_raises_the_log_prob(policy: DiffusionPolicy) 
 def test_clean_prediction_is_what_the_last_noise_leaves(either: DiffusionPolicy) -> None:
     clean, noise = noises([1, 2], 1)[0], noises([3, 4], 1)[0]
     conditioning = either.encode(PROMPTS)
-    timesteps = either.timesteps(STEPS)[2].expand(2)
+    timesteps = either.plan(STEPS).timesteps[2].expand(2)
     noised = either.add_noise(clean, noise, timesteps)
     with torch.no_grad():
         predicted = either.predict_clean(noised, conditioning, step=2, steps=STEPS, guidance=ClassifierFree(1.0))
@@ -295,9 +295,11 @@ def test_denoising_loss_is_the_error_of_the_networks_own_prediction(either: Diff
     timesteps = torch.tensor([17, 803])
     noise = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
     loss = either.denoising_loss(latents, conditioning, timesteps, noise)
-    alphas = either.alphas[timesteps].view(-1, 1, 1, 1)
+    alphas = either.process.levels(timesteps).view(-1, 1, 1, 1)
     noised = alphas.sqrt() * latents + (1 - alphas).sqrt() * noise
-    target = noise if either.prediction_type == "epsilon" else alphas.sqrt() * noise - (1 - alphas).sqrt() * latents
+    target = (
+        noise if either.process.prediction_type == "epsilon" else alphas.sqrt() * noise - (1 - alphas).sqrt() * latents
+    )
     output = either.unet(noised, timesteps, encoder_hidden_states=conditioning.tokens).sample
     torch.testing.assert_close(loss, (output - target).square().mean(dim=(1, 2, 3)), rtol=1e-5, atol=1e-6)
     loss.mean().backward()

@@ -59,7 +59,7 @@ def test_single_file_draws_what_the_folder_draws(
         assert all(torch.equal(value, ours[name]) for name, value in theirs.items())
     pictures = [policy.draw(["a red circle"], seeds=[0], steps=3) for policy in (expected, found)]
     assert torch.equal(*pictures)
-    assert found.prediction_type == kind
+    assert found.process.prediction_type == kind
 
 
 def test_single_file_takes_the_policys_options_and_is_saved_as_a_folder(

@@ -266,7 +266,7 @@ def test_every_scheduler_of_stable_diffusion_is_taken_over(kind: str, zero: bool
     settings: dict[str, Any] = {"clip_sample": False, "prediction_type": "v_prediction", "rescale_betas_zero_snr": zero}
     pipeline.scheduler = getattr(diffusers, kind).from_config(pipeline.scheduler.config, **settings)
     policy = DiffusionPolicy(pipeline, device="cpu")
-    assert (policy.alphas[-1] < 1e-6) == zero
+    assert (policy.process.levels(torch.tensor([policy.num_timesteps - 1])) < 1e-6) == zero
 
 
 def test_noise_levels_that_the_configuration_does_not_show_are_refused(pipeline: Any) -> None:

@@ -112,7 +112,7 @@ def test_low_variance_noises_finished_images_anew(
 
     conditioning, guidance = stirred.encode(PROMPTS), ClassifierFree(1.0)
     finished = stirred.sample(conditioning, steps=4, guidance=guidance, eta=eta, seeds=SEEDS)
-    timesteps = stirred.timesteps(4)[3].expand(3)
+    timesteps = stirred.plan(4).timesteps[3].expand(3)
     used = 5 if eta else 1  # the rollout's draws: initial latents, and the noises of the four steps
     for k, noise in enumerate(noises(used + 2)[used:]):
         noised = stirred.add_noise(finished, noise, timesteps)

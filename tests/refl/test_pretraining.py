@@ -209,7 +209,7 @@ def losses_one_by_one(policy: DiffusionPolicy, pairs: PretrainingPairs, seeds: l
     parts = []
     for k, seed in enumerate(seeds):
         generator = torch.Generator().manual_seed(seed)
-        timestep = torch.randint(len(policy.alphas), (1,), generator=generator)
+        timestep = torch.randint(policy.num_timesteps, (1,), generator=generator)
         noise = torch.randn(1, *pairs.latents.shape[1:], generator=generator)
         embedding = policy.encode(pairs.captions[k : k + 1])
         parts.append(policy.denoising_loss(pairs.latents[k : k + 1], embedding, timestep, noise))
@@ -222,7 +222,7 @@ def test_loss_of_a_batch_is_the_policys_own_of_each_sample(
 ) -> None:
     policy: DiffusionPolicy = request.getfixturevalue("policy" if kind == "sample" else kind)
     if kind == "sample":
-        monkeypatch.setattr(policy, "prediction_type", "sample")
+        monkeypatch.setattr(policy.process, "prediction_type", "sample")
     seeds = [3, 4, 5, 6, 7, 8]
     loss = denoising_loss(policy, pairs.latents, policy.encode(pairs.captions), seeds=seeds)
     torch.testing.assert_close(loss, losses_one_by_one(policy, pairs, seeds), rtol=1e-4, atol=1e-6)
@@ -236,8 +236,8 @@ def test_loss_is_finite_and_the_velocitys_where_a_schedule_ends_without_signal(v
         pipeline.scheduler.config, rescale_betas_zero_snr=True, timestep_spacing="trailing"
     )
     policy = DiffusionPolicy(pipeline, train="xattn", device="cpu")
-    last = len(policy.alphas) - 1
-    assert policy.alphas[last] == 0
+    last = policy.num_timesteps - 1
+    assert policy.process.levels(torch.tensor([last])) == 0
     seed = next(k for k in range(10**5) if torch.randint(last + 1, (), generator=seeded(k)) == last)
     latents = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
     embedding = policy.encode(["a red circle"])
@@ -323,7 +323,7 @@ def test_loss_against_the_reference_is_zero_at_first_and_then_the_distance(
     parts = []
     for k, seed in enumerate(seeds):
         generator = seeded(seed)
-        timestep = torch.randint(len(policy.alphas), (1,), generator=generator)
+        timestep = torch.randint(policy.num_timesteps, (1,), generator=generator)
         noise = torch.randn(1, *pairs.latents.shape[1:], generator=generator)
         arguments = policy.add_noise(pairs.latents[k : k + 1], noise, timestep), timestep, conditioning[[k]]
         with policy.reference():

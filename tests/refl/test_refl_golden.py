@@ -205,7 +205,7 @@ def test_default_settings_are_the_authors(case: Record, make_run_config: Callabl
 
 def test_timesteps_are_the_golden_ones(golden_policy: DiffusionPolicy, golden: Tensors, case: Record) -> None:
     hyper, scheduler = case["hyperparameters"], case["scheduler"]
-    timesteps = golden_policy.timesteps(hyper["num_steps"])
+    timesteps = golden_policy.plan(hyper["num_steps"]).timesteps
     assert torch.equal(timesteps, golden["timesteps"])
     assert timesteps[hyper["mid_timestep_index"]] == hyper["graded_timestep"]
     first, last = scheduler["first_timesteps"], scheduler["last_timesteps"]
@@ -257,7 +257,7 @@ def test_graded_step_is_the_golden_one(
     latents, conditioning = golden["latents_before_graded_step"], encoded(golden)
     graded, steps = settings.first_reward_step, settings.steps
     with torch.no_grad():
-        timesteps = golden_policy.timesteps(steps)[graded].expand(len(latents))
+        timesteps = golden_policy.plan(steps).timesteps[graded].expand(len(latents))
         prediction = golden_policy.predict_noise(latents, timesteps, conditioning)
         clean = golden_policy.predict_clean(latents, conditioning, step=graded, steps=steps, guidance=UNGUIDED)
         images = golden_policy.decode(clean)

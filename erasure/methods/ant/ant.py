@@ -190,7 +190,7 @@ class ANT:
         )
         guidance = ClassifierFree(cfg.guidance_scale)
         latents = latents_before(policy, prompts, stops, steps=cfg.steps, guidance=guidance, seeds=batch.seeds)
-        timesteps = policy.timesteps(cfg.steps)[stops]
+        timesteps = policy.plan(cfg.steps).timesteps[stops]
         return self.total(self.terms(policy, latents, timesteps, prompts, empty))
 
     def total(self, terms: Terms) -> PerSample:

@@ -15,9 +15,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from overpaint.policy import ClassifierFree, DiffusionPolicy, Trajectory
-from overpaint.policy.ddim import Schedule, gaussian_log_prob, noising_mean_and_std
+from overpaint.policy.ddim import gaussian_log_prob, noising_mean_and_std
 from overpaint.policy.guidance import StepContext
-from overpaint.policy.types import Latents, PerSample
+from overpaint.policy.types import Latents, PerSample, Plan
 
 
 def chosen_steps(seeds: Sequence[int], *, steps: int, early: int, late: int) -> Int[Tensor, "batch chosen"]:
@@ -27,12 +27,10 @@ def chosen_steps(seeds: Sequence[int], *, steps: int, early: int, late: int) -> 
     return torch.tensor([[*chosen, *range(steps - late, steps)] for chosen in drawn])
 
 
-def noising_log_probs(
-    latents: Float[Tensor, "batch states channels h w"], plan: Schedule
-) -> Float[Tensor, "batch steps"]:
+def noising_log_probs(latents: Float[Tensor, "batch states channels h w"], plan: Plan) -> Float[Tensor, "batch steps"]:
     """Returns log p_B of every step of a trajectory: how likely noising leads from where it led back to its start."""
     columns = []
-    for step, (alpha, previous) in enumerate(zip(plan.alphas, plan.previous_alphas, strict=True)):
+    for step, (alpha, previous) in enumerate(zip(plan.levels, plan.next_levels, strict=True)):
         levels = (level.expand(len(latents)) for level in (alpha, previous))
         columns.append(gaussian_log_prob(latents[:, step], *noising_mean_and_std(latents[:, step + 1], *levels)))
     return torch.stack(columns, dim=1)
@@ -51,7 +49,7 @@ def denoising_log_probs(
     return policy.log_prob(trajectory, samples, chosen.flatten(), guidance=guidance, eta=1.0).view(count, each)
 
 
-def step_weights(plan: Schedule, kind: Literal["equal", "balanced"]) -> Float[Tensor, " steps"]:
+def step_weights(plan: Plan, kind: Literal["equal", "balanced"]) -> Float[Tensor, " steps"]:
     """Returns the weight of each step, 1 on average over all of them.
 
     A difference d of two noise predictions moves log p_F of a step by d² (1 - k) / (2 k (1 - a_prev)), with k = a /
@@ -59,11 +57,11 @@ def step_weights(plan: Schedule, kind: Literal["equal", "balanced"]) -> Float[Te
     divides by them, so that d² counts the same everywhere.
     """
     if kind == "equal":
-        return torch.ones_like(plan.alphas)
-    levels, previous = plan.alphas.double(), plan.previous_alphas.double()
+        return torch.ones_like(plan.levels)
+    levels, previous = plan.levels.double(), plan.next_levels.double()
     kept = levels / previous
     weights = kept * (1 - previous) / (1 - kept)
-    return (weights / weights.mean()).to(plan.alphas)
+    return (weights / weights.mean()).to(plan.levels)
 
 
 def residuals(

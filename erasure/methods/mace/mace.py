@@ -284,7 +284,7 @@ class MACE:
             prompts.append(pictures.prompts[index] if own else placed(policy, template_of(phrase, text), phrase))
             latents.append(pictures.latents[index])
             masks.append(pictures.masks[index])
-        total = len(policy.alphas)
+        total = policy.num_timesteps
         odds = timestep_odds(total) if cfg.early_timesteps else None
         timesteps = torch.tensor([choice.choices(range(total), odds)[0] for choice in choices], device=policy.device)
         clean = torch.stack(latents).to(policy.device)

@@ -133,7 +133,7 @@ def fisher_information(
         ValueError: There are fewer timesteps than asked for, as many prompts as latents there are not, or the folder
             holds other information.
     """
-    count, of = len(latents), len(policy.alphas)
+    count, of = len(latents), policy.num_timesteps
     taken = of if config.timesteps is None else config.timesteps
     if taken > of:
         raise ValueError(f"FisherConfig.timesteps must be at most the {of} of training, got {taken}")

@@ -179,7 +179,7 @@ class SA:
             raise ValueError("prepare must be called before the first loss, and was not")
         prompts, surrogates = self._surrogates
         choices = [random.Random(f"selective amnesia {seed}") for seed in batch.seeds]
-        total = len(policy.alphas)
+        total = policy.num_timesteps
         indices = [choice.randrange(cfg.images) for choice in choices]
         timesteps = [choice.randrange(total) for choice in choices]
         said = [

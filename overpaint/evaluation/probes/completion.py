@@ -73,7 +73,7 @@ class Completion:
         Raises:
             ValueError: A picture would be whole before it is handed over, or a timestep is none of training's.
         """
-        cfg, levels = self.config, len(task.original.alphas)
+        cfg, levels = self.config, task.original.num_timesteps
         if max(cfg.steps_before, default=0) >= task.steps:
             raise ValueError(f"steps_before must be below the task's {task.steps} steps, got {cfg.steps_before}")
         if max(cfg.noised_to, default=0) >= levels:
@@ -163,7 +163,7 @@ class Completion:
         def noised() -> Begun:
             policy = task.original
             clean = task.picture_latents
-            visited = policy.timesteps(task.steps)
+            visited = policy.plan(task.steps).timesteps
             step = int((visited - timestep).abs().argmin())
             seeds = [seed_of(f"{self.name} from {timestep}", seed) for seed in task.seeds]
             height, width = clean.shape[2:]

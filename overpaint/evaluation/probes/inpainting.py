@@ -17,7 +17,8 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from overpaint.policy import DiffusionPolicy, SampleNoise, add_noise
+from overpaint.policy import DiffusionPolicy, SampleNoise
+from overpaint.policy.process import add_noise
 from overpaint.policy.types import Images, Latents
 from overpaint.settings import Field, settings
 from overpaint.training.logging import progress_bar
@@ -107,12 +108,12 @@ def fill_in(
     height, width = clean.shape[2:]
     noise = SampleNoise(seeds, height=height, width=width, device=policy.device).draw()
     conditioning = policy.encode(texts)
-    inside, levels = centre_of(clean, centre), policy.schedules.plan(task.steps, policy.device).previous_alphas
+    inside, levels = centre_of(clean, centre), policy.plan(task.steps).next_levels
     latents = noise
     for step in range(task.steps):
         latents = policy.denoise(latents, conditioning, step=step, steps=task.steps, guidance=task.guidance)
         last = step == task.steps - 1
-        around = clean if last else add_noise(clean, noise, levels[step].expand(len(clean)))
+        around = clean if last else add_noise(policy.process, clean, noise, levels[step].expand(len(clean)))
         latents = torch.where(inside, latents, around)
     return latents
 

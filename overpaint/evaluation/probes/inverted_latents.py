@@ -106,9 +106,9 @@ def inverted(
     policy: DiffusionPolicy, latents: Latents, steps: int, *, updates: int = 25, learning_rate: float = 1e-3
 ) -> Latents:
     """Returns the noise from which a policy draws latents under the empty prompt, its guard at work."""
-    plan, empty = policy.schedules.plan(steps, policy.device), empty_prompts(policy, len(latents))
+    plan, empty = policy.plan(steps), empty_prompts(policy, len(latents))
     for step in reversed(range(steps)):
-        level, previous = plan.alphas[step], plan.previous_alphas[step]
+        level, previous = plan.levels[step], plan.next_levels[step]
         from_latents, from_noise = coefficients(level, previous)
         known = from_latents * latents
 
@@ -141,9 +141,9 @@ def coefficients(level: Float[Tensor, ""], previous: Float[Tensor, ""]) -> tuple
 
 def noise_at(policy: DiffusionPolicy, latents: Latents, conditioning: Conditioning, step: int, steps: int) -> Latents:
     """Returns the noise that a policy sees at a step of a drawing without guidance, with gradient where it is on."""
-    level = policy.schedules.plan(steps, policy.device).alphas[step]
+    signal, share = policy.process.signal_and_noise(policy.plan(steps).levels[[step]])
     clean = policy.predict_clean(latents, conditioning, step=step, steps=steps, guidance=ALONE)
-    return (latents - level.sqrt() * clean) / (1 - level).sqrt()
+    return (latents - signal * clean) / share
 
 
 def drawn_from(policy: DiffusionPolicy, noise: Latents, steps: int) -> Latents:

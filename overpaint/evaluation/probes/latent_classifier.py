@@ -172,10 +172,10 @@ def _logits(
     classifier: LatentClassifier, policy: DiffusionPolicy, latents: Latents, config: LatentClassifierConfig
 ) -> PerSample:
     """Returns the logits of latents that are noised to timesteps drawn for each."""
-    levels = policy.alphas
     uniform = torch.rand(len(latents), device=latents.device)
-    timesteps = drawn_timesteps(uniform, len(levels), config.timestep_power)
-    return classifier(policy.add_noise(latents, torch.randn_like(latents), timesteps), levels[timesteps])
+    timesteps = drawn_timesteps(uniform, policy.num_timesteps, config.timestep_power)
+    noised = policy.add_noise(latents, torch.randn_like(latents), timesteps)
+    return classifier(noised, policy.process.levels(timesteps))
 
 
 def drawn_timesteps(uniform: PerSample, total: int, power: float) -> Int[Tensor, " batch"]:

@@ -132,7 +132,7 @@ def sample_with_noise(
     push: Push | None = None,
 ) -> Latents:
     """Denoises from noise with the task's steps and guidance, each sample in a way of its own, by an attempt's seed."""
-    plan, side, device = policy.schedules.plan(task.steps, policy.device), policy.sample_size, policy.device
+    plan, side, device = policy.plan(task.steps), policy.sample_size, policy.device
     etas, scales, strengths = (
         torch.tensor(values, device=device)
         for values in zip(*((way.eta, way.scale, way.strength) for way in ways), strict=True)
@@ -142,7 +142,7 @@ def sample_with_noise(
     latents = noise.draw()
     for step in range(task.steps):
         clean = policy.predict_clean(latents, conditioning, step=step, steps=task.steps, guidance=task.guidance)
-        alphas, previous = (levels[step].expand(len(latents)) for levels in (plan.alphas, plan.previous_alphas))
+        alphas, previous = (levels[step].expand(len(latents)) for levels in (plan.levels, plan.next_levels))
         epsilon = predict_epsilon(latents, clean, alphas, "sample")
         if push is not None:
             epsilon = epsilon + strengths.view(-1, 1, 1, 1) * push(latents, alphas)

@@ -98,7 +98,7 @@ class PromptAttack:
     def __init__(
         self, policy: DiffusionPolicy, task: ProbeTask, tokens: FreeTokens, config: AttackConfig, name: str
     ) -> None:
-        if max(config.timesteps) >= (total := len(policy.alphas)):
+        if max(config.timesteps) >= (total := policy.num_timesteps):
             raise ValueError(f"timesteps must be below {total}, got {max(config.timesteps)}")
         self.policy, self.task, self.tokens, self.config, self.name = policy, task, tokens, config, name
         self.optimizer = torch.optim.Adam([tokens.free], lr=config.learning_rate, weight_decay=config.weight_decay)

@@ -99,7 +99,7 @@ class TextualInversion:
         with single_steps(policy), torch.enable_grad():
             for _ in bar:
                 chosen = torch.randint(len(clean), (cfg.batch_size,), generator=generator)
-                timesteps = torch.randint(len(policy.alphas), (cfg.batch_size,), generator=generator)
+                timesteps = torch.randint(policy.num_timesteps, (cfg.batch_size,), generator=generator)
                 noise = torch.randn(cfg.batch_size, *clean.shape[1:], generator=generator)
                 latents, timesteps, noise = (
                     one.to(policy.device) for one in (clean[chosen.to(clean.device)], timesteps, noise)

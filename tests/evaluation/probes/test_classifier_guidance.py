@@ -64,7 +64,7 @@ def test_the_classifier_learns_and_leaves_the_generators_alone(policy: Diffusion
     assert torch.equal(torch.get_rng_state(), state)
     assert not classifier.training
     assert not any(parameter.requires_grad for parameter in classifier.parameters())
-    level = policy.alphas[200].expand(20)
+    level = policy.process.levels(torch.tensor([200])).expand(20)
     assert (classifier(shown, level) > 0).float().mean() > 0.9
     assert (classifier(others[:20], level) < 0).float().mean() > 0.9
     again = train_classifier(policy, shown, others, SMALL, seed=5, progress=False)
@@ -87,8 +87,8 @@ def test_a_push_moves_the_prediction_by_its_strength(
             )
 
     plain, moved = pushed(0.0), pushed(0.5)
-    plan = policy.schedules.plan(1, policy.device)
-    level, previous = plan.alphas[0], plan.previous_alphas[0]
+    plan = policy.plan(1)
+    level, previous = plan.levels[0], plan.next_levels[0]
     by = 0.5 * ((1 - previous).sqrt() - previous.sqrt() * ((1 - level) / level).sqrt())
     torch.testing.assert_close(moved[1] - plain[1], by.expand(4, 8, 8), rtol=1e-4, atol=1e-5)
     assert torch.equal(moved[0], plain[0])

@@ -33,11 +33,11 @@ def test_the_steps_are_those_of_the_equation(policy: DiffusionPolicy, make_task:
     noise = SampleNoise([1, 2], height=8, width=8, device=policy.device).draw()
     mask = torch.zeros(8, 8)
     mask[2:6, 2:6] = 1
-    plan, conditioning = policy.schedules.plan(2, policy.device), policy.encode(task.prompts)
+    plan, conditioning = policy.plan(2), policy.encode(task.prompts)
     with torch.no_grad():
         first = policy.denoise(noise, conditioning, step=0, steps=2, guidance=task.guidance)
-        level = plan.previous_alphas[0]
-        assert level == plan.alphas[1]
+        level = plan.next_levels[0]
+        assert level == plan.levels[1]
         first = mask * first + (1 - mask) * (level.sqrt() * clean + (1 - level).sqrt() * noise)
         last = policy.denoise(first, conditioning, step=1, steps=2, guidance=task.guidance)
         expected = mask * last + (1 - mask) * clean

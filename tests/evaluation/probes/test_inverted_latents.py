@@ -42,11 +42,11 @@ def test_coefficients_by_hand() -> None:
 def test_a_step_is_turned_round(make_policy: Make, kind: str, step: int, request: pytest.FixtureRequest) -> None:
     """What leads from z_t to z_{t-1} leads back, with the noise that the policy sees at z_t."""
     policy = make_policy(path=request.getfixturevalue(kind))
-    plan, empty, alone = policy.schedules.plan(4, policy.device), empty_prompts(policy, 2), ClassifierFree(1.0)
+    plan, empty, alone = policy.plan(4), empty_prompts(policy, 2), ClassifierFree(1.0)
     before = noise()
     with torch.no_grad():
         after = policy.denoise(before, empty, step=step, steps=4, guidance=alone)
-        from_latents, from_noise = coefficients(plan.alphas[step], plan.previous_alphas[step])
+        from_latents, from_noise = coefficients(plan.levels[step], plan.next_levels[step])
         seen = noise_at(policy, before, empty, step, 4)
     torch.testing.assert_close(from_latents * after + from_noise * seen, before, rtol=1e-4, atol=1e-4)
 
