@@ -137,9 +137,8 @@ class IdleOptimizer:
 
 def unet_inputs(policy: DiffusionPolicy, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
     """Returns random latents and the prompts' embeddings, for a call with one sample for each prompt."""
-    side = policy.sample_size
     tokens = policy.encode(prompts).tokens.to(policy.dtype)
-    return torch.randn(len(prompts), 4, side, side, device=policy.device), tokens
+    return torch.randn(len(prompts), *policy.latent_shape(), device=policy.device), tokens
 
 
 def call_unet(policy: DiffusionPolicy, timestep: int, latents: Tensor, embeddings: Tensor) -> Tensor:

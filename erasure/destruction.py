@@ -211,7 +211,7 @@ class Destruction:
         timesteps = torch.tensor([draw.randrange(first, last) for draw in draws], device=policy.device)
         clean = self._pictures[picked].to(policy.device)
         generators = [torch.Generator().manual_seed(draw.randrange(2**31)) for draw in draws]
-        noise = draw_noise(generators, height=clean.shape[2], width=clean.shape[3], device=policy.device)
+        noise = draw_noise(generators, clean.shape[1:], policy.device)
         return policy.add_noise(clean, noise, timesteps), timesteps, noise, [self._texts[index] for index in picked]
 
     def _target(

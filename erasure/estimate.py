@@ -35,8 +35,7 @@ def estimate(method: TrainedMethod, policy: DiffusionPolicy, train: str = "full"
     """
     descent, calls = method.config.descent, method.unet_calls()
     student = policy.student_copy(train)
-    size = student.sample_size
-    latents = torch.zeros(descent.batch_size, 4, size, size, device=policy.device)
+    latents = torch.zeros(descent.batch_size, *student.latent_shape(), device=policy.device)
     timesteps = torch.full((descent.batch_size,), 500, device=policy.device)
     conditioning = policy.encode([""] * descent.batch_size)
     cuda = policy.device.type == "cuda"

@@ -85,7 +85,7 @@ def image_calls(config: ReFLConfig) -> UNetCalls:
 
 def _noise_after(draws: int, seeds: Sequence[int], latents: Latents) -> SampleNoise:
     """Returns the noises of the samples, without the first draws, which the rollout has used."""
-    noise = SampleNoise(seeds, height=latents.shape[2], width=latents.shape[3], device=latents.device)
+    noise = SampleNoise(seeds, latents.shape[1:], latents.device)
     for _ in range(draws):
         noise.draw()
     return noise

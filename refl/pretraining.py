@@ -226,7 +226,7 @@ def reference_loss(
 
 def _noise(policy: DiffusionPolicy, latents: Latents, seeds: Sequence[int]) -> tuple[Int[Tensor, " batch"], Latents]:
     """Returns a timestep and a noise for each sample, from its seed."""
-    noise = SampleNoise(seeds, height=latents.shape[2], width=latents.shape[3], device=policy.device)
+    noise = SampleNoise(seeds, latents.shape[1:], policy.device)
     levels = policy.num_timesteps
     drawn = [torch.randint(levels, (), generator=generator) for generator in noise.generators]
     return torch.stack(drawn).to(policy.device), noise.draw()

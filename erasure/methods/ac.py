@@ -180,8 +180,7 @@ class AC:
         drawn = [[choice.randrange(total) for _ in range(2)] for choice in choices]
         timesteps = torch.tensor(drawn, device=policy.device).T.flatten()
         clean = self._pictures[indices].to(policy.device).repeat(2, 1, 1, 1)
-        height, width = clean.shape[-2:]
-        stream = SampleNoise(batch.seeds, height=height, width=width, device=policy.device)
+        stream = SampleNoise(batch.seeds, clean.shape[1:], policy.device)
         noise = torch.cat([stream.draw(), stream.draw()])
         latents = policy.add_noise(clean, noise, timesteps)
         mask = torch.ones_like(clean[:size, :1])

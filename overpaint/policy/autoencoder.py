@@ -18,6 +18,8 @@ def decode(vae: VAE, latents: Latents, *, chunk: int = CHUNK) -> Images:
     images = []
     for part in latents.split(chunk):
         unscaled = part / vae.config["scaling_factor"]
+        if shift := vae.config.get("shift_factor"):
+            unscaled = unscaled + shift
         image: Tensor = vae.decode(unscaled.to(vae.dtype), return_dict=False)[0]
         images.append((image.float() / 2 + 0.5).clamp(0, 1))
     return torch.cat(images)
@@ -31,11 +33,13 @@ def encode(vae: VAE, images: Images, *, noise: Callable[[], Latents] | None = No
     latents = torch.cat([posterior.mean for posterior in posteriors]).float()
     if noise is not None:
         latents = latents + torch.cat([posterior.std for posterior in posteriors]).float() * noise()
+    if shift := vae.config.get("shift_factor"):
+        latents = latents - shift
     return latents * vae.config["scaling_factor"]
 
 
-def latent_size(vae: VAE, sample_size: int, height: int | None, width: int | None) -> tuple[int, int]:
-    """Returns height and width of the latents of an image.
+def latent_shape(vae: VAE, sample_size: int, height: int | None, width: int | None) -> tuple[int, int, int]:
+    """Returns channels, height and width of the latents of an image.
 
     Args:
         vae: Between the two.
@@ -51,7 +55,7 @@ def latent_size(vae: VAE, sample_size: int, height: int | None, width: int | Non
         if value is not None and (value < 1 or value % factor):
             raise ValueError(f"{name} must be a positive multiple of the VAE's factor {factor}, got {value}")
     down, across = (sample_size if value is None else value // factor for value in (height, width))
-    return down, across
+    return vae.config["latent_channels"], down, across
 
 
 def scale_factor(vae: VAE) -> int:

@@ -163,7 +163,7 @@ def mean_sensitivity(
 
     The mean is linear in the prediction; this is the absolute value of its slope.
     """
-    zero = alphas.new_zeros(len(alphas), 4, 1, 1)
+    zero = alphas.new_zeros(len(alphas), 1, 1, 1)
     at_one, _ = ddim_mean_and_std(zero, zero + 1, alphas, previous_alphas, eta=eta, prediction_type=prediction_type)
     return at_one[:, 0, 0, 0].abs()
 

@@ -134,9 +134,9 @@ class DiffusionPolicy:
         """Side of the images that the UNet was trained on, in pixels."""
         return self.sample_size * autoencoder.scale_factor(self.vae)
 
-    def latent_size(self, height: int | None = None, width: int | None = None) -> tuple[int, int]:
-        """Returns height and width of the latents of an image."""
-        return autoencoder.latent_size(self.vae, self.sample_size, height, width)
+    def latent_shape(self, height: int | None = None, width: int | None = None) -> tuple[int, int, int]:
+        """Returns channels, height and width of the latents of an image."""
+        return autoencoder.latent_shape(self.vae, self.sample_size, height, width)
 
     @property
     def _networks(self) -> tuple[Any, Any, Any]:
@@ -224,7 +224,7 @@ class DiffusionPolicy:
         width: int | None = None,
     ) -> Trajectory:
         """Samples as `sample` does, to the end, and keeps every state and the log-probability of every step."""
-        plan = self.process.stochastic(steps, eta, self.latent_size(height, width), self.device)
+        plan = self.process.stochastic(steps, eta, self.latent_shape(height, width)[1:], self.device)
         noise = self._noise(seeds, conditioning, height, width)
         states, log_probs = [noise.draw()], []
         for latents, mean, std in chain(self, states[0], conditioning, plan, guidance, eta, noise):
@@ -346,7 +346,7 @@ class DiffusionPolicy:
 
     def plan(self, steps: int, height: int | None = None, width: int | None = None) -> Plan:
         """Returns the timesteps and levels that sampling with that many steps visits, on the policy's device."""
-        return self.process.plan(steps, self.latent_size(height, width), self.device)
+        return self.process.plan(steps, self.latent_shape(height, width)[1:], self.device)
 
     def add_noise(self, clean: Latents, noise: Latents, timesteps: Int[Tensor, " batch"]) -> Latents:
         """Returns clean latents noised forward to the timestep of each sample."""
@@ -448,8 +448,7 @@ class DiffusionPolicy:
 
     def _noise(self, seeds: Sequence[int], samples: Sized, height: int | None, width: int | None) -> SampleNoise:
         check_seeds(seeds, len(samples))
-        down, across = self.latent_size(height, width)
-        return SampleNoise(seeds, height=down, width=across, device=self.device)
+        return SampleNoise(seeds, self.latent_shape(height, width), self.device)
 
 
 def _size_of(latents: Tensor) -> tuple[int, int]:

@@ -17,25 +17,22 @@ class SampleNoise:
 
     Args:
         seeds: One for each sample.
-        height: Height of the latents.
-        width: Width of the latents.
+        shape: Of one sample's latents: channels, height and width.
         device: Where the draws go.
     """
 
-    def __init__(self, seeds: Sequence[int], *, height: int, width: int, device: torch.device) -> None:
+    def __init__(self, seeds: Sequence[int], shape: Sequence[int], device: torch.device) -> None:
         self.generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-        self.height = height
-        self.width = width
-        self.device = device
+        self.shape, self.device = tuple(shape), device
 
     def draw(self) -> Latents:
         """Returns the next noise of every sample."""
-        return draw_noise(self.generators, height=self.height, width=self.width, device=self.device)
+        return draw_noise(self.generators, self.shape, self.device)
 
 
-def draw_noise(generators: Sequence[torch.Generator], *, height: int, width: int, device: torch.device) -> Latents:
-    """Returns one noise from each generator; the copy to an accelerator does not wait for it."""
-    noise: Tensor = torch.stack([torch.randn(4, height, width, generator=generator) for generator in generators])
+def draw_noise(generators: Sequence[torch.Generator], shape: Sequence[int], device: torch.device) -> Latents:
+    """Returns one noise of a shape from each generator; the copy to an accelerator does not wait for it."""
+    noise: Tensor = torch.stack([torch.randn(tuple(shape), generator=generator) for generator in generators])
     if device.type == "cuda":
         return noise.pin_memory().to(device, non_blocking=True)
     return noise.to(device)

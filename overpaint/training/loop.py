@@ -7,7 +7,6 @@ from typing import Any, Protocol, TypeVar, runtime_checkable
 import torch
 
 from overpaint.policy import ClassifierFree, DiffusionPolicy
-from overpaint.policy.autoencoder import latent_size
 from overpaint.policy.digest import policy_record
 from rewards import Reward, as_reward, scores_of
 
@@ -203,7 +202,7 @@ def check_image_size(trainer: Trainer[Any]) -> None:
     """
     policy, config = trainer.policy, trainer.config
     try:
-        latent_size(policy.vae, policy.sample_size, config.height, config.width)
+        policy.latent_shape(config.height, config.width)
     except ValueError as error:
         raise ValueError(f"{type(config).__name__}.{error}") from None
 

@@ -133,7 +133,7 @@ def test_the_seed_chooses_picture_timesteps_noise_and_where_the_concept_stands(s
     assert len(set(seen.timesteps.tolist())) > 100
     first, second = seen.timesteps.chunk(2)
     assert not torch.equal(first, second)
-    stream = SampleNoise(seeds, height=8, width=8, device=torch.device("cpu"))
+    stream = SampleNoise(seeds, (4, 8, 8), torch.device("cpu"))
     assert torch.equal(seen.noise, torch.cat([stream.draw(), stream.draw()]))
 
 

@@ -32,7 +32,7 @@ def test_erased_policy_is_the_reference_of_the_training_that_follows(
 def test_the_model_before_can_be_the_reference_of_an_erased_one(
     make_policy: Callable[..., DiffusionPolicy], method: str, train: str | None
 ) -> None:
-    latents = SampleNoise([0, 1], height=8, width=8, device=torch.device("cpu")).draw()
+    latents = SampleNoise([0, 1], (4, 8, 8), torch.device("cpu")).draw()
 
     def predicted(policy: DiffusionPolicy) -> torch.Tensor:
         return policy.predict_noise(latents, torch.tensor([500, 20]), policy.encode(["nude", "a red circle"])).detach()

@@ -139,7 +139,7 @@ def test_what_was_saved_and_loaded_draws_the_same_bits_in_a_policy_and_in_a_plai
     assert torch.equal(draw(other), expected)
     pipeline = ddim(third.to_pipeline())
     loaded.apply_to_pipeline(pipeline)
-    noise = SampleNoise([1, 2], height=8, width=8, device=torch.device("cpu")).draw()
+    noise = SampleNoise([1, 2], (4, 8, 8), torch.device("cpu")).draw()
     images = pipeline(PROMPTS, latents=noise, num_inference_steps=3, guidance_scale=3.0, output_type="pt").images
     torch.testing.assert_close(images, expected, rtol=0, atol=1e-5)
 

@@ -188,7 +188,7 @@ def test_the_loss_is_the_attention_on_noised_pictures(
         picture, timestep = _choice(seed)
         pictures = method._pictures[phrase]
         prompt, latents = pictures.prompts[picture], pictures.latents[picture : picture + 1]
-        noise = SampleNoise([seed], height=8, width=8, device=torch.device("cpu")).draw()
+        noise = SampleNoise([seed], (4, 8, 8), torch.device("cpu")).draw()
         noised = policy.add_noise(latents, noise, torch.tensor([timestep]))
         with recorded_attention(policy.unet) as record:
             policy.unet(noised, torch.tensor([timestep]), policy.encode([prompt.text]).tokens)

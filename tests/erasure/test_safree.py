@@ -492,7 +492,7 @@ def test_half_precision_draws_nearly_the_same(make_policy: Callable[..., Diffusi
 def plain_images(pipeline: Any, prompts: list[str], *, steps: int = 5, **options: Any) -> Tensor:
     pipeline.set_progress_bar_config(disable=True)
     rows = len(prompts) * options.get("num_images_per_prompt", 1)
-    latents = SampleNoise(SEEDS[:rows], height=8, width=8, device=torch.device("cpu")).draw()
+    latents = SampleNoise(SEEDS[:rows], (4, 8, 8), torch.device("cpu")).draw()
     options = {"guidance_scale": 3.0, **options}
     return pipeline(prompts, num_inference_steps=steps, latents=latents, output_type="pt", **options).images
 

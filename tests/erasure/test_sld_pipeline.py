@@ -51,7 +51,7 @@ def ddim(pipeline: Any) -> Any:
 
 
 def noise(seeds: list[int] = SEEDS) -> Tensor:
-    return SampleNoise(seeds, height=8, width=8, device=torch.device("cpu")).draw()
+    return SampleNoise(seeds, (4, 8, 8), torch.device("cpu")).draw()
 
 
 def draw(pipeline: Any, **options: Any) -> Tensor:

@@ -35,7 +35,7 @@ def plain_images() -> Callable[..., Tensor]:
             pipeline.load_lora_weights(lora)
         pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)
         pipeline.set_progress_bar_config(disable=True)
-        latents = SampleNoise(SEEDS, height=8, width=8, device=torch.device("cpu")).draw().to(pipeline.unet.dtype)
+        latents = SampleNoise(SEEDS, (4, 8, 8), torch.device("cpu")).draw().to(pipeline.unet.dtype)
         return pipeline(
             PROMPTS, num_inference_steps=STEPS, guidance_scale=5.0, latents=latents, output_type="pt"
         ).images

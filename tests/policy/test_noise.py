@@ -8,7 +8,7 @@ CPU = torch.device("cpu")
 
 
 def streams(seeds: list[int], draws: int = 4) -> dict[int, torch.Tensor]:
-    noise = SampleNoise(seeds, height=8, width=6, device=CPU)
+    noise = SampleNoise(seeds, (4, 8, 6), CPU)
     drawn = torch.stack([noise.draw() for _ in range(draws)], dim=1)
     return dict(zip(seeds, drawn, strict=True))
 
@@ -46,4 +46,4 @@ def test_initial_latents_and_step_noises_of_a_policy_do_not_depend_on_the_batch(
 def test_partial_rollout_of_no_steps_is_the_initial_noise(policy: DiffusionPolicy) -> None:
     conditioning = policy.encode(["a cat", "a dog"])
     latents = policy.sample(conditioning, steps=5, seeds=[4, 2], until=0)
-    assert torch.equal(latents, SampleNoise([4, 2], height=8, width=8, device=CPU).draw())
+    assert torch.equal(latents, SampleNoise([4, 2], (4, 8, 8), CPU).draw())

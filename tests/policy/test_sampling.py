@@ -19,7 +19,7 @@ def either(request: pytest.FixtureRequest) -> DiffusionPolicy:
 
 
 def noises(seeds: list[int], count: int) -> list[Tensor]:
-    noise = SampleNoise(seeds, height=8, width=8, device=torch.device("cpu"))
+    noise = SampleNoise(seeds, (4, 8, 8), torch.device("cpu"))
     return [noise.draw() for _ in range(count)]
 
 
@@ -284,7 +284,7 @@ def test_encoded_images_are_the_scaled_posterior(policy: DiffusionPolicy) -> Non
     scale = policy.vae.config["scaling_factor"]
     torch.testing.assert_close(policy.encode_images(images), posterior.mean * scale)
     sampled = policy.encode_images(images, seeds=[3, 4, 5], chunk=2)
-    noise = SampleNoise([3, 4, 5], height=4, width=8, device=policy.device).draw()
+    noise = SampleNoise([3, 4, 5], (4, 4, 8), policy.device).draw()
     # In chunks the VAE rounds differently.
     torch.testing.assert_close(sampled, (posterior.mean + posterior.std * noise) * scale, rtol=1e-4, atol=1e-5)
 

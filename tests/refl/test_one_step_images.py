@@ -25,7 +25,7 @@ def stirred(policy: DiffusionPolicy, stir: Callable[[DiffusionPolicy], None]) ->
 
 def noises(count: int) -> list[Tensor]:
     """The first draws of the samples' noise: initial latents, then one for each step."""
-    noise = SampleNoise(SEEDS, height=8, width=8, device=torch.device("cpu"))
+    noise = SampleNoise(SEEDS, (4, 8, 8), torch.device("cpu"))
     return [noise.draw() for _ in range(count)]
 
 

@@ -289,7 +289,7 @@ class MACE:
         timesteps = torch.tensor([choice.choices(range(total), odds)[0] for choice in choices], device=policy.device)
         clean = torch.stack(latents).to(policy.device)
         height, width = clean.shape[-2:]
-        noise = SampleNoise(batch.seeds, height=height, width=width, device=policy.device).draw()
+        noise = SampleNoise(batch.seeds, clean.shape[1:], policy.device).draw()
         conditioning = policy.encode([prompt.text for prompt in prompts])
         with recorded_attention(policy.unet) as record:
             policy.predict_noise(policy.add_noise(clean, noise, timesteps), timesteps, conditioning)

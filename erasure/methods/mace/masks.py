@@ -103,7 +103,7 @@ def attention_masks(
     `concept_map`, and `threshold` is the share.
     """
     height, width = latents.shape[-2:]
-    stream = SampleNoise(seeds, height=height, width=width, device=policy.device)
+    stream = SampleNoise(seeds, latents.shape[1:], policy.device)
     conditioning = policy.encode(prompts)
     maps = []
     for timestep in timesteps:

@@ -170,9 +170,8 @@ def _losses(
     generator: torch.Generator,
 ) -> Generator[Float[Tensor, " part"]]:
     """Yields the losses of one picture's timesteps, part by part, each timestep with a noise of its own."""
-    height, width = clean.shape[-2:]
     for part in parts:
-        noise = draw_noise([generator] * len(part), height=height, width=width, device=clean.device)
+        noise = draw_noise([generator] * len(part), clean.shape[1:], clean.device)
         yield noise_errors(policy, clean.expand_as(noise), noise, part.to(clean.device), prompt.expand(len(part)))
 
 

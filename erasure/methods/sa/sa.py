@@ -192,8 +192,7 @@ class SA:
             timesteps += [choice.randrange(total) for choice in choices]
             said += [cfg.replay[index % len(cfg.replay)] for index in indices]
             clean = torch.cat([clean, self._replay[indices]])
-        height, width = clean.shape[-2:]
-        stream = SampleNoise(batch.seeds, height=height, width=width, device=policy.device)
+        stream = SampleNoise(batch.seeds, clean.shape[1:], policy.device)
         noise = torch.cat([stream.draw() for _ in range(len(clean) // len(batch.seeds))])
         return Examples(clean.to(policy.device), noise, torch.tensor(timesteps, device=policy.device), said)
 

@@ -166,8 +166,7 @@ class Completion:
             visited = policy.plan(task.steps).timesteps
             step = int((visited - timestep).abs().argmin())
             seeds = [seed_of(f"{self.name} from {timestep}", seed) for seed in task.seeds]
-            height, width = clean.shape[2:]
-            noise = SampleNoise(seeds, height=height, width=width, device=policy.device).draw()
+            noise = SampleNoise(seeds, clean.shape[1:], policy.device).draw()
             return Begun(policy.add_noise(clean, noise, visited[step].expand(len(clean))), step)
 
         return task.once(f"{self.name}: noised to {timestep}", noised)

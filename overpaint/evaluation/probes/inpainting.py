@@ -105,8 +105,7 @@ def fill_in(
     policy: DiffusionPolicy, clean: Latents, texts: tuple[str, ...], seeds: list[int], centre: float, task: ProbeTask
 ) -> Latents:
     """Returns latents whose centre a policy has drawn, from seeds of its own, around which they are as they were."""
-    height, width = clean.shape[2:]
-    noise = SampleNoise(seeds, height=height, width=width, device=policy.device).draw()
+    noise = SampleNoise(seeds, clean.shape[1:], policy.device).draw()
     conditioning = policy.encode(texts)
     inside, levels = centre_of(clean, centre), policy.plan(task.steps).next_levels
     latents = noise

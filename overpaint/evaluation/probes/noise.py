@@ -132,13 +132,13 @@ def sample_with_noise(
     push: Push | None = None,
 ) -> Latents:
     """Denoises from noise with the task's steps and guidance, each sample in a way of its own, by an attempt's seed."""
-    plan, side, device = policy.plan(task.steps), policy.sample_size, policy.device
+    plan, device = policy.plan(task.steps), policy.device
     etas, scales, strengths = (
         torch.tensor(values, device=device)
         for values in zip(*((way.eta, way.scale, way.strength) for way in ways), strict=True)
     )
     own = [way.seed(seed) for way, seed in zip(ways, seeds, strict=True)]
-    noise = SampleNoise(own, height=side, width=side, device=device)
+    noise = SampleNoise(own, policy.latent_shape(), device)
     latents = noise.draw()
     for step in range(task.steps):
         clean = policy.predict_clean(latents, conditioning, step=step, steps=task.steps, guidance=task.guidance)

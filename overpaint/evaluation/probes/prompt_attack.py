@@ -153,8 +153,7 @@ class PromptAttack:
         policy, task = self.policy, self.task
         generators = [self.generators[row] for row in rows]
         clean = self.clean[torch.tensor(rows, device=self.clean.device)].to(policy.device)
-        height, width = clean.shape[2:]
-        noise = draw_noise(generators, height=height, width=width, device=policy.device)
+        noise = draw_noise(generators, clean.shape[1:], policy.device)
         timesteps = torch.full((len(rows),), timestep, device=policy.device)
         noised = policy.add_noise(clean, noise, timesteps)
         prompts = [task.prompts[row] for row in rows]

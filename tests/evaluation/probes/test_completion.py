@@ -47,7 +47,7 @@ def test_pictures_are_noised_to_the_nearest_visited_timestep(
     visited = policy.plan(3).timesteps.tolist()
     (found,) = Completion(CompletionConfig(steps_before=(), noised_to=(visited[1] + 40,))).attempt(policy, task)
     seeds = [seed_of(f"completion from {visited[1] + 40}", seed) for seed in task.seeds]
-    noise = SampleNoise(seeds, height=8, width=8, device=policy.device).draw()
+    noise = SampleNoise(seeds, (4, 8, 8), policy.device).draw()
     (alpha,) = policy.process.levels(torch.tensor([visited[1]]))
     latents = alpha.sqrt() * policy.encode_images(task.pictures) + (1 - alpha).sqrt() * noise
     with torch.no_grad():

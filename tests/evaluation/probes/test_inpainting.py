@@ -30,7 +30,7 @@ def test_around_the_centre_the_picture_stays(policy: DiffusionPolicy, make_task:
 def test_the_steps_are_those_of_the_equation(policy: DiffusionPolicy, make_task: Callable[..., ProbeTask]) -> None:
     task = make_task(policy, steps=2)
     clean = torch.randn(2, 4, 8, 8)
-    noise = SampleNoise([1, 2], height=8, width=8, device=policy.device).draw()
+    noise = SampleNoise([1, 2], (4, 8, 8), policy.device).draw()
     mask = torch.zeros(8, 8)
     mask[2:6, 2:6] = 1
     plan, conditioning = policy.plan(2), policy.encode(task.prompts)
