@@ -1,9 +1,11 @@
-"""DDPO: policy gradients over whole denoising trajectories, and reward-weighted regression beside them."""
+"""DDPO: policy gradients over whole denoising trajectories; reward-weighted regression and DiffusionNFT beside them."""
 
 from .advantage import PromptStatistics, centred_advantages, group_advantages, round_advantages
 from .config import DDPOConfig
 from .critic import CriticConfig, generalised_advantages
 from .loss import clipped_surrogate, score_function
+from .nft import NFTConfig, NFTMetrics, NFTTrainer
+from .nft_loss import nft_loss
 from .rwr import RWRConfig, RWRMetrics, RWRTrainer
 from .scoring import RewardError, ScoringConfig
 from .trainer import DDPOMetrics, DDPOTrainer
@@ -14,6 +16,9 @@ __all__ = [
     "DDPOConfig",
     "DDPOMetrics",
     "DDPOTrainer",
+    "NFTConfig",
+    "NFTMetrics",
+    "NFTTrainer",
     "PromptStatistics",
     "RWRConfig",
     "RWRMetrics",
@@ -24,6 +29,7 @@ __all__ = [
     "clipped_surrogate",
     "generalised_advantages",
     "group_advantages",
+    "nft_loss",
     "round_advantages",
     "score_function",
     "softmax_weights",

@@ -186,6 +186,15 @@ class DiffusionPolicy:
         """
         return predict_noise(self, latents, timesteps, conditioning, guidance, steps)
 
+    def predict(
+        self,
+        latents: Latents,
+        timesteps: Int[Tensor, " batch"],
+        conditioning: Conditioning,
+    ) -> Latents:
+        """Returns what the network predicts for the prompts alone, of its own kind: see `process.prediction_type`."""
+        return predict(self, latents, timesteps, conditioning)
+
     @torch.no_grad()
     def sample(
         self,
@@ -406,6 +415,12 @@ class DiffusionPolicy:
     def reference(self) -> Generator[None, None, None]:
         """Turns the policy into the one that training started from, without a second UNet and without gradients."""
         with self._trained.at_reference():
+            yield
+
+    @contextmanager
+    def with_weights(self, state: Mapping[str, Tensor]) -> Generator[None, None, None]:
+        """Puts weights that `trainable_state` gave in the place of the present ones, without gradients."""
+        with self._trained.at(state):
             yield
 
     def merge_lora(self) -> None:

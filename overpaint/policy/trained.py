@@ -107,6 +107,17 @@ class TrainedWeights:
                 if self.lora is not None:
                     self.unet.enable_adapters()
 
+    @contextmanager
+    def at(self, state: Mapping[str, Tensor]) -> Generator[None, None, None]:
+        """Puts other trained weights in place, all of them and by name, without gradients."""
+        present = [(parameter, parameter.data) for parameter in self.parameters.values()]
+        with torch.no_grad():
+            try:
+                _put([(parameter, state[name].to(parameter)) for name, parameter in self.parameters.items()])
+                yield
+            finally:
+                _put(present)
+
     def save_lora(self, path: str | Path, format: LoRAFormat, guard: SamplingGuard | None) -> None:
         """Writes the LoRA; arguments and errors as in `lora_files.save_lora`.
 
