@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from overpaint.policy import Conditioning, DiffusionPolicy, Trajectory
+from overpaint.policy import Conditioning, DiffusionPolicy, Guidance, Trajectory
 from overpaint.policy.types import Images, PerSample
 from overpaint.training import TrainingRun
 from rewards import Reward
@@ -22,6 +22,26 @@ PICTURES = 16
 
 Draw = Callable[[Conditioning, Sequence[int]], Trajectory]
 """Draws a batch from its prompts and seeds."""
+
+
+def drawing_ends(policy: DiffusionPolicy, config: Any, guidance: Guidance) -> Draw:
+    """Returns what draws a batch and keeps of its trajectory the end only, for trainers that ask for no density.
+
+    Args:
+        policy: What draws.
+        config: Has `steps`, `eta`, `height` and `width`.
+        guidance: Of the drawing.
+    """
+
+    def draw(conditioning: Conditioning, seeds: Sequence[int]) -> Trajectory:
+        clean = policy.sample(
+            conditioning, steps=config.steps, guidance=guidance, eta=config.eta, seeds=seeds, height=config.height,
+            width=config.width,
+        )  # fmt: skip
+        none = clean.new_empty(len(clean), 0)
+        return Trajectory(clean.unsqueeze(1), none, none.new_empty(0, dtype=torch.int64), conditioning)
+
+    return draw
 
 
 class ScoredSamples(NamedTuple):

@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from overpaint.policy import ClassifierFree, Conditioning, DiffusionPolicy, Trajectory
+from overpaint.policy import ClassifierFree, DiffusionPolicy, Trajectory
 from overpaint.policy.noise import draw_noise
 from overpaint.policy.process import add_noise
 from overpaint.policy.prompts import check_prompts
@@ -34,7 +34,7 @@ from overpaint.training.loop import check_image_size
 from rewards import RewardLike, as_reward
 
 from .advantage import centred_advantages, group_advantages
-from .collect import Collector, requested_again_on_failure, tagged
+from .collect import Collector, drawing_ends, requested_again_on_failure, tagged
 from .nft_loss import Forgetting, kept_share, nft_loss
 from .requests import Pairs, draw_requests, pairs_of_update
 from .scoring import ScoringConfig
@@ -207,9 +207,8 @@ class NFTTrainer:
         self.guidance = ClassifierFree(cfg.guidance_scale)
         check_image_size(self)
         self.old = OldPolicy(policy)
-        self.collector = Collector(
-            policy, self._finished, reward, None, batch_size=cfg.sampling_batch_size, scoring=scoring
-        )
+        draw = drawing_ends(policy, cfg, self.guidance)
+        self.collector = Collector(policy, draw, reward, None, batch_size=cfg.sampling_batch_size, scoring=scoring)
 
     def train(self, run_config: TrainingConfig, *, notes: Mapping[str, Any] | None = None) -> NFTMetrics | None:
         """Trains, or goes on with an interrupted run; as `DDPOTrainer.train`."""
@@ -278,16 +277,6 @@ class NFTTrainer:
         evaluate_held_out(run, self, eta=self.config.eta)
 
     # The parts of a round.
-
-    def _finished(self, conditioning: Conditioning, seeds: Sequence[int]) -> Trajectory:
-        """Draws a batch, and keeps the end only."""
-        cfg = self.config
-        clean = self.policy.sample(
-            conditioning, steps=cfg.steps, guidance=self.guidance, eta=cfg.eta, seeds=seeds, height=cfg.height,
-            width=cfg.width,
-        )  # fmt: skip
-        none = clean.new_empty(len(clean), 0)
-        return Trajectory(clean.unsqueeze(1), none, none.new_empty(0, dtype=torch.int64), conditioning)
 
     def _update(
         self, run: TrainingRun, pairs: Pairs, drawn: Trajectory, advantages: PerSample, seeds: Sequence[int]

@@ -14,7 +14,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from overpaint.policy import ClassifierFree, Conditioning, DiffusionPolicy, Trajectory
+from overpaint.policy import ClassifierFree, Conditioning, DiffusionPolicy
 from overpaint.policy.prompts import check_prompts
 from overpaint.policy.types import Latents, PerSample
 from overpaint.settings import Field, settings
@@ -30,7 +30,7 @@ from overpaint.training import (
 from overpaint.training.loop import check_batches, check_image_size
 from rewards import RewardLike, as_reward
 
-from .collect import Collector, requested_again_on_failure, tagged
+from .collect import Collector, drawing_ends, requested_again_on_failure, tagged
 from .requests import draw_requests
 from .scoring import ScoringConfig
 from .weighting import softmax_weights, sparse_weights
@@ -136,9 +136,8 @@ class RWRTrainer:
         self.early_stopping = EarlyStopping.of(cfg, held_out)
         self.guidance = ClassifierFree(cfg.guidance_scale)
         check_image_size(self)
-        self.collector = Collector(
-            policy, self._finished, reward, None, batch_size=cfg.sampling_batch_size, scoring=scoring
-        )
+        draw = drawing_ends(policy, cfg, self.guidance)
+        self.collector = Collector(policy, draw, reward, None, batch_size=cfg.sampling_batch_size, scoring=scoring)
 
     def train(self, run_config: TrainingConfig, *, notes: Mapping[str, Any] | None = None) -> RWRMetrics | None:
         """Trains, or goes on with an interrupted run; as `DDPOTrainer.train`."""
@@ -201,21 +200,6 @@ class RWRTrainer:
         evaluate_held_out(run, self, eta=self.config.eta)
 
     # The parts of a round.
-
-    def _finished(self, conditioning: Conditioning, seeds: Sequence[int]) -> Trajectory:
-        """Draws a batch and keeps of its trajectory the end only."""
-        cfg = self.config
-        clean = self.policy.sample(
-            conditioning,
-            steps=cfg.steps,
-            guidance=self.guidance,
-            eta=cfg.eta,
-            seeds=seeds,
-            height=cfg.height,
-            width=cfg.width,
-        )
-        none = clean.new_empty(len(clean), 0)
-        return Trajectory(clean.unsqueeze(1), none, none.new_empty(0, dtype=torch.int64), conditioning)
 
     def _update(
         self, run: TrainingRun, samples: Tensor, prompts: Sequence[str], clean: Latents, weights: PerSample

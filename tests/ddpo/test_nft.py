@@ -50,9 +50,9 @@ def test_loss_of_an_update_by_hand(
     policy = make_policy(train="xattn-kv")
     trainer = NFTTrainer(policy, redness, prompts, small_config(updates_per_round=1, beta=0.5, kl_weight=0.2))
     now = policy.trainable_state()
-    generator = torch.Generator().manual_seed(1)
-    trainer.old.weights = {n: v + 0.1 * torch.randn(v.shape, generator=generator) for n, v in now.items()}
-    before = {name: value + 0.05 * torch.randn(value.shape, generator=generator) for name, value in now.items()}
+    old_weights = moved(now, 0.1, seed=1)
+    trainer.old.weights = dict(old_weights)
+    before = moved(now, 0.05, seed=2)
     policy.load_trainable_state(before)
     with TrainingRun(policy, run_config(seed=5)) as run:
         metrics = trainer.step(run)
@@ -61,7 +61,7 @@ def test_loss_of_an_update_by_hand(
     texts = [prompts[k] for k in torch.randint(len(prompts), (2,), generator=generator).tolist() for _ in range(4)]
     seeds = torch.randint(2**31 - 1, (8,), generator=generator).tolist()
     by_hand = make_policy(train="xattn-kv")  # its reference is what the other began as
-    by_hand.load_trainable_state(trainer.old.weights if metrics.kept == 1 else old_of(make_policy, now))
+    by_hand.load_trainable_state(old_weights)
     clean = by_hand.sample(by_hand.encode(texts), steps=3, guidance=ClassifierFree(1.0), seeds=seeds)
     rewards = redness(by_hand.decode(clean), texts)
     share = (group_advantages(rewards, texts).clamp(-5, 5) / 10 + 0.5).float()
@@ -72,7 +72,7 @@ def test_loss_of_an_update_by_hand(
             times = timestep.expand(1)
             noised = by_hand.add_noise(clean[sample : sample + 1], noise, times)
             seen = []
-            for weights in (before, old_of(make_policy, now), now):
+            for weights in (before, old_weights, now):
                 by_hand.load_trainable_state(weights)
                 with torch.no_grad():
                     seen.append(by_hand.predict_noise(noised, times, by_hand.encode([text])))
@@ -87,10 +87,10 @@ def test_loss_of_an_update_by_hand(
     assert metrics.kl == pytest.approx(float(torch.stack(distances).mean()), rel=1e-4)
 
 
-def old_of(make_policy: Callable[..., DiffusionPolicy], now: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The old policy's weights of the test above, drawn again."""
-    generator = torch.Generator().manual_seed(1)
-    return {name: value + 0.1 * torch.randn(value.shape, generator=generator) for name, value in now.items()}
+def moved(weights: dict[str, Tensor], by: float, *, seed: int) -> dict[str, Tensor]:
+    """Weights near others."""
+    generator = torch.Generator().manual_seed(seed)
+    return {name: value + by * torch.randn(value.shape, generator=generator) for name, value in weights.items()}
 
 
 @pytest.mark.parametrize("forgetting", ["at once", "soon"])
