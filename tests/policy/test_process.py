@@ -84,6 +84,14 @@ def test_one_formula_serves_both() -> None:
     torch.testing.assert_close(mean, factors[0] * clean + factors[1] * noise, rtol=1e-4, atol=1e-5)
 
 
+def test_the_first_step_of_an_sde_takes_the_schedules_second_level() -> None:
+    plan = PROCESSES["sde"].plan(10, SIZE, CPU)
+    std, _ = PROCESSES["sde"].scales(plan, 0.7)
+    second = float(plan.levels[1])
+    assert plan.levels[0] == 1
+    assert float(std[0]) == pytest.approx(0.7 * (1 / (1 - second)) ** 0.5 * (1 - second) ** 0.5, rel=1e-6)
+
+
 def test_diffusion_is_ddims_arithmetic_to_the_bit() -> None:
     process = PROCESSES["v_prediction"]
     plan, (latents, prediction) = process.plan(10, SIZE, CPU), noises(3, 4, 4, 4)
