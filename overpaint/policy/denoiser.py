@@ -67,7 +67,7 @@ def predict_noise(
     steps: Int[Tensor, " batch"] | None = None,
 ) -> Latents:
     """Returns the noise at timesteps of training; see `DiffusionPolicy.predict_noise`."""
-    levels, total = parts.process.levels(timesteps), parts.process.num_timesteps
+    levels, total = parts.process.levels(timesteps.to(latents.device)), parts.process.num_timesteps
     context = _context(parts, total - 1 - timesteps if steps is None else steps, total, levels)
     prediction = predict(parts, latents, timesteps, conditioning, guidance, context)
     return parts.process.noise(latents, prediction, levels)

@@ -359,7 +359,7 @@ class DiffusionPolicy:
 
     def add_noise(self, clean: Latents, noise: Latents, timesteps: Int[Tensor, " batch"]) -> Latents:
         """Returns clean latents noised forward to the timestep of each sample."""
-        return add_noise(self.process, clean, noise, self.process.levels(timesteps))
+        return add_noise(self.process, clean, noise, self.process.levels(timesteps.to(clean.device)))
 
     def denoising_loss(
         self, latents: Latents, conditioning: Conditioning, timesteps: Int[Tensor, " batch"], noise: Latents
@@ -373,7 +373,7 @@ class DiffusionPolicy:
         """
         noised = self.add_noise(latents, noise, timesteps)
         prediction = predict(self, noised, timesteps, conditioning)
-        target = self.process.target(latents, noise, self.process.levels(timesteps))
+        target = self.process.target(latents, noise, self.process.levels(timesteps.to(latents.device)))
         return ((prediction - target) ** 2).flatten(1).mean(dim=1)
 
     @property

@@ -97,7 +97,7 @@ def flow_mean_and_std(
     *,
     eta: float,
     chain: Chain,
-    second_level: float,
+    second_level: Float[Tensor, ""],
 ) -> tuple[Latents, PerSample]:
     """Returns mean and standard deviation of the Gaussian that one step draws from; with eta 0 it is Euler's step.
 
@@ -117,7 +117,7 @@ def flow_mean_and_std(
 
 
 def deviation_and_direction(
-    levels: PerSample, next_levels: PerSample, *, eta: float, chain: Chain, second_level: float
+    levels: PerSample, next_levels: PerSample, *, eta: float, chain: Chain, second_level: Float[Tensor, ""]
 ) -> tuple[PerSample, PerSample]:
     """Returns the standard deviation of steps, and how much of the predicted noise their means keep; in float64."""
     level, following = levels.double(), next_levels.double()
@@ -125,14 +125,14 @@ def deviation_and_direction(
         return following * math.sin(eta * math.pi / 2), following * math.cos(eta * math.pi / 2)
     variance = torch.full_like(level, eta**2)
     if chain == "sde":
-        left = 1 - torch.where(level == 1, level.new_tensor(second_level), level)
+        left = 1 - torch.where(level == 1, second_level.double(), level)
         variance = variance * level / left
     variance = variance * (level - following)
     return variance.sqrt(), following - variance / (2 * level)
 
 
 def mean_slope(
-    levels: PerSample, next_levels: PerSample, *, eta: float, chain: Chain, second_level: float
+    levels: PerSample, next_levels: PerSample, *, eta: float, chain: Chain, second_level: Float[Tensor, ""]
 ) -> PerSample:
     """Returns by how much the mean of a step moves when the velocity moves by one: the absolute value of its slope."""
     _, direction = deviation_and_direction(levels, next_levels, eta=eta, chain=chain, second_level=second_level)

@@ -119,9 +119,7 @@ class Diffusion:
 
     def stochastic(self, steps: int, eta: float, size: Size, device: torch.device) -> Plan:
         """See `Process`."""
-        check_eta(eta)
-        if eta == 0:
-            raise ValueError("eta must be above 0 for log-probabilities, as a deterministic step has none, got 0")
+        check_noise(eta)
         if int(self.plan(steps, size, torch.device("cpu")).timesteps[-1]) == 0:
             spacing = self.config.get("timestep_spacing")
             raise ValueError(
@@ -198,9 +196,7 @@ class RectifiedFlow:
 
     def stochastic(self, steps: int, eta: float, size: Size, device: torch.device) -> Plan:
         """See `Process`."""
-        check_eta(eta)
-        if eta == 0:
-            raise ValueError("eta must be above 0 for log-probabilities, as a deterministic step has none, got 0")
+        check_noise(eta)
         if self.chain == "cps":
             raise ValueError(f"step {steps - 1} must have a density, and 'cps' has none at the last one")
         return self.plan(steps, size, device)
@@ -243,8 +239,7 @@ class RectifiedFlow:
         return std, flow.mean_slope(*levels, **added)
 
     def _noise_added(self, plan: Plan, eta: float) -> dict[str, Any]:
-        second = plan.next_levels[0].item()
-        return {"eta": eta, "chain": self.chain, "second_level": second}
+        return {"eta": eta, "chain": self.chain, "second_level": plan.next_levels[0]}
 
 
 def check_eta(eta: float) -> None:
@@ -255,6 +250,17 @@ def check_eta(eta: float) -> None:
     """
     if not 0 <= eta <= 1:
         raise ValueError(f"eta must be from 0 to 1, got {eta}")
+
+
+def check_noise(eta: float) -> None:
+    """Checks that steps have a density.
+
+    Raises:
+        ValueError: `eta` is not in (0, 1].
+    """
+    check_eta(eta)
+    if eta == 0:
+        raise ValueError("eta must be above 0 for log-probabilities, as a deterministic step has none, got 0")
 
 
 def check_step(step: int, steps: int) -> None:

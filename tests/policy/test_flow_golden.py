@@ -74,7 +74,7 @@ def test_predictions_steps_and_densities(combination: Any, prefix: str, steps: l
     check(f"{prefix}/clean", clean_of(latents, velocity, levels))
     check(f"{prefix}/epsilon", noise_of(latents, velocity, levels))
     check(f"{prefix}/noised", noised(latents, noise, levels))
-    second = plan.levels[1].item()
+    second = plan.levels[1]
     for chain in CHAINS:
         still, std = flow_mean_and_std(latents, velocity, levels, following, eta=0.0, chain=chain, second_level=second)
         check(f"{prefix}/euler", still)
@@ -106,7 +106,7 @@ def test_even_levels_are_fluxs_and_others_end_at_the_smallest_of_training() -> N
 @pytest.mark.parametrize("chain", CHAINS)
 def test_slope_is_how_far_a_mean_moves(chain: Any) -> None:
     plan = schedule_of(COMBINATIONS[0])
-    options = {"eta": 0.6, "chain": chain, "second_level": plan.levels[1].item()}
+    options = {"eta": 0.6, "chain": chain, "second_level": plan.levels[1]}
     zero = torch.zeros(len(plan.levels), 4, 1, 1)
     at_one, _ = flow_mean_and_std(zero, zero + 1, plan.levels, plan.next_levels, **options)
     torch.testing.assert_close(
@@ -117,7 +117,7 @@ def test_slope_is_how_far_a_mean_moves(chain: Any) -> None:
 def test_cps_keeps_the_level_of_the_noise_as_ddim_does() -> None:
     plan = schedule_of(COMBINATIONS[0])
     std, direction = deviation_and_direction(
-        plan.levels, plan.next_levels, eta=0.8, chain="cps", second_level=plan.levels[1].item()
+        plan.levels, plan.next_levels, eta=0.8, chain="cps", second_level=plan.levels[1]
     )
     torch.testing.assert_close(std.square() + direction.square(), plan.next_levels.double().square())
 
