@@ -99,7 +99,7 @@ def stable_diffusion(device: torch.device, *, tiny: bool) -> "Pipeline":
     from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel
 
-    from overpaint.policy.saving import plain_pipeline
+    from overpaint.policy.families.sd import stable_diffusion_of
     from overpaint.tinyworld import components
 
     tokenizer = components.build_tokenizer()
@@ -131,7 +131,7 @@ def stable_diffusion(device: torch.device, *, tiny: bool) -> "Pipeline":
                     pad_token_id=tokenizer.pad_token_id,
                 )
             )
-    return plain_pipeline(unet, vae, text_encoder, tokenizer, components.scheduler())
+    return stable_diffusion_of(unet, vae, text_encoder, tokenizer, components.scheduler())
 
 
 def make_policy(switches: Switches, device: torch.device, *, tiny: bool) -> DiffusionPolicy:

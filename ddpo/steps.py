@@ -47,5 +47,5 @@ def step_scales(
     Raises:
         ValueError: As `DiffusionPolicy.rollout`.
     """
-    plan = policy.process.stochastic(steps, eta, policy.latent_shape()[1:], policy.device)
-    return policy.process.scales(plan, eta)
+    policy.process.stochastic_steps(steps, eta)
+    return policy.process.scales(policy.plan(steps), eta)

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from overpaint.policy import DiffusionPolicy
-from overpaint.policy.checkpoint_files import WEIGHTS
+from overpaint.policy.checkpoint_files import weight_stems
 from overpaint.policy.lora_files import LORA_FILE, lora_in
 from overpaint.policy.parts import Pipeline
 from overpaint.policy.tensor_names import LDM_TEXT_ENCODER, LDM_UNET, LDM_VAE, is_lora_file
@@ -27,7 +27,7 @@ TEXT_ENCODER, VAE = "text_encoder.", "vae."
 LDM_CLIP, LDM_OPEN_CLIP = f"{LDM_TEXT_ENCODER}transformer.", f"{LDM_TEXT_ENCODER}model."
 """What the names of the other parts begin with, in diffusers' layout and in that of the original Stable Diffusion."""
 
-(UNET_WEIGHTS,) = WEIGHTS["unet"]
+(UNET_WEIGHTS,) = weight_stems("unet")
 
 
 class Release(NamedTuple):
@@ -90,7 +90,7 @@ def _of_folder(path: Path, files: list[Path]) -> Release:
     read, predicted = [*files], None
     if pipeline:
         for part in ("text_encoder", "vae"):
-            if found := next((each for stem in WEIGHTS[part] if (each := weight_files(path / part, stem))), []):
+            if found := next((each for stem in weight_stems(part) if (each := weight_files(path / part, stem))), []):
                 parts[part] = flat_tensors(read_weights(found), path)
                 read += found
         scheduler = path / "scheduler" / "scheduler_config.json"

@@ -12,7 +12,7 @@ from .ddim import (
     schedule,
 )
 from .diffusion_policy import DiffusionPolicy
-from .guidance import ClassifierFree, Guidance, SamplingGuard, StepContext
+from .guidance import ClassifierFree, Guidance, SamplingGuard, StepContext, TrueGuidance
 from .loading import check_checkpoint
 from .noise import SampleNoise
 from .prompts import TruncatedPromptWarning
@@ -37,6 +37,7 @@ __all__ = [
     "SamplingGuard",
     "StepContext",
     "Trajectory",
+    "TrueGuidance",
     "TruncatedPromptWarning",
     "WeightDelta",
     "add_noise",

@@ -38,7 +38,9 @@ def encode(vae: VAE, images: Images, *, noise: Callable[[], Latents] | None = No
     return latents * vae.config["scaling_factor"]
 
 
-def latent_shape(vae: VAE, sample_size: int, height: int | None, width: int | None) -> tuple[int, int, int]:
+def latent_shape(
+    vae: VAE, sample_size: int, height: int | None, width: int | None, *, patch: int = 1
+) -> tuple[int, int, int]:
     """Returns channels, height and width of the latents of an image.
 
     Args:
@@ -46,14 +48,16 @@ def latent_shape(vae: VAE, sample_size: int, height: int | None, width: int | No
         sample_size: Side of the latents where no size is given.
         height: Of the image, in pixels.
         width: Of the image, in pixels.
+        patch: Side of the square of latents that the network reads as one token.
 
     Raises:
-        ValueError: The VAE's factor does not divide one of them.
+        ValueError: The VAE's factor, times that side, does not divide one of them.
     """
     factor = scale_factor(vae)
+    told = f"the VAE's factor {factor}" if patch == 1 else f"{factor * patch}"
     for name, value in (("height", height), ("width", width)):
-        if value is not None and (value < 1 or value % factor):
-            raise ValueError(f"{name} must be a positive multiple of the VAE's factor {factor}, got {value}")
+        if value is not None and (value < 1 or value % (factor * patch)):
+            raise ValueError(f"{name} must be a positive multiple of {told}, got {value}")
     down, across = (sample_size if value is None else value // factor for value in (height, width))
     return vae.config["latent_channels"], down, across
 

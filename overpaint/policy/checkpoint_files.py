@@ -1,25 +1,21 @@
 """What the files of a checkpoint say before any weight is loaded: a folder in diffusers' layout, here or on the hub."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from overpaint.text_files import read_json
 
-from .takeover import PIPELINE_CLASSES, check_scheduler, check_unet
+from .families import FAMILIES, Family, family_named, supported
 from .weight_files import VARIANTS
 
-PARTS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
-
-WEIGHTS = {
-    "unet": ("diffusion_pytorch_model",),
-    "vae": ("diffusion_pytorch_model",),
-    "text_encoder": ("model", "pytorch_model"),
-}
-"""What the weight files of each network begin with."""
-
-CONFIGURATION = ["model_index.json", *(f"{part}/*.{ending}" for part in PARTS for ending in ("json", "txt"))]
+PARTS = tuple(dict.fromkeys(part for family in FAMILIES for part in family.folders()))
+CONFIGURATION = [
+    "model_index.json",
+    *(f"{part}/*.{ending}" for part in PARTS for ending in ("json", "txt")),
+    *(f"{part}/spiece.model" for part in PARTS if part.startswith("tokenizer")),
+]
 """The files of a checkpoint that are no weights."""
 
 
@@ -47,26 +43,43 @@ class CheckpointFiles:
         values: Mapping[str, Any] = read_json(self.folder / name)
         return values
 
+    @property
+    def family(self) -> type[Family]:
+        """The family of models that it is of.
+
+        Raises:
+            ValueError: It is of none that is known.
+        """
+        kind = self.read("model_index.json").get("_class_name")
+        family = family_named(kind)
+        if family is None:
+            raise ValueError(f"the checkpoint must be one of {supported()}, and {self.name} is a {kind}")
+        return family
+
     def check(self) -> None:
-        """Checks that the files are those of a Stable Diffusion v1 or v2 for text-to-image, leaving weights aside.
+        """Checks that the files are those of a text-to-image model of a known family, leaving weights aside.
 
         Raises:
             ValueError: They are not.
         """
-        kind = self.read("model_index.json").get("_class_name")
-        if kind not in PIPELINE_CLASSES:
-            raise ValueError(f"the checkpoint must be a {PIPELINE_CLASSES[0]}, and {self.name} is a {kind}")
-        for part in PARTS:
+        family = self.family
+        for part in self.parts():
             if not any(file.startswith(f"{part}/") for file in self.files):
                 raise ValueError(f"a checkpoint's folder must hold {part}/, and {self.name} does not")
-        check_unet(self.read("unet/config.json"))
+        family.check_network(self.read(f"{family.network}/config.json"))
         import diffusers
 
         config = self.read("scheduler/scheduler_config.json")
         make: Any = getattr(diffusers, str(config.get("_class_name")), None)
         if make is None:
             raise ValueError(f"the scheduler must be one of diffusers, got {config.get('_class_name')} in {self.name}")
-        check_scheduler(make.from_config(config))
+        family.check_scheduler(make.from_config(config))
+
+    def parts(self) -> tuple[str, ...]:
+        """Returns the folders that it has to hold: all of its family but those that its index says it lacks."""
+        index, family = self.read("model_index.json"), self.family
+        lacking = {part for part in family.optional() if (index.get(part) or [None, None])[1] is None}
+        return tuple(part for part in family.folders() if part not in lacking)
 
     def variants(self) -> dict[str, str]:
         """Returns the variant of each network that has its weights under no other name.
@@ -74,21 +87,31 @@ class CheckpointFiles:
         Raises:
             ValueError: A network has no weights.
         """
-        return variants(self.files, self.name)
+        networks = [part for part in self.parts() if part in self.family.classes]
+        return variants(self.files, self.name, networks)
 
 
-def variants(files: Iterable[str], name: str) -> dict[str, str]:
+def weight_stems(part: str) -> tuple[str, ...]:
+    """Returns what the weight files of a network begin with; those of text encoders are of transformers."""
+    return ("model", "pytorch_model") if part.startswith("text_encoder") else ("diffusion_pytorch_model",)
+
+
+def variants(
+    files: Iterable[str], name: str, networks: Sequence[str] = ("unet", "vae", "text_encoder")
+) -> dict[str, str]:
     """Returns the variant of each network that has its weights under no plain name; sharded or whole.
 
     Args:
         files: Names of a checkpoint's files.
         name: What the checkpoint is called in errors.
+        networks: Their folders.
 
     Raises:
         ValueError: A network has no weights, or in variants only that are no half precision.
     """
     listed, chosen = list(files), {}
-    for part, starts in WEIGHTS.items():
+    for part in networks:
+        starts = weight_stems(part)
         weights = [Path(file).name for file in listed if file.startswith(f"{part}/") and _holds_weights(file)]
         found = {_variant(file) for file in weights if file.startswith(starts)}
         if None in found:

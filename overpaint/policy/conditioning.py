@@ -114,6 +114,11 @@ class Conditioning:
         """Returns the same batch of texts with other tensors in the tokens' place."""
         return replace(self, tokens=tokens)
 
+    @property
+    def nbytes(self) -> int:
+        """How much memory its tensors take."""
+        return sum(tensor.nbytes for tensor in self._tensors().values())
+
     def _tensors(self) -> dict[str, Tensor]:
         return {name: tensor for name in TENSORS if (tensor := getattr(self, name)) is not None}
 

@@ -1,13 +1,14 @@
 """The denoising network as a Gaussian policy over latents: one guided prediction, and the step that it makes."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from typing import Any, Protocol, cast, runtime_checkable
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Int, Shaped
 from torch import Tensor
 
 from .conditioning import Conditioning
+from .families import Family
 from .guidance import ClassifierFree, Guidance, SamplingGuard, StepContext
 from .noise import SampleNoise
 from .process import Process
@@ -19,6 +20,7 @@ from .types import Latents, PerSample, Plan
 class Parts(Protocol):
     """What a prediction is made with, as `DiffusionPolicy` has it."""
 
+    family: Family
     network: Callable[..., Any]
     prompts: PromptEncoder
     guard: SamplingGuard | None
@@ -33,27 +35,23 @@ class Parts(Protocol):
 def predict(
     parts: Parts,
     latents: Latents,
-    timesteps: Int[Tensor, " batch"],
+    timesteps: Shaped[Tensor, " batch"],
     conditioning: Conditioning,
     guidance: Guidance | None = None,
     context: StepContext | None = None,
 ) -> Latents:
     """Returns the guided prediction, of the network's own kind; all branches go through it in one call."""
-    if isinstance(guidance, ClassifierFree) and parts.guard is not None:
-        guidance = parts.guard.guided(guidance)
+    if isinstance(guidance, ClassifierFree):
+        guidance = parts.family.guided(guidance) if parts.guard is None else parts.guard.guided(guidance)
     if isinstance(guidance, ClassifierFree) and guidance.scale == 1.0:
         guidance = None  # the same, without an encoded empty prompt
     branches = (conditioning,)
     if guidance is not None:
         branches = guidance.branches(conditioning, parts.prompts.empty(conditioning), cast(StepContext, context))
     count = len(branches)
-    tokens = torch.cat([branch.tokens for branch in branches]) if count > 1 else branches[0].tokens
-    output = parts.network(
-        latents.to(parts.dtype).repeat(count, 1, 1, 1),
-        timesteps.repeat(count),
-        encoder_hidden_states=tokens.to(parts.dtype),
-        return_dict=False,
-    )[0]
+    told = Conditioning.cat(branches) if count > 1 else branches[0]
+    repeated = latents.repeat(count, 1, 1, 1)
+    output = parts.family.call(parts.network, repeated, timesteps.repeat(count), told, parts.dtype)
     predictions = output.float().unflatten(0, (count, len(latents)))
     return predictions[0] if guidance is None else guidance.combine(predictions, cast(StepContext, context))
 
@@ -61,7 +59,7 @@ def predict(
 def predict_noise(
     parts: Parts,
     latents: Latents,
-    timesteps: Int[Tensor, " batch"],
+    timesteps: Shaped[Tensor, " batch"],
     conditioning: Conditioning,
     guidance: Guidance | None = None,
     steps: Int[Tensor, " batch"] | None = None,
@@ -102,7 +100,7 @@ def mean_and_std(
     return parts.process.mean_and_std(latents, prediction, plan, steps, eta)
 
 
-def chain(
+def steps_of(
     parts: Parts,
     latents: Latents,
     conditioning: Conditioning,
@@ -112,11 +110,17 @@ def chain(
     noise: SampleNoise,
     until: int | None = None,
     start: int = 0,
+    stochastic: Container[int] | None = None,
 ) -> Iterator[tuple[Latents, Latents, PerSample]]:
-    """Yields the state after each step, and mean and standard deviation of the Gaussian it was drawn from."""
+    """Yields the state after each step, and mean and standard deviation of the Gaussian it was drawn from.
+
+    Where some steps are `stochastic`, the others are as with eta 0; the noise of a step is drawn all the same.
+    """
     for step in range(start, len(plan.timesteps) if until is None else until):
-        mean, std = mean_and_std(parts, latents, conditioning, plan, all_at(step, latents), guidance, eta, start)
-        latents = mean + std.view(-1, 1, 1, 1) * noise.draw() if eta > 0 else mean
+        own = eta if stochastic is None or step in stochastic else 0.0
+        mean, std = mean_and_std(parts, latents, conditioning, plan, all_at(step, latents), guidance, own, start)
+        drawn = noise.draw() if eta > 0 else None
+        latents = mean if drawn is None or own == 0 else mean + std.view(-1, 1, 1, 1) * drawn
         yield latents, mean, std
 
 

@@ -11,23 +11,25 @@ the text encoder or the VAE.
 import copy
 from collections.abc import Callable, Generator, Mapping, Sequence, Sized
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Unpack
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Int, Shaped
 from torch import Tensor, nn
 
 from . import autoencoder, ddim
 from .conditioning import Conditioning
-from .denoiser import all_at, chain, mean_and_std, predict, predict_at, predict_noise
+from .denoiser import all_at, mean_and_std, predict, predict_at, predict_noise, steps_of
+from .flow import Chain
 from .guidance import DEFAULT_GUIDANCE, Guidance, SamplingGuard
 from .loading import PolicyOptions, default_device, load_pipeline
 from .lora_files import LoRAFormat
 from .noise import SampleNoise, check_seeds
 from .parts import Pipeline
-from .process import Diffusion, Process, add_noise, check_eta, check_span, check_step
+from .process import Process, add_noise, check_chosen, check_eta, check_span, check_step
 from .prompts import PromptEncoder, check_prompts
 from .saving import check_plain, plain_pipeline, write_pipeline
 from .takeover import take_over
@@ -58,7 +60,10 @@ class DiffusionPolicy:
         dtype: Precision that all frozen weights are brought to; None leaves each network as it is.
         device: Where to put the networks; None is this process's GPU, or the CPU where there is none.
         gradient_checkpointing: Recomputes activations of UNet and VAE in the backward pass instead of keeping them.
-        compile: Compiles the UNet with `torch.compile`.
+        compile: Compiles the denoising network with `torch.compile`.
+        max_sequence_length: Tokens that a T5 reads of a prompt; None is as many as diffusers' pipeline lets it, 256 for
+            Stable Diffusion 3 and 512 for FLUX.
+        chain: Which noise the stochastic steps of a flow add, see `overpaint.policy.flow`; None is "sde".
 
     Raises:
         ValueError: The pipeline is not a Stable Diffusion or carries what a policy cannot take over, or the options
@@ -75,28 +80,37 @@ class DiffusionPolicy:
         device: str | torch.device | None = None,
         gradient_checkpointing: bool = False,
         compile: bool = False,
+        max_sequence_length: int | None = None,
+        chain: Chain | None = None,
     ) -> None:
-        parts: Any = take_over(pipeline)
-        self.unet, self.vae, self.text_encoder, self.tokenizer, self.scheduler = parts
-        self.scheduler_config: dict[str, Any] = dict(self.scheduler.config)
-        self.prompts = PromptEncoder(self.text_encoder, self.tokenizer)
-        self.process: Process = Diffusion(self.scheduler_config)
+        self.family = take_over(pipeline, max_sequence_length)
+        """What the family of the model has of its own, and all its networks."""
+        self.model: Any = self.family.model
+        """The denoising network, a UNet or a transformer."""
+        self.vae: Any = self.family.vae
+        self.scheduler: Any = self.family.scheduler
+        self.prompts = PromptEncoder.of(self.family)
+        self.process: Process = self.family.process(chain)
         """How noise becomes an image."""
         self.guard: SamplingGuard | None = None
         """What keeps something out of pictures by changing how they are sampled, if anything does."""
-        self.network: Callable[..., Any] = self.unet
-        """What every call of the UNet goes through; a training run puts its wrapper here."""
-        for network in self._networks:
+        self.network: Callable[..., Any] = self.model
+        """What every call of the denoising network goes through; a training run puts its wrapper here."""
+        for network in self.family.networks:
             network.requires_grad_(False).eval()  # trained parameters are then switched on one by one
-            if dtype is not None and network.dtype != dtype:
-                nn.Module.to(network, dtype=dtype)  # the networks' own warns of float32 layers, of which there are none
-        self._trained = TrainedWeights(self.unet, lora, train)
+            wanted = self.family.vae_precision(dtype) if network is self.vae else dtype
+            if wanted is not None and network.dtype != wanted:
+                nn.Module.to(network, dtype=wanted)  # the networks' own warns of float32 layers
+        if lora is not None and lora.targets is None:
+            lora = replace(lora, targets=self.family.lora_targets)
+        self._trained = TrainedWeights(self.model, lora, train)
+        self._weight: Tensor = self.model.get_parameter(self.family.first_weight)
         self.to(default_device() if device is None else torch.device(device))
         if gradient_checkpointing:
-            self.unet.enable_gradient_checkpointing()
+            self.model.enable_gradient_checkpointing()
             self.vae.enable_gradient_checkpointing()
         if compile:
-            self.unet.compile()
+            self.model.compile()
 
     @classmethod
     def from_pretrained(
@@ -110,41 +124,63 @@ class DiffusionPolicy:
             **options: See the class.
 
         Raises:
-            ValueError: There is no such checkpoint, or it is of another kind (SDXL, inpainting); and as the class.
+            ValueError: There is no such checkpoint, or it is of another kind (inpainting, a refiner); and as the class.
         """
         return cls(load_pipeline(path, options.get("dtype", torch.float32), config), **options)
 
     @property
+    def unet(self) -> Any:
+        """The denoising network of a family that has a UNet.
+
+        Raises:
+            ValueError: It is a transformer; what asks for a UNet works on its cross-attention, or on its blocks.
+        """
+        if self.family.network != "unet":
+            raise ValueError(f"the model must have a UNet, and a {self.family.pipelines[0]} has a transformer")
+        return self.model
+
+    @property
+    def text_encoder(self) -> Any:
+        """The text encoder whose words a prompt is made of; there may be others."""
+        return self.prompts.text_encoder
+
+    @property
+    def tokenizer(self) -> Any:
+        """The tokenizer of that text encoder."""
+        return self.prompts.tokenizer
+
+    @property
+    def scheduler_config(self) -> dict[str, Any]:
+        """The settings of the checkpoint's scheduler."""
+        return self.process.config
+
+    @property
     def device(self) -> torch.device:
-        """Where the UNet is."""
-        return self.unet.conv_in.weight.device  # unet.device looks through every module each time it is asked
+        """Where the denoising network is."""
+        return self._weight.device  # a network's own looks through every module each time it is asked
 
     @property
     def dtype(self) -> torch.dtype:
-        """Precision of the UNet's frozen weights, which a LoRA in float32 does not change."""
-        return self.unet.conv_in.weight.dtype
+        """Precision of its frozen weights, which a LoRA in float32 does not change."""
+        return self._weight.dtype
 
     @property
     def sample_size(self) -> int:
-        """Side of the latents that the UNet was trained on."""
-        return int(self.unet.config["sample_size"])
+        """Side of the latents that it was trained on."""
+        return self.family.sample_size
 
     @property
     def image_size(self) -> int:
-        """Side of the images that the UNet was trained on, in pixels."""
+        """Side of the images that it was trained on, in pixels."""
         return self.sample_size * autoencoder.scale_factor(self.vae)
 
     def latent_shape(self, height: int | None = None, width: int | None = None) -> tuple[int, int, int]:
         """Returns channels, height and width of the latents of an image."""
-        return autoencoder.latent_shape(self.vae, self.sample_size, height, width)
-
-    @property
-    def _networks(self) -> tuple[Any, Any, Any]:
-        return self.unet, self.vae, self.text_encoder
+        return autoencoder.latent_shape(self.vae, self.sample_size, height, width, patch=self.family.patch)
 
     def to(self, device: str | torch.device) -> "DiffusionPolicy":
         """Moves the networks to a device and returns the policy."""
-        for network in self._networks:
+        for network in self.family.networks:
             network.to(device)
         return self
 
@@ -168,7 +204,7 @@ class DiffusionPolicy:
     def predict_noise(
         self,
         latents: Latents,
-        timesteps: Int[Tensor, " batch"],
+        timesteps: Shaped[Tensor, " batch"],
         conditioning: Conditioning,
         guidance: Guidance | None = None,
         *,
@@ -189,7 +225,7 @@ class DiffusionPolicy:
     def predict(
         self,
         latents: Latents,
-        timesteps: Int[Tensor, " batch"],
+        timesteps: Shaped[Tensor, " batch"],
         conditioning: Conditioning,
     ) -> Latents:
         """Returns what the network predicts for the prompts alone, of its own kind: see `process.prediction_type`."""
@@ -216,7 +252,7 @@ class DiffusionPolicy:
         check_eta(eta)
         noise = self._noise(seeds, conditioning, height, width)
         state = noise.draw() if latents is None else latents
-        for state, _, _ in chain(self, state, conditioning, plan, guidance, eta, noise, until, start):  # noqa: B007, B020
+        for state, _, _ in steps_of(self, state, conditioning, plan, guidance, eta, noise, until, start):  # noqa: B007, B020
             pass
         return state
 
@@ -231,14 +267,24 @@ class DiffusionPolicy:
         seeds: Sequence[int],
         height: int | None = None,
         width: int | None = None,
+        stochastic: Sequence[int] | None = None,
     ) -> Trajectory:
-        """Samples as `sample` does, to the end, and keeps every state and the log-probability of every step."""
-        plan = self.process.stochastic(steps, eta, self.latent_shape(height, width)[1:], self.device)
+        """Samples as `sample` does, to the end, and keeps every state and the log-probability of every step.
+
+        Only the steps `stochastic`, by default all that can, draw from their Gaussian; others go to where they lead
+        without noise, and their log-probability is NaN. Every step takes its noise from the sample's stream, used or
+        not, so that the choice moves no other noise.
+        """
+        possible = self.process.stochastic_steps(steps, eta)
+        chosen = check_chosen(possible if stochastic is None else stochastic, possible)
+        plan = self.plan(steps, height, width)
         noise = self._noise(seeds, conditioning, height, width)
         states, log_probs = [noise.draw()], []
-        for latents, mean, std in chain(self, states[0], conditioning, plan, guidance, eta, noise):
+        taken = steps_of(self, states[0], conditioning, plan, guidance, eta, noise, stochastic=chosen)
+        for step, (latents, mean, std) in enumerate(taken):
             states.append(latents)
-            log_probs.append(ddim.gaussian_log_prob(latents, mean, std))
+            density = ddim.gaussian_log_prob(latents, mean, std) if step in chosen else torch.full_like(std, torch.nan)
+            log_probs.append(density)
         return Trajectory(torch.stack(states, dim=1), torch.stack(log_probs, dim=1), plan.timesteps, conditioning)
 
     def log_prob(
@@ -275,7 +321,8 @@ class DiffusionPolicy:
             The latents after each step, the mean, with gradient where it is enabled, and the standard deviation.
         """
         states = trajectory.latents
-        plan = self.process.stochastic(len(trajectory.timesteps), eta, _size_of(states), self.device)
+        self.process.stochastic_steps(len(trajectory.timesteps), eta)
+        plan = self.process.plan(len(trajectory.timesteps), _size_of(states), self.device)
         conditioning = trajectory.conditioning[samples].to(self.device)
         samples, steps = samples.to(states.device), steps.to(states.device)
         before, after = (states[samples, at].to(self.device) for at in (steps, steps + 1))
@@ -357,12 +404,12 @@ class DiffusionPolicy:
         """Returns the timesteps and levels that sampling with that many steps visits, on the policy's device."""
         return self.process.plan(steps, self.latent_shape(height, width)[1:], self.device)
 
-    def add_noise(self, clean: Latents, noise: Latents, timesteps: Int[Tensor, " batch"]) -> Latents:
+    def add_noise(self, clean: Latents, noise: Latents, timesteps: Shaped[Tensor, " batch"]) -> Latents:
         """Returns clean latents noised forward to the timestep of each sample."""
         return add_noise(self.process, clean, noise, self.process.levels(timesteps.to(clean.device)))
 
     def denoising_loss(
-        self, latents: Latents, conditioning: Conditioning, timesteps: Int[Tensor, " batch"], noise: Latents
+        self, latents: Latents, conditioning: Conditioning, timesteps: Shaped[Tensor, " batch"], noise: Latents
     ) -> PerSample:
         """Returns the loss of pretraining for each sample: the mean squared error of the network's own prediction.
 
@@ -402,13 +449,14 @@ class DiffusionPolicy:
 
         Text encoder and VAE are shared. A LoRA is added in. `network` and gradient checkpointing are a new policy's.
         """
-        plain = self._plain()
-        plain.unet = copy.deepcopy(plain.unet).float()
+        plain: Any = self._plain()
+        name = self.family.network
+        setattr(plain, name, copy.deepcopy(getattr(plain, name)).float())
         lora, names = (train, None) if isinstance(train, LoRAConfig) else (None, train)
         student = DiffusionPolicy(plain, lora=lora, train=names, dtype=None, device=self.device)
-        student.prompts = self.prompts
+        student.prompts, student.process = self.prompts, self.process
         # Its own guard too: one may remember where a trajectory is, or change what goes on inside of its UNet.
-        student.guard = copy.deepcopy(self.guard, {id(self.unet): student.unet, id(self.prompts): self.prompts})
+        student.guard = copy.deepcopy(self.guard, {id(self.model): student.model, id(self.prompts): self.prompts})
         return student
 
     @contextmanager
@@ -455,11 +503,11 @@ class DiffusionPolicy:
         A `ValueError` refuses a policy with a guard or with networks that were added to the UNet: whoever loaded the
         folder would be without them.
         """
-        check_plain(self.unet, self.guard)
+        check_plain(self.model, self.guard)
         write_pipeline(self._plain(dtype), folder)
 
     def _plain(self, dtype: torch.dtype | None = None) -> Pipeline:
-        return plain_pipeline(self.unet, self.vae, self.text_encoder, self.tokenizer, self.scheduler, dtype)
+        return plain_pipeline(self.family, dtype)
 
     def _noise(self, seeds: Sequence[int], samples: Sized, height: int | None, width: int | None) -> SampleNoise:
         check_seeds(seeds, len(samples))

@@ -33,7 +33,7 @@ def tensors_hash(tensors: Mapping[str, Tensor], notes: Iterable[str] = ()) -> st
 
 def policy_record(policy: "DiffusionPolicy") -> dict[str, Any]:
     """Returns what decides the images of a policy, beside how they are sampled."""
-    networks = {"unet": policy.unet, "vae": policy.vae, "text_encoder": policy.text_encoder}
+    networks = policy.family.named_networks
     return {
         "class": class_name(policy),
         "weights": weights_digest(networks),

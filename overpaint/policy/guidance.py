@@ -1,7 +1,9 @@
 """From several predictions for one latent to the one that sampling follows."""
 
+from dataclasses import replace
 from typing import NamedTuple, Protocol, runtime_checkable
 
+import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
@@ -82,7 +84,8 @@ class ClassifierFree:
 
     def away(self, prompt: Conditioning, empty: Conditioning) -> Conditioning:
         """Returns what is led away from: the negative prompt, or the empty one, for each sample."""
-        return empty if self.negative is None else self.negative.to(prompt.tokens).expand(len(prompt))
+        away = empty if self.negative is None else self.negative.to(prompt.tokens).expand(len(prompt))
+        return away if prompt.sizes is None else replace(away, sizes=prompt.sizes)
 
     def combine(
         self, predictions: Float[Tensor, "branches batch channels h w"], context: StepContext
@@ -92,6 +95,56 @@ class ClassifierFree:
             return predictions[-1]
         away, towards = predictions
         return away + self.scale * (towards - away)
+
+
+class TrueGuidance(ClassifierFree):
+    """Classifier-free guidance of a model that has learned to guide itself, such as FLUX: two branches.
+
+    Args:
+        scale: As in `ClassifierFree`.
+        negative: As in `ClassifierFree`.
+        embedded: Scale of the embedded guidance, the same in both branches; 1 is none.
+    """
+
+    def __init__(self, scale: float, negative: Conditioning | None = None, *, embedded: float = 1.0) -> None:
+        super().__init__(scale, negative)
+        self.embedded = float(embedded)
+
+    def __repr__(self) -> str:
+        """Shows both scales."""
+        return f"TrueGuidance(scale={self.scale}, embedded={self.embedded})"
+
+    def branches(self, prompt: Conditioning, empty: Conditioning, context: StepContext) -> tuple[Conditioning, ...]:
+        """Returns the branches of `ClassifierFree`, told the embedded scale where the model reads one."""
+        return tuple(_told(one, self.embedded) for one in super().branches(prompt, empty, context))
+
+
+class Embedded:
+    """Guidance that a distilled model does by itself: it reads the scale, and there is one branch; a `Guidance`.
+
+    Source: Meng et al. (2023), "On distillation of guided diffusion models", https://arxiv.org/abs/2210.03142.
+
+    Args:
+        scale: What the network is told.
+    """
+
+    def __init__(self, scale: float) -> None:
+        self.scale = float(scale)
+
+    def branches(self, prompt: Conditioning, empty: Conditioning, context: StepContext) -> tuple[Conditioning, ...]:
+        """Returns the prompts with the scale."""
+        return (_told(prompt, self.scale),)
+
+    def combine(
+        self, predictions: Float[Tensor, "branches batch channels h w"], context: StepContext
+    ) -> Float[Tensor, "batch channels h w"]:
+        """Returns the one prediction."""
+        return predictions[0]
+
+
+def _told(prompt: Conditioning, scale: float) -> Conditioning:
+    """Returns prompts with a scale of embedded guidance, where there is one."""
+    return prompt if prompt.guidance is None else replace(prompt, guidance=torch.full_like(prompt.guidance, scale))
 
 
 @runtime_checkable

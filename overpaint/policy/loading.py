@@ -1,4 +1,4 @@
-"""Loading a Stable Diffusion: from a folder, from the hub, or from a single file; and refusing others before that."""
+"""Loading a text-to-image model: from a folder, the hub, or a single file; and refusing others before that."""
 
 import logging
 import os
@@ -11,16 +11,11 @@ import torch
 
 from . import single_file
 from .checkpoint_files import CheckpointFiles, fetch_configuration, of_folder, of_hub
+from .families.sd import NO_SAFETY_CHECKER, StableDiffusion
+from .flow import Chain
 from .parts import Pipeline
 from .weight_files import UnreadableError
 from .weights import LoRAConfig
-
-NO_SAFETY_CHECKER: dict[str, Any] = {
-    "safety_checker": None,
-    "feature_extractor": None,
-    "requires_safety_checker": False,
-}
-"""What diffusers is given instead of one."""
 
 
 class PolicyOptions(TypedDict, total=False):
@@ -32,6 +27,8 @@ class PolicyOptions(TypedDict, total=False):
     device: str | torch.device | None
     gradient_checkpointing: bool
     compile: bool
+    max_sequence_length: int | None
+    chain: Chain | None
 
 
 def load_pipeline(path: str | Path, dtype: torch.dtype | None, config: str | Path | None = None) -> Pipeline:
@@ -43,7 +40,7 @@ def load_pipeline(path: str | Path, dtype: torch.dtype | None, config: str | Pat
         config: For a single file: the folder or hub id whose configuration and tokenizer it takes.
 
     Raises:
-        ValueError: There is no such checkpoint, or it is not a Stable Diffusion v1 or v2 text-to-image pipeline.
+        ValueError: There is no such checkpoint, or it is not a text-to-image pipeline of a known family.
     """
     path = _path(path)
     _check_config(path, config)
@@ -66,7 +63,7 @@ def check_checkpoint(path: str | Path, config: str | Path | None = None) -> None
         config: For a single file: the folder or hub id whose configuration and tokenizer it takes.
 
     Raises:
-        ValueError: There is no such checkpoint, or it is not a Stable Diffusion v1 or v2 text-to-image pipeline.
+        ValueError: There is no such checkpoint, or it is not a text-to-image pipeline of a known family.
     """
     path = _path(path)
     _check_config(path, config)
@@ -82,17 +79,20 @@ def check_checkpoint(path: str | Path, config: str | Path | None = None) -> None
 
 def _load_parts(path: str | Path, options: dict[str, Any], config: str | Path | None) -> Pipeline:
     """Loads a folder or a hub id; a network that has its weights in half precision only is loaded from those."""
-    from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
-    from transformers import CLIPTextModel
+    import diffusers
+    import transformers
 
     files = _files_of(path)
     files.check()
-    classes: dict[str, Any] = {"unet": UNet2DConditionModel, "vae": AutoencoderKL, "text_encoder": CLIPTextModel}
-    halves = {
-        part: classes[part].from_pretrained(path, subfolder=part, variant=variant, **options)
-        for part, variant in files.variants().items()
-    }
-    return StableDiffusionPipeline.from_pretrained(path, **NO_SAFETY_CHECKER, **halves, **options)
+    family = files.family
+    halves = {}
+    for part, variant in files.variants().items():
+        library: Any = transformers if part.startswith("text_encoder") else diffusers
+        network = getattr(library, family.classes[part])
+        halves[part] = network.from_pretrained(path, subfolder=part, variant=variant, **options)
+    extras = NO_SAFETY_CHECKER if family is StableDiffusion else {}
+    make: Any = getattr(diffusers, family.pipelines[0])
+    return make.from_pretrained(path, **extras, **halves, **options)
 
 
 def _load_file(path: str | Path, options: dict[str, Any], config: str | Path | None) -> Pipeline:

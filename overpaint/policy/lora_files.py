@@ -30,13 +30,15 @@ LORA_NAMES = (LORA_FILE, "pytorch_lora_weights.bin", "adapter_model.safetensors"
 """Names of a LoRA's file in a folder: those of diffusers, and those of peft."""
 
 SETTINGS, BASE = "lora_adapter_metadata", "overpaint.base."
-UNET, TEXT_ENCODER, KOHYA = "unet.", "text_encoder", ("lora_unet_", "lora_te_", "lora_te1_", "lora_te2_")
+TEXT_ENCODER, KOHYA = "text_encoder", ("lora_unet_", "lora_te_", "lora_te1_", "lora_te2_")
 DOWN, UP, NORMS = ".lora_A.weight", ".lora_B.weight", f".{MAGNITUDE}"
 
 NOT_LOW_RANK = {"a LoHa": r"hada_w", "a LoKr": r"lokr_w"}
 """Relatives of a LoRA that are no product of two matrices, by what their names hold."""
 
 MODELS = {kind: pattern for kind, pattern in FOREIGN.items() if kind != "a LoRA"}
+
+UNET = "unet."
 
 LoRAFormat = Literal["diffusers", "kohya"]
 
@@ -144,7 +146,8 @@ def read_lora(path: str | Path, unet: UNet, *, drop_text_encoder: bool = False) 
         )
     tensors = {name: value.float() for name, value in named.items() if name not in texts}
     layers = _layers(file, tensors, unet)
-    settings = {name.removeprefix(UNET): value for name, value in json.loads(header.get(SETTINGS, "{}")).items()}
+    prefix = f"{kind_of_network(unet)}."
+    settings = {name.removeprefix(prefix): value for name, value in json.loads(header.get(SETTINGS, "{}")).items()}
     if not settings and (beside := file.parent / "adapter_config.json").is_file():
         settings = read_json(beside)
     ranks = {layer: len(tensors[layer + DOWN]) for layer in layers}
@@ -187,7 +190,7 @@ def save_lora(
         guard: What the LoRA was learned under; see `base_hashes`.
 
     Raises:
-        ValueError: There is no such format, or it has no DoRA.
+        ValueError: There is no such format, or it has no DoRA or is not for this kind of model.
     """
     import peft
     from diffusers.utils import convert_state_dict_to_diffusers, convert_state_dict_to_kohya
@@ -196,13 +199,20 @@ def save_lora(
     header = {BASE + dtype: value for dtype, value in base_hashes(unet, guard).items()}
     state = peft.get_peft_model_state_dict(unet, adapter_name=ADAPTER)
     if format == "diffusers":
-        state = {UNET + name: value for name, value in convert_state_dict_to_diffusers(state).items()}
+        prefix = f"{kind_of_network(unet)}."
+        # Of a transformer's LoRA diffusers reads peft's names, and leaves out without a word what has its own.
+        named = convert_state_dict_to_diffusers(state) if prefix == UNET else state
+        state = {prefix + name: value for name, value in named.items()}
         # Of peft's many settings only these, which diffusers reads: an older peft refuses what it does not know.
         settings: dict[str, Any] = {"r": config.rank, "lora_alpha": config.alpha, "target_modules": config.targets}
         settings |= {"use_dora": config.dora, "lora_bias": False, "rank_pattern": {}, "alpha_pattern": {}}
-        header[SETTINGS] = json.dumps({UNET + name: value for name, value in settings.items()})
+        header[SETTINGS] = json.dumps({prefix + name: value for name, value in settings.items()})
     elif format != "kohya":
         raise ValueError(f"the format of a LoRA must be diffusers or kohya, got {format!r}")
+    elif not is_stable_diffusion(unet):
+        raise ValueError(
+            "a LoRA must be saved in format 'diffusers', got 'kohya', for Stable Diffusion v1 and v2 alone"
+        )
     elif config.dora:
         raise ValueError("a LoRA with DoRA must be saved in format 'diffusers', got 'kohya', which few programs read")
     else:
@@ -233,6 +243,16 @@ def base_hashes(unet: nn.Module, guard: SamplingGuard | None = None) -> dict[str
         )
         for dtype in (torch.bfloat16, torch.float16)
     }
+
+
+def kind_of_network(network: nn.Module) -> Literal["unet", "transformer"]:
+    """Returns what LoRAs' files and pipelines call a denoising network."""
+    return "unet" if "UNet2DConditionModel" in [kind.__name__ for kind in type(network).__mro__] else "transformer"
+
+
+def is_stable_diffusion(network: Any) -> bool:
+    """Tells a UNet of Stable Diffusion v1 or v2 from other networks."""
+    return kind_of_network(network) == "unet" and network.config.get("addition_embed_type") is None
 
 
 def _base(header: Mapping[str, str]) -> dict[str, str]:
@@ -278,6 +298,8 @@ def _diffusers_names(file: Path, state: Mapping[str, Tensor], unet: UNet) -> tup
         kind = kind_of(state, FOREIGN) or "something else"
         raise ValueError(f"{file} must hold a LoRA, got {kind}, with names such as {next(iter(state))}")
     alphas: dict[str, float] = {}
+    if kind_of_network(unet) == "transformer":
+        return _peft_names(file, state)
     if any(name.startswith(KOHYA) for name in state):
         if any("dora_scale" in name for name in state):
             raise ValueError(f"a LoRA with DoRA must be in diffusers' or peft's format, got kohya's: {file}")
@@ -297,12 +319,22 @@ def _diffusers_names(file: Path, state: Mapping[str, Tensor], unet: UNet) -> tup
     return convert_unet_state_dict_to_peft(tensors), {n.removesuffix(DOWN): float(v) for n, v in by_layer.items()}
 
 
+def _peft_names(file: Path, state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, float]]:
+    """Returns tensors by peft's names, and alphas by layer, of a transformer's LoRA, which has peft's names already."""
+    if any(name.startswith(KOHYA) for name in state):
+        raise ValueError(f"a transformer's LoRA must be in diffusers' or peft's format, got kohya's: {file}")
+    names = {name: without_wrappers(name.removeprefix("transformer.")) for name in state}
+    names = {name: plain.replace(f".{ADAPTER}.", ".") for name, plain in names.items()}
+    alphas = {names[n].removesuffix(".alpha"): float(v) for n, v in state.items() if n.endswith(".alpha")}
+    return {names[n]: value for n, value in state.items() if not n.endswith(".alpha")}, alphas
+
+
 def _layers(file: Path, tensors: dict[str, Tensor], unet: nn.Module) -> set[str]:
     """Returns the layers that a LoRA is on, checked against a UNet, and gives the tensors the shapes of its layers.
 
     A convolution of one pixel is a linear layer: either's LoRA is one for the other.
     """
-    modules = _modules(unet)
+    modules, noun = _modules(unet), "UNet" if kind_of_network(unet) == "unet" else "transformer"
     dora = any(name.endswith(NORMS) for name in tensors)
     layers: set[str] = set()
     for name in tensors:
@@ -317,19 +349,19 @@ def _layers(file: Path, tensors: dict[str, Tensor], unet: nn.Module) -> set[str]
         if not isinstance(module, nn.Linear | nn.Conv2d):
             kind = f"; it is for {found}" if (found := kind_of(layers, MODELS)) else ""
             raise ValueError(
-                f"a LoRA must be on layers of the UNet, and {file} has {layer}, which this UNet lacks{kind}"
+                f"a LoRA must be on layers of the {noun}, and {file} has {layer}, which this {noun} lacks{kind}"
             )
         down, up, weight = tensors[layer + DOWN], tensors[layer + UP], module.weight
         fits = down[0].numel() == weight[0].numel() and up.numel() == len(weight) * len(down)
         if not fits or (dora and tensors[layer + NORMS].numel() != len(weight)):
             raise ValueError(
-                f"a LoRA must fit the UNet's {layer}, {tuple(weight.shape)}, got {tuple(up.shape)} times "
+                f"a LoRA must fit the {noun}'s {layer}, {tuple(weight.shape)}, got {tuple(up.shape)} times "
                 f"{tuple(down.shape)} in {file}, which is for another kind of model"
             )
         tensors[layer + DOWN] = down.reshape(len(down), *weight.shape[1:])
         tensors[layer + UP] = up.reshape(len(weight), len(down), *[1] * (weight.ndim - 2))
     if not layers:
-        raise ValueError(f"a LoRA must be on at least one layer of the UNet, and {file} has none")
+        raise ValueError(f"a LoRA must be on at least one layer of the {noun}, and {file} has none")
     return layers
 
 

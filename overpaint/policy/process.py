@@ -6,7 +6,7 @@ clean latents and noise. `Diffusion` and `RectifiedFlow` differ in their levels,
 much noise a step adds; `ddim` and `flow` have the arithmetic.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol, cast, runtime_checkable
 
 import torch
@@ -26,6 +26,9 @@ Size = tuple[int, int]
 class Process(Protocol):
     """What a policy asks of a process; all levels and latents are of one batch, and on one device."""
 
+    config: dict[str, Any]
+    """Of the checkpoint's scheduler."""
+
     @property
     def prediction_type(self) -> str:
         """What a network predicts: "epsilon", "v_prediction" or "sample" in diffusion, "velocity" in a flow."""
@@ -44,11 +47,11 @@ class Process(Protocol):
         """
         ...
 
-    def stochastic(self, steps: int, eta: float, size: Size, device: torch.device) -> Plan:
-        """Returns the plan, checked for a density at every step.
+    def stochastic_steps(self, steps: int, eta: float) -> tuple[int, ...]:
+        """Returns the indices of the steps that have a density.
 
         Raises:
-            ValueError: `steps` or `eta` is out of its range, or a step would be deterministic.
+            ValueError: `steps` or `eta` is out of its range, or a diffusion's last step would be deterministic.
         """
         ...
 
@@ -101,7 +104,7 @@ class Diffusion:
     """
 
     def __init__(self, config: Mapping[str, Any]) -> None:
-        self.config = config
+        self.config = dict(config)
         self.prediction_type = cast(PredictionType, config.get("prediction_type", "epsilon"))
         self._alphas = ddim.cumulative_alphas(config)
         self._plans: dict[tuple[int, torch.device], Plan] = {}
@@ -117,16 +120,16 @@ class Diffusion:
             self._plans[steps, device] = Plan(*(part.to(device) for part in ddim.schedule(self.config, steps)))
         return self._plans[steps, device]
 
-    def stochastic(self, steps: int, eta: float, size: Size, device: torch.device) -> Plan:
-        """See `Process`."""
+    def stochastic_steps(self, steps: int, eta: float) -> tuple[int, ...]:
+        """See `Process`; all of them."""
         check_noise(eta)
-        if int(self.plan(steps, size, torch.device("cpu")).timesteps[-1]) == 0:
+        if int(self.plan(steps, (0, 0), torch.device("cpu")).timesteps[-1]) == 0:
             spacing = self.config.get("timestep_spacing")
             raise ValueError(
                 f"the last step must start above timestep 0 to have a log-probability, got 0 from steps={steps} and "
                 f"the checkpoint's timestep_spacing={spacing!r}"
             )
-        return self.plan(steps, size, device)
+        return tuple(range(steps))
 
     def levels(self, timesteps: Shaped[Tensor, " batch"]) -> PerSample:
         """See `Process`; cumulative alphas, which are copied to a device once."""
@@ -183,7 +186,7 @@ class RectifiedFlow:
     num_timesteps = 1000
 
     def __init__(self, config: Mapping[str, Any], *, chain: Chain = "sde", patch: int = 2, even: bool) -> None:
-        self.config, self.chain, self.patch, self.even = config, chain, patch, even
+        self.config, self.chain, self.patch, self.even = dict(config), chain, patch, even
         self._plans: dict[tuple[int, int, torch.device], Plan] = {}
 
     def plan(self, steps: int, size: Size, device: torch.device) -> Plan:
@@ -194,12 +197,11 @@ class RectifiedFlow:
             self._plans[steps, tokens, device] = Plan(*(part.to(device) for part in found))
         return self._plans[steps, tokens, device]
 
-    def stochastic(self, steps: int, eta: float, size: Size, device: torch.device) -> Plan:
-        """See `Process`."""
+    def stochastic_steps(self, steps: int, eta: float) -> tuple[int, ...]:
+        """See `Process`; all of them, but for the last one of cps."""
         check_noise(eta)
-        if self.chain == "cps":
-            raise ValueError(f"step {steps - 1} must have a density, and 'cps' has none at the last one")
-        return self.plan(steps, size, device)
+        check_steps(steps)
+        return tuple(range(steps - 1 if self.chain == "cps" else steps))
 
     def levels(self, timesteps: Shaped[Tensor, " batch"]) -> PerSample:
         """See `Process`; shares of the noise, from 0 at an image to 1."""
@@ -240,6 +242,28 @@ class RectifiedFlow:
 
     def _noise_added(self, plan: Plan, eta: float) -> dict[str, Any]:
         return {"eta": eta, "chain": self.chain, "second_level": plan.next_levels[0]}
+
+
+def check_steps(steps: int) -> None:
+    """Checks a number of steps.
+
+    Raises:
+        ValueError: It is below 1.
+    """
+    if steps < 1:
+        raise ValueError(f"steps must be at least 1, got {steps}")
+
+
+def check_chosen(stochastic: Sequence[int], possible: Sequence[int]) -> frozenset[int]:
+    """Checks which steps are to have a density, and returns them.
+
+    Raises:
+        ValueError: One of them cannot have one.
+    """
+    for step in stochastic:
+        if step not in possible:
+            raise ValueError(f"step {step} must have a density, and only {list(possible)} can have one")
+    return frozenset(stochastic)
 
 
 def check_eta(eta: float) -> None:

@@ -2,7 +2,7 @@
 
 import warnings
 from collections import OrderedDict
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -12,10 +12,12 @@ from torch import Tensor, nn
 
 from .coined_words import CoinedWords
 from .conditioning import Conditioning
+from .families import Family
 from .parts import TextEncoder, Tokenizer
 
-CACHED_PROMPTS = 4096
-"""How many encoded prompts are kept, in the CPU's memory; about 1 GB for Stable Diffusion v1 in float32."""
+CACHED_BYTES = 2**30
+"""How much memory of the CPU encoded prompts may take: about 4,500 of Stable Diffusion v1 in float32, 250 of FLUX in
+half precision."""
 
 
 class TruncatedPromptWarning(UserWarning):
@@ -44,20 +46,50 @@ class PromptEncoder:
     A prompt goes through the text encoder alone: its embedding is then the same to the last bit whatever it is
     encoded with and whether it was cached, so that a resumed run sees what an uninterrupted one sees. For the same
     reason the text encoder computes in the precision of its own weights, inside autocast as outside.
+
+    Args:
+        text_encoder: Of the words, one by one.
+        tokenizer: Of that text encoder.
+        encode: Encodes one text, on any device, where more than the states of the one text encoder are read of it.
+        away: Makes of the encoded empty prompt what guidance leads away from; None leaves it as it is.
+        room: How many tokens are read of a text; None is as many as the text encoder has places for.
     """
 
-    def __init__(self, text_encoder: TextEncoder, tokenizer: Tokenizer) -> None:
+    def __init__(
+        self,
+        text_encoder: TextEncoder,
+        tokenizer: Tokenizer,
+        *,
+        encode: Callable[[str], Conditioning] | None = None,
+        away: Callable[[Conditioning], Conditioning] | None = None,
+        room: int | None = None,
+    ) -> None:
         self.text_encoder = text_encoder
         self.tokenizer = tokenizer
-        self._cache: OrderedDict[str, Float[Tensor, "tokens dim"]] = OrderedDict()
+        self._encode, self._away, self._room = encode, away, room
+        self._cache: OrderedDict[str, Conditioning] = OrderedDict()
+        self._cached_bytes = 0
         self._replaced: Mapping[str, Float[Tensor, "tokens dim"]] = {}
         self._coined: CoinedWords | None = None
         self._empty: Conditioning | None = None
         self._told: set[str] = set()
 
+    @classmethod
+    def of(cls, family: Family) -> "PromptEncoder":
+        """Returns the encoder of a family's prompts."""
+        alone = len(family.encoders) == 1
+        return cls(
+            *family.reader,
+            encode=None if alone else family.encode,
+            away=family.away,
+            room=None if alone else family.room,
+        )
+
     @property
     def room(self) -> int:
         """How many tokens the text encoder reads, start and end included."""
+        if self._room is not None:
+            return self._room
         return min(self.tokenizer.model_max_length, self.text_encoder.config.max_position_embeddings)
 
     def __call__(self, prompts: Sequence[str]) -> Conditioning:
@@ -65,19 +97,34 @@ class PromptEncoder:
         texts, device = check_prompts(prompts), self.text_encoder.device
         free = [text for text in dict.fromkeys(texts) if self._coined is not None and text in self._coined]
         known = {**(dict(zip(free, self._encode_free(free), strict=True)) if free else {}), **self._replaced}
-        rows = [known[text] if text in known else self.plain(text) for text in texts]
-        return Conditioning(tuple(texts), torch.stack([row.to(device) for row in rows]))
+        rows = [self._with(text, known[text]) if text in known else self._row(text) for text in texts]
+        return Conditioning.cat([row.to(device) for row in rows])
 
     def plain(self, prompt: str) -> Float[Tensor, "tokens dim"]:
-        """Returns the encoding of a prompt's own words, whatever `replaced` puts in its place; on the CPU."""
+        """Returns the tokens of a prompt's own words, whatever `replaced` puts in their place; on the CPU."""
+        return self._row(prompt).tokens[0]
+
+    def _row(self, prompt: str) -> Conditioning:
+        """Returns one prompt's own encoding, on the CPU."""
         if prompt in self._cache:
             self._cache.move_to_end(prompt)
             return self._cache[prompt]
         self._tell_if_cut(prompt)
-        self._cache[prompt] = self.run(*self._padded([self.read(prompt)]))[0][0].cpu()
-        if len(self._cache) > CACHED_PROMPTS:
-            self._cache.popitem(last=False)
-        return self._cache[prompt]
+        if self._encode is None:
+            row = Conditioning((prompt,), self.run(*self._padded([self.read(prompt)]))[0].cpu())
+        else:
+            row = self._encode(prompt).to(torch.device("cpu"))
+        self._cache[prompt] = row
+        self._cached_bytes += row.nbytes
+        while self._cached_bytes > CACHED_BYTES and len(self._cache) > 1:
+            self._cached_bytes -= self._cache.popitem(last=False)[1].nbytes
+        return row
+
+    def _with(self, text: str, tokens: Float[Tensor, "tokens dim"]) -> Conditioning:
+        """Returns one prompt with other tokens than those of its own words."""
+        if self._encode is None:
+            return Conditioning((text,), tokens[None])
+        return self._row(text).to(tokens.device).with_tokens(tokens[None])
 
     @contextmanager
     def replaced(self, rows: Mapping[str, Float[Tensor, "tokens dim"]]) -> Generator[None]:
@@ -100,8 +147,11 @@ class PromptEncoder:
         again with other vectors: guards remember what they have read.
 
         Raises:
-            ValueError: Vectors are not as wide as the text encoder's, or other words are coined already.
+            ValueError: Vectors are not as wide as the text encoder's, other words are coined already, or the model has
+                several text encoders.
         """
+        if self._encode is not None:
+            raise ValueError("free vectors must be read by a model with one text encoder, and this one has several")
         if self._coined is not None:
             raise ValueError(f"words must be coined all at once, got {sorted(words)} beside others")
         embedding = self.text_encoder.get_input_embeddings()
@@ -145,7 +195,7 @@ class PromptEncoder:
         return ids if len(ids) <= room else [*ids[: room - 1], ids[-1]]
 
     def empty(self, like: Conditioning) -> Conditioning:
-        """Returns the empty prompt, once for each row of `like` and on its device.
+        """Returns what guidance leads away from, the empty prompt or what a family has for it, for each row of `like`.
 
         The copy on the device stays there, so that no step of a sampling loop waits for a transfer.
         """
@@ -154,12 +204,14 @@ class PromptEncoder:
             tokens.device,
             tokens.dtype,
         ):
-            self._empty = self([""]).to(tokens)
+            empty = self([""])
+            self._empty = (empty if self._away is None else self._away(empty)).to(tokens)
         return self._empty.expand(len(like))
 
     def clear(self) -> None:
         """Empties the cache; needed after the text encoder's weights have changed."""
         self._cache.clear()
+        self._cached_bytes = 0
         self._empty = None
 
     def _encode_free(self, texts: Sequence[str]) -> Float[Tensor, "texts tokens dim"]:

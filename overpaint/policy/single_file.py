@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from .takeover import check_unet
+from .families import StableDiffusion
 from .tensor_names import FOREIGN, LDM_TEXT_ENCODER, LDM_UNET, LDM_VAE, kind_of
 from .weight_files import SafeTensors, read_weights, state_dict_of
 
@@ -59,7 +59,7 @@ def check_tensors(shapes: Mapping[str, tuple[int, ...]], name: str) -> None:
     first = shapes.get(FIRST_CONVOLUTION, ())
     if len(first) != 4:
         raise ValueError(f"a checkpoint in one file must hold {FIRST_CONVOLUTION}, and {name} does not")
-    check_unet({"in_channels": first[1]})
+    StableDiffusion.check_network({"in_channels": first[1]})
 
 
 def configuration_of(shapes: Mapping[str, tuple[int, ...]]) -> str | None:

@@ -5,67 +5,65 @@ policy draw another picture than the pipeline, or train weights that change none
 and layers of other libraries, a scheduler that clips.
 """
 
-import inspect
-from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
-import torch
 from torch import nn
 
-from . import ddim
 from .added import is_added
-from .ddim import PREDICTION_TYPES
-from .parts import VAE, Pipeline, TextEncoder, Tokenizer, UNet
+from .families import Family, family_named, supported
+from .parts import Pipeline
 
-PIPELINE_CLASSES = (
-    "StableDiffusionPipeline",
-    "StableDiffusionImg2ImgPipeline",
-    "StableDiffusionInpaintPipelineLegacy",
-    "StableDiffusionPipelineSafe",
+PROCESSORS = (
+    *("AttnProcessor", "AttnProcessor2_0", "SlicedAttnProcessor", "XFormersAttnProcessor"),
+    *("JointAttnProcessor2_0", "FluxAttnProcessor"),
 )
-"""Pipelines around the same five parts: text-to-image, and others that differ in how they sample."""
-
-PROCESSORS = ("AttnProcessor", "AttnProcessor2_0", "SlicedAttnProcessor", "XFormersAttnProcessor")
 """diffusers' ways of computing the one attention, equal up to rounding."""
 
 LIBRARIES = ("torch", "diffusers", "transformers")
 """Whose layers the networks are made of."""
 
+TITLES = {
+    "unet": "UNet",
+    "transformer": "transformer",
+    "vae": "VAE",
+    "text_encoder": "text encoder",
+    "text_encoder_2": "second text encoder",
+    "text_encoder_3": "third text encoder",
+}
+"""What errors call the networks of a pipeline."""
+
 FREEU = ("s1", "s2", "b1", "b2")
 """What `enable_freeu` sets on the blocks on the way up."""
 
 
-class Parts(NamedTuple):
-    """The five parts of a Stable Diffusion."""
-
-    unet: UNet
-    vae: VAE
-    text_encoder: TextEncoder
-    tokenizer: Tokenizer
-    scheduler: Any
-
-
-def take_over(pipeline: Pipeline) -> Parts:
-    """Returns the parts of a pipeline, plain.
+def take_over(pipeline: Pipeline, max_sequence_length: int | None = None) -> Family:
+    """Returns the parts of a pipeline, plain, and the family that they are of.
 
     Args:
         pipeline: Compiled wrappers are taken off its networks, and fused projections are parted again, in place.
+        max_sequence_length: See `Family`.
 
     Raises:
-        ValueError: The pipeline is no Stable Diffusion, or carries what a policy would draw or train without.
+        ValueError: The pipeline is of no known family, or carries what a policy would draw or train without.
     """
-    name = type(pipeline).__name__
-    if name not in PIPELINE_CLASSES:
-        raise ValueError(f"the pipeline must be a {PIPELINE_CLASSES[0]}, got a {name}")
-    unet, vae, text_encoder = (plain_network(part) for part in (pipeline.unet, pipeline.vae, pipeline.text_encoder))
-    expected = {"UNet": (unet, "UNet2DConditionModel"), "VAE": (vae, "AutoencoderKL")}
-    for part, (network, kind) in (expected | {"text encoder": (text_encoder, "CLIPTextModel")}).items():
-        if kind not in [base.__name__ for base in type(network).__mro__]:
-            raise ValueError(f"the {part} must be a {kind}, got a {type(network).__name__}")
-        _check_network(part, network)
-    check_unet(unet.config)
-    check_scheduler(pipeline.scheduler)
-    for block in unet.up_blocks:
+    family = family_named(name := type(pipeline).__name__)
+    if family is None:
+        raise ValueError(f"the pipeline must be one of {supported()}, got a {name}")
+    holder: Any = pipeline
+    for part, kind in family.classes.items():
+        network = getattr(holder, part)
+        if network is None and part in family.optional():
+            continue
+        plain = plain_network(network)
+        if plain is not network:
+            setattr(holder, part, plain)
+        title = TITLES[part]
+        if kind not in [base.__name__ for base in type(plain).__mro__]:
+            raise ValueError(f"the {title} must be a {kind}, got a {type(plain).__name__}")
+        _check_network(title, plain)
+    family.check_network(getattr(holder, family.network).config)
+    family.check_scheduler(holder.scheduler)
+    for block in getattr(getattr(holder, family.network), "up_blocks", ()):
         if any(getattr(block, factor, None) is not None for factor in FREEU):
             raise ValueError("the UNet must be without FreeU, which no saved model holds; disable_freeu() first")
     if getattr(pipeline, "_clip_skip", None):  # an argument of the pipeline's last call
@@ -73,7 +71,7 @@ def take_over(pipeline: Pipeline) -> Parts:
             f"the pipeline must have been called without clip_skip, got {pipeline._clip_skip}: a policy reads the text "
             "encoder to its last layer; leave layers out of text_encoder.encoder.layers instead"
         )
-    return Parts(unet, vae, text_encoder, pipeline.tokenizer, pipeline.scheduler)
+    return family(pipeline, max_sequence_length)
 
 
 def plain_network(network: Any) -> Any:
@@ -94,50 +92,6 @@ def plain_network(network: Any) -> Any:
                 delattr(module, leftover)
                 module.fused_projections = False
     return network
-
-
-def check_unet(config: Mapping[str, Any]) -> None:
-    """Checks by its configuration that a UNet reads latents, a timestep and a prompt, and nothing else.
-
-    Raises:
-        ValueError: It reads more, as those of inpainting, of SDXL and of latent consistency do.
-    """
-    channels = config.get("in_channels", 4)
-    if channels != 4:
-        kind = {5: " (of a depth model)", 8: " (of an editing model)", 9: " (of an inpainting model)"}.get(channels, "")
-        raise ValueError(f"the UNet must take 4 channels of latents and nothing else, got {channels}{kind}")
-    for name, kind in (
-        ("addition_embed_type", "SDXL's pooled text and sizes"),
-        ("encoder_hid_dim_type", "an image or another text encoder, as IP-Adapter does"),
-        ("class_embed_type", "a class"),
-        ("num_class_embeds", "a class"),
-        ("time_cond_proj_dim", "the scale of guidance, as latent consistency models do"),
-    ):
-        if config.get(name) is not None:
-            raise ValueError(f"the UNet must take a prompt and nothing else, got one that reads {kind}: {name}")
-
-
-def check_scheduler(scheduler: Any) -> None:
-    """Checks that a scheduler's noise levels are those of its configuration, and that its steps clip nothing.
-
-    Raises:
-        ValueError: They are not, or it predicts something unknown.
-    """
-    config, name = scheduler.config, type(scheduler).__name__
-    kind = config.get("prediction_type", "epsilon")
-    if kind not in PREDICTION_TYPES:
-        raise ValueError(f"the scheduler's prediction_type must be one of {', '.join(PREDICTION_TYPES)}, got {kind!r}")
-    for setting in ("clip_sample", "thresholding"):
-        if config.get(setting) and setting in inspect.signature(type(scheduler)).parameters:
-            raise ValueError(
-                f"the scheduler's {setting} must be False, as a policy's steps clip nothing, got {config[setting]} in "
-                f"{name}; set it in scheduler_config.json, or by {name}.from_config(scheduler.config, {setting}=False)"
-            )
-    levels = getattr(scheduler, "alphas_cumprod", None)
-    if levels is None:
-        raise ValueError(f"the scheduler must have cumulative alphas, as those of Stable Diffusion do, got {name}")
-    if not torch.allclose(levels.float().cpu(), ddim.cumulative_alphas(config), rtol=1e-3, atol=1e-5):
-        raise ValueError(f"the scheduler's cumulative alphas must be those of its configuration, got others in {name}")
 
 
 def _check_network(part: str, network: nn.Module) -> None:

@@ -2,7 +2,7 @@
 
 from typing import NamedTuple
 
-from jaxtyping import Float, Int
+from jaxtyping import Float, Shaped
 from torch import Tensor
 
 from .conditioning import Conditioning
@@ -18,10 +18,10 @@ class Trajectory(NamedTuple):
     """States, one more than there are steps; float32 and unrounded, so that log-probabilities stay exact."""
 
     log_probs: Float[Tensor, "batch steps"]
-    """Log-density of each step, averaged over the latent's elements; float32."""
+    """Log-density of each step, averaged over the latent's elements; float32; NaN where a step was deterministic."""
 
-    timesteps: Int[Tensor, " steps"]
-    """The scheduler's integers, falling."""
+    timesteps: Shaped[Tensor, " steps"]
+    """What the network was told of each step, falling, see `Plan`."""
 
     conditioning: Conditioning
     """The prompts that were drawn, encoded."""

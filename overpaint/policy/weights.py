@@ -20,6 +20,9 @@ from overpaint.text_files import read_json
 from .added import is_added
 from .parts import UNet
 
+ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
+"""Endings of the names of every projection of both attentions of a UNet."""
+
 ADAPTER = "default"
 """Name of the one LoRA adapter."""
 
@@ -39,8 +42,9 @@ class LoRAConfig:
     alpha: float = Field(4.0, gt=0)
     """The update is scaled by alpha / rank."""
 
-    targets: tuple[Annotated[str, Field(min_length=1)], ...] = Field(("to_q", "to_k", "to_v", "to_out.0"), min_length=1)
-    """Endings of the names of the layers that get an update; by default every projection of both attentions."""
+    targets: tuple[Annotated[str, Field(min_length=1)], ...] | None = Field(None, min_length=1)
+    """Endings of the names of the layers that get an update; None is every projection of attention, as the family of
+    models names them."""
 
     seed: int = 0
     """Seed of the random half of the update; the other half starts at zero."""
@@ -129,7 +133,7 @@ def attach_lora(unet: UNet, config: LoRAConfig) -> None:
     settings = peft.LoraConfig(
         r=config.rank,
         lora_alpha=config.alpha,  # ty: ignore[invalid-argument-type]  peft says int and takes any number
-        target_modules=list(config.targets),
+        target_modules=list(config.targets or ATTENTION),
         init_lora_weights="gaussian",
         use_dora=config.dora,
     )

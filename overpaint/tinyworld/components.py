@@ -120,8 +120,9 @@ def save_pipeline(folder: Path, vae, text_encoder, tokenizer, unet) -> None:
     """Saves the parts as a diffusers pipeline in half precision."""
     import torch
 
-    from overpaint.policy.saving import plain_pipeline, write_pipeline
+    from overpaint.policy.families.sd import stable_diffusion_of
+    from overpaint.policy.saving import write_pipeline
 
     for network in (vae, text_encoder, unet):
         network.to(torch.float16)
-    write_pipeline(plain_pipeline(unet, vae, text_encoder, tokenizer, scheduler()), folder)
+    write_pipeline(stable_diffusion_of(unet, vae, text_encoder, tokenizer, scheduler()), folder)

@@ -158,8 +158,7 @@ class TrainingRun:
             config, policy = self.config, self.policy
             folder = Path(config.output_dir)
             self.generator = torch.Generator().manual_seed(config.seed)
-            for part in (policy.unet, policy.vae, policy.text_encoder):
-                part.to(self.device)
+            policy.to(self.device)
             network = stack.enter_context(prepared_network(self.accelerator, policy))
             self._optimizer_step = OptimizerStep(self.accelerator, network, policy.trainable_parameters(), config)
             self._checkpoints = CheckpointFolder(folder / CHECKPOINTS, keep=config.keep_checkpoints)

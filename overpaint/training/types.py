@@ -3,29 +3,19 @@
 from collections.abc import Callable
 from typing import Any, Protocol, runtime_checkable
 
+import torch
 from torch import Tensor, nn
 
 
 @runtime_checkable
 class Trainable(Protocol):
-    """A policy whose UNet is trained; `policy.DiffusionPolicy` is one."""
+    """A policy whose denoising network is trained; `policy.DiffusionPolicy` is one."""
 
     network: Callable[..., Any]
-    """What every forward of the UNet goes through; a run replaces it by accelerate's wrapper."""
+    """What every forward of that network goes through; a run replaces it by accelerate's wrapper."""
 
-    @property
-    def unet(self) -> nn.Module:
-        """The network that is trained."""
-        ...
-
-    @property
-    def vae(self) -> nn.Module:
-        """A frozen part, which the run moves to its device."""
-        ...
-
-    @property
-    def text_encoder(self) -> nn.Module:
-        """A frozen part, which the run moves to its device."""
+    def to(self, device: torch.device, /) -> Any:
+        """Moves all of its networks to the run's device."""
         ...
 
     def trainable_parameters(self) -> list[nn.Parameter]:

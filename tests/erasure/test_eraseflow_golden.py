@@ -62,7 +62,7 @@ def chosen(steps: list[int]) -> Tensor:
 def test_schedule_and_embeddings_are_those_of_the_case() -> None:
     policy = DiffusionPolicy.from_pretrained(TINY_SD, device="cpu")
     assert HYPER["schedule"].startswith("DDIM over 1000 steps, scaled_linear 0.00085-0.012, leading spacing")
-    plan = policy.process.stochastic(STEPS, HYPER["eta"], policy.latent_shape()[1:], policy.device)
+    plan = policy.plan(STEPS)
     assert plan.timesteps.tolist() == CASE.tensors["timesteps"].tolist()
     assert torch.equal(plan.next_levels, policy.process.levels(CASE.tensors["prev_timesteps"].long()))
     for name, text in (("target", "target_prompt"), ("anchor", "anchor_prompt"), ("empty", "negative_prompt")):

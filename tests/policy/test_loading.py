@@ -33,16 +33,19 @@ def test_folder_without_an_index_is_refused(pipeline_copy: Path) -> None:
 @pytest.mark.parametrize(
     "name",
     [
-        "StableDiffusionXLPipeline",
-        "FluxPipeline",
         "StableDiffusionInpaintPipeline",
         "StableDiffusionControlNetPipeline",
-        "StableDiffusionXLImg2ImgPipeline",
+        "StableDiffusionXLInpaintPipeline",
+        "FluxKontextPipeline",
+        "FluxFillPipeline",
+        "Flux2Pipeline",
     ],
 )
 def test_pipeline_of_another_class_is_refused(pipeline_copy: Path, name: str) -> None:
     change(pipeline_copy / "model_index.json", _class_name=name)
-    with pytest.raises(ValueError, match=f"must be a StableDiffusionPipeline, and .* is a {name}"):
+    with pytest.raises(
+        ValueError, match=rf"must be one of StableDiffusionPipeline, .*, FluxPipeline, and .* is a {name}"
+    ):
         DiffusionPolicy.from_pretrained(pipeline_copy)
 
 
@@ -85,9 +88,9 @@ def publish(pipeline_dir: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[...
 def test_hub_id_is_asked_for_its_class_before_it_is_loaded(
     listing: bool, pipeline_copy: Path, publish: Callable[..., list[str]]
 ) -> None:
-    change(pipeline_copy / "model_index.json", _class_name="StableDiffusionXLPipeline")
+    change(pipeline_copy / "model_index.json", _class_name="PixArtSigmaPipeline")
     asked = publish(stabilityai__sdxl=pipeline_copy, listing=listing)
-    with pytest.raises(ValueError, match="stabilityai/sdxl is a StableDiffusionXLPipeline"):
+    with pytest.raises(ValueError, match="stabilityai/sdxl is a PixArtSigmaPipeline"):
         DiffusionPolicy.from_pretrained("stabilityai/sdxl")
     assert asked == ["stabilityai/sdxl"]
 
@@ -299,7 +302,7 @@ def test_unknown_prediction_is_refused(pipeline_copy: Path) -> None:
 
 def test_what_is_no_pipeline_or_carries_an_adapter_is_refused(policy: DiffusionPolicy) -> None:
     other: Any = object()
-    with pytest.raises(ValueError, match="must be a StableDiffusionPipeline, got a object"):
+    with pytest.raises(ValueError, match=r"must be one of StableDiffusionPipeline, .*, got a object"):
         DiffusionPolicy(other)
     pipeline = policy.to_pipeline()
     pipeline.unet = policy.unet

@@ -189,6 +189,7 @@ def test_a_files_layers_are_said_by_the_shortest_endings(
     policy = make_policy()
     policy.load_lora(tmp_path)
     assert policy.lora is not None
+    assert policy.lora.targets is not None
     assert set(policy.lora.targets) == set(targets)
 
 

@@ -1,6 +1,6 @@
 """Diffusion and rectified flow behind one protocol."""
 
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -118,9 +118,17 @@ def test_a_flow_of_fluxs_is_shifted_by_the_size_of_its_images() -> None:
     [
         ("sde", 0.0, "eta must be above 0 for log-probabilities"),
         ("sde", 1.5, "eta must be from 0 to 1, got 1.5"),
-        ("cps", 0.5, "step 3 must have a density, and 'cps' has none at the last one"),
     ],
 )
-def test_a_flow_without_a_density_at_every_step_is_refused(chain: Any, eta: float, message: str) -> None:
+def test_a_flow_without_a_density_is_refused(chain: Any, eta: float, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        RectifiedFlow(FLOW, chain=chain, even=False).stochastic(4, eta, SIZE, CPU)
+        RectifiedFlow(FLOW, chain=chain, even=False).stochastic_steps(4, eta)
+
+
+def test_all_steps_of_a_flow_have_a_density_but_the_last_of_cps() -> None:
+    for chain, count in (("sde", 4), ("dance", 4), ("cps", 3)):
+        process = RectifiedFlow(FLOW, chain=cast(Any, chain), even=False)
+        assert process.stochastic_steps(4, 0.5) == tuple(range(count))
+        plan = process.plan(4, SIZE, CPU)
+        deviations, _ = process.scales(plan, 0.5)
+        assert (deviations > 0).tolist() == [step < count for step in range(4)]

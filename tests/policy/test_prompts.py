@@ -53,7 +53,9 @@ def test_embeddings_carry_no_gradient(policy: DiffusionPolicy) -> None:
 def test_oldest_prompts_are_forgotten(
     policy: DiffusionPolicy, texts_encoded: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(prompts, "CACHED_PROMPTS", 2)
+    monkeypatch.setattr(prompts, "CACHED_BYTES", 2 * policy.encode(["a row"]).nbytes)
+    policy.prompts.clear()
+    texts_encoded.clear()
     policy.encode(["one", "two"])
     policy.encode(["one", "red"])  # two is now the oldest, and goes
     policy.encode(["one"])

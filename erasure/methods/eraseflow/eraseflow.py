@@ -234,7 +234,7 @@ class EraseFlow:
         """
         cfg = self.config
         check_trainable(policy, f"erasing {concept.name!r} by EraseFlow")
-        policy.process.stochastic(cfg.steps, 1.0, policy.latent_shape()[1:], policy.device)
+        policy.process.stochastic_steps(cfg.steps, 1.0)
         check_words(policy, concept)
         check_absent(concept, [self.anchor(concept)], "the anchor")
         if cfg.retain_share:
@@ -307,7 +307,7 @@ class EraseFlow:
     def residuals(self, policy: DiffusionPolicy, drawn: Drawn, chosen: Int[Tensor, "batch chosen"]) -> PerSample:
         """Returns the residual of each trajectory over its chosen steps, with gradient."""
         cfg = self.config
-        plan = policy.process.stochastic(cfg.steps, 1.0, policy.latent_shape()[1:], policy.device)
+        plan = policy.plan(cfg.steps)
         latents, log_probs, scores = (part.to(policy.device) for part in drawn[:3])
         targets = policy.encode([pair.target for pair in drawn.pairs])
         trajectory = Trajectory(latents, log_probs, plan.timesteps, targets)

@@ -393,7 +393,7 @@ def timestep_odds(total: int) -> list[float]:
 
 def with_lora(policy: DiffusionPolicy, lora: LoRAConfig) -> DiffusionPolicy:
     """Returns a policy with a fresh LoRA on the same weights; text encoder and VAE are shared."""
-    plain = plain_pipeline(policy.unet, policy.vae, policy.text_encoder, policy.tokenizer, policy.scheduler)
+    plain = plain_pipeline(policy.family)
     student = DiffusionPolicy(plain, lora=lora, device=policy.device)
     student.prompts = policy.prompts
     return student
