@@ -62,7 +62,7 @@ class BareRound:
                     for part in self.drawn[0][: cfg.sampling_batch_size].split(CHUNK):
                         vae.decode((part / vae.config["scaling_factor"]).to(vae.dtype), return_dict=False)
                 self.reward(self.images, self.prompts)
-        pairs = cfg.samples_per_round // cfg.updates_per_round * cfg.trained_steps
+        pairs = cfg.samples_per_round // cfg.updates_per_round * cfg.trained_of(cfg.steps)
         for _ in range(cfg.updates_per_round):
             for index in range(pairs // cfg.minibatch_size):
                 with self.autocast():

@@ -38,7 +38,7 @@ def drawing_ends(policy: DiffusionPolicy, config: Any, guidance: Guidance) -> Dr
             conditioning, steps=config.steps, guidance=guidance, eta=config.eta, seeds=seeds, height=config.height,
             width=config.width,
         )  # fmt: skip
-        none = clean.new_empty(len(clean), 0)
+        none = clean.new_empty(len(clean), 0, dtype=torch.float64)
         return Trajectory(clean.unsqueeze(1), none, none.new_empty(0, dtype=torch.int64), conditioning)
 
     return draw
@@ -155,11 +155,13 @@ class Collector:
                     pictures.append(images.cpu())
             scores = [pool.results() for pool in pools]
             seconds_reward = sum(pool.busy_seconds for pool in pools)
+        means = [batch.means for batch in batches if batch.means is not None]
         trajectory = Trajectory(
             torch.cat([batch.latents for batch in batches]),
             torch.cat([batch.log_probs for batch in batches]),
             batches[0].timesteps,
             Conditioning.cat([batch.conditioning for batch in batches]),
+            torch.cat(means) if means else None,
         )
         return ScoredSamples(
             trajectory=trajectory,

@@ -78,6 +78,24 @@ class DDPOConfig:
     """Share of each sample's steps that an update trains on, in (0, 1]: drawn anew for each sample with equal weights,
     and otherwise the steps that weigh most."""
 
+    window: int = Field(0, ge=0)
+    """Steps in a row, at a place that each round draws anew, that alone are stochastic and trained on; 0 is all steps.
+    The others of a sample go where they lead without noise. Source: Flow-GRPO-Fast in yifan123/flow_grpo, with 2 or 3;
+    MixGRPO, https://arxiv.org/abs/2507.21802, whose window slides."""
+
+    window_span: float = Field(0.5, gt=0, le=1)
+    """Share of the steps, from noise on, that a window lies in."""
+
+    ratio: Literal["plain", "guard"] = "plain"
+    """What is clipped: the ratio of probabilities, or, of a flow, one that is centred and has one scale at all steps:
+    GRPO-Guard, https://arxiv.org/abs/2510.22319, with a clip range of 2e-6 to 4e-6. Its loss is divided by the step's
+    length. Departure: the centre is each sample's own, and not the mean over the minibatch."""
+
+    kl: Literal["step", "velocity"] = "step"
+    """The divergence from the reference policy: of the Gaussians of a step, which grows without bound where a step has
+    little noise; or the mean squared difference of the network's predictions. Source of the latter: DiffusionNFT,
+    https://arxiv.org/abs/2509.16117."""
+
     kl_weight: float = Field(0.0, ge=0)
     """Weight of the divergence of each step from the reference policy's (DPOK); other than 0, it costs a further UNet
     call without gradient for each."""
@@ -111,17 +129,23 @@ class DDPOConfig:
             raise ValueError(f"min_count must be at most buffer_size={self.buffer_size}, got {self.min_count}")
         if self.baseline in ("group", "centred") and images < 2:
             raise ValueError(f"images_per_prompt must be at least 2 with {self.baseline!r}, got {images}")
+        if self.window > self.steps:
+            raise ValueError(f"window must be at most steps={self.steps}, got {self.window}")
+        if self.window and self.step_weights != "equal":
+            raise ValueError(f"window must be 0 with step_weights {self.step_weights!r}, got {self.window}")
+        if self.ratio == "guard" and self.estimator != "importance":
+            raise ValueError(f"ratio must be 'plain' with the estimator {self.estimator!r}, got 'guard'")
 
-    @property
-    def trained_steps(self) -> int:
-        """Steps of each sample that an update trains on."""
-        return max(1, round(self.steps * self.timestep_fraction))
+    def trained_of(self, possible: int) -> int:
+        """Returns how many steps of each sample an update trains on, of those that it can or of a window of them."""
+        return max(1, round((self.window or possible) * self.timestep_fraction))
 
-    def check_shares(self, processes: int, *, concept_images: int, with_erasure: bool) -> None:
+    def check_shares(self, processes: int, *, trained_steps: int, concept_images: int, with_erasure: bool) -> None:
         """Checks that a round divides evenly among processes, updates and batches.
 
         Args:
             processes: How many there are.
+            trained_steps: Steps of each sample that an update trains on.
             concept_images: Images of the concept that a round draws.
             with_erasure: Whether there is an erasure constraint, on images or not.
 
@@ -145,7 +169,7 @@ class DDPOConfig:
                 f"DDPOConfig.sampling_batch_size must divide the {samples} samples that a process draws in a round, "
                 f"got {self.sampling_batch_size}"
             )
-        pairs = samples // updates * self.trained_steps
+        pairs = samples // updates * trained_steps
         if pairs % self.minibatch_size:
             raise ValueError(
                 f"DDPOConfig.minibatch_size must divide the {pairs} pairs of sample and step that a process trains on "

@@ -5,17 +5,18 @@ from statistics import fmean
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from erasure.gradient_conflict import gradient_cosine
 from overpaint.policy import DiffusionPolicy, Guidance, Trajectory
 from overpaint.policy.ddim import gaussian_kl, gaussian_log_prob
+from overpaint.policy.process import RectifiedFlow
 from overpaint.policy.types import Latents, PerSample
 from overpaint.training import TrainingRun
 
 from .config import DDPOConfig
-from .loss import clipped_surrogate, ratio_statistics, score_function
+from .loss import clipped_surrogate, guarded_log_ratio, ratio_statistics, score_function
 from .requests import Pairs
 
 TOLERATED = 0.1
@@ -82,6 +83,9 @@ class PolicyGradient:
         config: Settings.
         guidance: That of the rollouts.
         step_weights: Weight of each denoising step in the loss.
+
+    Raises:
+        ValueError: The guarded ratio is asked for, and the policy is of diffusion.
     """
 
     def __init__(
@@ -91,6 +95,14 @@ class PolicyGradient:
         self.config = config
         self.guidance = guidance
         self.step_weights = step_weights
+        plan = policy.plan(config.steps, config.height, config.width)
+        self.slopes = policy.process.scales(plan, config.eta)[1]
+        if config.ratio == "guard":
+            if not isinstance(policy.process, RectifiedFlow):
+                raise ValueError(
+                    "DDPOConfig.ratio must be 'plain' for diffusion: its steps have no length, got 'guard'"
+                )
+            self.step_weights = step_weights / (plan.levels - plan.next_levels).cpu()
 
     @torch.no_grad()
     def with_old_log_probs(self, run: TrainingRun, trajectory: Trajectory, parts: Sequence[Pairs]) -> Trajectory:
@@ -109,11 +121,13 @@ class PolicyGradient:
         whole = all(len(pairs.samples) % cfg.minibatch_size == 0 for pairs in parts)
         if cfg.estimator == "score" or (whole and cfg.minibatch_size == cfg.sampling_batch_size):
             return trajectory
-        log_probs = trajectory.log_probs.clone()
+        log_probs, means = trajectory.log_probs.clone(), trajectory.means
+        means = None if means is None else means.clone()
         undecided = self.policy.dtype == torch.float32 and run.config.mixed_precision == "no"
         seen, off = 0, 0.0
         for pairs in (part for update in parts for part in update.minibatches(cfg.minibatch_size)):
-            fresh = gaussian_log_prob(*self._stored_steps(run, trajectory, pairs))
+            taken, mean, std = self._stored_steps(run, trajectory, pairs)
+            fresh = gaussian_log_prob(taken, mean, std)
             if undecided:
                 off = max(off, float((fresh - log_probs[pairs.samples, pairs.steps]).expm1().abs().max()))
                 seen += len(fresh)
@@ -121,7 +135,9 @@ class PolicyGradient:
                 if not undecided and not run.in_any(off > TOLERATED * cfg.clip_range):
                     return trajectory
             log_probs[pairs.samples, pairs.steps] = fresh
-        return trajectory._replace(log_probs=log_probs)
+            if means is not None:
+                means[pairs.samples, pairs.steps] = mean
+        return trajectory._replace(log_probs=log_probs, means=means)
 
     def update(
         self,
@@ -191,6 +207,13 @@ class PolicyGradient:
             taken, mean, std = self._stored_steps(run, trajectory, part)
             log_probs = gaussian_log_prob(taken, mean, std)
             old_log_probs = trajectory.log_probs[part.samples, part.steps]
+            if cfg.ratio == "guard":
+                assert trajectory.means is not None, "the rollout has kept them"
+                old_mean = trajectory.means[part.samples, part.steps]
+                log_probs, old_log_probs = (
+                    guarded_log_ratio(taken, mean, old_mean, std),
+                    torch.zeros_like(old_log_probs),
+                )
             wanted = advantages[part.samples, part.steps]
             if cfg.estimator == "score":
                 losses = score_function(log_probs, wanted)
@@ -199,7 +222,7 @@ class PolicyGradient:
             losses = term.weight * losses * step_weights[part.steps]
             if reference_mean is not None:
                 count = len(reference_mean)
-                divergence = gaussian_kl(mean[:count], reference_mean, std[:count])
+                divergence = self._divergence(mean[:count], reference_mean, std[:count], part.steps[:count])
                 tally.add_divergence(divergence)
                 if in_loss:
                     losses = losses + term.divergence_weight * divergence
@@ -214,6 +237,17 @@ class PolicyGradient:
             return self.policy.stored_steps(
                 trajectory, pairs.samples, pairs.steps, guidance=self.guidance, eta=self.config.eta
             )
+
+    def _divergence(
+        self, mean: Latents, reference_mean: Latents, std: PerSample, steps: Int[Tensor, " batch"]
+    ) -> PerSample:
+        """Returns how far some steps are from the reference policy's, as the settings measure it.
+
+        The mean of a step is linear in the network's prediction, so that its slope leads back to that.
+        """
+        if self.config.kl == "step":
+            return gaussian_kl(mean, reference_mean, std)
+        return ((mean - reference_mean) ** 2).flatten(1).mean(dim=1) / self.slopes.to(mean)[steps] ** 2
 
     def _gradients(self) -> list[Tensor]:
         """Returns the gradient of each trained weight as it has been added up so far."""

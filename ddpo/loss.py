@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from overpaint.policy.types import PerSample
+from overpaint.policy.types import Latents, PerSample
 
 
 def score_function(log_probs: PerSample, advantages: PerSample) -> PerSample:
@@ -28,6 +28,18 @@ def clipped_surrogate(
     ratio = (log_probs - old_log_probs).exp()
     clipped = ratio.clamp(1 - clip_range, 1 + clip_range)
     return torch.maximum(-advantages * ratio, -advantages * clipped)
+
+
+def guarded_log_ratio(values: Latents, mean: Latents, old_mean: Latents, std: PerSample) -> PerSample:
+    """Returns the logarithm of GRPO-Guard's ratio: mean over elements of z (mean - old_mean), in float64.
+
+    With the noise `z = (values - old_mean) / std` of a step it is (log ratio + |mean - old_mean|^2 / (2 std^2)) std:
+    the ratio's logarithm without its negative mean, and without 1 / std, by which some steps are clipped more often.
+    Source: Wang et al. (2025), GRPO-Guard, https://arxiv.org/abs/2510.22319, and yifan123/flow_grpo. Departure: the
+    released code takes the mean of |mean - old_mean|^2 over the minibatch, here each sample has its own.
+    """
+    noise = (values.double() - old_mean.double()) / std.double().view(-1, 1, 1, 1)
+    return (noise * (mean.double() - old_mean.double())).flatten(1).mean(dim=1)
 
 
 def ratio_statistics(

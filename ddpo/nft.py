@@ -244,8 +244,8 @@ class NFTTrainer:
         updates = []
         for update in range(cfg.updates_per_round):
             pairs = pairs_of_update(
-                run, [request], update, updates=cfg.updates_per_round, steps=cfg.steps - 1,
-                trained_steps=cfg.levels_per_sample,
+                run, [request], update, updates=cfg.updates_per_round,
+                possible_steps=range(cfg.steps - 1), trained_steps=cfg.levels_per_sample,
             )  # fmt: skip
             updates.append(self._update(run, pairs, scored.trajectory, advantages, request.my_seeds))
         loss, plus, minus, kl, norm = (fmean(values) for values in zip(*updates, strict=True))

@@ -87,7 +87,7 @@ def pairs_of_update(
     update: int,
     *,
     updates: int,
-    steps: int,
+    possible_steps: Sequence[int],
     trained_steps: int,
     chosen_steps: Int[Tensor, " trained"] | None = None,
 ) -> Pairs:
@@ -98,21 +98,21 @@ def pairs_of_update(
         kinds: What was requested; this process has the samples of the first, then those of the next.
         update: Index of the update in the round.
         updates: How many there are.
-        steps: Denoising steps of a sample.
-        trained_steps: How many of them are trained on.
+        possible_steps: Denoising steps of a sample that can be trained on.
+        trained_steps: How many of them are.
         chosen_steps: Which ones; None draws them for each sample anew.
     """
-    samples, chosen, first = [], [], 0
+    samples, chosen, first, possible = [], [], 0, torch.tensor(list(possible_steps))
     for request in kinds:
         count = len(request.mine) // updates
         samples.append(torch.arange(count) + first + update * count)
         if chosen_steps is not None:
             chosen.append(chosen_steps.expand(count, trained_steps))
-        elif trained_steps == steps:
-            chosen.append(torch.arange(steps).expand(count, steps))
+        elif trained_steps == len(possible):
+            chosen.append(possible.expand(count, trained_steps))
         else:
-            order = torch.rand(len(request.prompts) // updates, steps, generator=run.generator).argsort(dim=1)
-            chosen.append(run.shard(order[:, :trained_steps]))
+            keys = torch.rand(len(request.prompts) // updates, len(possible), generator=run.generator)
+            chosen.append(run.shard(possible[keys.argsort(dim=1)[:, :trained_steps]]))
         first += len(request.mine)
     # One draw of the run's generator, however many processes there are.
     seed = int(torch.randint(2**31 - 1, (), generator=run.generator))

@@ -34,6 +34,8 @@ class SampleCache:
             tensors[f"{index}/latents"] = batch.latents.contiguous()
             tensors[f"{index}/log_probs"] = batch.log_probs.contiguous()
             tensors[f"{index}/timesteps"] = batch.timesteps.clone()
+            if batch.means is not None:
+                tensors[f"{index}/means"] = batch.means.contiguous()
         about = {"request": _request(prompts, seeds), "batches": str(len(batches))}
         with atomic_file(self.path) as partial:
             save_file(tensors, partial, metadata=about)
@@ -49,13 +51,14 @@ class SampleCache:
             about = file.metadata()
             if about["request"] != _request(prompts, seeds):
                 return []
-            first = 0
+            first, names = 0, set(file.keys())
             for index in range(int(about["batches"])):
                 latents, log_probs, timesteps = (
                     file.get_tensor(f"{index}/{name}") for name in ("latents", "log_probs", "timesteps")
                 )
                 conditioning = policy.encode(prompts[first : first + len(latents)])
-                batches.append(Trajectory(latents, log_probs, timesteps, conditioning))
+                means = file.get_tensor(name) if (name := f"{index}/means") in names else None
+                batches.append(Trajectory(latents, log_probs, timesteps, conditioning, means))
                 first += len(latents)
         return batches
 

@@ -1,5 +1,7 @@
 """How much each denoising step counts in the loss."""
 
+from typing import NamedTuple
+
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -9,19 +11,53 @@ from overpaint.policy import DiffusionPolicy
 from .config import DDPOConfig
 
 
-def step_plan(
-    policy: DiffusionPolicy, config: DDPOConfig
-) -> tuple[Float[Tensor, " steps"], Int[Tensor, " trained"] | None]:
-    """Returns the weight of each step, 1 on average over those that are trained on, and which those are.
+class StepPlan(NamedTuple):
+    """Which steps an update trains on, and how much each counts."""
 
-    None stands for steps that are drawn for each sample anew.
+    weights: Float[Tensor, " steps"]
+    """Of each step in the loss, 1 on average over those that are trained on."""
+
+    chosen: Int[Tensor, " trained"] | None
+    """Which those are; None draws them for each sample anew."""
+
+    possible: tuple[int, ...]
+    """Which can be."""
+
+    trained: int
+    """How many of each sample are."""
+
+    def window(self, config: DDPOConfig, generator: torch.Generator) -> tuple[int, ...] | None:
+        """Draws the steps of a round that are stochastic; None, without a draw, where all are.
+
+        Args:
+            config: Has the window's length and the share of the steps that it lies in.
+            generator: Draws its place.
+        """
+        if not config.window:
+            return None
+        span = max(config.window, round(config.window_span * len(self.possible)))
+        first = int(torch.randint(span - config.window + 1, (), generator=generator))
+        return self.possible[first : first + config.window]
+
+
+def step_plan(policy: DiffusionPolicy, config: DDPOConfig) -> StepPlan:
+    """Returns which steps an update trains on.
+
+    Raises:
+        ValueError: There are fewer than a window has, or as `DiffusionPolicy.rollout`.
     """
-    weights = torch.ones(config.steps)
+    possible = policy.process.trained_steps(config.steps, config.eta)
+    if config.window > len(possible):
+        raise ValueError(
+            f"DDPOConfig.window must be at most {len(possible)}, the steps that can be trained on, got {config.window}"
+        )
+    weights, trained = torch.ones(config.steps), config.trained_of(len(possible))
     if config.step_weights == "equal":
-        return weights, None
-    weights = signal_weights(policy, steps=config.steps, eta=config.eta)
-    chosen = weights.topk(config.trained_steps).indices.sort().values
-    return weights / weights[chosen].mean(), chosen.cpu()
+        return StepPlan(weights, None, possible, trained)
+    weights = torch.zeros(config.steps)
+    weights[list(possible)] = signal_weights(policy, steps=config.steps, eta=config.eta).cpu()[list(possible)]
+    chosen = weights.topk(trained).indices.sort().values
+    return StepPlan(weights / weights[chosen].mean(), chosen, possible, trained)
 
 
 def signal_weights(policy: DiffusionPolicy, *, steps: int, eta: float) -> Float[Tensor, " steps"]:

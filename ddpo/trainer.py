@@ -142,8 +142,10 @@ class DDPOTrainer:
         self.early_stopping = EarlyStopping.of(cfg, held_out, constrained=erasure is not None)
         self.guidance = ClassifierFree(cfg.guidance_scale)
         check_image_size(self)
-        step_weights, self.chosen_steps = step_plan(policy, cfg)
-        self.gradient = PolicyGradient(policy, cfg, self.guidance, step_weights)
+        self.steps = step_plan(policy, cfg)
+        self.window: tuple[int, ...] | None = None
+        """The steps that are stochastic in this round; None is all that can be."""
+        self.gradient = PolicyGradient(policy, cfg, self.guidance, self.steps.weights)
         images = erasure if isinstance(erasure, ImageConstraint) else None
         self.baseline = Baseline(policy, cfg, with_violations=images is not None)
         cost = None if images is None else images.cost
@@ -180,7 +182,10 @@ class DDPOTrainer:
                 cannot work with this policy, or an attack finds no room behind a prompt.
         """
         self.config.check_shares(
-            run.num_processes, concept_images=self._of_concept, with_erasure=self.erasure is not None
+            run.num_processes,
+            trained_steps=self.steps.trained,
+            concept_images=self._of_concept,
+            with_erasure=self.erasure is not None,
         )
         self.baseline.start(run)
         if isinstance(self.erasure, ObjectiveConstraint):
@@ -193,6 +198,7 @@ class DDPOTrainer:
         cfg, weights = self.config, weights_of(self.erasure, self.floor)
         floor_weight = 0.0 if self.floor is None else self.floor.lagrangian.weight
         with requested_again_on_failure(run):
+            self.window = self.steps.window(cfg, run.generator)
             requests = self._requests(run)
             references = self._references(run, requests[0])
             scored = self.collector.collect(run, requests)
@@ -282,13 +288,15 @@ class DDPOTrainer:
             seeds=seeds,
             height=cfg.height,
             width=cfg.width,
+            stochastic=self.window,
+            keep_means=cfg.ratio == "guard",
         )
 
     def _finished(self, conditioning: Conditioning, seeds: Sequence[int]) -> Trajectory:
         """Draws as in a round, and keeps of the trajectory the end only."""
         whole = self._rollout(conditioning, seeds)
         return whole._replace(
-            latents=whole.latents[:, -1:], log_probs=whole.log_probs[:, :0], timesteps=whole.timesteps[:0]
+            latents=whole.latents[:, -1:], log_probs=whole.log_probs[:, :0], timesteps=whole.timesteps[:0], means=None
         )
 
     def _requests(self, run: TrainingRun) -> list[SampleRequest]:
@@ -319,9 +327,9 @@ class DDPOTrainer:
             requests,
             update,
             updates=cfg.updates_per_round,
-            steps=cfg.steps,
-            trained_steps=cfg.trained_steps,
-            chosen_steps=self.chosen_steps,
+            possible_steps=self.steps.possible if self.window is None else self.window,
+            trained_steps=self.steps.trained,
+            chosen_steps=self.steps.chosen,
         )
         ends = [0, count, count + self._of_concept // run.num_processes]
         return [pairs.between(first, end) for first, end in pairwise(ends[: len(requests) + 1])]

@@ -268,6 +268,7 @@ class DiffusionPolicy:
         height: int | None = None,
         width: int | None = None,
         stochastic: Sequence[int] | None = None,
+        keep_means: bool = False,
     ) -> Trajectory:
         """Samples as `sample` does, to the end, and keeps every state and the log-probability of every step.
 
@@ -279,13 +280,20 @@ class DiffusionPolicy:
         chosen = check_chosen(possible if stochastic is None else stochastic, possible)
         plan = self.plan(steps, height, width)
         noise = self._noise(seeds, conditioning, height, width)
-        states, log_probs = [noise.draw()], []
+        states, log_probs, means = [noise.draw()], [], []
         taken = steps_of(self, states[0], conditioning, plan, guidance, eta, noise, stochastic=chosen)
         for step, (latents, mean, std) in enumerate(taken):
             states.append(latents)
-            density = ddim.gaussian_log_prob(latents, mean, std) if step in chosen else torch.full_like(std, torch.nan)
+            density = (
+                ddim.gaussian_log_prob(latents, mean, std)
+                if step in chosen
+                else torch.full_like(std, torch.nan).double()
+            )
             log_probs.append(density)
-        return Trajectory(torch.stack(states, dim=1), torch.stack(log_probs, dim=1), plan.timesteps, conditioning)
+            if keep_means:
+                means.append(mean)
+        kept = torch.stack(means, dim=1) if keep_means else None
+        return Trajectory(torch.stack(states, dim=1), torch.stack(log_probs, dim=1), plan.timesteps, conditioning, kept)
 
     def log_prob(
         self,

@@ -55,6 +55,14 @@ class Process(Protocol):
         """
         ...
 
+    def trained_steps(self, steps: int, eta: float) -> tuple[int, ...]:
+        """Returns those of them that a policy gradient learns from.
+
+        Raises:
+            ValueError: As `stochastic_steps`, or there are none.
+        """
+        ...
+
     def levels(self, timesteps: Shaped[Tensor, " batch"]) -> PerSample:
         """Returns the levels of timesteps of training."""
         ...
@@ -131,6 +139,10 @@ class Diffusion:
             )
         return tuple(range(steps))
 
+    def trained_steps(self, steps: int, eta: float) -> tuple[int, ...]:
+        """See `Process`; all of them."""
+        return self.stochastic_steps(steps, eta)
+
     def levels(self, timesteps: Shaped[Tensor, " batch"]) -> PerSample:
         """See `Process`; cumulative alphas, which are copied to a device once."""
         if self._alphas.device != timesteps.device:
@@ -202,6 +214,12 @@ class RectifiedFlow:
         check_noise(eta)
         check_steps(steps)
         return tuple(range(steps - 1 if self.chain == "cps" else steps))
+
+    def trained_steps(self, steps: int, eta: float) -> tuple[int, ...]:
+        """See `Process`; all but the last, whose deviation is tiny or none: Flow-GRPO leaves it out, too."""
+        if steps < 2:
+            raise ValueError(f"steps must be at least 2 to learn from any but the last, got {steps}")
+        return tuple(step for step in self.stochastic_steps(steps, eta) if step < steps - 1)
 
     def levels(self, timesteps: Shaped[Tensor, " batch"]) -> PerSample:
         """See `Process`; shares of the noise, from 0 at an image to 1."""

@@ -18,10 +18,13 @@ class Trajectory(NamedTuple):
     """States, one more than there are steps; float32 and unrounded, so that log-probabilities stay exact."""
 
     log_probs: Float[Tensor, "batch steps"]
-    """Log-density of each step, averaged over the latent's elements; float32; NaN where a step was deterministic."""
+    """Log-density of each step, averaged over the latent's elements; float64; NaN where a step was deterministic."""
 
     timesteps: Shaped[Tensor, " steps"]
     """What the network was told of each step, falling, see `Plan`."""
 
     conditioning: Conditioning
     """The prompts that were drawn, encoded."""
+
+    means: Float[Tensor, "batch steps channels h w"] | None = None
+    """Mean of the Gaussian that each step was drawn from, where they are kept."""

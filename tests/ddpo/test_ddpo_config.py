@@ -98,7 +98,7 @@ def test_ddpo_settings_at_the_edge_of_their_rules_are_taken(changes: dict[str, A
     ("steps", "fraction", "trained"), [(50, 1.0, 50), (50, 0.5, 25), (50, 0.001, 1), (3, 0.5, 2), (1, 1.0, 1)]
 )
 def test_trained_steps_are_at_least_one(steps: int, fraction: float, trained: int) -> None:
-    assert DDPOConfig(steps=steps, timestep_fraction=fraction).trained_steps == trained
+    assert DDPOConfig(steps=steps, timestep_fraction=fraction).trained_of(steps) == trained
 
 
 @pytest.mark.parametrize(

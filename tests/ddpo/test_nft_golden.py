@@ -4,11 +4,11 @@ from typing import Any
 
 import pytest
 import torch
+from golden_case import GoldenCase
 from torch import Tensor
 
 from ddpo.nft_loss import kept_share, nft_loss, share_of
 from overpaint.policy import ddim, flow
-from tests.golden.golden_case import GoldenCase
 
 CASE = GoldenCase("flow/nft")
 CASES = CASE.record["cases"]

@@ -70,7 +70,7 @@ def global_pairs(
                 list(kinds.values()),
                 update,
                 updates=updates,
-                steps=steps,
+                possible_steps=range(steps),
                 trained_steps=trained_steps,
                 chosen_steps=chosen_steps,
             )
@@ -216,7 +216,7 @@ def test_generator_ends_in_the_same_state_in_all_processes_however_many(trained_
     def work(run: StandInRun) -> Tensor:
         kinds = [draw_requests(run, POPULATION, COUNT, updates=2), draw_requests(run, POPULATION, 16, updates=2)]
         for update in range(2):
-            pairs_of_update(run, kinds, update, updates=2, steps=5, trained_steps=trained_steps)
+            pairs_of_update(run, kinds, update, updates=2, possible_steps=range(5), trained_steps=trained_steps)
         return run.generator.get_state()
 
     (alone,) = together(1, work)

@@ -43,13 +43,13 @@ def test_slope_is_how_the_mean_of_a_step_follows_the_prediction(
 
 
 def test_equal_weights_are_one_and_steps_are_drawn_anew(policy: DiffusionPolicy) -> None:
-    weights, chosen = step_plan(policy, DDPOConfig(steps=10, timestep_fraction=0.5))
+    weights, chosen, *_ = step_plan(policy, DDPOConfig(steps=10, timestep_fraction=0.5))
     assert torch.equal(weights, torch.ones(10))
     assert chosen is None
 
 
 def test_signal_trains_on_the_heaviest_steps_whose_weights_have_mean_one(policy: DiffusionPolicy) -> None:
-    weights, chosen = step_plan(policy, DDPOConfig(steps=10, timestep_fraction=0.3, step_weights="signal"))
+    weights, chosen, *_ = step_plan(policy, DDPOConfig(steps=10, timestep_fraction=0.3, step_weights="signal"))
     assert chosen is not None
     assert len(chosen) == 3
     assert float(weights[chosen].mean()) == pytest.approx(1.0, abs=1e-6)

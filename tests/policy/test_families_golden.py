@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 import torch
+from golden_case import GOLDEN, GoldenCase
 from torch import Tensor
 
 from overpaint.policy import ClassifierFree, Conditioning, DiffusionPolicy, Guidance, TrueGuidance
-from tests.golden.golden_case import GOLDEN, GoldenCase
 
 FOLDER = GOLDEN / "flow"
 TEXTS = {
@@ -21,8 +21,8 @@ TEXTS = {
     "lora/keys": "read from the LoRA's file",
 }
 SDXL = GoldenCase("flow/sdxl", {**TEXTS, "unconditional_of_guidance": "words"})
-SD3 = GoldenCase("flow/sd3", {**TEXTS, "runs/*/kind": "the prefix says it"})
-FLUX = GoldenCase("flow/flux", {**TEXTS, "runs/*/kind": "the prefix says it"})
+SD3 = GoldenCase("flow/sd3", TEXTS)
+FLUX = GoldenCase("flow/flux", TEXTS)
 CASES = {"sdxl": SDXL, "sd3": SD3, "flux": FLUX}
 
 
@@ -81,6 +81,24 @@ def test_loras_of_diffusers_draw_the_same(name: str) -> None:
     policy.load_lora(FOLDER / f"lora-{name}")
     with torch.no_grad():
         close(name, "lora/output", call(name, policy))
+
+
+def test_flux_reads_the_scale_of_guidance_and_schnell_refuses_one(policies: dict[str, DiffusionPolicy]) -> None:
+    policy = policies["flux"]
+    assert policy.model.config["guidance_embeds"] == FLUX.record["guidance_embeds"]
+    conditioning = policy.encode(["a cat"])
+    drawn = [policy.sample(conditioning, steps=2, seeds=[0], guidance=ClassifierFree(scale)) for scale in (1.0, 4.0)]
+    assert not torch.equal(*drawn)
+
+    pipeline: Any = policy.to_pipeline()
+    settings = {**pipeline.transformer.config, "guidance_embeds": False}
+    pipeline.transformer = type(pipeline.transformer).from_config(settings)
+    schnell = DiffusionPolicy(pipeline, device="cpu")
+    conditioning = schnell.encode(["a cat"])
+    with pytest.raises(ValueError, match=r"must be 1 for a model without guidance embedding, got 4.0; pass TrueGuid"):
+        schnell.sample(conditioning, steps=2, seeds=[0], guidance=ClassifierFree(4.0))
+    schnell.sample(conditioning, steps=2, seeds=[0], guidance=ClassifierFree(1.0))
+    schnell.sample(conditioning, steps=2, seeds=[0], guidance=TrueGuidance(4.0))
 
 
 def test_flux_packs_channel_slowest() -> None:

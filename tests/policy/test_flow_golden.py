@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from golden_case import GoldenCase
 from torch import Tensor
 
 from overpaint.policy.ddim import gaussian_log_prob
@@ -20,7 +21,6 @@ from overpaint.policy.flow import (
     shift_of,
 )
 from overpaint.policy.types import Plan
-from tests.golden.golden_case import GoldenCase
 
 CASE = GoldenCase("flow/flow_step")
 COMBINATIONS = CASE.record["combinations"]
