@@ -24,14 +24,15 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 def load(name: str, **options: Any) -> DiffusionPolicy:
     folder = GOLDEN / "flow" / f"tiny-{name}"
-    length = {} if name == "sdxl" else {"max_sequence_length": 8}
-    return DiffusionPolicy.from_pretrained(folder, device="cpu", lora=LoRAConfig(), **length, **options)
+    if name != "sdxl":
+        options["max_sequence_length"] = 8
+    return DiffusionPolicy.from_pretrained(folder, device="cpu", lora=LoRAConfig(), **options)
 
 
 def config(**options: Any) -> DDPOConfig:
     usual: dict[str, Any] = {
         "samples_per_round": 4, "updates_per_round": 2, "sampling_batch_size": 2, "minibatch_size": 2, "steps": 5,
-        "guidance_scale": 2.0, "eta": 0.7, "baseline": "round", "kl_every": 1,
+        "guidance_scale": 2.0, "eta": 0.7, "baseline": "round", "height": 64, "width": 64,
     }  # fmt: skip
     return DDPOConfig(**usual | options)
 
@@ -128,6 +129,6 @@ def test_cps_has_no_density_at_its_last_step(tmp_path: Path) -> None:
     assert measured.ratio_start == 0
     conditioning = policy.encode(["a cat"])
     with pytest.raises(ValueError, match=r"step 4 must have a density, and only \[0, 1, 2, 3\] can have one"):
-        policy.rollout(conditioning, steps=5, seeds=[0], eta=0.7, stochastic=[4])
-    drawn: Tensor = policy.rollout(conditioning, steps=5, seeds=[0], eta=0.7).log_probs
+        policy.rollout(conditioning, steps=5, seeds=[0], eta=0.7, height=64, width=64, stochastic=[4])
+    drawn: Tensor = policy.rollout(conditioning, steps=5, seeds=[0], eta=0.7, height=64, width=64).log_probs
     assert drawn.isnan()[0].tolist() == [False] * 4 + [True]

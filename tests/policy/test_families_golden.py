@@ -87,7 +87,8 @@ def test_flux_reads_the_scale_of_guidance_and_schnell_refuses_one(policies: dict
     policy = policies["flux"]
     assert policy.model.config["guidance_embeds"] == FLUX.record["guidance_embeds"]
     conditioning = policy.encode(["a cat"])
-    drawn = [policy.sample(conditioning, steps=2, seeds=[0], guidance=ClassifierFree(scale)) for scale in (1.0, 4.0)]
+    few: dict[str, Any] = {"steps": 2, "seeds": [0], "height": 64, "width": 64}
+    drawn = [policy.sample(conditioning, guidance=ClassifierFree(scale), **few) for scale in (1.0, 4.0)]
     assert not torch.equal(*drawn)
 
     pipeline: Any = policy.to_pipeline()
@@ -96,9 +97,9 @@ def test_flux_reads_the_scale_of_guidance_and_schnell_refuses_one(policies: dict
     schnell = DiffusionPolicy(pipeline, device="cpu")
     conditioning = schnell.encode(["a cat"])
     with pytest.raises(ValueError, match=r"must be 1 for a model without guidance embedding, got 4.0; pass TrueGuid"):
-        schnell.sample(conditioning, steps=2, seeds=[0], guidance=ClassifierFree(4.0))
-    schnell.sample(conditioning, steps=2, seeds=[0], guidance=ClassifierFree(1.0))
-    schnell.sample(conditioning, steps=2, seeds=[0], guidance=TrueGuidance(4.0))
+        schnell.sample(conditioning, guidance=ClassifierFree(4.0), **few)
+    schnell.sample(conditioning, guidance=ClassifierFree(1.0), **few)
+    schnell.sample(conditioning, guidance=TrueGuidance(4.0), **few)
 
 
 def test_flux_packs_channel_slowest() -> None:
