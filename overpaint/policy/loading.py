@@ -85,14 +85,14 @@ def _load_parts(path: str | Path, options: dict[str, Any], config: str | Path | 
     files = _files_of(path)
     files.check()
     family = files.family
-    halves = {}
+    parts: dict[str, Any] = dict.fromkeys(set(family.folders()) - set(files.parts()))
     for part, variant in files.variants().items():
         library: Any = transformers if part.startswith("text_encoder") else diffusers
         network = getattr(library, family.classes[part])
-        halves[part] = network.from_pretrained(path, subfolder=part, variant=variant, **options)
+        parts[part] = network.from_pretrained(path, subfolder=part, variant=variant, **options)
     extras = NO_SAFETY_CHECKER if family is StableDiffusion else {}
     make: Any = getattr(diffusers, family.pipelines[0])
-    return make.from_pretrained(path, **extras, **halves, **options)
+    return make.from_pretrained(path, **extras, **parts, **options)
 
 
 def _load_file(path: str | Path, options: dict[str, Any], config: str | Path | None) -> Pipeline:
