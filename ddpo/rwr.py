@@ -221,8 +221,8 @@ class RWRTrainer:
         return run.mean(total), run.update()
 
     def _losses(self, clean: Latents, conditioning: Conditioning, timesteps: Tensor, noise: Latents) -> PerSample:
-        """Returns the squared error of the guided noise prediction of each sample, averaged over its elements."""
+        """Returns the squared error of the guided prediction of each sample, averaged over its elements."""
         timesteps, noise = timesteps.to(clean.device), noise.to(clean.device)
         noised = self.policy.add_noise(clean, noise, timesteps)
-        predicted = self.policy.predict_noise(noised, timesteps, conditioning, self.guidance)
-        return ((predicted - noise) ** 2).flatten(1).mean(dim=1)
+        predicted = self.policy.predict_direction(noised, timesteps, conditioning, self.guidance)
+        return ((predicted - self.policy.direction(clean, noise)) ** 2).flatten(1).mean(dim=1)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from overpaint.policy import DiffusionPolicy, WeightDelta
 from overpaint.policy.digest import tensors_hash
-from overpaint.policy.parts import Pipeline
+from overpaint.policy.parts import Pipeline, network_of
 from overpaint.policy.weights import base_parameters
 
 
@@ -87,16 +87,16 @@ class WeightChange:
 
     def apply(self, policy: DiffusionPolicy) -> None:
         """Adds the differences; from then on the changed policy is its reference. A LoRA stays on top."""
-        self.delta.apply(policy.unet)
+        self.delta.apply(policy.model)
         policy.remember_reference()
 
     def apply_to_pipeline(self, pipeline: Pipeline) -> None:
         """Adds the differences."""
-        self.delta.apply(pipeline.unet)
+        self.delta.apply(network_of(pipeline))
 
     def applied(self, policy: DiffusionPolicy) -> AbstractContextManager[None]:
         """Adds the differences and puts back the very bits that were there; the reference is not touched."""
-        return self.delta.applied(policy.unet)
+        return self.delta.applied(policy.model)
 
     def original(self, unet: nn.Module) -> dict[str, Tensor]:
         """Returns copies of the weights that will be changed, on the CPU."""

@@ -107,9 +107,9 @@ def erase_by_descent(
     """
     objective = for_run(objective, output_dir, progress=progress)
     student = student or policy.student_copy(objective.config.train)
-    before = {name: value.clone() for name, value in merged_state(student.unet).items()}
+    before = {name: value.clone() for name, value in merged_state(student.model).items()}
     descend(objective, student, concept, output_dir=output_dir, resume=resume, progress=progress)
-    change = WeightChange(WeightDelta.between(before, student.unet))
+    change = WeightChange(WeightDelta.between(before, student.model))
     return Erasure.of(policy, objective.name, asdict(objective.config), concept, change)
 
 

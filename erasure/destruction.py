@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Shaped
 from torch import Tensor
 
 from overpaint.policy import ClassifierFree, DiffusionPolicy
@@ -167,12 +167,12 @@ class Destruction:
 
     def loss(self, policy: DiffusionPolicy, batch: ConceptBatch) -> PerSample:
         """Returns the squared error of each sample, with gradient; pictures, noise and words follow from the seeds."""
-        latents, timesteps, noise, texts = self._noised(policy, batch.seeds)
+        latents, timesteps, truth, texts = self._noised(policy, batch.seeds)
         target = self._target(policy, latents, timesteps, texts)
         prompts, places = self._prompts(batch, texts)
         word = None
         if self.words is not None:
-            word = self._learned(policy, self.words.current(policy), places, (latents, timesteps, noise))
+            word = self._learned(policy, self.words.current(policy), places, (latents, timesteps, truth))
             self.words.move(word)
         return squared_error(_predicted(policy, prompts, word, latents, timesteps), target)
 
@@ -203,8 +203,8 @@ class Destruction:
 
     def _noised(
         self, policy: DiffusionPolicy, seeds: Sequence[int]
-    ) -> tuple[Latents, Int[Tensor, " batch"], Latents, list[str]]:
-        """Returns noised pictures, their timesteps, the noise in them, and their captions."""
+    ) -> tuple[Latents, Shaped[Tensor, " batch"], Latents, list[str]]:
+        """Returns noised pictures, their timesteps, what there is to see in them, and their captions."""
         first, last = self.config.first_timestep, self.config.last_timestep + 1
         draws = [random.Random(f"picture of {seed}") for seed in seeds]
         picked = [draw.randrange(len(self._texts)) for draw in draws]
@@ -212,15 +212,16 @@ class Destruction:
         clean = self._pictures[picked].to(policy.device)
         generators = [torch.Generator().manual_seed(draw.randrange(2**31)) for draw in draws]
         noise = draw_noise(generators, clean.shape[1:], policy.device)
-        return policy.add_noise(clean, noise, timesteps), timesteps, noise, [self._texts[index] for index in picked]
+        texts = [self._texts[index] for index in picked]
+        return policy.add_noise(clean, noise, timesteps), timesteps, policy.direction(clean, noise), texts
 
     def _target(
-        self, policy: DiffusionPolicy, latents: Latents, timesteps: Int[Tensor, " batch"], texts: Sequence[str]
+        self, policy: DiffusionPolicy, latents: Latents, timesteps: Shaped[Tensor, " batch"], texts: Sequence[str]
     ) -> Latents:
         """Returns what the policy is to see: what the original sees for the caption without the concept, led away."""
         with self._knowing(policy) as original:
             both = original.encode([*texts, *map(self._without_concept, texts)])
-            seen = original.predict_noise(latents.repeat(2, 1, 1, 1), timesteps.repeat(2), both)
+            seen = original.predict_direction(latents.repeat(2, 1, 1, 1), timesteps.repeat(2), both)
         return erased_target(*seen.chunk(2), negative_guidance=self.config.negative_guidance)
 
     def _without_concept(self, caption: str) -> str:
@@ -253,16 +254,16 @@ class Destruction:
         policy: DiffusionPolicy,
         word: Word,
         places: Sequence[str],
-        shown: tuple[Latents, Int[Tensor, " batch"], Latents],
+        shown: tuple[Latents, Shaped[Tensor, " batch"], Latents],
     ) -> Word:
-        """Returns the word after some steps of textual inversion on noised pictures, their timesteps and noise."""
-        latents, timesteps, noise = shown
+        """Returns the word after some steps of textual inversion on noised pictures, their timesteps and truth."""
+        latents, timesteps, truth = shown
         word = word.clone().requires_grad_()
         unit = float(token_vectors(policy.prompts).float().square().mean().sqrt())
         adam = torch.optim.Adam([word], lr=unit * self.config.attack_learning_rate)
         with torch.enable_grad():
             for _ in range(self.config.attack_steps):
-                error = squared_error(_predicted(policy, places, word, latents, timesteps), noise)
+                error = squared_error(_predicted(policy, places, word, latents, timesteps), truth)
                 (word.grad,) = torch.autograd.grad(error.sum(), [word])
                 adam.step()
         return word.detach()
@@ -283,14 +284,14 @@ def _predicted(
     prompts: Sequence[str],
     word: Word | None,
     latents: Latents,
-    timesteps: Int[Tensor, " batch"],
+    timesteps: Shaped[Tensor, " batch"],
 ) -> Latents:
-    """Returns the noise that the policy sees for prompts, some of which may have a place for a word."""
+    """Returns what the policy sees for prompts, some of which may have a place for a word."""
     spoken = [prompt for prompt in prompts if PLACE in prompt]
     if word is None or not spoken:
-        return policy.predict_noise(latents, timesteps, policy.encode(prompts))
+        return policy.predict_direction(latents, timesteps, policy.encode(prompts))
     with soft_texts(policy.prompts, spoken, word.expand(len(spoken), -1, -1)) as coined:
         own = iter(coined)
-        return policy.predict_noise(
+        return policy.predict_direction(
             latents, timesteps, policy.encode([next(own) if PLACE in prompt else prompt for prompt in prompts])
         )

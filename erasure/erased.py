@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from overpaint.policy import DiffusionPolicy, WeightDelta
-from overpaint.policy.parts import Pipeline
+from overpaint.policy.parts import Pipeline, network_of
 
 from .changes import KINDS, Change, WeightChange
 from .concept import Concept
@@ -51,7 +51,7 @@ class Erasure:
     ) -> "Erasure":
         """Returns the erasure that a method computed from a policy as it is; tuples among its settings become lists."""
         plain = json.loads(json.dumps(config))
-        return cls(method=method, config=plain, concept=concept, change=change, base=change.base(policy.unet))
+        return cls(method=method, config=plain, concept=concept, change=change, base=change.base(policy.model))
 
     @classmethod
     def from_official(
@@ -96,7 +96,7 @@ class Erasure:
         """
         if check_base:
             self._check_base(policy)
-        before = self.change.original(policy.unet) if reference == "original" else {}
+        before = self.change.original(policy.model) if reference == "original" else {}
         self.change.apply(policy)
         if before:
             policy.remember_reference(before)
@@ -155,7 +155,7 @@ class Erasure:
         )
 
     def _check_base(self, model: DiffusionPolicy | Pipeline) -> None:
-        found = self.change.base(model.unet)
+        found = self.change.base(network_of(model))
         if self.base is not None and found != self.base:
             raise ValueError(
                 f"the model must have the weights that {self.method} erased {self.concept.name!r} from (SHA-256 "

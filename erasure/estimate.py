@@ -45,7 +45,7 @@ def estimate(method: TrainedMethod, policy: DiffusionPolicy, train: str = "full"
             torch.cuda.synchronize()
         begin = time.perf_counter()
         with torch.set_grad_enabled(gradient):
-            loss = student.predict_noise(latents, timesteps, conditioning).square().mean()
+            loss = student.predict_direction(latents, timesteps, conditioning).square().mean()
             if gradient:
                 loss.backward()
         if cuda:

@@ -93,7 +93,7 @@ def generated_latents(
     if folder is not None:
         record = {
             "format": RECORD_FORMAT,
-            "unet": tensors_hash(policy.unet.state_dict()),
+            policy.family.network: tensors_hash(policy.model.state_dict()),
             "text_encoder": tensors_hash(policy.text_encoder.state_dict()),
             "guard": None if policy.guard is None else repr(policy.guard),
             "steps": steps,

@@ -11,6 +11,7 @@ from typing import Any, ClassVar, Protocol, runtime_checkable
 from torch import Tensor, nn
 
 from overpaint.policy import DiffusionPolicy, SamplingGuard
+from overpaint.policy.families import StableDiffusion
 from overpaint.policy.parts import Pipeline, UNet
 from overpaint.policy.prompts import PromptEncoder
 
@@ -53,7 +54,12 @@ class GuardChange(ABC):
         """
         if policy.guard is not None:
             raise ValueError(f"a policy takes one guard, and this one has {policy.guard!r}")
-        policy.guard = self.guard(policy.prompts, policy.unet)
+        self.check(policy)
+        policy.guard = self.guard(policy.prompts, policy.model)
+
+    @abstractmethod
+    def check(self, policy: DiffusionPolicy) -> None:
+        """Checks that the guard can work with a kind of model; a `ValueError` where it cannot."""
 
     def apply_to_pipeline(self, pipeline: Pipeline) -> None:
         """Attaches it to a plain pipeline, with classifier-free guidance or without; `detach` takes it off again.
@@ -61,6 +67,10 @@ class GuardChange(ABC):
         Raises:
             ValueError: The pipeline has a guard, or as `guard`.
         """
+        if (name := type(pipeline).__name__) not in StableDiffusion.pipelines:
+            raise ValueError(
+                f"a guard must be attached to a pipeline of Stable Diffusion v1 or v2, got a {name}; a policy takes it"
+            )
         if (found := getattr(pipeline.unet, ATTRIBUTE, None)) is not None:
             raise ValueError(f"a pipeline takes one guard, and this one has {found!r}")
         prompts = PromptEncoder(pipeline.text_encoder, pipeline.tokenizer)

@@ -87,6 +87,19 @@ class Learner(Stateful, Protocol):
         ...
 
 
+def check_unet(policy: DiffusionPolicy, method: str) -> None:
+    """Checks that a method finds the cross-attention that it works on.
+
+    Raises:
+        ValueError: The model has a transformer, whose attention to image and text is one.
+    """
+    if policy.family.network != "unet":
+        raise ValueError(
+            f"{method} must be given a model with a UNet, whose cross-attention it works on, got a "
+            f"{policy.family.pipelines[0]}, which has a transformer"
+        )
+
+
 def check_trainable(policy: DiffusionPolicy, purpose: str, remedy: str = "load it with lora= or train=") -> None:
     """Raises a `ValueError` where the policy has nothing to train; it says what for, and the remedy."""
     if not policy.trainable_parameters():

@@ -48,5 +48,5 @@ class ReferenceDistance:
             policy, conditioning, batch.seeds, steps=cfg.steps, guidance_scale=cfg.guidance_scale
         )
         with policy.reference():
-            target = policy.predict_noise(latents, timesteps, conditioning)
-        return squared_error(policy.predict_noise(latents, timesteps, conditioning), target)
+            target = policy.predict_direction(latents, timesteps, conditioning)
+        return squared_error(policy.predict_direction(latents, timesteps, conditioning), target)

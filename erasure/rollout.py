@@ -4,7 +4,7 @@ import random
 from collections.abc import Sequence
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
 from overpaint.policy import ClassifierFree, Conditioning, DiffusionPolicy, Guidance
@@ -18,7 +18,7 @@ def random_stops(seeds: Sequence[int], first: int, last: int) -> Int[Tensor, " b
 
 def noised_latents(
     policy: DiffusionPolicy, conditioning: Conditioning, seeds: Sequence[int], *, steps: int, guidance_scale: float
-) -> tuple[Latents, Int[Tensor, " batch"]]:
+) -> tuple[Latents, Shaped[Tensor, " batch"]]:
     """Returns each sample's latents before a random step of its rollout, and that step's timestep.
 
     Noise and step follow from the sample's seed; each of the `steps` of a whole image is as likely as any other.

@@ -14,7 +14,7 @@ def distance_to_reference(policy: DiffusionPolicy) -> float:
     farther a policy has gone for the same reward, the more likely it is that it exploits the reward.
     """
     if policy.lora is not None:
-        changes = (update for _, update in lora_updates(policy.unet))
+        changes = (update for _, update in lora_updates(policy.model))
     else:
         state = policy.trainable_state()
         with policy.reference():

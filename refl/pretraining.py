@@ -220,8 +220,8 @@ def reference_loss(
     timesteps, noise = _noise(policy, latents, seeds)
     noised = policy.add_noise(latents, noise, timesteps)
     with policy.reference():
-        target = policy.predict_noise(noised, timesteps, conditioning)
-    return (policy.predict_noise(noised, timesteps, conditioning) - target).square().flatten(1).mean(dim=1)
+        target = policy.predict_direction(noised, timesteps, conditioning)
+    return (policy.predict_direction(noised, timesteps, conditioning) - target).square().flatten(1).mean(dim=1)
 
 
 def _noise(policy: DiffusionPolicy, latents: Latents, seeds: Sequence[int]) -> tuple[Int[Tensor, " batch"], Latents]:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 
 from erasure.concept import Concept
@@ -102,7 +102,8 @@ class Examples(NamedTuple):
 
     latents: Latents  # noised
     noise: Latents
-    timesteps: Int[Tensor, " both"]
+    timesteps: Shaped[Tensor, " both"]
+    directions: Latents  # what the network should see in them
     captions: list[str]  # what they are said to show: the first ones with the concept put in
     anchors: list[str]  # what the first ones show
     mask: Float[Tensor, "batch 1 h w"]  # where the first ones are picture; 0 where they are padding
@@ -151,7 +152,7 @@ class AC:
         phrase, anchor = longest(policy, concept.phrases), longest(policy, anchors)
         texts = (template.format(concept=phrase, anchor=anchor) for template in cfg.templates)
         check_length(policy, (negative, *texts), "AC's prompts")
-        if cfg.detach_start and policy.unet.is_gradient_checkpointing:
+        if cfg.detach_start and policy.model.is_gradient_checkpointing:
             raise ValueError(
                 "detach_start must be False for a policy with gradient checkpointing, which would compute keys and "
                 "values anew without it"
@@ -184,26 +185,26 @@ class AC:
         noise = torch.cat([stream.draw(), stream.draw()])
         latents = policy.add_noise(clean, noise, timesteps)
         mask = torch.ones_like(clean[:size, :1])
-        return Examples(latents, noise, timesteps, rewritten + anchors, anchors, mask)
+        return Examples(latents, noise, timesteps, policy.direction(clean, noise), rewritten + anchors, anchors, mask)
 
     def losses(self, policy: DiffusionPolicy, examples: Examples) -> tuple[PerSample, PerSample]:
         """Returns the concept's squared error, summed over channels, and the prior's mean; zero without its weight."""
         cfg = self.config
         size = len(examples.mask)
-        target = examples.noise[:size]
+        target = examples.directions[:size]
         if cfg.target != "noise":
             with policy.reference() if cfg.target == "original" else torch.no_grad():
                 anchors = policy.encode(examples.anchors)
-                target = policy.predict_noise(examples.latents[:size], examples.timesteps[:size], anchors)
+                target = policy.predict_direction(examples.latents[:size], examples.timesteps[:size], anchors)
         rows = slice(2 * size if cfg.prior_weight else size)
         with start_detached(policy.unet) if cfg.detach_start else nullcontext():
-            prediction = policy.predict_noise(
+            prediction = policy.predict_direction(
                 examples.latents[rows], examples.timesteps[rows], policy.encode(examples.captions[rows])
             )
         erased = masked_error(prediction[:size], target, examples.mask)
         if not cfg.prior_weight:
             return erased, torch.zeros_like(erased)
-        return erased, squared_error(prediction[size:], examples.noise[size:])
+        return erased, squared_error(prediction[size:], examples.directions[size:])
 
 
 def masked_error(prediction: Latents, target: Latents, mask: Float[Tensor, "batch 1 h w"]) -> PerSample:

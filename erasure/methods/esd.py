@@ -8,7 +8,7 @@ docs/methods/esd.md for each departure.
 from contextlib import nullcontext
 from typing import Literal
 
-from jaxtyping import Int
+from jaxtyping import Shaped
 from torch import Tensor
 
 from erasure.concept import Concept
@@ -85,18 +85,18 @@ class ESD:
 def erased_loss(
     policy: DiffusionPolicy,
     latents: Latents,
-    timesteps: Int[Tensor, " batch"],
+    timesteps: Shaped[Tensor, " batch"],
     conditioning: Conditioning,
     target: Latents,
 ) -> PerSample:
     """Returns the mean squared distance of each sample's prediction from its target."""
-    return squared_error(policy.predict_noise(latents, timesteps, conditioning), target)
+    return squared_error(policy.predict_direction(latents, timesteps, conditioning), target)
 
 
 def learned_target(
     policy: DiffusionPolicy,
     latents: Latents,
-    timesteps: Int[Tensor, " batch"],
+    timesteps: Shaped[Tensor, " batch"],
     concept: Conditioning,
     empty: Conditioning,
     *,
@@ -112,7 +112,7 @@ def learned_target(
     count = len(prompts)
     with policy.reference():
         repeated = latents.repeat(count, 1, 1, 1), timesteps.repeat(count)
-        original = policy.predict_noise(*repeated, Conditioning.cat(prompts))
+        original = policy.predict_direction(*repeated, Conditioning.cat(prompts))
     conditional, unconditional, *rest = original.chunk(count)
     target = erased_target(conditional, unconditional, negative_guidance=negative_guidance)
     return rest[0] - conditional + target if rest else target

@@ -1,6 +1,5 @@
 """Keys and values of cross-attention, and texts as these see them: what closed-form edits read."""
 
-import copy
 from typing import NamedTuple
 
 import torch
@@ -34,7 +33,7 @@ class TextReader:
     def __init__(self, policy: DiffusionPolicy) -> None:
         self._prompts = policy.prompts
         if policy.text_encoder.dtype != torch.float32:
-            self._prompts = PromptEncoder(copy.deepcopy(policy.text_encoder).float(), policy.tokenizer)
+            self._prompts = PromptEncoder.of(policy.family.with_encoders_in_float32())
 
     def __call__(self, text: str) -> EmbeddedText:
         """Returns one text's embedding, on the CPU."""

@@ -27,6 +27,7 @@ from erasure.guards import GuardChange
 from erasure.strength import check_strength
 from overpaint.policy import ClassifierFree, Conditioning, DiffusionPolicy, Guidance, StepContext
 from overpaint.policy.ddim import cumulative_alphas, noise_scale
+from overpaint.policy.families import Flux
 from overpaint.policy.parts import Pipeline, UNet
 from overpaint.policy.prompts import PromptEncoder
 from overpaint.policy.types import Latents
@@ -107,10 +108,21 @@ class SLD:
             ValueError: The strength is negative or not finite, or the text encoder cuts the safety concept off.
         """
         check_strength(strength)
+        check_guided(policy)
         text = self.config.concept_text or ", ".join(concept.phrases)
         _check_length(text, policy.prompts)
         change = SLDChange(replace(self.config, concept_text=text), strength)
         return Erasure.of(policy, self.name, {**asdict(self.config), "strength": strength}, concept, change)
+
+
+def check_guided(policy: DiffusionPolicy) -> None:
+    """Checks that a model is guided by two predictions, which the concept's joins.
+
+    Raises:
+        ValueError: It has learned to guide itself.
+    """
+    if isinstance(policy.family, Flux):
+        raise ValueError("SLD must be given a model with classifier-free guidance, got a FluxPipeline, which has none")
 
 
 @change_kind
@@ -124,6 +136,10 @@ class SLDChange(GuardChange):
     def __post_init__(self) -> None:
         if self.config.concept_text is None:
             raise ValueError("SLDChange.config must give its concept_text, got None")
+
+    def check(self, policy: DiffusionPolicy) -> None:
+        """Refuses a model that guides itself."""
+        check_guided(policy)
 
     def guard(self, prompts: PromptEncoder, unet: UNet) -> "SLDGuard":
         """Encodes the safety concept; a `ValueError` refuses one that the text encoder cuts off."""

@@ -16,6 +16,7 @@ from torch import Tensor
 from erasure.changes import WeightChange
 from erasure.concept import Concept
 from erasure.erased import Erasure
+from erasure.protocols import check_unet
 from erasure.strength import check_strength
 from overpaint.policy import DiffusionPolicy, WeightDelta
 from overpaint.settings import Field, settings
@@ -96,6 +97,7 @@ class UCE:
         if not pairs:
             raise ValueError("pairs must hold at least one text and its replacement, got none")
         check_strength(strength)
+        check_unet(policy, "UCE")
         paper = self.config.variant == "paper"
         texts = list(dict.fromkeys(["", *preserve] if paper else preserve))
         if (preserve_scale := self.config.preserve_scale) is None:

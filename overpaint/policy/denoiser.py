@@ -56,19 +56,18 @@ def predict(
     return predictions[0] if guidance is None else guidance.combine(predictions, cast(StepContext, context))
 
 
-def predict_noise(
+def predicted(
     parts: Parts,
     latents: Latents,
     timesteps: Shaped[Tensor, " batch"],
     conditioning: Conditioning,
     guidance: Guidance | None = None,
     steps: Int[Tensor, " batch"] | None = None,
-) -> Latents:
-    """Returns the noise at timesteps of training; see `DiffusionPolicy.predict_noise`."""
+) -> tuple[Latents, PerSample]:
+    """Returns the prediction at timesteps of training, and their levels; see `DiffusionPolicy.predict_noise`."""
     levels, total = parts.process.levels(timesteps.to(latents.device)), parts.process.num_timesteps
-    context = _context(parts, total - 1 - timesteps if steps is None else steps, total, levels)
-    prediction = predict(parts, latents, timesteps, conditioning, guidance, context)
-    return parts.process.noise(latents, prediction, levels)
+    context = _context(parts, (total - 1 - timesteps).long() if steps is None else steps, total, levels)
+    return predict(parts, latents, timesteps, conditioning, guidance, context), levels
 
 
 def predict_at(

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from . import autoencoder, ddim
 from .conditioning import Conditioning
-from .denoiser import all_at, mean_and_std, predict, predict_at, predict_noise, steps_of
+from .denoiser import all_at, mean_and_std, predict, predict_at, predicted, steps_of
 from .flow import Chain
 from .guidance import DEFAULT_GUIDANCE, Guidance, SamplingGuard
 from .loading import PolicyOptions, default_device, load_pipeline
@@ -220,7 +220,27 @@ class DiffusionPolicy:
             steps: Index of each sample's step, for a guidance that changes on the way; by default that of its timestep
                 among all of training's.
         """
-        return predict_noise(self, latents, timesteps, conditioning, guidance, steps)
+        return self.process.noise(latents, *predicted(self, latents, timesteps, conditioning, guidance, steps))
+
+    def predict_direction(
+        self,
+        latents: Latents,
+        timesteps: Shaped[Tensor, " batch"],
+        conditioning: Conditioning,
+        guidance: Guidance | None = None,
+        *,
+        steps: Int[Tensor, " batch"] | None = None,
+    ) -> Latents:
+        """Returns what `predict_noise` does in diffusion, and the velocity in a flow; arguments as there.
+
+        Losses compare these, since errors of them weigh alike at all levels; a flow's noise is `1 - s` times as wrong
+        as its velocity, which at its first level says nothing.
+        """
+        return self.process.direction(latents, *predicted(self, latents, timesteps, conditioning, guidance, steps))
+
+    def direction(self, clean: Latents, noise: Latents) -> Latents:
+        """Returns what `predict_direction` should see in clean latents with noise: the noise, or the velocity."""
+        return self.process.direction_of(clean, noise)
 
     def predict(
         self,

@@ -10,9 +10,11 @@ and the noise that a step adds decides on its standard deviation and on `c`:
     none          std = 0                                     c = s'                        Euler's step
     sde, dance    std = a sqrt(d)                             c = s' - a^2 d / (2 s)
     cps           std = s' sin(eta pi / 2)                    c = sqrt(s'^2 - std^2)
+    ancestral     std = eta s' sqrt(1 - r^2)                  c = sqrt(s'^2 - std^2)
 
-with `a = eta sqrt(s / (1 - s))` for sde and `a = eta` for dance. A step of DDIM is of the same form as one of cps, see
-`ddim`.
+with `a = eta sqrt(s / (1 - s))` for sde, `a = eta` for dance, and `r = (1 - s) s' / ((1 - s') s)`. A step of DDIM is of
+the form of the last two, and with its own signal and noise in place of `1 - s` and `s` it is that of ancestral: with
+eta = 1 that draws from where noising by `noising_mean_and_std` may have come from.
 
 Source: Liu et al. (2023), "Flow straight and fast", https://arxiv.org/abs/2209.03003; sde: Liu et al. (2025),
 Flow-GRPO, https://arxiv.org/abs/2505.05470, where `1 - s` at `s = 1` is one minus the schedule's second level; dance:
@@ -31,7 +33,7 @@ from torch import Tensor
 
 from .types import Latents, PerSample, Plan
 
-Chain = Literal["sde", "cps", "dance"]
+Chain = Literal["sde", "cps", "dance", "ancestral"]
 """Which noise a stochastic step adds."""
 CHAINS: tuple[Chain, ...] = get_args(Chain)
 
@@ -106,7 +108,7 @@ def flow_mean_and_std(
         velocity: The network's output for it.
         levels: Of the state.
         next_levels: That the step leads to.
-        eta: How much noise the step adds, at least 0; for cps at most 1.
+        eta: How much noise the step adds, at least 0; for cps and ancestral at most 1.
         chain: Which.
         second_level: Of the schedule, for sde's first step.
     """
@@ -123,12 +125,33 @@ def deviation_and_direction(
     level, following = levels.double(), next_levels.double()
     if chain == "cps":
         return following * math.sin(eta * math.pi / 2), following * math.cos(eta * math.pi / 2)
+    if chain == "ancestral":
+        ratio = (1 - level) * following / ((1 - following) * level)
+        std = eta * following * (1 - ratio**2).clamp(min=0).sqrt()
+        return std, (following**2 - std**2).clamp(min=0).sqrt()
     variance = torch.full_like(level, eta**2)
     if chain == "sde":
         left = 1 - torch.where(level == 1, second_level.double(), level)
         variance = variance * level / left
     variance = variance * (level - following)
     return variance.sqrt(), following - variance / (2 * level)
+
+
+def noising_mean_and_std(latents: Latents, levels: PerSample, next_levels: PerSample) -> tuple[Latents, PerSample]:
+    """Returns the Gaussian of what a step started from, given where it led: noising from one level to the next.
+
+    With `k = (1 - s) / (1 - s')` it is N(k x', s^2 - k^2 s'^2), which keeps image and noise at their shares; DDPM's
+    is in `ddim`. [ours]
+
+    Args:
+        latents: State after the step.
+        levels: Of the state before it.
+        next_levels: That the step leads to.
+    """
+    level, following = levels.double(), next_levels.double()
+    kept = (1 - level) / (1 - following)
+    std = (level**2 - (kept * following) ** 2).clamp(min=0).sqrt()
+    return _per_sample(kept.to(latents.dtype)) * latents, std.to(latents.dtype)
 
 
 def mean_slope(

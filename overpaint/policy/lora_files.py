@@ -23,7 +23,7 @@ from .guidance import SamplingGuard
 from .parts import UNet
 from .tensor_names import FOREIGN, is_lora_file, kind_of, without_wrappers
 from .weight_files import WEIGHT_SUFFIXES, SafeTensors, flat_tensors, read_weights, state_dict_of
-from .weights import ADAPTER, MAGNITUDE, LoRAConfig, is_lora, lora_layers, plain_name
+from .weights import ADAPTER, MAGNITUDE, LoRAConfig, is_lora, is_transformer, lora_layers, plain_name
 
 LORA_FILE, KOHYA_FILE = "pytorch_lora_weights.safetensors", "lora.safetensors"
 LORA_NAMES = (LORA_FILE, "pytorch_lora_weights.bin", "adapter_model.safetensors", "adapter_model.bin")
@@ -247,7 +247,7 @@ def base_hashes(unet: nn.Module, guard: SamplingGuard | None = None) -> dict[str
 
 def kind_of_network(network: nn.Module) -> Literal["unet", "transformer"]:
     """Returns what LoRAs' files and pipelines call a denoising network."""
-    return "unet" if "UNet2DConditionModel" in [kind.__name__ for kind in type(network).__mro__] else "transformer"
+    return "transformer" if is_transformer(network) else "unet"
 
 
 def is_stable_diffusion(network: Any) -> bool:

@@ -17,4 +17,12 @@ else:
     UNet = VAE = TextEncoder = nn.Module
     Tokenizer = Pipeline = Any
 
-__all__ = ["VAE", "Pipeline", "TextEncoder", "Tokenizer", "UNet"]
+
+__all__ = ["VAE", "Pipeline", "TextEncoder", "Tokenizer", "UNet", "network_of"]
+
+
+def network_of(holder: object) -> nn.Module:
+    """Returns the denoising network of a pipeline or of a policy: its UNet or its transformer."""
+    name = next(name for name in ("model", "unet", "transformer") if hasattr(holder, name))
+    network: nn.Module = getattr(holder, name)
+    return network

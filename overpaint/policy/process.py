@@ -83,6 +83,14 @@ class Process(Protocol):
         """Returns what the network should predict for clean latents that were noised."""
         ...
 
+    def direction(self, latents: Latents, prediction: Latents, levels: PerSample) -> Latents:
+        """Returns a prediction in the units in which errors weigh alike at all levels: noise, or a flow's velocity."""
+        ...
+
+    def direction_of(self, clean: Latents, noise: Latents) -> Latents:
+        """Returns the same of latents and the noise that was added to them."""
+        ...
+
     def noise_scale(self, levels: PerSample) -> PerSample:
         """Returns by what a difference of two predictions is multiplied to be a difference of noise."""
         ...
@@ -91,6 +99,10 @@ class Process(Protocol):
         self, latents: Latents, prediction: Latents, plan: Plan, steps: Int[Tensor, " batch"], eta: float
     ) -> tuple[Latents, PerSample]:
         """Returns the Gaussian of one step of each sample."""
+        ...
+
+    def noising(self, latents: Latents, plan: Plan, step: int) -> tuple[Latents, PerSample]:
+        """Returns the Gaussian of what a step of a sampling started from, given where it led: forward noising."""
         ...
 
     def scales(self, plan: Plan, eta: float) -> tuple[Float[Tensor, " steps"], Float[Tensor, " steps"]]:
@@ -165,6 +177,14 @@ class Diffusion:
         """See `Process`."""
         return ddim.prediction_target(clean, noise, levels, self.prediction_type)
 
+    def direction(self, latents: Latents, prediction: Latents, levels: PerSample) -> Latents:
+        """See `Process`; the noise."""
+        return self.noise(latents, prediction, levels)
+
+    def direction_of(self, clean: Latents, noise: Latents) -> Latents:
+        """See `Process`; the noise."""
+        return noise
+
     def noise_scale(self, levels: PerSample) -> PerSample:
         """See `Process`."""
         return ddim.noise_scale(levels, self.prediction_type)
@@ -175,6 +195,10 @@ class Diffusion:
         """See `Process`."""
         levels = plan.levels[steps], plan.next_levels[steps]
         return ddim.ddim_mean_and_std(latents, prediction, *levels, eta=eta, prediction_type=self.prediction_type)
+
+    def noising(self, latents: Latents, plan: Plan, step: int) -> tuple[Latents, PerSample]:
+        """See `Process`."""
+        return ddim.noising_mean_and_std(latents, *_levels_of(plan, step, latents))
 
     def scales(self, plan: Plan, eta: float) -> tuple[Float[Tensor, " steps"], Float[Tensor, " steps"]]:
         """See `Process`."""
@@ -210,10 +234,10 @@ class RectifiedFlow:
         return self._plans[steps, tokens, device]
 
     def stochastic_steps(self, steps: int, eta: float) -> tuple[int, ...]:
-        """See `Process`; all of them, but for the last one of cps."""
+        """See `Process`; all of them, but for the last one of cps and of ancestral."""
         check_noise(eta)
         check_steps(steps)
-        return tuple(range(steps - 1 if self.chain == "cps" else steps))
+        return tuple(range(steps - 1 if self.chain in ("cps", "ancestral") else steps))
 
     def trained_steps(self, steps: int, eta: float) -> tuple[int, ...]:
         """See `Process`; all but the last, whose deviation is tiny or none: Flow-GRPO leaves it out, too."""
@@ -241,6 +265,14 @@ class RectifiedFlow:
         """See `Process`; the velocity."""
         return noise - clean
 
+    def direction(self, latents: Latents, prediction: Latents, levels: PerSample) -> Latents:
+        """See `Process`; the velocity: an error of the noise is 1 - s times one of it, and tells nothing at s = 1."""
+        return prediction
+
+    def direction_of(self, clean: Latents, noise: Latents) -> Latents:
+        """See `Process`; the velocity."""
+        return noise - clean
+
     def noise_scale(self, levels: PerSample) -> PerSample:
         """See `Process`."""
         return 1 - levels
@@ -252,6 +284,10 @@ class RectifiedFlow:
         levels = plan.levels[steps], plan.next_levels[steps]
         return flow.flow_mean_and_std(latents, prediction, *levels, **self._noise_added(plan, eta))
 
+    def noising(self, latents: Latents, plan: Plan, step: int) -> tuple[Latents, PerSample]:
+        """See `Process`."""
+        return flow.noising_mean_and_std(latents, *_levels_of(plan, step, latents))
+
     def scales(self, plan: Plan, eta: float) -> tuple[Float[Tensor, " steps"], Float[Tensor, " steps"]]:
         """See `Process`."""
         levels, added = (plan.levels.double(), plan.next_levels.double()), self._noise_added(plan, eta)
@@ -260,6 +296,11 @@ class RectifiedFlow:
 
     def _noise_added(self, plan: Plan, eta: float) -> dict[str, Any]:
         return {"eta": eta, "chain": self.chain, "second_level": plan.next_levels[0]}
+
+
+def _levels_of(plan: Plan, step: int, latents: Latents) -> tuple[PerSample, PerSample]:
+    """Returns the levels before and after a step, for each of some latents."""
+    return plan.levels[step].expand(len(latents)), plan.next_levels[step].expand(len(latents))
 
 
 def check_steps(steps: int) -> None:

@@ -85,6 +85,23 @@ Source of the names: rohitgandikota/erasing, whose newer code takes linear and c
 """
 
 
+TEXT_PROJECTIONS = (".add_q_proj.", ".add_k_proj.", ".add_v_proj.", ".to_add_out.")
+"""What the names of the projections of the text's tokens hold in joint attention."""
+
+TRANSFORMER_SETS: dict[str, Callable[[str], bool]] = {
+    "attn": lambda name: ".attn." in name or ".attn2." in name,
+    "text-attn": lambda name: any(part in name for part in TEXT_PROJECTIONS),
+    "full": lambda name: True,
+    "layers": lambda name: not _is_norm(name),
+}
+"""The same of a flow transformer, whose attention is joint: "text-attn" is what it does with the text's tokens."""
+
+
+def is_transformer(network: nn.Module) -> bool:
+    """Tells a flow transformer from a UNet."""
+    return type(network).__name__.endswith("Transformer2DModel")
+
+
 def plain_name(name: str) -> str:
     """Returns a parameter's name without the mark of a layer that peft has wrapped."""
     return name.replace(".base_layer.", ".")
@@ -108,14 +125,18 @@ def select_parameters(unet: nn.Module, name: str) -> dict[str, nn.Parameter]:
     """Returns the parameters of a named set, by their plain names.
 
     Raises:
-        ValueError: There is no such set, or this UNet has nothing in it.
+        ValueError: There is no such set, or this network has nothing in it.
     """
-    if name not in PARAMETER_SETS:
+    if name not in PARAMETER_SETS and name not in TRANSFORMER_SETS:
         raise ValueError(f"the parameter set must be one of {', '.join(PARAMETER_SETS)}, got {name!r}")
+    sets = TRANSFORMER_SETS if is_transformer(unet) else PARAMETER_SETS
+    if name not in sets:
+        kind = type(unet).__name__
+        raise ValueError(f"the parameter set {name!r} must be one of the model's, and a {kind} has {', '.join(sets)}")
     if name == "added":
         chosen = {key: value for key, value in unet.named_parameters() if is_added(key)}
     else:
-        chosen = {key: value for key, value in base_parameters(unet).items() if PARAMETER_SETS[name](key)}
+        chosen = {key: value for key, value in base_parameters(unet).items() if sets[name](key)}
     if not chosen:
         raise ValueError(f"the parameter set {name!r} must not be empty, and this UNet has nothing in it")
     return chosen

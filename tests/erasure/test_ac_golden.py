@@ -27,6 +27,7 @@ def stored(policy: DiffusionPolicy) -> Examples:
         latents=policy.add_noise(CASE.tensors["latents"], noise, timesteps),
         noise=noise,
         timesteps=timesteps,
+        directions=noise,
         captions=HYPER["target_captions"] + HYPER["prior_captions"],
         anchors=HYPER["anchor_captions"],
         mask=CASE.tensors["mask"][: len(HYPER["anchor_captions"])],

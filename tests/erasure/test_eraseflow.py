@@ -137,9 +137,9 @@ def test_steps_are_drawn_for_each_seed_and_the_last_ones_are_always_among_them()
 
 def test_balanced_weights_make_a_difference_of_noise_count_the_same_at_every_step(policy: DiffusionPolicy) -> None:
     plan = policy.plan(10)
-    weights = step_weights(plan, "balanced").double()
+    weights = step_weights(policy.process, plan, "balanced").double()
     assert weights.mean().item() == pytest.approx(1)
-    assert torch.equal(step_weights(plan, "equal"), torch.ones(10))
+    assert torch.equal(step_weights(policy.process, plan, "equal"), torch.ones(10))
     latents = torch.randn(10, 4, 8, 8, generator=torch.Generator().manual_seed(0))
     noise = torch.zeros_like(latents)
     levels = plan.levels, plan.next_levels
@@ -162,7 +162,7 @@ def test_residual_is_that_by_hand(policy: DiffusionPolicy) -> None:
     found = method.residuals(policy, drawn, steps)
     targets = policy.encode([pair.target for pair in drawn.pairs])
     plan = policy.plan(5)
-    weights = step_weights(plan, "balanced")
+    weights = step_weights(policy.process, plan, "balanced")
     expected = torch.full((4,), 0.25 - 1.5)
     for step in range(5):
         before, after = drawn.latents[:, step], drawn.latents[:, step + 1]
@@ -173,7 +173,7 @@ def test_residual_is_that_by_hand(policy: DiffusionPolicy) -> None:
         forward = torch.distributions.Normal(mean, sigma).log_prob(after).flatten(1).mean(dim=1)
         kernel = torch.distributions.Normal((level / previous).sqrt() * after, (1 - level / previous).sqrt())
         expected = expected + weights[step] * (forward - kernel.log_prob(before).flatten(1).mean(dim=1))
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(found.float(), expected, rtol=1e-4, atol=1e-4)
     assert torch.equal(method.loss(policy, BATCH), method.loss(policy, BATCH))
     torch.testing.assert_close(method.loss(policy, BATCH), found.square(), rtol=1e-4, atol=1e-4)
 
@@ -206,7 +206,7 @@ def test_matched_level_is_that_of_the_anchors_own_trajectories(weights: Any, sha
 
     # -½ log((1 - a_prev) / (1 - a)) + ½ (m - 1) (1 - a / a_prev) / (1 - a), m the mean square of the predicted noise.
     plan = policy.plan(20)
-    weight = step_weights(plan, weights)
+    weight = step_weights(policy.process, plan, weights)
     anchors = policy.encode([pair.anchor for pair in drawn.pairs])
     expected = torch.zeros(4)
     for step in range(20):
@@ -218,7 +218,7 @@ def test_matched_level_is_that_of_the_anchors_own_trajectories(weights: Any, sha
         excess = noise.square().flatten(1).mean(dim=1) - 1
         term = -0.5 * ((1 - previous) / (1 - level)).log() + 0.5 * excess * (1 - level / previous) / (1 - level)
         expected += weight[step] * term * (chosen == step).any(dim=1)
-    backward = noising_log_probs(drawn.latents, plan).gather(1, chosen)
+    backward = noising_log_probs(policy.process, drawn.latents, plan).gather(1, chosen)
     found = method.level(drawn.log_probs.gather(1, chosen), backward, weight[chosen], drawn.scores)
     assert (found - expected).abs().max() < 0.4
 
@@ -281,7 +281,7 @@ def test_reward_raises_the_level_of_the_trajectories_that_it_likes(policy: Diffu
         lower = plain.residuals(policy, drawn, steps) - rewarded.residuals(policy, drawn, steps)
     expected = brightness(policy.decode(drawn.latents[:, -1]), None).detach()
     assert torch.equal(drawn.scores, expected)
-    torch.testing.assert_close(lower, 2.0 * (expected - 0.4) / 0.5, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(lower.float(), 2.0 * (expected - 0.4) / 0.5, rtol=1e-4, atol=1e-4)
 
 
 def test_weight_of_the_reward_follows_trajectories_of_the_policy_alone(

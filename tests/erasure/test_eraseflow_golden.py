@@ -96,7 +96,7 @@ def test_log_densities_are_theirs(weights: str, student: DiffusionPolicy) -> Non
     if weights == "stale":
         perturb(student, HYPER["student"])
     trajectory, guidance = stored(), ClassifierFree(HYPER["guidance"])
-    CASE.check("log_pb", noising_log_probs(trajectory.latents, student.plan(STEPS)))
+    CASE.check("log_pb", noising_log_probs(student.process, trajectory.latents, student.plan(STEPS)))
     for name in ("target", "anchor"):
         prompted = trajectory._replace(conditioning=encoded(f"emb_{name}"))
         found = denoising_log_probs(student, prompted, chosen(ALL), guidance=guidance)
@@ -117,7 +117,7 @@ def test_loss_and_gradients_are_theirs(weights: str, form: str, student: Diffusi
     log_z = torch.tensor(HYPER["log_z"], dtype=torch.float64, requires_grad=True)
     forward = denoising_log_probs(student, trajectory, chosen(steps), guidance=guidance(HYPER["guidance"]))
     plan = student.plan(STEPS)
-    backward = noising_log_probs(trajectory.latents, plan)[:, steps]
+    backward = noising_log_probs(student.process, trajectory.latents, plan)[:, steps]
     # In place of means over elements, the sum over them is the contrast of one form.
     scale = trajectory.latents[0, 0].numel() if form == "sum" else 1.0
     level = (HYPER["log_beta"] - log_z).expand(HYPER["trajectories"])

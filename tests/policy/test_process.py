@@ -125,10 +125,40 @@ def test_a_flow_without_a_density_is_refused(chain: Any, eta: float, message: st
         RectifiedFlow(FLOW, chain=chain, even=False).stochastic_steps(4, eta)
 
 
-def test_all_steps_of_a_flow_have_a_density_but_the_last_of_cps() -> None:
-    for chain, count in (("sde", 4), ("dance", 4), ("cps", 3)):
+def test_all_steps_of_a_flow_have_a_density_but_the_last_of_those_that_keep_levels() -> None:
+    for chain, count in (("sde", 4), ("dance", 4), ("cps", 3), ("ancestral", 3)):
         process = RectifiedFlow(FLOW, chain=cast(Any, chain), even=False)
         assert process.stochastic_steps(4, 0.5) == tuple(range(count))
         plan = process.plan(4, SIZE, CPU)
         deviations, _ = process.scales(plan, 0.5)
         assert (deviations > 0).tolist() == [step < count for step in range(4)]
+
+
+@pytest.mark.parametrize("kind", ["epsilon", "ancestral"])
+def test_noising_back_from_where_a_step_led_keeps_image_and_noise_at_their_shares(kind: str) -> None:
+    process = PROCESSES[kind]
+    plan = process.plan(6, SIZE, CPU)
+    for step in range(5):
+        levels, then = plan.levels[step : step + 1].double(), plan.next_levels[step : step + 1].double()
+        signal, noise = (float(part) for part in process.signal_and_noise(levels))
+        then_signal, then_noise = (float(part) for part in process.signal_and_noise(then))
+        one = torch.ones(1, 1, 1, 1, dtype=torch.float64)
+        mean, std = process.noising(one, plan, step)
+        assert float(mean) * then_signal == pytest.approx(signal, abs=1e-6)
+        assert (float(mean) * then_noise) ** 2 + float(std) ** 2 == pytest.approx(noise**2, rel=1e-5)
+
+
+def test_an_ancestral_step_of_a_flow_is_the_posterior_of_noising() -> None:
+    """Bayes' rule for Gaussians: x' given x and the image, from x' given the image and x given x'."""
+    process = PROCESSES["ancestral"]
+    plan = process.plan(6, SIZE, CPU)
+    clean, noise = (part[:1].double() for part in noises(1, 4, 4, 4))
+    for step in range(1, 5):
+        level, then = (levels[step : step + 1].double() for levels in (plan.levels, plan.next_levels))
+        latents = add_noise(process, clean, noise, level)
+        kept, spread = process.noising(torch.ones(1, 1, 1, 1, dtype=torch.float64), plan, step)
+        precision = 1 / then**2 + kept.flatten() ** 2 / spread**2
+        expected = ((1 - then) * clean / then**2 + kept * latents / spread**2) / precision
+        mean, std = process.mean_and_std(latents, noise - clean, plan, torch.tensor([step]), 1.0)
+        torch.testing.assert_close(mean, expected, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(std, precision.rsqrt(), rtol=1e-5, atol=1e-6)

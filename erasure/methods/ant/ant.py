@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Shaped
 from torch import Tensor
 
 from erasure.changes import weights_hash
@@ -203,7 +203,7 @@ class ANT:
         self,
         policy: DiffusionPolicy,
         latents: Float[Tensor, "2 batch channels h w"],
-        timesteps: Int[Tensor, "2 batch"],
+        timesteps: Shaped[Tensor, "2 batch"],
         prompts: Conditioning,
         empty: Conditioning,
     ) -> Terms:
@@ -213,7 +213,7 @@ class ANT:
             count = len(prompted)
             conditioning = Conditioning.cat([each for each in prompted for _ in range(2)])
             flat = latents.flatten(0, 1).repeat(count, 1, 1, 1), timesteps.flatten().repeat(count)
-            return list(policy.predict_noise(*flat, conditioning).unflatten(0, (count, *timesteps.shape)))
+            return list(policy.predict_direction(*flat, conditioning).unflatten(0, (count, *timesteps.shape)))
 
         with policy.reference():
             conditional, unconditional = predictions(prompts, empty)
@@ -246,7 +246,7 @@ class ANT:
                 f"saliency.prompts must be {concept.name!r}'s, one of them part of a phrase that elicits it, got "
                 f"{', '.join(prompts)}"
             )
-        base = weights_hash(student.unet, student.trainable_state())
+        base = weights_hash(student.model, student.trainable_state())
         chosen = replace(cfg, saliency=replace(cfg.saliency, prompts=prompts))
         record = json.dumps(asdict(chosen) | cfg.behaviour()._asdict() | {"descent": None, "base": base})
         path = None if output_dir is None else Path(output_dir) / "saliency.safetensors"

@@ -160,7 +160,7 @@ def masked_gradients(policy: DiffusionPolicy, mask: Mapping[str, Bool[Tensor, ".
 
 def trained(policy: DiffusionPolicy) -> dict[str, Parameter]:
     """Returns the UNet's own parameters that the policy trains, by plain name."""
-    return {name: value for name, value in base_parameters(policy.unet).items() if value.requires_grad}
+    return {name: value for name, value in base_parameters(policy.model).items() if value.requires_grad}
 
 
 def write_mask(path: Path, mask: Mask, record: str) -> None:

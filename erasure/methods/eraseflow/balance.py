@@ -15,8 +15,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from overpaint.policy import ClassifierFree, DiffusionPolicy, Trajectory
-from overpaint.policy.ddim import gaussian_log_prob, noising_mean_and_std
+from overpaint.policy.ddim import gaussian_log_prob
 from overpaint.policy.guidance import StepContext
+from overpaint.policy.process import Process, RectifiedFlow
 from overpaint.policy.types import Latents, PerSample, Plan
 
 
@@ -27,12 +28,14 @@ def chosen_steps(seeds: Sequence[int], *, steps: int, early: int, late: int) -> 
     return torch.tensor([[*chosen, *range(steps - late, steps)] for chosen in drawn])
 
 
-def noising_log_probs(latents: Float[Tensor, "batch states channels h w"], plan: Plan) -> Float[Tensor, "batch steps"]:
+def noising_log_probs(
+    process: Process, latents: Float[Tensor, "batch states channels h w"], plan: Plan
+) -> Float[Tensor, "batch steps"]:
     """Returns log p_B of every step of a trajectory: how likely noising leads from where it led back to its start."""
-    columns = []
-    for step, (alpha, previous) in enumerate(zip(plan.levels, plan.next_levels, strict=True)):
-        levels = (level.expand(len(latents)) for level in (alpha, previous))
-        columns.append(gaussian_log_prob(latents[:, step], *noising_mean_and_std(latents[:, step + 1], *levels)))
+    columns = [
+        gaussian_log_prob(latents[:, step], *process.noising(latents[:, step + 1], plan, step))
+        for step in range(len(plan.timesteps))
+    ]
     return torch.stack(columns, dim=1)
 
 
@@ -49,15 +52,20 @@ def denoising_log_probs(
     return policy.log_prob(trajectory, samples, chosen.flatten(), guidance=guidance, eta=1.0).view(count, each)
 
 
-def step_weights(plan: Plan, kind: Literal["equal", "balanced"]) -> Float[Tensor, " steps"]:
+def step_weights(process: Process, plan: Plan, kind: Literal["equal", "balanced"]) -> Float[Tensor, " steps"]:
     """Returns the weight of each step, 1 on average over all of them.
 
     A difference d of two noise predictions moves log p_F of a step by d² (1 - k) / (2 k (1 - a_prev)), with k = a /
     a_prev in the words of `policy.ddim`. The steps before the last have most of the sum of these factors; ``balanced``
-    divides by them, so that d² counts the same everywhere.
+    divides by them, so that d² counts the same everywhere. In a flow d is a difference of velocities, and the
+    factor the squared slope of a step's mean over twice its variance; the last step has no density.
     """
     if kind == "equal":
         return torch.ones_like(plan.levels)
+    if isinstance(process, RectifiedFlow):
+        std, slope = process.scales(plan, 1.0)
+        weights = (std / slope) ** 2
+        return (weights / weights[:-1].mean()).to(plan.levels)
     levels, previous = plan.levels.double(), plan.next_levels.double()
     kept = levels / previous
     weights = kept * (1 - previous) / (1 - kept)

@@ -234,6 +234,12 @@ class EraseFlow:
         """
         cfg = self.config
         check_trainable(policy, f"erasing {concept.name!r} by EraseFlow")
+        chain = getattr(policy.process, "chain", "ancestral")
+        if chain != "ancestral":
+            raise ValueError(
+                "EraseFlow must be given a policy whose steps reverse noising, which of a flow are those of "
+                f"chain='ancestral', got {chain!r}"
+            )
         policy.process.stochastic_steps(cfg.steps, 1.0)
         check_words(policy, concept)
         check_absent(concept, [self.anchor(concept)], "the anchor")
@@ -258,7 +264,8 @@ class EraseFlow:
         cfg = self.config
         early, late = cfg.counts()
         self._drawn = self._mine or self.drawn(policy, batch)
-        chosen = chosen_steps(batch.seeds, steps=cfg.steps, early=early, late=late)
+        balanced = len(policy.process.stochastic_steps(cfg.steps, 1.0))
+        chosen = chosen_steps(batch.seeds, steps=balanced, early=min(early, balanced - late), late=late)
         found = self.residuals(policy, self._drawn, chosen)
         self._residuals = found.detach()
         return found.square()
@@ -314,8 +321,8 @@ class EraseFlow:
         guidance = (ClassifierFree if cfg.uncond_grad else ConstantUnconditional)(cfg.guidance_scale)
         forward = denoising_log_probs(policy, trajectory, chosen, guidance=guidance)
         chosen = chosen.to(policy.device)
-        backward = noising_log_probs(latents, plan).gather(1, chosen)
-        weights = step_weights(plan, cfg.step_weights)[chosen]
+        backward = noising_log_probs(policy.process, latents, plan).gather(1, chosen)
+        weights = step_weights(policy.process, plan, cfg.step_weights)[chosen]
         level = self.level(log_probs.gather(1, chosen), backward, weights, scores)
         return residuals(forward, backward, weights, level)
 

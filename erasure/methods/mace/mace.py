@@ -42,7 +42,7 @@ from erasure.phrases import (
     placed,
     template_of,
 )
-from erasure.protocols import ConceptBatch, UNetCalls
+from erasure.protocols import ConceptBatch, UNetCalls, check_unet
 from erasure.strength import check_strength
 from overpaint.policy import ClassifierFree, DiffusionPolicy, LoRAConfig, WeightDelta
 from overpaint.policy.noise import SampleNoise
@@ -222,6 +222,7 @@ class MACE:
                 `descend`.
         """
         check_strength(strength)
+        check_unet(policy, self.name)
         cfg = self.config
         check_words(policy, concept)
         phrases = own_phrases(concept.phrases)

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Shaped
 from torch import Tensor
 
 from erasure.concept import Concept
@@ -28,7 +28,7 @@ from erasure.descend import DescentConfig, descend
 from erasure.erased import Erasure
 from erasure.methods.attention_maps import concept_map, layer_shape, recorded_attention, words_of
 from erasure.phrases import check_words, own_phrases
-from erasure.protocols import ConceptBatch, UNetCalls, check_trainable
+from erasure.protocols import ConceptBatch, UNetCalls, check_trainable, check_unet
 from erasure.rollout import erased_target, noised_latents, rollout_calls, squared_error
 from overpaint.policy import Conditioning, DiffusionPolicy
 from overpaint.policy.added import add_networks, remove_networks
@@ -123,6 +123,7 @@ class Receler:
         Raises:
             ValueError: The policy has erasers already; or as `descend`.
         """
+        check_unet(policy, self.name)
         student = self.student(policy)
         alone = replace(concept, phrases=tuple(own_phrases(concept.phrases)))
         descend(self, student, alone, output_dir=output_dir, resume=resume, progress=progress)
@@ -173,7 +174,7 @@ class Receler:
         policy: DiffusionPolicy,
         prompts: Sequence[str],
         latents: Latents,
-        timesteps: Int[Tensor, " batch"],
+        timesteps: Shaped[Tensor, " batch"],
         tokens: SoftTokens,
     ) -> Terms:
         """Returns the parts of the loss for given latents and soft tokens before their first step, with gradient."""
@@ -203,7 +204,7 @@ class Receler:
         conditioning: Conditioning,
         words: Bool[Tensor, "batch tokens"],
         latents: Latents,
-        timesteps: Int[Tensor, " batch"],
+        timesteps: Shaped[Tensor, " batch"],
         wanted: Latents,
         tokens: SoftTokens,
     ) -> SoftTokens:

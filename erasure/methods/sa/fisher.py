@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Shaped
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -179,12 +179,13 @@ def noise_errors(
     policy: DiffusionPolicy,
     clean: Latents,
     noise: Latents,
-    timesteps: Int[Tensor, " batch"],
+    timesteps: Shaped[Tensor, " batch"],
     conditioning: Conditioning,
 ) -> Float[Tensor, " batch"]:
     """Returns the mean of (ε - ε(x_t, t, c))² over the elements of each sample, in squared units of the noise."""
     return squared_error(
-        policy.predict_noise(policy.add_noise(clean, noise, timesteps), timesteps, conditioning), noise
+        policy.predict_direction(policy.add_noise(clean, noise, timesteps), timesteps, conditioning),
+        policy.direction(clean, noise),
     )
 
 
@@ -197,8 +198,8 @@ def watched_weights(policy: DiffusionPolicy) -> dict[str, nn.Parameter]:
     """Returns the weights whose change is penalised, by name: those that train, or the UNet's own beneath a LoRA."""
     if policy.lora is None:
         return dict(zip(policy.trainable_state(), policy.trainable_parameters(), strict=True))
-    own = base_parameters(policy.unet)
-    return {f"{name}.weight": own[f"{name}.weight"] for name in lora_layers(policy.unet)}
+    own = base_parameters(policy.model)
+    return {f"{name}.weight": own[f"{name}.weight"] for name in lora_layers(policy.model)}
 
 
 def start_of(policy: DiffusionPolicy) -> dict[str, Tensor]:
@@ -214,7 +215,7 @@ def changes(policy: DiffusionPolicy, start: Mapping[str, Tensor]) -> dict[str, T
     if policy.lora is None:
         return {name: value - start[name] for name, value in watched_weights(policy).items()}
     with torch.autocast(policy.device.type, enabled=False):
-        return dict(lora_updates(policy.unet))
+        return dict(lora_updates(policy.model))
 
 
 @contextmanager
@@ -237,7 +238,7 @@ def _record(
 ) -> dict[str, Any]:
     """Returns what the information is of: the model, what of it is watched, the pictures, and the settings."""
     with policy.reference():
-        values = dict(base_parameters(policy.unet)) | watched_weights(policy)
+        values = dict(base_parameters(policy.model)) | watched_weights(policy)
         model = tensors_hash(values)
     return {
         "format": RECORD_FORMAT,

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Shaped
 from torch import Tensor
 
 from erasure.concept import Concept
@@ -102,7 +102,7 @@ class Examples(NamedTuple):
 
     clean: Latents
     noise: Latents
-    timesteps: Int[Tensor, " both"]
+    timesteps: Shaped[Tensor, " both"]
     captions: list[str]
 
 

@@ -21,6 +21,7 @@ from erasure.guards import GuardChange
 from erasure.phrases import check_words
 from erasure.strength import check_strength
 from overpaint.policy import ClassifierFree, Conditioning, DiffusionPolicy, Guidance, StepContext
+from overpaint.policy.families import StableDiffusion
 from overpaint.policy.parts import Pipeline, UNet
 from overpaint.policy.prompts import PromptEncoder, TruncatedPromptWarning
 from overpaint.policy.types import Embeddings
@@ -104,10 +105,24 @@ class SAFREE:
             ValueError: The strength is negative or not finite, or the tokenizer cuts a text off.
         """
         check_strength(strength)
+        check_single_clip(policy)
         concepts = self.config.concepts or (NUDITY_CONCEPTS if concept == NUDITY else concept.phrases)
         check_words(policy, Concept(name=concept.name, phrases=concepts))
         change = SAFREEChange(replace(self.config, concepts=concepts), strength)
         return Erasure.of(policy, self.name, change.to_json(), concept, change)
+
+
+def check_single_clip(policy: DiffusionPolicy) -> None:
+    """Checks that prompts are read by one CLIP, whose tokens the filter moves.
+
+    Raises:
+        ValueError: There are several text encoders.
+    """
+    if not isinstance(policy.family, StableDiffusion):
+        raise ValueError(
+            "SAFREE must be given a Stable Diffusion v1 or v2, whose one text encoder's tokens it filters, got a "
+            f"{policy.family.pipelines[0]}"
+        )
 
 
 @change_kind
@@ -117,6 +132,10 @@ class SAFREEChange(GuardChange):
 
     kind: ClassVar[str] = "safree"
     config_type: ClassVar[Any] = SAFREEConfig
+
+    def check(self, policy: DiffusionPolicy) -> None:
+        """Refuses a model with several text encoders."""
+        check_single_clip(policy)
 
     def guard(self, prompts: PromptEncoder, unet: UNet) -> "SAFREEGuard":
         """Returns the guard; a `ValueError` refuses latent re-attention in a compiled UNet."""

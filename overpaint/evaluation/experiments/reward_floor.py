@@ -120,7 +120,7 @@ def _trained(
         concept = replace(concept, phrases=tuple(own_phrases(concept.phrases)))
     else:
         student = policy.student_copy(vars(method.config).get("train", "full"))
-    before = {name: value.clone() for name, value in merged_state(student.unet).items()}
+    before = {name: value.clone() for name, value in merged_state(student.model).items()}
     floor = RewardFloor(slack, scale=2 * slack or 1.0)  # a violation is 1 where the reward is three slacks down
     loss = mean_loss(objective, student, replace(about, concept=concept), refl.micro_batch_size)
     trainer = ReFLTrainer(
@@ -134,9 +134,9 @@ def _trained(
     trainer.train(run, notes={"concept": concept.to_json()})
     change: Change
     if isinstance(method, Receler):
-        change = AddedNetworks.of(student.unet)
+        change = AddedNetworks.of(student.model)
     else:
-        change = WeightChange(WeightDelta.between(before, student.unet))
+        change = WeightChange(WeightDelta.between(before, student.model))
     settings = {**asdict(method.config), "floor": floor.description()}
     return Erasure.of(policy, method.name, settings, about.concept, change)
 

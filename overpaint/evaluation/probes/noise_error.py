@@ -8,7 +8,7 @@ from collections.abc import Generator
 from contextlib import contextmanager
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Shaped
 from torch import Tensor
 
 from erasure.methods.sld import SLDGuard
@@ -24,12 +24,12 @@ UNGUIDED = ClassifierFree(1.0)
 def noise_error(
     policy: DiffusionPolicy,
     noised: Latents,
-    timesteps: Int[Tensor, " batch"],
+    timesteps: Shaped[Tensor, " batch"],
     conditioning: Conditioning,
     noise: Latents,
 ) -> PerSample:
     """Returns the mean squared difference between the noise that the policy sees in latents and another noise."""
-    return ((policy.predict_noise(noised, timesteps, conditioning, UNGUIDED) - noise) ** 2).flatten(1).mean(dim=1)
+    return ((policy.predict_direction(noised, timesteps, conditioning, UNGUIDED) - noise) ** 2).flatten(1).mean(dim=1)
 
 
 @contextmanager

@@ -157,10 +157,10 @@ class PromptAttack:
         timesteps = torch.full((len(rows),), timestep, device=policy.device)
         noised = policy.add_noise(clean, noise, timesteps)
         prompts = [task.prompts[row] for row in rows]
-        target = noise
+        target = policy.direction(clean, noise)
         if self.config.target == "original":
             with torch.no_grad():
-                target = task.original.predict_noise(noised, timesteps, task.original.encode(prompts))
+                target = task.original.predict_direction(noised, timesteps, task.original.encode(prompts))
         with soft_texts(policy.prompts, prompts, self.tokens.drawn(rows, generators)) as texts:
             return noise_error(policy, noised, timesteps, policy.encode(texts), target).sum()
 

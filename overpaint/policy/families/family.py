@@ -1,5 +1,6 @@
 """What one family of models has of its own: its networks, how it reads a text, and how its network is called."""
 
+import copy
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Literal
@@ -95,6 +96,12 @@ class Family(ABC):
         Raises:
             ValueError: They are not.
         """
+
+    def with_encoders_in_float32(self) -> "Family":
+        """Returns the same parts with copies of the text encoders in float32, whatever they are in here."""
+        other = copy.copy(self)
+        other.encoders = tuple(copy.deepcopy(one).float() if one is not None else None for one in self.encoders)
+        return other
 
     @property
     def networks(self) -> tuple[Any, ...]:
