@@ -50,7 +50,7 @@ def one_step_images(
     )
     if repeats:
         noise = _noise_after(1 + until if config.eta > 0 else 1, seeds, latents)
-        timesteps = policy.plan(config.steps).timesteps[reward_step].expand(len(latents))
+        timesteps = policy.plan(config.steps, config.height, config.width).timesteps[reward_step].expand(len(latents))
         noised = [policy.add_noise(latents, noise.draw(), timesteps) for _ in range(repeats)]
         latents = torch.stack(noised, dim=1).flatten(0, 1)
         conditioning = conditioning.repeat_interleave(repeats)

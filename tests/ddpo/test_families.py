@@ -9,7 +9,7 @@ import torch
 from golden_case import GOLDEN
 from torch import Tensor
 
-from ddpo import DDPOConfig, DDPOTrainer
+from ddpo import DDPOConfig, DDPOTrainer, NFTConfig, NFTTrainer, RWRConfig, RWRTrainer
 from overpaint.policy import DiffusionPolicy, LoRAConfig
 from overpaint.training import TrainingConfig
 
@@ -132,3 +132,22 @@ def test_cps_has_no_density_at_its_last_step(tmp_path: Path) -> None:
         policy.rollout(conditioning, steps=5, seeds=[0], eta=0.7, height=64, width=64, stochastic=[4])
     drawn: Tensor = policy.rollout(conditioning, steps=5, seeds=[0], eta=0.7, height=64, width=64).log_probs
     assert drawn.isnan()[0].tolist() == [False] * 4 + [True]
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("trainer", ["rwr", "nft"])
+def test_trainers_without_a_density_learn(trainer: str, name: str, tmp_path: Path) -> None:
+    policy = load(name)
+    shared: dict[str, Any] = {"sampling_batch_size": 2, "minibatch_size": 2, "steps": 4, "height": 64, "width": 64}
+    made: RWRTrainer | NFTTrainer
+    if trainer == "rwr":
+        made = RWRTrainer(
+            policy, redness, ["a cat"], RWRConfig(samples_per_round=4, batch_size=4, epochs_per_round=1, **shared)
+        )
+    else:
+        made = NFTTrainer(policy, redness, ["a cat"], NFTConfig(samples_per_round=4, images_per_prompt=4, **shared))
+    before = policy.trainable_state()
+    measured = made.train(TrainingConfig(output_dir=tmp_path, iterations=2, learning_rate=1e-2))
+    assert measured is not None
+    assert measured.loss > 0
+    assert any(not torch.equal(before[key], value) for key, value in policy.trainable_state().items())
