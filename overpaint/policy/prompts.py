@@ -126,6 +126,11 @@ class PromptEncoder:
             return Conditioning((text,), tokens[None])
         return self._row(text).to(tokens.device).with_tokens(tokens[None])
 
+    def check_alone(self) -> None:
+        """Checks that free vectors can stand among the words; a `ValueError` where several text encoders read these."""
+        if self._encode is not None:
+            raise ValueError("free vectors must be read by a model with one text encoder, and this one has several")
+
     @contextmanager
     def replaced(self, rows: Mapping[str, Float[Tensor, "tokens dim"]]) -> Generator[None]:
         """Gives some texts other encodings for the length of a `with` block, such as those that an attack has found.
@@ -150,8 +155,7 @@ class PromptEncoder:
             ValueError: Vectors are not as wide as the text encoder's, other words are coined already, or the model has
                 several text encoders.
         """
-        if self._encode is not None:
-            raise ValueError("free vectors must be read by a model with one text encoder, and this one has several")
+        self.check_alone()
         if self._coined is not None:
             raise ValueError(f"words must be coined all at once, got {sorted(words)} beside others")
         embedding = self.text_encoder.get_input_embeddings()

@@ -57,8 +57,9 @@ def check_room(encoder: PromptEncoder, texts: Sequence[str], count: int, setting
         setting: What says how many they are, for the error.
 
     Raises:
-        ValueError: They do not, or a text has a place for vectors of its own.
+        ValueError: They do not, a text has a place for vectors of its own, or several text encoders read the texts.
     """
+    encoder.check_alone()
     room = encoder.room - count
     for text in texts:
         if PLACE in text:
