@@ -140,7 +140,7 @@ def test_families_are_found_by_the_names_of_their_pipelines() -> None:
         ("sdxl", "unet", {"addition_embed_type": "text"}, "must read pooled text and sizes"),
         ("sdxl", "unet", {"time_cond_proj_dim": 8}, "reads the scale of guidance"),
         ("sdxl", "scheduler", EDM, "must have cumulative alphas, .*, got EDMEuler"),
-        ("sd3", "transformer", {"in_channels": 4}, "must take 16 channels of latents and nothing else, got 4"),
+        ("sd3", "transformer", {"in_channels": 33}, "must take 16 channels of latents and nothing else, got 33"),
         (
             "flux",
             "transformer",

@@ -1,16 +1,19 @@
 """The programs that train the tiny world's weights."""
 
 import random
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
+from overpaint.policy import DiffusionPolicy
 from overpaint.tinyworld import components, workers
 from overpaint.tinyworld.caption import parse, training_scene
 from overpaint.tinyworld.render import render
 from overpaint.tinyworld.scene import to_tensors
-from overpaint.tinyworld.train_diffusion import DiffusionTrainingConfig, questions, read_captions
+from overpaint.tinyworld.train_diffusion import DiffusionTrainingConfig, questions, read_captions, tokenize
+from overpaint.tinyworld.train_flow import encoded
 from overpaint.tinyworld.train_reward import build_reward, candidate, changed, pairs
 from overpaint.tinyworld.train_vae import pictures, reconstruction_loss, whiten
 from overpaint.tinyworld.workers import cosine
@@ -101,3 +104,30 @@ def _average_of_two(rank: int, count: int, folder: str) -> None:
 def test_workers_average_their_weights(tmp_path) -> None:
     workers.run_workers(_average_of_two, str(tmp_path), count=2)
     assert torch.load(tmp_path / "weight.pt").tolist() == [[0.5, 0.5]]
+
+
+def test_a_projected_text_encoder_reads_as_before_and_gives_the_end_as_the_whole_text() -> None:
+    tokenizer = components.build_tokenizer()
+    torch.manual_seed(0)
+    plain = components.build_text_encoder(tokenizer).eval()
+    ids = tokenize(tokenizer, ["a striped red circle"])
+    with torch.no_grad():
+        before, after = plain(ids), components.projected(plain).eval()(ids)
+    assert torch.equal(after.last_hidden_state, before.last_hidden_state)
+    assert torch.equal(after.text_embeds, before.pooler_output)
+
+
+def test_the_flow_pipeline_reads_texts_in_training_as_the_policy_does(tmp_path: Path) -> None:
+    tokenizer = components.build_tokenizer()
+    torch.manual_seed(0)
+    encoders = [components.projected(components.build_text_encoder(tokenizer)).eval() for _ in range(2)]
+    prompts = ["a striped red circle", ""]
+    tokens, pooled = encoded(encoders, tokenize(tokenizer, prompts))
+    vae, transformer = components.build_vae(), components.build_transformer()
+    components.save_flow_pipeline(tmp_path, vae, encoders, tokenizer, transformer)
+    policy = DiffusionPolicy.from_pretrained(tmp_path, device="cpu", max_sequence_length=1)
+    found = policy.encode(prompts)
+    torch.testing.assert_close(found.tokens, tokens, rtol=0, atol=2e-2)  # weights are saved in half precision
+    torch.testing.assert_close(found.pooled, pooled, rtol=0, atol=2e-2)
+    assert policy.latent_shape() == (4, 8, 8)
+    assert policy.draw(prompts, seeds=[1, 2], steps=2).shape == (2, 3, 64, 64)

@@ -16,9 +16,6 @@ from overpaint.policy.parts import VAE, Pipeline
 from overpaint.policy.process import Process
 from overpaint.policy.types import Latents
 
-SHORT_TEXT = 77
-"""Tokens that CLIP's text encoders read, start and end included."""
-
 
 class Family(ABC):
     """The parts of a pipeline of one family, plain, and what is done with them in no other family.
@@ -47,9 +44,6 @@ class Family(ABC):
 
     lora_targets: ClassVar[tuple[str, ...]]
     """Endings of the names of the layers that a LoRA is put on by default: all projections of attention."""
-
-    patch: ClassVar[int] = 1
-    """Side of the square of latents that the network reads as one token."""
 
     text_length: ClassVar[int | None] = None
     """Tokens that the T5 reads by default; None where there is none."""
@@ -126,6 +120,11 @@ class Family(ABC):
         return torch.float32 if dtype == torch.float16 and self.vae.config.get("force_upcast") else dtype
 
     @property
+    def patch(self) -> int:
+        """Side of the square of latents that the network reads as one token."""
+        return 1
+
+    @property
     def sample_size(self) -> int:
         """Side of the latents that the network was trained on."""
         return int(self.model.config["sample_size"])
@@ -146,7 +145,7 @@ class Family(ABC):
     @property
     def room(self) -> int:
         """How many tokens of a prompt are read by all that read its words."""
-        return SHORT_TEXT
+        return int(self.tokenizers[0].model_max_length)
 
     def encode(self, text: str) -> Conditioning:
         """Returns one text as the network reads it, without gradient; one text encoder alone needs no own way.
@@ -259,7 +258,7 @@ def inner_states(
     """
     states, whole = [], []
     for encoder, tokenizer in zip(encoders, tokenizers, strict=True):
-        output = read(encoder, tokenizer, text, SHORT_TEXT, output_hidden_states=True)
+        output = read(encoder, tokenizer, text, tokenizer.model_max_length, output_hidden_states=True)
         states.append(output.hidden_states[-2])
         whole.append(output[0])
     return torch.cat(states, dim=-1), whole

@@ -13,7 +13,7 @@ from overpaint.policy.guidance import ClassifierFree, Embedded, Guidance, TrueGu
 from overpaint.policy.process import Process, RectifiedFlow
 from overpaint.policy.types import Latents
 
-from .family import SHORT_TEXT, Family, read
+from .family import Family, read
 from .transformers import ATTENTION, check_flow
 
 
@@ -34,15 +34,15 @@ class Flux(Family):
     }
     first_weight: ClassVar[str] = "x_embedder.weight"
     lora_targets: ClassVar[tuple[str, ...]] = ATTENTION
-    patch: ClassVar[int] = 2
     text_length: ClassVar[int | None] = 512
 
     @staticmethod
     def check_network(config: Mapping[str, Any]) -> None:
-        """See `Family`; those of filling and of depth read more channels."""
-        if (channels := config.get("in_channels", 64)) != 64:
+        """See `Family`; those of filling and of depth read more channels than they give."""
+        channels, given = config.get("in_channels", 64), config.get("out_channels") or 64
+        if channels != given:
             raise ValueError(
-                f"the transformer must take 64 channels of packed latents and nothing else, got {channels}"
+                f"the transformer must take {given} channels of packed latents and nothing else, got {channels}"
             )
 
     @staticmethod
@@ -61,6 +61,11 @@ class Flux(Family):
         return self.encoders[1], self.tokenizers[1]
 
     @property
+    def patch(self) -> int:
+        """See `Family`; the square that is packed."""
+        return 2
+
+    @property
     def room(self) -> int:
         """See `Family`."""
         assert self.max_sequence_length is not None, "the family has a length"
@@ -74,7 +79,7 @@ class Flux(Family):
         """See `Family`; the scale of an embedded guidance is 1 where no guidance is asked for."""
         assert self.max_sequence_length is not None, "the family has a length"
         tokens = read(self.encoders[1], self.tokenizers[1], text, self.max_sequence_length)[0]
-        pooled = read(self.encoders[0], self.tokenizers[0], text, SHORT_TEXT).pooler_output
+        pooled = read(self.encoders[0], self.tokenizers[0], text, self.tokenizers[0].model_max_length).pooler_output
         guidance = torch.ones(1, device=tokens.device) if self.guidance_embeds else None
         return Conditioning((text,), tokens, pooled=pooled.to(tokens.device), guidance=guidance)
 

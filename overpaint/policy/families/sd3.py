@@ -31,7 +31,6 @@ class StableDiffusion3(Family):
     }
     first_weight: ClassVar[str] = "pos_embed.proj.weight"
     lora_targets: ClassVar[tuple[str, ...]] = ATTENTION
-    patch: ClassVar[int] = 2
     text_length: ClassVar[int | None] = 256
 
     @classmethod
@@ -41,14 +40,20 @@ class StableDiffusion3(Family):
 
     @staticmethod
     def check_network(config: Mapping[str, Any]) -> None:
-        """See `Family`."""
-        if (channels := config.get("in_channels", 16)) != 16:
-            raise ValueError(f"the transformer must take 16 channels of latents and nothing else, got {channels}")
+        """See `Family`; those of inpainting and of control read more channels than they give."""
+        channels, given = config.get("in_channels", 16), config.get("out_channels", 16)
+        if channels != given:
+            raise ValueError(f"the transformer must take {given} channels of latents and nothing else, got {channels}")
 
     @staticmethod
     def check_scheduler(scheduler: Any) -> None:
         """See `Family`."""
         check_flow(scheduler)
+
+    @property
+    def patch(self) -> int:
+        """See `Family`."""
+        return int(self.model.config["patch_size"])
 
     def process(self, chain: Chain | None = None) -> Process:
         """See `Family`."""
