@@ -11,7 +11,7 @@ from torch import Tensor
 
 from benchmarks.timing import IdleOptimizer, call_unet, unet_inputs
 from ddpo import DDPOConfig, PromptStatistics, clipped_surrogate
-from overpaint.policy import ClassifierFree, DiffusionPolicy, Plan, PredictionType, Trajectory
+from overpaint.policy import ClassifierFree, Conditioning, DiffusionPolicy, Plan, PredictionType, Trajectory
 from overpaint.policy.autoencoder import CHUNK
 from overpaint.policy.ddim import ddim_mean_and_std, gaussian_log_prob, schedule
 from overpaint.policy.types import PerSample
@@ -70,7 +70,7 @@ class BareRound:
                 prediction.float().square().mean().backward()
             self.optimizer.step()
 
-    def _inputs(self, count: int) -> tuple[Tensor, Tensor]:
+    def _inputs(self, count: int) -> tuple[Tensor, Conditioning]:
         """Returns latents and embeddings for a call on that many samples with guidance."""
         return unet_inputs(self.policy, [""] * count + list(islice(cycle(self.prompts), count)))
 

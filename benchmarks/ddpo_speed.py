@@ -28,6 +28,7 @@ from torch import Tensor
 
 from benchmarks import gpu, timing
 from benchmarks.ddpo_by_hand import BareRound, PlainRound
+from benchmarks.random_models import stable_diffusion
 from benchmarks.random_rewards import random_reward
 from benchmarks.timing import Timer, Work, temporary_run
 from ddpo import DDPOConfig, DDPOTrainer
@@ -172,7 +173,7 @@ def bench(config: Config, device: torch.device, *, compile: bool = False) -> Gen
         policy = tinyworld.load_policy(lora=lora, dtype=dtype, device=device, compile=compile)
         reward, prompts = tinyworld.load_reward().to(device), tinyworld.captions("train", 32, 0)
     else:
-        pipeline = gpu.stable_diffusion(device, tiny=False)
+        pipeline = stable_diffusion(device, tiny=False)
         policy = DiffusionPolicy(pipeline, lora=lora, dtype=dtype, device=device, compile=compile)
         reward, prompts = random_reward("image-reward", device), [gpu.PROMPT]
     policy.encode(["", *prompts])  # once a run, and so no part of a round

@@ -19,7 +19,7 @@ import torch
 import tyro
 from torch import Tensor
 
-from benchmarks.gpu import stable_diffusion
+from benchmarks.random_models import stable_diffusion
 from benchmarks.timing import CPU, IdleOptimizer, ratio, seconds, take_turns, temporary_run
 from erasure import NUDITY, UCE
 from erasure.descend import DescentConfig, descend_once

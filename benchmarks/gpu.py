@@ -1,13 +1,14 @@
-"""Speed and memory of ReFL and of sampling at Stable Diffusion's full size, on the CUDA device at hand.
+"""Speed and memory of ReFL and of sampling at the models' full size, on the CUDA device at hand.
 
     python benchmarks/gpu.py                    # everything: about half an hour
     python benchmarks/gpu.py --batch-sizes 4 --no-compile
+    python benchmarks/gpu.py --family flux --batch-sizes 1 --no-compile
     python benchmarks/gpu.py --tiny             # the program itself, in seconds on a CPU; measures nothing
 
-Networks have Stable Diffusion v1.4's architecture and ImageReward's, with random weights built here: speed does not
-depend on their values, and nothing is downloaded. Images are 512 pixels wide, arithmetic is bf16. A ReFL iteration is
-35 denoising steps without gradient, one with it, decoding, ImageReward, backward, the denoising loss on as many pairs,
-and AdamW.
+Networks have the architecture of Stable Diffusion v1.4, or another family's, and ImageReward's, with random weights:
+speed does not depend on their values, and nothing is downloaded. Images are 512 pixels wide, arithmetic is bf16. A ReFL
+iteration is 35 denoising steps without gradient, one with it, decoding, ImageReward, backward, the denoising loss on as
+many pairs, and AdamW.
 
 The share of the peak is useful arithmetic (what the iteration does without any recomputation, as torch's own counter
 counts it) over time, divided by what the same device reaches on large bf16 matrix products in the same run.
@@ -26,10 +27,10 @@ import tyro
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import timing
-from benchmarks.random_rewards import TEXT_L, random_reward
+from benchmarks.random_models import BUILDERS, FamilyName
+from benchmarks.random_rewards import random_reward
 from benchmarks.timing import Work, temporary_run, unet_inputs
 from overpaint.policy import ClassifierFree, DiffusionPolicy, LoRAConfig
-from overpaint.policy.parts import Pipeline
 from overpaint.settings import AnyPath, Field, settings
 from refl import PretrainingPairs, ReFLConfig, ReFLTrainer
 
@@ -45,6 +46,12 @@ class Config:
     batch_sizes: tuple[Annotated[int, Field(ge=1)], ...] = Field((1, 4, 16), min_length=1)
     """Images per iteration, and images that are sampled together."""
 
+    family: FamilyName = "sd"
+    """Which model: Stable Diffusion v1.4, XL, 3.5 medium without T5, or FLUX.1 dev with a T5 of one layer."""
+
+    size: int | None = Field(None, ge=16)
+    """Side of the images in pixels; None is 512."""
+
     compile: bool = True
     """Whether to measure with torch.compile too; compiling takes a minute or two for each row."""
 
@@ -59,6 +66,11 @@ class Config:
 
     output: AnyPath | None = None
     """JSON file for the results; None prints only."""
+
+    @property
+    def side(self) -> int:
+        """Side of the images in pixels."""
+        return self.size or (64 if self.tiny else 512)
 
 
 class Switches(NamedTuple):
@@ -90,55 +102,11 @@ class Row(NamedTuple):
     """Useful arithmetic per second over the measured bf16 matmul peak."""
 
 
-# The networks.
-
-
-def stable_diffusion(device: torch.device, *, tiny: bool) -> "Pipeline":
-    """Builds the pipeline with random weights: Stable Diffusion v1.4's sizes, or the tiny world's."""
-    from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
-    from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
-    from transformers import CLIPTextConfig, CLIPTextModel
-
-    from overpaint.policy.families.sd import stable_diffusion_of
-    from overpaint.tinyworld import components
-
-    tokenizer = components.build_tokenizer()
-    with device:
-        if tiny:
-            vae, unet = components.build_vae(), components.build_unet()
-            text_encoder = components.build_text_encoder(tokenizer)
-        else:
-            tokenizer.model_max_length = 77
-            unet = UNet2DConditionModel(
-                sample_size=64,
-                block_out_channels=(320, 640, 1280, 1280),
-                cross_attention_dim=768,
-                attention_head_dim=8,
-            )
-            vae = AutoencoderKL(
-                sample_size=512,
-                block_out_channels=(128, 256, 512, 512),
-                down_block_types=("DownEncoderBlock2D",) * 4,
-                up_block_types=("UpDecoderBlock2D",) * 4,
-                layers_per_block=2,
-                scaling_factor=0.18215,
-            )
-            text_encoder = CLIPTextModel(
-                CLIPTextConfig(
-                    **TEXT_L,
-                    bos_token_id=tokenizer.bos_token_id,
-                    eos_token_id=tokenizer.eos_token_id,
-                    pad_token_id=tokenizer.pad_token_id,
-                )
-            )
-    return stable_diffusion_of(unet, vae, text_encoder, tokenizer, components.scheduler())
-
-
-def make_policy(switches: Switches, device: torch.device, *, tiny: bool) -> DiffusionPolicy:
+def make_policy(switches: Switches, device: torch.device, *, tiny: bool, family: FamilyName = "sd") -> DiffusionPolicy:
     """Builds the policy: frozen weights in bf16, trained ones in float32."""
     full = switches.trained == "full"
     return DiffusionPolicy(
-        stable_diffusion(device, tiny=tiny),
+        BUILDERS[family](device, tiny=tiny),
         lora=LoRAConfig() if switches.trained == "LoRA" else None,
         train="full" if full else None,
         dtype=torch.float32 if full else torch.bfloat16,
@@ -157,7 +125,7 @@ def refl_iteration(
 ) -> Generator[Work, None, None]:
     """Yields a function that takes one iteration of the trainer."""
     reward_step, steps = (2, 3) if config.tiny else (REWARDED_STEP, REFL_STEPS)
-    policy = make_policy(switches, device, tiny=config.tiny)
+    policy = make_policy(switches, device, tiny=config.tiny, family=config.family)
     reward: Any = random_reward("image-reward", device, tiny=config.tiny)
     reward.gradient_checkpointing = switches.checkpointing
     refl = ReFLConfig(
@@ -167,8 +135,10 @@ def refl_iteration(
         steps=steps,
         first_reward_step=reward_step,
         last_reward_step=reward_step,
+        height=config.side,
+        width=config.side,
     )
-    latents, _ = unet_inputs(policy, [PROMPT] * batch_size)
+    latents, _ = unet_inputs(policy, [PROMPT] * batch_size, config.side)
     pairs = PretrainingPairs(latents, [PROMPT] * batch_size)
     trainer = ReFLTrainer(policy, reward, [PROMPT], refl, pretraining=pairs)
     optimizer = "adamw8bit" if switches.eight_bit else "adamw"
@@ -180,10 +150,13 @@ def refl_iteration(
 @contextmanager
 def sampling(config: Config, switches: Switches, batch_size: int, device: torch.device) -> Generator[Work, None, None]:
     """Yields a function that draws one batch of images with classifier-free guidance."""
-    policy = make_policy(switches, device, tiny=config.tiny)
+    policy = make_policy(switches, device, tiny=config.tiny, family=config.family)
     prompts, seeds, guidance = [PROMPT] * batch_size, list(range(batch_size)), ClassifierFree(5.0)
     steps = 2 if config.tiny else config.sampling_steps
-    yield lambda: policy.draw(prompts, seeds=seeds, steps=steps, guidance=guidance, batch_size=batch_size)
+    side = config.side
+    yield lambda: policy.draw(
+        prompts, seeds=seeds, steps=steps, guidance=guidance, batch_size=batch_size, height=side, width=side
+    )
 
 
 # How it is measured.

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 import torch
 import tyro
 
+from benchmarks.random_models import BUILDERS, FamilyName
 from benchmarks.timing import IdleOptimizer, call_unet, comparison, take_turns, temporary_run, unet_inputs
 from overpaint.policy import DiffusionPolicy, LoRAConfig
 from overpaint.settings import Field, settings
@@ -20,11 +21,16 @@ from refl import PretrainingPairs, ReFLConfig, ReFLTrainer
 from rewards import Reward
 
 TARGET = 1.10
+SIDE = 64
+"""Of the images, in pixels."""
 
 
 @settings
 class Config:
     """Shapes of an iteration, by default those of examples/refl_erase_nudity.py, and how often it is run."""
+
+    family: FamilyName = "sd"
+    """The tiny world's Stable Diffusion, or a small random network of another family."""
 
     batch_size: int = 8
     """Prompts per iteration."""
@@ -54,6 +60,8 @@ class Config:
             first_reward_step=self.reward_step,
             last_reward_step=self.reward_step,
             guidance_scale=self.guidance_scale,
+            height=SIDE,
+            width=SIDE,
         )
 
 
@@ -74,10 +82,10 @@ class BareIteration:
         self.policy = policy
         self.reward = reward
         self.prompts = prompts
-        self.timesteps = policy.plan(config.steps).timesteps.tolist()[: config.reward_step + 1]
-        branches = 1 if config.guidance_scale == 1 else 2
-        self.drawn = unet_inputs(policy, [prompts[0]] * branches * len(prompts))
-        self.pretrained = unet_inputs(policy, [prompts[0]] * config.pretraining_batch_size)
+        self.timesteps = policy.plan(config.steps, SIDE, SIDE).timesteps.tolist()[: config.reward_step + 1]
+        branches = 1 if config.guidance_scale == 1 or config.family == "flux" else 2
+        self.drawn = unet_inputs(policy, [prompts[0]] * branches * len(prompts), SIDE)
+        self.pretrained = unet_inputs(policy, [prompts[0]] * config.pretraining_batch_size, SIDE)
         self.optimizer = IdleOptimizer(policy.trainable_parameters())
 
     def __call__(self) -> None:
@@ -88,7 +96,7 @@ class BareIteration:
             for timestep in earlier:
                 call_unet(policy, timestep, *self.drawn)
         clean = call_unet(policy, rewarded, *self.drawn)[: len(self.prompts)]
-        decoded = vae.decode(clean / vae.config.scaling_factor, return_dict=False)[0]
+        decoded = vae.decode(clean / vae.config.scaling_factor + (vae.config.shift_factor or 0), return_dict=False)[0]
         self.reward((decoded / 2 + 0.5).clamp(0, 1), self.prompts).mean().backward()
         call_unet(policy, rewarded, *self.pretrained).square().mean().backward()
         self.optimizer.step()
@@ -106,14 +114,18 @@ def measure(policy: DiffusionPolicy, reward: Reward, prompts: Sequence[str], con
 
 
 def main(config: Config) -> dict[str, list[float]]:
-    """Measures on the tiny world and prints the ratio."""
+    """Measures on the tiny world, or a random network of another family, and prints the ratio."""
     from overpaint import tinyworld
 
     torch.manual_seed(0)
-    policy = tinyworld.load_policy(lora=LoRAConfig(rank=8, alpha=8))
+    if config.family == "sd":
+        policy = tinyworld.load_policy(lora=LoRAConfig(rank=8, alpha=8))
+    else:
+        pipeline = BUILDERS[config.family](torch.device("cpu"), tiny=True)
+        policy = DiffusionPolicy(pipeline, lora=LoRAConfig(rank=8, alpha=8), device="cpu")
     prompts = tinyworld.captions("benign", config.batch_size, 0)
     times = measure(policy, tinyworld.load_reward(), prompts, config)
-    print(f"ReFL, {config.batch_size} prompts, reward at step {config.reward_step} of {config.steps}:")
+    print(f"ReFL, {config.family}, {config.batch_size} prompts, reward at step {config.reward_step} of {config.steps}:")
     print(comparison(times, unit="iterations", target=TARGET))
     return times
 

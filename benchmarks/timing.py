@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from overpaint.policy import DiffusionPolicy
+from overpaint.policy import Conditioning, DiffusionPolicy
 from overpaint.training import TrainingConfig, TrainingRun
 
 Work = Callable[[], object]
@@ -135,13 +135,15 @@ class IdleOptimizer:
         self.adamw.zero_grad(set_to_none=True)
 
 
-def unet_inputs(policy: DiffusionPolicy, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
-    """Returns random latents and the prompts' embeddings, for a call with one sample for each prompt."""
-    tokens = policy.encode(prompts).tokens.to(policy.dtype)
-    return torch.randn(len(prompts), *policy.latent_shape(), device=policy.device), tokens
+def unet_inputs(
+    policy: DiffusionPolicy, prompts: Sequence[str], side: int | None = None
+) -> tuple[Tensor, Conditioning]:
+    """Returns random latents and the encoded prompts, for a call with one sample for each prompt."""
+    shape = policy.latent_shape(side, side)
+    return torch.randn(len(prompts), *shape, device=policy.device), policy.encode(prompts).to(policy.dtype)
 
 
-def call_unet(policy: DiffusionPolicy, timestep: int, latents: Tensor, embeddings: Tensor) -> Tensor:
+def call_unet(policy: DiffusionPolicy, timestep: float, latents: Tensor, conditioning: Conditioning) -> Tensor:
     """Calls the policy's network at one timestep for all samples."""
     timesteps = torch.full((len(latents),), timestep, device=latents.device)
-    return policy.network(latents.to(policy.dtype), timesteps, encoder_hidden_states=embeddings, return_dict=False)[0]
+    return policy.family.call(policy.network, latents, timesteps, conditioning, policy.dtype)

@@ -8,6 +8,8 @@ import pytest
 import torch
 
 from benchmarks import gpu
+from benchmarks.random_models import BUILDERS, FamilyName
+from overpaint.policy.parts import network_of
 
 
 def test_without_a_cuda_device_it_says_so_before_any_work(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -88,8 +90,21 @@ def test_operations_of_a_matrix_product_are_two_for_each_multiplication() -> Non
     assert gpu.operations(lambda: torch.ones(3, 4) @ torch.ones(4, 5)) == 2 * 3 * 4 * 5
 
 
-def test_full_size_unet_has_the_parameters_of_stable_diffusion() -> None:
-    pipeline = gpu.stable_diffusion(torch.device("meta"), tiny=False)
-    counts = [sum(p.numel() for p in part.parameters()) for part in (pipeline.unet, pipeline.vae)]
-    assert counts == [859_520_964, 83_653_863]
-    assert pipeline.text_encoder.get_input_embeddings().embedding_dim == pipeline.unet.config.cross_attention_dim
+@pytest.mark.parametrize(
+    ("family", "parameters"),
+    [("sd", 859_520_964), ("sdxl", 2_567_463_684), ("sd3", 2_243_171_520), ("flux", 11_901_408_320)],
+)
+def test_full_size_networks_have_the_parameters_of_the_published_ones(family: FamilyName, parameters: int) -> None:
+    pipeline = BUILDERS[family](torch.device("meta"), tiny=False)
+    assert sum(p.numel() for p in network_of(pipeline).parameters()) == parameters
+    if family == "sd":
+        assert sum(p.numel() for p in pipeline.vae.parameters()) == 83_653_863
+        assert pipeline.text_encoder.get_input_embeddings().embedding_dim == pipeline.unet.config.cross_attention_dim
+
+
+@pytest.mark.parametrize("family", ["sdxl", "sd3", "flux"])
+def test_tiny_run_of_another_family(family: FamilyName, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu, "variants", lambda config: [gpu.Switches("LoRA")])
+    rows = gpu.main(gpu.Config(tiny=True, batch_sizes=(1,), repeats=1, family=family))
+    assert [row.task for row in rows] == ["refl", "sampling"]
+    assert all(row.rate > 0 for row in rows)
