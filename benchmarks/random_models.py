@@ -42,6 +42,7 @@ def stable_diffusion(device: torch.device, *, tiny: bool) -> Pipeline:
     from transformers import CLIPTextModel
 
     unet: Any
+    unet: Any
     with device:
         if tiny:
             tokenizer = components.build_tokenizer()
