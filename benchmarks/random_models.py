@@ -38,10 +38,9 @@ FULL_VAE: dict[str, Any] = {"block_out_channels": (128, 256, 512, 512), "layers_
 
 def stable_diffusion(device: torch.device, *, tiny: bool) -> Pipeline:
     """Builds the pipeline of Stable Diffusion v1.4's sizes, or the tiny world's."""
-    from diffusers import UNet2DConditionModel
+    from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
     from transformers import CLIPTextModel
 
-    unet: Any
     unet: Any
     with device:
         if tiny:
