@@ -24,6 +24,9 @@ class DDPOConfig:
     updates_per_round: int = Field(4, ge=1)
     """Updates a round, each on an equal part of its samples. The authors take 2 for aesthetics and alignment."""
 
+    inner_epochs: int = Field(1, ge=1)
+    """Passes over a round's samples, each with `updates_per_round` updates and its pairs drawn anew."""
+
     sampling_batch_size: int = Field(8, ge=1)
     """Images that a process draws at a time."""
 
@@ -121,6 +124,8 @@ class DDPOConfig:
         count, updates, images = self.samples_per_round, self.updates_per_round, self.images_per_prompt
         if self.estimator == "score" and updates != 1:
             raise ValueError(f"updates_per_round must be 1 with 'score', got {updates}")
+        if self.estimator == "score" and self.inner_epochs != 1:
+            raise ValueError(f"inner_epochs must be 1 with 'score', got {self.inner_epochs}")
         if count % updates:
             raise ValueError(f"samples_per_round must divide evenly among updates_per_round={updates}, got {count}")
         if count % images:

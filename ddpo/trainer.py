@@ -206,7 +206,8 @@ class DDPOTrainer:
         advantages = self.baseline.advantages(run, requests, scored, violations, weights)
 
         start = time.perf_counter()
-        parts = [self._pairs(run, requests, update) for update in range(cfg.updates_per_round)]
+        numbers = [update for _ in range(cfg.inner_epochs) for update in range(cfg.updates_per_round)]
+        parts = [self._pairs(run, requests, update) for update in numbers]
         trajectory = self.gradient.with_old_log_probs(run, scored.trajectory, [kind for part in parts for kind in part])
         taken = [
             self._update(

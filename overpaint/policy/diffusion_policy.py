@@ -61,6 +61,7 @@ class DiffusionPolicy:
         device: Where to put the networks; None is this process's GPU, or the CPU where there is none.
         gradient_checkpointing: Recomputes activations of UNet and VAE in the backward pass instead of keeping them.
         compile: Compiles the denoising network with `torch.compile`.
+        tiling: Lets the VAE go over large images in tiles, which takes less memory and changes their seams a little.
         max_sequence_length: Tokens that a T5 reads of a prompt; None is as many as diffusers' pipeline lets it, 256 for
             Stable Diffusion 3 and 512 for FLUX.
         chain: Which noise the stochastic steps of a flow add, see `overpaint.policy.flow`; None is "sde".
@@ -80,6 +81,7 @@ class DiffusionPolicy:
         device: str | torch.device | None = None,
         gradient_checkpointing: bool = False,
         compile: bool = False,
+        tiling: bool = False,
         max_sequence_length: int | None = None,
         chain: Chain | None = None,
     ) -> None:
@@ -109,6 +111,8 @@ class DiffusionPolicy:
         if gradient_checkpointing:
             self.model.enable_gradient_checkpointing()
             self.vae.enable_gradient_checkpointing()
+        if tiling:
+            self.vae.enable_tiling()
         if compile:
             self.model.compile()
 

@@ -27,6 +27,7 @@ class PolicyOptions(TypedDict, total=False):
     device: str | torch.device | None
     gradient_checkpointing: bool
     compile: bool
+    tiling: bool
     max_sequence_length: int | None
     chain: Chain | None
 

@@ -114,6 +114,10 @@ def test_what_cannot_be_done_is_refused(name: str, options: dict[str, Any], mess
     [
         ({"window": 6}, "window must be at most steps=5, got 6"),
         ({"window": 2, "step_weights": "signal"}, "window must be 0 with step_weights 'signal', got 2"),
+        (
+            {"inner_epochs": 2, "estimator": "score", "updates_per_round": 1},
+            "inner_epochs must be 1 with",
+        ),
         ({"ratio": "guard", "estimator": "score", "updates_per_round": 1}, "ratio must be 'plain' with the estimator"),
     ],
 )
@@ -151,3 +155,17 @@ def test_trainers_without_a_density_learn(trainer: str, name: str, tmp_path: Pat
     assert measured is not None
     assert measured.loss > 0
     assert any(not torch.equal(before[key], value) for key, value in policy.trainable_state().items())
+
+
+def test_inner_epochs_go_over_the_same_samples_again(tmp_path: Path) -> None:
+    once, twice = load("sd3"), load("sd3")
+    _, first = train(once, tmp_path / "once", config(clip_range=0.5))
+    _, second = train(twice, tmp_path / "twice", config(clip_range=0.5, inner_epochs=2))
+    assert first.reward == second.reward
+    assert second.ratio_start == 0
+    assert second.ratio_max > first.ratio_max
+    moved = [
+        sum(float((value - start).square().sum()) for value, start in zip(state.values(), fresh.values(), strict=True))
+        for state, fresh in ((policy.trainable_state(), load("sd3").trainable_state()) for policy in (once, twice))
+    ]
+    assert moved[1] > moved[0]

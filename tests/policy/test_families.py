@@ -188,3 +188,14 @@ def test_free_vectors_need_one_text_encoder() -> None:
     refused = pytest.raises(ValueError, match="free vectors must be read by a model with one text encoder")
     with refused, policy.prompts.coined({"<word>": torch.zeros(1, 40)}):
         pass
+
+
+def test_tiles_of_a_large_image_are_joined() -> None:
+    plain, tiled = load("flux"), load("flux", tiling=True)
+    for policy in (plain, tiled):
+        policy.vae.tile_sample_min_size, policy.vae.tile_latent_min_size = 64, 8
+    latents = torch.randn(1, 16, 16, 16, generator=torch.Generator().manual_seed(0))
+    whole, joined = plain.decode(latents), tiled.decode(latents)
+    assert joined.shape == whole.shape == (1, 3, 128, 128)
+    assert not torch.equal(joined, whole)
+    assert (joined - whole).abs().mean() < 0.1
