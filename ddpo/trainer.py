@@ -16,6 +16,7 @@ from statistics import fmean
 from typing import Any, NamedTuple
 
 from erasure import ErasureConstraint, ImageConstraint, ObjectiveConstraint, QualityConstraint, RewardFloor
+from erasure.constraint import check_sharded
 from erasure.floor import ReferenceDivergence
 from overpaint.policy import ClassifierFree, Conditioning, DiffusionPolicy, Trajectory
 from overpaint.policy.prompts import check_prompts
@@ -187,6 +188,7 @@ class DDPOTrainer:
             concept_images=self._of_concept,
             with_erasure=self.erasure is not None,
         )
+        check_sharded(run, self.erasure)
         self.baseline.start(run)
         if isinstance(self.erasure, ObjectiveConstraint):
             self.erasure.prepare(self.policy)

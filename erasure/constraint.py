@@ -173,3 +173,16 @@ class ObjectiveConstraint(_Constraint):
 
 ErasureConstraint = ImageConstraint | ObjectiveConstraint
 """What a trainer takes to keep a concept erased."""
+
+
+def check_sharded(run: TrainingRun, erasure: ErasureConstraint | None) -> None:
+    """Checks that all processes call a sharded network equally often.
+
+    Raises:
+        ValueError: The network is sharded, and an objective denoises each sample to a step of its own.
+    """
+    if run.config.shard and run.num_processes > 1 and isinstance(erasure, ObjectiveConstraint):
+        raise ValueError(
+            "TrainingConfig.shard must be False with an ObjectiveConstraint, for which the processes call the network "
+            "a different number of times, got True"
+        )

@@ -22,6 +22,7 @@ from erasure import (
     RewardFloor,
     WeightController,
 )
+from erasure.constraint import check_sharded
 from overpaint.policy import ClassifierFree, DiffusionPolicy
 from overpaint.policy.prompts import check_prompts
 from overpaint.training import (
@@ -186,6 +187,7 @@ class ReFLTrainer:
         if self.erasure is not None:
             batches["erasure_batch_size"] = cfg.erasure_batch_size
         check_batches(run, "", batches)
+        check_sharded(run, self.erasure)
 
         size = self.policy.image_size
         noise = trial_images(cfg.height or size, cfg.width or size, self.policy.device)

@@ -455,6 +455,16 @@ class DiffusionPolicy:
         target = self.process.target(latents, noise, self.process.levels(timesteps.to(latents.device)))
         return ((prediction - target) ** 2).flatten(1).mean(dim=1)
 
+    def shard(self, processes: int) -> None:
+        """Spreads the frozen weights over connected processes, in place and for good, and leaves the LoRA whole.
+
+        From then on all processes have to call the network equally often, and the LoRA is all that can be saved.
+
+        Raises:
+            ValueError: There is no LoRA.
+        """
+        self._trained.shard(self.family.blocks(), processes, self.device, self.guard)
+
     @property
     def lora(self) -> LoRAConfig | None:
         """The settings of the LoRA, if there is one."""
@@ -539,6 +549,7 @@ class DiffusionPolicy:
         write_pipeline(self._plain(dtype), folder)
 
     def _plain(self, dtype: torch.dtype | None = None) -> Pipeline:
+        self._trained.check_whole()
         return plain_pipeline(self.family, dtype)
 
     def _noise(self, seeds: Sequence[int], samples: Sized, height: int | None, width: int | None) -> SampleNoise:

@@ -178,6 +178,8 @@ def save_lora(
     config: LoRAConfig,
     format: LoRAFormat = "diffusers",
     guard: SamplingGuard | None = None,
+    *,
+    base: Mapping[str, str] | None = None,
 ) -> None:
     """Writes the UNet's LoRA, whole or not at all.
 
@@ -188,6 +190,7 @@ def save_lora(
         format: "diffusers" is what `StableDiffusionPipeline.load_lora_weights` takes, with peft's settings in the
             header. "kohya" is what A1111, ComfyUI and kohya's scripts take, and diffusers too.
         guard: What the LoRA was learned under; see `base_hashes`.
+        base: What `base_hashes` gave of a network that is sharded by now; None asks it.
 
     Raises:
         ValueError: There is no such format, or it has no DoRA or is not for this kind of model.
@@ -196,7 +199,7 @@ def save_lora(
     from diffusers.utils import convert_state_dict_to_diffusers, convert_state_dict_to_kohya
     from safetensors.torch import save_file
 
-    header = {BASE + dtype: value for dtype, value in base_hashes(unet, guard).items()}
+    header = {BASE + dtype: value for dtype, value in (base or base_hashes(unet, guard)).items()}
     state = peft.get_peft_model_state_dict(unet, adapter_name=ADAPTER)
     if format == "diffusers":
         prefix = f"{kind_of_network(unet)}."

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .guidance import SamplingGuard
-from .lora_files import LoRAFormat, read_lora, save_lora
+from .lora_files import LoRAFormat, base_hashes, read_lora, save_lora
 from .parts import UNet
 from .weights import LoRAConfig, attach_lora, merge_lora, plain_name, select_parameters
 
@@ -45,6 +45,8 @@ class TrainedWeights:
             self._attach(lora)
         self._reference: dict[str, tuple[nn.Parameter, Tensor]] = {}
         self._at_reference = False
+        self._base: dict[str, str] | None = None
+        """Hashes of the weights beneath the LoRA, where they are spread over processes and can no longer be read."""
         self.remember()
 
     def state(self) -> dict[str, Tensor]:
@@ -124,7 +126,7 @@ class TrainedWeights:
         Raises:
             ValueError: There is no LoRA.
         """
-        save_lora(self.unet, path, self._lora(), format, guard)
+        save_lora(self.unet, path, self._lora(), format, guard, base=self._base)
 
     def load_lora(
         self, path: str | Path, guard: SamplingGuard | None, *, check_base: bool, drop_text_encoder: bool
@@ -145,6 +147,30 @@ class TrainedWeights:
             self.lora = found.config
         found.put_into(self.unet, self._lora())
 
+    def shard(
+        self, blocks: Sequence[nn.Module], processes: int, device: torch.device, guard: SamplingGuard | None
+    ) -> None:
+        """Spreads the frozen weights over processes with torch's `fully_shard`, block by block; once is enough.
+
+        Raises:
+            ValueError: There is no LoRA, which alone stays whole.
+        """
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.fsdp import fully_shard
+
+        self._lora()
+        if self._base is not None:
+            return
+        self._base = base_hashes(self.unet, guard)
+        mesh, whole = init_device_mesh(device.type, (processes,)), set(self.parameters.values())
+        for module in (*blocks, self.unet):
+            fully_shard(module, mesh=mesh, ignored_params=whole, reshard_after_forward=True)
+
+    def check_whole(self) -> None:
+        """Checks that the network's own weights are all in this process; a `ValueError` where they are sharded."""
+        if self._base is not None:
+            raise ValueError("the network must be whole to be copied or saved, and is sharded: save its LoRA")
+
     def merge_lora(self) -> None:
         """Adds the LoRA into the UNet's own weights; nothing is trained any more.
 
@@ -152,6 +178,7 @@ class TrainedWeights:
             ValueError: There is no LoRA.
         """
         self._lora()
+        self.check_whole()
         merge_lora(self.unet)
         self.lora = None
         self.parameters = {}

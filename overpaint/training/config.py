@@ -20,6 +20,7 @@ FREE_FIELDS = frozenset(
         "checkpoint_every",
         "keep_checkpoints",
         "resume",
+        "shard",
         "max_skipped",
         "progress",
     }
@@ -81,6 +82,10 @@ class TrainingConfig:
     mixed_precision: Precision | None = None
     """Type that accelerate's autocast computes in; None is what `accelerate launch` or `accelerate config` says, and
     otherwise "no", float32. bf16 needs a GPU that has it or a CPU; fp16 needs a GPU and scales the loss."""
+
+    shard: bool = False
+    """Spreads the frozen weights of the network over the processes (torch's FSDP2), for one that is too large for a
+    device; a LoRA stays whole in each. `accelerate launch --use_fsdp --fsdp_version 2` asks for it, too."""
 
     trackers: tuple[Literal["wandb", "tensorboard"], ...] = ()
     """Where metrics and images go besides metrics.jsonl and images/."""

@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 from .config import TrainingConfig
-from .launcher import check_launcher, resolved_precision, wants_cpu
-from .types import Trainable
+from .launcher import check_launcher, launched_sharding, resolved_precision, wants_cpu
+from .types import Shardable, Trainable
 
 if TYPE_CHECKING:
     from accelerate import Accelerator, PartialState
@@ -84,7 +84,8 @@ def resolved(config: TrainingConfig) -> TrainingConfig:
     """
     check_launcher()
     state = process_state()  # before the accelerator, which would not connect processes on CPUs
-    return replace(config, mixed_precision=resolved_precision(config.mixed_precision, torch.device(str(state.device))))
+    precision = resolved_precision(config.mixed_precision, torch.device(str(state.device)))
+    return replace(config, mixed_precision=precision, shard=config.shard or launched_sharding())
 
 
 @contextmanager
@@ -99,16 +100,17 @@ def started_accelerator(config: TrainingConfig) -> Generator["Accelerator", None
     """
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState, is_initialized
-    from accelerate.utils import DistributedType, ProjectConfiguration
+    from accelerate.utils import DistributedType, ProjectConfiguration, patch_environment
 
     ours = not is_initialized()
-    accelerator = Accelerator(
-        mixed_precision=config.mixed_precision,
-        log_with=list(config.trackers) or None,
-        project_config=ProjectConfiguration(
-            project_dir=str(config.output_dir), logging_dir=str(Path(config.output_dir) / "tensorboard")
-        ),
-    )
+    with patch_environment(ACCELERATE_USE_FSDP="false"):  # `prepared_network` shards, and leaves the LoRA whole
+        accelerator = Accelerator(
+            mixed_precision=config.mixed_precision,
+            log_with=list(config.trackers) or None,
+            project_config=ProjectConfiguration(
+                project_dir=str(config.output_dir), logging_dir=str(Path(config.output_dir) / "tensorboard")
+            ),
+        )
     try:
         if accelerator.distributed_type == DistributedType.XLA:
             raise ValueError("accelerate must be configured for CPUs or GPUs, got XLA")
@@ -127,17 +129,26 @@ def in_any(accelerator: "Accelerator", flag: bool) -> bool:
 
 
 @contextmanager
-def prepared_network(accelerator: "Accelerator", policy: Trainable) -> Generator[nn.Module, None, None]:
+def prepared_network(
+    accelerator: "Accelerator", policy: Trainable, *, shard: bool = False
+) -> Generator[nn.Module, None, None]:
     """Puts accelerate's wrapper in the policy's `network` for as long as the block lasts.
 
-    Gradients stay in their process unless a backward asks otherwise (see `TrainingRun.backward`).
+    Gradients stay in their process unless a backward asks otherwise (see `TrainingRun.backward`). A network that is to
+    be sharded has no wrapper: it is changed in place, for good, and so that what is trained stays whole.
 
     Raises:
-        ValueError: The policy's network is no module.
+        ValueError: The policy's network is no module, or it cannot be sharded.
     """
     network = policy.network
     if not isinstance(network, nn.Module):
         raise ValueError(f"policy.network must be a torch module so that accelerate can wrap it, got {network!r}")
+    if shard and accelerator.num_processes > 1:
+        if not isinstance(policy, Shardable):
+            raise ValueError("shard must be False for a policy without a method of that name, got True")
+        policy.shard(accelerator.num_processes)
+        yield network
+        return
     before: dict[str, Any] = {mark: network.__dict__[mark] for mark in MARKS if mark in network.__dict__}
     try:
         # A launcher may start one process as one of many; alone it has nothing to average.

@@ -12,7 +12,6 @@ from .config import Precision
 
 UNSUPPORTED = {
     "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
-    "ACCELERATE_USE_FSDP": "FSDP",
     "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
     "ACCELERATE_USE_PARALLELISM_CONFIG": "a parallelism configuration",
 }
@@ -36,7 +35,7 @@ def check_launcher() -> None:
     for variable, name in UNSUPPORTED.items():
         if _is_set(variable):
             raise ValueError(
-                f"accelerate must be configured without sharding, got {name}: every process holds the whole network"
+                f"accelerate must be configured without {name}: of what shares out a network, FSDP2 alone works"
             )
     steps = os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1")
     if steps != "1":
@@ -51,6 +50,19 @@ def check_launcher() -> None:
             "the number says; for several, use torchrun --nproc_per_node. If one is what you want, unset MASTER_ADDR, "
             f"got {os.environ['MASTER_ADDR']!r}"
         )
+
+
+def launched_sharding() -> bool:
+    """Returns whether the launcher asks for FSDP.
+
+    Raises:
+        ValueError: It asks for FSDP's first version, which flattens what is trained together with what is not.
+    """
+    if not _is_set("ACCELERATE_USE_FSDP"):
+        return False
+    if (version := os.environ.get("FSDP_VERSION", "1")) != "2":
+        raise ValueError(f"accelerate's fsdp_version must be 2, got {version}")
+    return True
 
 
 def launched_precision() -> Precision | None:

@@ -173,7 +173,10 @@ def evaluate_held_out(run: TrainingRun, trainer: Trainer[Metrics], *, eta: float
 
 def log_pictures(run: TrainingRun, trainer: Trainer[Metrics], *, eta: float = 0.0) -> None:
     """Logs pictures of the first training prompts, drawn with averaged weights and always from the same seeds."""
-    from_main(lambda: _log_pictures(run, trainer, eta))
+    if run.config.shard:  # whose network takes all processes to draw
+        _log_pictures(run, trainer, eta)
+    else:
+        from_main(lambda: _log_pictures(run, trainer, eta))
 
 
 def _log_pictures(run: TrainingRun, trainer: Trainer[Metrics], eta: float) -> None:

@@ -66,6 +66,8 @@ class OptimizerStep:
             self._network.reducer._rebuild_buckets()
         with self._accelerator.trigger_sync_in_backward(self._network) if sync else nullcontext():
             self._accelerator.backward(loss)
+        if sync and self.config.shard and self._accelerator.num_processes > 1:
+            self._average_gradients()
         self._synchronised = sync
 
     def update(self) -> float:
@@ -97,6 +99,12 @@ class OptimizerStep:
             if self.ema is not None:
                 self.ema.update()
         return grad_norm
+
+    def _average_gradients(self) -> None:
+        """Averages the gradients over the processes, which no wrapper does where the network is sharded."""
+        gradients = [parameter.grad for parameter in self._parameters if parameter.grad is not None]
+        flat = self._accelerator.reduce(nn.utils.parameters_to_vector(gradients), reduction="mean")
+        nn.utils.vector_to_parameters(flat, gradients)
 
     def state_dict(self) -> dict[str, Any]:
         """Returns everything but the weights themselves."""

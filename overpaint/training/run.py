@@ -159,7 +159,7 @@ class TrainingRun:
             folder = Path(config.output_dir)
             self.generator = torch.Generator().manual_seed(config.seed)
             policy.to(self.device)
-            network = stack.enter_context(prepared_network(self.accelerator, policy))
+            network = stack.enter_context(prepared_network(self.accelerator, policy, shard=config.shard))
             self._optimizer_step = OptimizerStep(self.accelerator, network, policy.trainable_parameters(), config)
             self._checkpoints = CheckpointFolder(folder / CHECKPOINTS, keep=config.keep_checkpoints)
             self._resume()

@@ -32,6 +32,15 @@ class Trainable(Protocol):
 
 
 @runtime_checkable
+class Shardable(Protocol):
+    """A policy whose frozen weights can be spread over processes."""
+
+    def shard(self, processes: int, /) -> None:
+        """Spreads them over so many connected processes, and leaves what is trained whole."""
+        ...
+
+
+@runtime_checkable
 class Stateful(Protocol):
     """Anything whose state belongs in a checkpoint, such as the dual variable of a constraint."""
 

@@ -85,7 +85,7 @@ def test_resuming_in_another_launched_precision_is_refused(
         (PRECISION, "fp8", "mixed_precision must be one of no, bf16, fp16, got 'fp8'"),
         (PRECISION, "fp16", "mixed_precision must be 'no' or 'bf16' on a CPU, got 'fp16'"),
         ("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4", r"gradient_accumulation_steps must be 1.*got 4"),
-        *((variable, "true", f"without sharding, got {name}") for variable, name in UNSUPPORTED.items()),
+        *((variable, "true", f"configured without {name}") for variable, name in UNSUPPORTED.items()),
     ],
 )
 def test_what_would_be_ignored_is_refused_before_anything_is_written(

@@ -16,6 +16,9 @@ from overpaint.policy.parts import VAE, Pipeline
 from overpaint.policy.process import Process
 from overpaint.policy.types import Latents
 
+BLOCKS = ("down_blocks", "mid_block", "up_blocks", "transformer_blocks", "single_transformer_blocks")
+"""Names of the blocks and of the lists of them in UNets and transformers."""
+
 
 class Family(ABC):
     """The parts of a pipeline of one family, plain, and what is done with them in no other family.
@@ -118,6 +121,14 @@ class Family(ABC):
         SDXL's gives NaN in float16.
         """
         return torch.float32 if dtype == torch.float16 and self.vae.config.get("force_upcast") else dtype
+
+    def blocks(self) -> list[nn.Module]:
+        """Returns the parts of the denoising network that are spread over processes one by one."""
+        found: list[nn.Module] = []
+        for name, child in self.model.named_children():
+            if name in BLOCKS:
+                found += child if isinstance(child, nn.ModuleList) else [child]
+        return found
 
     @property
     def patch(self) -> int:
