@@ -68,11 +68,13 @@ class PromptEncoder:
         self.tokenizer = tokenizer
         self._encode, self._away, self._room = encode, away, room
         self._cache: OrderedDict[str, Conditioning] = OrderedDict()
-        self._cached_bytes = 0
+        self._cached_bytes, self._bounded = 0, True
         self._replaced: Mapping[str, Float[Tensor, "tokens dim"]] = {}
         self._coined: CoinedWords | None = None
         self._empty: Conditioning | None = None
         self._told: set[str] = set()
+        self._device: torch.device | None = None
+        """Where encodings go once the text encoder is released; None until then."""
 
     @classmethod
     def of(cls, family: Family) -> "PromptEncoder":
@@ -94,7 +96,7 @@ class PromptEncoder:
 
     def __call__(self, prompts: Sequence[str]) -> Conditioning:
         """Returns the prompts encoded, on the text encoder's device; gradients reach what is `replaced` or `coined`."""
-        texts, device = check_prompts(prompts), self.text_encoder.device
+        texts, device = check_prompts(prompts), self._device or self.text_encoder.device
         free = [text for text in dict.fromkeys(texts) if self._coined is not None and text in self._coined]
         known = {**(dict(zip(free, self._encode_free(free), strict=True)) if free else {}), **self._replaced}
         rows = [self._with(text, known[text]) if text in known else self._row(text) for text in texts]
@@ -109,6 +111,10 @@ class PromptEncoder:
         if prompt in self._cache:
             self._cache.move_to_end(prompt)
             return self._cache[prompt]
+        if self._device is not None:
+            raise ValueError(
+                f"prompts must be among those that were encoded before the text encoder was released, got {prompt!r}"
+            )
         self._tell_if_cut(prompt)
         if self._encode is None:
             row = Conditioning((prompt,), self.run(*self._padded([self.read(prompt)]))[0].cpu())
@@ -116,7 +122,7 @@ class PromptEncoder:
             row = self._encode(prompt).to(torch.device("cpu"))
         self._cache[prompt] = row
         self._cached_bytes += row.nbytes
-        while self._cached_bytes > CACHED_BYTES and len(self._cache) > 1:
+        while self._bounded and self._cached_bytes > CACHED_BYTES and len(self._cache) > 1:
             self._cached_bytes -= self._cache.popitem(last=False)[1].nbytes
         return row
 
@@ -211,6 +217,17 @@ class PromptEncoder:
             empty = self([""])
             self._empty = (empty if self._away is None else self._away(empty)).to(tokens)
         return self._empty.expand(len(like))
+
+    def keep(self, prompts: Sequence[str]) -> None:
+        """Encodes prompts and keeps them, whatever memory they take; from then on no others are encoded.
+
+        Raises:
+            ValueError: A prompt is no string, or there are none.
+        """
+        device, self._bounded = self.text_encoder.device, False
+        for prompt in ("", *check_prompts(prompts)):
+            self._row(prompt)
+        self._device = device
 
     def clear(self) -> None:
         """Empties the cache; needed after the text encoder's weights have changed."""

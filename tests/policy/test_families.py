@@ -199,3 +199,18 @@ def test_tiles_of_a_large_image_are_joined() -> None:
     assert joined.shape == whole.shape == (1, 3, 128, 128)
     assert not torch.equal(joined, whole)
     assert (joined - whole).abs().mean() < 0.1
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_released_text_encoders_take_no_memory_and_known_prompts_draw_the_same(name: str, tmp_path: Path) -> None:
+    policy = load(name, lora=LoRAConfig(rank=2))
+    before = drawn(policy)
+    policy.prompts.clear()
+    policy.release_encoders(PROMPTS)
+    assert all(parameter.is_meta for encoder in policy.family.encoders for parameter in encoder.parameters())
+    assert torch.equal(drawn(policy.to("cpu")), before)
+    with pytest.raises(ValueError, match="among those that were encoded before the text encoder was released"):
+        policy.encode(["a dog"])
+    with pytest.raises(ValueError, match="text encoders must be there to copy or save the model, and were released"):
+        policy.save_pipeline(tmp_path)
+    policy.save_lora(tmp_path)

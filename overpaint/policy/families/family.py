@@ -60,6 +60,8 @@ class Family(ABC):
         self.tokenizers: tuple[Any, ...] = tuple(getattr(parts, tokenizer_of(name)) for name in names)
         self.scheduler: Any = parts.scheduler
         self.max_sequence_length = self._checked_length(max_sequence_length)
+        self.released = False
+        """Whether the text encoders have given back their memory."""
 
     @classmethod
     def encoder_names(cls) -> tuple[str, ...]:
@@ -102,8 +104,16 @@ class Family(ABC):
 
     @property
     def networks(self) -> tuple[Any, ...]:
-        """The denoising network, the VAE, and the text encoders that there are."""
-        return (self.model, self.vae, *(encoder for encoder in self.encoders if encoder is not None))
+        """The denoising network, the VAE, and the text encoders that there are and have not been released."""
+        there = () if self.released else self.encoders
+        return (self.model, self.vae, *(encoder for encoder in there if encoder is not None))
+
+    def release_encoders(self) -> None:
+        """Gives back the memory of the text encoders, for good."""
+        for encoder in self.encoders:
+            if encoder is not None:
+                encoder.to("meta")
+        self.released = True
 
     @property
     def named_networks(self) -> dict[str, nn.Module]:
