@@ -248,7 +248,7 @@ def test_weighted_loss_and_its_gradient(
 
     monkeypatch.setattr(trainer, "_losses", with_golden_noise)
     monkeypatch.setattr(policy, "add_noise", lambda clean, *_: clean)
-    monkeypatch.setattr(policy, "predict_noise", lambda noised, *_: prediction[noised[:, 0, 0, 0].long()])
+    monkeypatch.setattr(policy, "predict_direction", lambda noised, *_: prediction[noised[:, 0, 0, 0].long()])
     with TrainingRun(policy, run_config()) as run:
         monkeypatch.setattr(run, "update", lambda: 0.0)  # nothing of the policy's own has a gradient
         loss, _ = trainer._update(run, torch.arange(count), ["a cat"] * count, clean, rwr["loss/weights"])

@@ -87,13 +87,13 @@ def test_loss_of_a_sample_does_not_depend_on_its_batch(policy: DiffusionPolicy) 
 def test_seeds_spread_over_all_steps(policy: DiffusionPolicy) -> None:
     disturb(policy)
     seen: list[int] = []
-    predict = policy.predict_noise
+    predict = policy.predict_direction
 
     def spy(latents: torch.Tensor, timesteps: torch.Tensor, conditioning: Conditioning) -> torch.Tensor:
         seen.extend(timesteps.tolist())
         return predict(latents, timesteps, conditioning)
 
-    policy.predict_noise = spy  # ty: ignore[invalid-assignment]
+    policy.predict_direction = spy  # ty: ignore[invalid-assignment]
     OBJECTIVE.loss(policy, ConceptBatch(["nude"] * 24, range(24)))
     assert set(seen) == set(policy.plan(4).timesteps.tolist())
 

@@ -16,6 +16,7 @@ from overpaint.evaluation import Comparison, Estimate, ModelCard, Row, push_to_h
 from overpaint.evaluation.report.model_card import PARTS
 from overpaint.policy import DiffusionPolicy, LoRAConfig
 from overpaint.policy.lora_files import base_hashes
+from overpaint.policy.weights import ATTENTION
 
 STRIPES = Concept(name="stripes", phrases=("striped", "stripes"), anchor="plain")
 ESTIMATES = (Estimate(0.9, 0.01, 0.88, 0.92, 100), Estimate(0.1, 0.02, 0.06, 0.14, 100))
@@ -120,7 +121,7 @@ def test_the_usage_of_a_card_runs(
     monkeypatch.chdir(folder)
     namespace: dict[str, DiffusionPolicy] = {}
     exec(code, namespace)
-    assert namespace["policy"].lora == LoRAConfig()
+    assert namespace["policy"].lora == LoRAConfig(targets=ATTENTION)
     text = ModelCard(title="Run").markdown(folder / "pipeline")
     assert 'StableDiffusionPipeline.from_pretrained(".")' in text
     assert "model_index.json" in text

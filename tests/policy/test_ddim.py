@@ -71,7 +71,7 @@ def test_log_prob_agrees_with_golden(combination: tuple[Record, Tensors], of: st
     mean, std = golden_step(case, tensors, tensors["model_output"])
     log_prob = ddim.gaussian_log_prob(tensors[of], mean, std)
     atol, rtol = CASE.tolerance("log_prob")
-    torch.testing.assert_close(log_prob, tensors[expected], atol=atol, rtol=rtol)
+    torch.testing.assert_close(log_prob, tensors[expected].double(), atol=atol, rtol=rtol)
     assert log_prob.tolist() == pytest.approx(case[expected], abs=atol, rel=rtol)
 
 

@@ -161,14 +161,14 @@ def test_ratio_is_exactly_one_before_the_first_update(
     policy = make_policy(lora=LoRAConfig(), dtype=dtype, gradient_checkpointing=gradient_checkpointing)
     stir(policy)
     trajectory = policy.rollout(policy.encode(PROMPTS), steps=3, guidance=CFG, eta=0.7, seeds=SEEDS)
-    assert trajectory.latents.dtype == trajectory.log_probs.dtype == torch.float32
+    assert (trajectory.latents.dtype, trajectory.log_probs.dtype) == (torch.float32, torch.float64)
     if dtype != torch.float32:
         for state in trajectory.latents.unbind(dim=1):
             assert not torch.equal(state, state.to(dtype).float())  # what is stored was not rounded
     for step in range(3):
         log_prob = policy.log_prob(trajectory, *pairs(trajectory, step), guidance=CFG, eta=0.7)
         assert log_prob.requires_grad
-        assert torch.equal((log_prob - trajectory.log_probs[:, step]).exp(), torch.ones(2))
+        assert torch.equal((log_prob - trajectory.log_probs[:, step]).exp(), torch.ones(2).double())
 
 
 def test_ratio_of_a_v_prediction_policy_is_exactly_one(v_policy: DiffusionPolicy) -> None:
