@@ -213,9 +213,9 @@ TRAINERS: dict[str, tuple[Callable[[DiffusionPolicy, TrainingConfig], None], dic
         refl(lambda: ObjectiveConstraint(ReferenceDistance(ReferenceDistanceConfig(steps=4)), STRIPED, PROMPTS)),
         {"train/reward_loss": 0.0, "erasure/violation": 0.0},
     ),
-    # The loss of a policy gradient is a mean of advantages, which are centred: what counts is their unit, 1. In the
-    # second round they are those of other pictures, after an update.
-    "ddpo": (ddpo, {"train/loss": 0.05, "reward/mean": TOLERANCE}),
+    # The loss of a policy gradient is a mean of advantages, which are centred: what counts is their unit, 1. Both are of
+    # eight pictures after four steps in that precision, which processors round differently.
+    "ddpo": (ddpo, {"train/loss": 0.05, "reward/mean": 0.05}),
     "rwr": (rwr, {"train/loss": 0.0}),
 }
 """What trains, and the losses to compare with their absolute tolerances."""
