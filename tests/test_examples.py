@@ -1,5 +1,6 @@
 """Each example runs as people launch it, on the tiny world, at a small size."""
 
+import importlib
 import json
 import os
 import subprocess
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tyro
 
 from examples import compare_erasures, ddpo_finetune, erase, refl_erase_nudity, refl_finetune
 from overpaint.evaluation.experiments.program import settings_from_command_line
@@ -26,6 +28,12 @@ def test_programs_that_may_run_in_several_processes_leave_them_last(example: Pat
 SMALL_REFL = [
     *("--refl.batch-size", "2", "--refl.steps", "4", "--refl.first-reward-step", "2", "--refl.last-reward-step", "3"),
     *("--refl.pretraining-batch-size", "2", "--refl.pretraining-pairs", "2"),
+]
+
+
+SMALL_DDPO = [
+    *("--ddpo.samples-per-round", "8", "--ddpo.erasure-samples-per-round", "8", "--ddpo.updates-per-round", "2"),
+    *("--ddpo.sampling-batch-size", "8", "--ddpo.minibatch-size", "8", "--ddpo.steps", "4"),
 ]
 
 
@@ -68,12 +76,11 @@ def test_the_main_job_writes_table_weights_and_report(tmp_path: Path, capsys: py
     assert "drawing" not in capsys.readouterr().err
 
 
-def test_finetuning_writes_table_and_report(tmp_path: Path) -> None:
+def test_finetuning_writes_table_and_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = tmp_path / "run"
     options = ["--output-dir", str(folder), "--iterations", "2", "--prompts-per-split", "4", "--evaluation-steps", "4"]
-    done = launch("refl_finetune.py", *options, *SMALL_REFL)
-    assert done.returncode == 0, done.stderr
-    assert "tuned" in done.stdout
+    run(refl_finetune, *options, *SMALL_REFL)
+    assert "tuned" in capsys.readouterr().out
     assert (folder / "report.html").is_file()
     assert (folder / "lora" / "pytorch_lora_weights.safetensors").is_file()
 
@@ -92,8 +99,7 @@ def test_an_unknown_checkpoint_is_named_before_any_work(program: Any, tmp_path: 
 def test_ddpo_from_an_erased_model_writes_table_and_report(tmp_path: Path) -> None:
     folder = tmp_path / "run"
     options = ["--output-dir", str(folder), "--rounds", "1", "--prompts-per-split", "4"]
-    done = launch("ddpo_finetune.py", "--erased", "--constrained", *options)
-    assert done.returncode == 0, done.stderr
+    run(ddpo_finetune, "--erased", "--constrained", *options, *SMALL_DDPO)
     comparison = json.loads((folder / "comparison.json").read_text())
     assert comparison["models"] == ["before", "tuned"]
     kinds = {(row["measure"], row["kind"]) for row in comparison["rows"]}
@@ -103,16 +109,18 @@ def test_ddpo_from_an_erased_model_writes_table_and_report(tmp_path: Path) -> No
     assert (folder / "images" / "round-000000.png").is_file()
 
 
-def test_comparison_of_algorithms_makes_missing_runs_and_draws_curves(tmp_path: Path) -> None:
+def test_comparison_of_algorithms_makes_missing_runs_and_draws_curves(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "examples"))  # as Python does for the program, which takes from another
+    compare = importlib.import_module("ddpo_compare")
     options = ["--output-dir", str(tmp_path), "--task", "compressibility", "--queries", "1", "--seeds", "0"]
-    options += ["--prompts-per-split", "4"]
-    command = [sys.executable, str(ROOT / "examples" / "ddpo_compare.py"), "--algorithms", "ddpo-sf", *options]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    options += ["--prompts-per-split", "4", "--algorithms", "ddpo-sf"]
     for drawn in (True, False):  # the second time everything is there
-        done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT)
-        assert done.returncode == 0, done.stderr
-        assert ("drawing before" in done.stderr) is drawn
-        assert "ddpo-sf" in done.stdout
+        compare.main(tyro.cli(compare.Config, args=options))
+        told = capsys.readouterr()
+        assert ("drawing before" in told.err) is drawn
+        assert "ddpo-sf" in told.out
     curves = json.loads((tmp_path / "compressibility" / "curves.json").read_text())
     assert curves["reward/validation"]["ddpo-sf"]["x"] == [0.0, 64.0]
     assert (tmp_path / "compressibility" / "reward_held_out.svg").read_text().startswith("<svg")
@@ -135,11 +143,10 @@ def test_what_cannot_be_is_said_before_any_work(
     assert not (tmp_path / "run").exists()
 
 
-def test_erasing_keeps_the_erasure_and_compares(tmp_path: Path) -> None:
+def test_erasing_keeps_the_erasure_and_compares(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     small = ["--prompts-per-kind", "2", "--evaluation-steps", "2"]
-    first = launch("erase.py", "--method", "uce", "--output-dir", str(tmp_path / "uce"), *small)
-    assert first.returncode == 0, first.stderr
-    assert "UCE took" in first.stdout
+    run(erase, "--method", "uce", "--output-dir", str(tmp_path / "uce"), *small)
+    assert "UCE took" in capsys.readouterr().out
     assert (tmp_path / "uce" / "erasure" / "erasure.json").is_file()
     assert "<h1>Stripes " in (tmp_path / "uce" / "report.html").read_text()
 

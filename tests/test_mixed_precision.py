@@ -213,8 +213,8 @@ TRAINERS: dict[str, tuple[Callable[[DiffusionPolicy, TrainingConfig], None], dic
         refl(lambda: ObjectiveConstraint(ReferenceDistance(ReferenceDistanceConfig(steps=4)), STRIPED, PROMPTS)),
         {"train/reward_loss": 0.0, "erasure/violation": 0.0},
     ),
-    # The loss of a policy gradient is a mean of advantages, which are centred: what counts is their unit, 1. Both are of
-    # eight pictures after four steps in that precision, which processors round differently.
+    # The loss of a policy gradient is a mean of advantages, which are centred: what counts is their unit, 1. Both are
+    # of eight pictures after four steps in that precision, which processors round differently.
     "ddpo": (ddpo, {"train/loss": 0.05, "reward/mean": 0.05}),
     "rwr": (rwr, {"train/loss": 0.0}),
 }
