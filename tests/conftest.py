@@ -25,6 +25,19 @@ pytest_plugins = ["golden_case"]
 
 ROOT = Path(__file__).resolve().parents[1]
 
+LONG = (
+    "test_documentation.py", "test_examples.py", "test_recovery.py", "test_mixed_precision.py", "test_ddpo_resume.py",
+    "test_destruction.py", "test_erasure_pareto.py", "test_ddpo_processes.py", "test_tinyworld_weights.py",
+    "test_tiny_world_rates.py", "test_forms.py", "test_ddpo_benchmark.py", "test_generation_kills.py",
+)  # fmt: skip
+"""Files that take half a minute or more, the longest first."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begins with the long files."""
+    items.sort(key=lambda item: LONG.index(item.path.name) if item.path.name in LONG else len(LONG))
+
+
 TOKENS = 24
 """Length of the tiny text encoder's context, on purpose not CLIP's 77."""
 
