@@ -328,7 +328,14 @@ def report(config: Config, models: Sequence[Model], about: Experiment) -> str:
     told_by = set(telling(models)) & set(config.probes)
     x = "worst probe's recovery" if told_by else f"concept rate of {kind} prompts"
     weighed = [weighed_in(form, config, models) for form in forms]
-    front = pareto_chart(points(models, reward, kind), x_label=f"{x} (lower is better)", y_label=reward)
+    chosen = {(one.method, one.form) for one in best}
+    shown = [one for one in models if one.form == "plain" or (one.method, one.form) in chosen]
+    front = pareto_chart(
+        points(shown, reward, kind),
+        title="Each method as it is, and its best constrained form",
+        x_label=f"{x} (lower is better)",
+        y_label=reward,
+    )
     curves = {name: chart for one in weighed for name, chart in one.charts().items()}
     for name, chart in {"front": front, **curves}.items():
         write_text(config.output_dir / f"{name}.svg", svg(chart.spec))
