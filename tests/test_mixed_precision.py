@@ -193,9 +193,10 @@ def refl(constraint: Any) -> Callable[[DiffusionPolicy, TrainingConfig], None]:
 
 def ddpo(policy: DiffusionPolicy, config: TrainingConfig) -> None:
     settings = DDPOConfig(
-        samples_per_round=8, sampling_batch_size=8, minibatch_size=8, steps=4, guidance_scale=3.0, baseline="round"
+        samples_per_round=32, sampling_batch_size=16, minibatch_size=16, steps=4, guidance_scale=3.0, baseline="round"
     )
-    DDPOTrainer(policy, tinyworld.load_reward(), PROMPTS, settings).train(config)
+    # With a large epsilon a step is proportional to the gradient, so that rounding stays as small as it is.
+    DDPOTrainer(policy, tinyworld.load_reward(), PROMPTS, settings).train(replace(config, adam_epsilon=1e-2))
 
 
 def rwr(policy: DiffusionPolicy, config: TrainingConfig) -> None:
@@ -213,9 +214,9 @@ TRAINERS: dict[str, tuple[Callable[[DiffusionPolicy, TrainingConfig], None], dic
         refl(lambda: ObjectiveConstraint(ReferenceDistance(ReferenceDistanceConfig(steps=4)), STRIPED, PROMPTS)),
         {"train/reward_loss": 0.0, "erasure/violation": 0.0},
     ),
-    # The loss of a policy gradient is a mean of advantages, which are centred: what counts is their unit, 1. Both are
-    # of eight pictures after four steps in that precision, which processors round differently.
-    "ddpo": (ddpo, {"train/loss": 0.05, "reward/mean": 0.05}),
+    # The loss of a policy gradient is a mean of advantages, which are centred: what counts is their unit, 1.
+    # Processors round bf16 differently: of 8 pictures in place of 32 the mean reward may be 0.02 off.
+    "ddpo": (ddpo, {"train/loss": TOLERANCE, "reward/mean": TOLERANCE}),
     "rwr": (rwr, {"train/loss": 0.0}),
 }
 """What trains, and the losses to compare with their absolute tolerances."""
