@@ -97,6 +97,7 @@ class PolicyGradient:
         self.step_weights = step_weights
         plan = policy.plan(config.steps, config.height, config.width)
         self.slopes = policy.process.scales(plan, config.eta)[1]
+        """By how much the mean of each step follows the network's prediction."""
         if config.ratio == "guard":
             if not isinstance(policy.process, RectifiedFlow):
                 raise ValueError(

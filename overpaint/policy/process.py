@@ -101,6 +101,11 @@ class Process(Protocol):
         """Returns the Gaussian of one step of each sample."""
         ...
 
+    @property
+    def reverses_noising(self) -> bool:
+        """Whether a step with eta 1 draws from where `noising` may have come from."""
+        ...
+
     def noising(self, latents: Latents, plan: Plan, step: int) -> tuple[Latents, PerSample]:
         """Returns the Gaussian of what a step of a sampling started from, given where it led: forward noising."""
         ...
@@ -196,6 +201,11 @@ class Diffusion:
         levels = plan.levels[steps], plan.next_levels[steps]
         return ddim.ddim_mean_and_std(latents, prediction, *levels, eta=eta, prediction_type=self.prediction_type)
 
+    @property
+    def reverses_noising(self) -> bool:
+        """See `Process`; it always does."""
+        return True
+
     def noising(self, latents: Latents, plan: Plan, step: int) -> tuple[Latents, PerSample]:
         """See `Process`."""
         return ddim.noising_mean_and_std(latents, *_levels_of(plan, step, latents))
@@ -283,6 +293,11 @@ class RectifiedFlow:
         """See `Process`."""
         levels = plan.levels[steps], plan.next_levels[steps]
         return flow.flow_mean_and_std(latents, prediction, *levels, **self._noise_added(plan, eta))
+
+    @property
+    def reverses_noising(self) -> bool:
+        """See `Process`; the ancestral chain does."""
+        return self.chain == "ancestral"
 
     def noising(self, latents: Latents, plan: Plan, step: int) -> tuple[Latents, PerSample]:
         """See `Process`."""

@@ -169,3 +169,30 @@ def test_inner_epochs_go_over_the_same_samples_again(tmp_path: Path) -> None:
         for state, fresh in ((policy.trainable_state(), load("sd3").trainable_state()) for policy in (once, twice))
     ]
     assert moved[1] > moved[0]
+
+
+@pytest.mark.parametrize("name", ["sdxl", "flux"])
+def test_divergence_of_velocities_is_that_of_the_networks_predictions(name: str) -> None:
+    policy = load(name)
+    cfg = config(kl="velocity", guidance_scale=1.0)
+    trainer = DDPOTrainer(policy, redness, ["a cat"], cfg)
+    with torch.no_grad():
+        for index, parameter in enumerate(policy.trainable_parameters()):
+            parameter.add_(0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(index)))
+    trajectory = trainer._rollout(policy.encode(["a cat"] * 2), [1, 2])
+    samples, steps = torch.tensor([0, 1]), torch.tensor([1, 3])
+    latents, timesteps = trajectory.latents[samples, steps], trajectory.timesteps[steps]
+
+    def both() -> tuple[Tensor, Tensor, Tensor]:
+        options: dict[str, Any] = {"guidance": trainer.guidance, "eta": cfg.eta}
+        _, mean, std = policy.stored_steps(trajectory, samples, steps, **options)
+        return policy.predict(latents, timesteps, trajectory.conditioning), mean, std
+
+    with torch.no_grad():
+        prediction, mean, std = both()
+        with policy.reference():
+            reference, reference_mean, _ = both()
+        found = trainer.gradient._divergence(mean, reference_mean, std, steps)
+    expected = (prediction - reference).square().flatten(1).mean(dim=1)
+    assert expected.min() > 0
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=0)

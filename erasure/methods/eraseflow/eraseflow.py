@@ -234,11 +234,10 @@ class EraseFlow:
         """
         cfg = self.config
         check_trainable(policy, f"erasing {concept.name!r} by EraseFlow")
-        chain = getattr(policy.process, "chain", "ancestral")
-        if chain != "ancestral":
+        if not policy.process.reverses_noising:
             raise ValueError(
                 "EraseFlow must be given a policy whose steps reverse noising, which of a flow are those of "
-                f"chain='ancestral', got {chain!r}"
+                "chain='ancestral', got another"
             )
         policy.process.stochastic_steps(cfg.steps, 1.0)
         check_words(policy, concept)
