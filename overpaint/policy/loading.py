@@ -69,9 +69,7 @@ def check_checkpoint(path: str | Path, config: str | Path | None = None) -> None
     path = _path(path)
     _check_config(path, config)
     if _is_file(path):
-        shapes = single_file.tensor_shapes(Path(path))
-        single_file.check_tensors(shapes, str(path))
-        _configuration(single_file.configuration_of(shapes), path, config)
+        _layout_and_configuration(path, config)
     else:
         files = _files_of(path)
         files.check()
@@ -98,30 +96,29 @@ def _load_parts(path: str | Path, options: dict[str, Any], config: str | Path | 
 
 def _load_file(path: str | Path, options: dict[str, Any], config: str | Path | None) -> Pipeline:
     """Loads a single file; one that cannot be read here is left to diffusers, which may know more formats."""
-    from diffusers import StableDiffusionPipeline
+    import diffusers
     from diffusers.loaders.single_file_utils import SingleFileComponentError
     from diffusers.utils import logging as of_diffusers
 
     try:
-        shapes = single_file.tensor_shapes(Path(path))
+        layout, folder = _layout_and_configuration(path, config)
     except UnreadableError:
-        folder = None if config is None else str(_files_of(config).folder)
-    else:
-        single_file.check_tensors(shapes, str(path))
-        folder = str(_configuration(single_file.configuration_of(shapes), path, config))
+        layout, folder = single_file.STABLE_DIFFUSION, None if config is None else _files_of(config).folder
+    family = layout.family
+    extras = NO_SAFETY_CHECKER if family is StableDiffusion else {}
+    make: Any = getattr(diffusers, family.pipelines[0])
+    where = None if folder is None else str(folder)
     lacking = f"{path} must hold every weight that its configuration has, and lacks some"
     try:
         with _errors_only(of_diffusers):  # which warns of layers to keep in float32, and names none
-            pipeline = StableDiffusionPipeline.from_single_file(
-                str(path), config=folder, **NO_SAFETY_CHECKER, **options
-            )
+            pipeline = make.from_single_file(str(path), config=where, **extras, **options)
     except OSError as error:
         raise ValueError(f"the checkpoint must be a .safetensors or .ckpt file, and {path} is neither") from error
     except SingleFileComponentError as error:  # a text encoder under names that diffusers does not know
-        raise ValueError(f"{path} must hold all three networks under names that diffusers knows: {error}") from error
+        raise ValueError(f"{path} must hold all of its networks under names that diffusers knows: {error}") from error
     except NotImplementedError as error:  # what the file does not hold has no data that could be converted
         raise ValueError(lacking) from error
-    networks = (pipeline.unet, pipeline.vae, pipeline.text_encoder)
+    networks = (getattr(pipeline, name) for name in family.classes)
     if any(parameter.is_meta for network in networks for parameter in network.parameters()):
         raise ValueError(lacking)
     return pipeline
@@ -207,15 +204,22 @@ def _check_config(path: str | Path, config: str | Path | None) -> None:
     _files_of(config).check()
 
 
-def _configuration(known: str | None, path: str | Path, config: str | Path | None) -> Path:
-    """Returns the folder with the configuration and the tokenizer for a single file."""
+def _layout_and_configuration(path: str | Path, config: str | Path | None) -> tuple[single_file.Layout, Path]:
+    """Returns of which family a single file is, and the folder with its configuration and tokenizers."""
+    shapes = single_file.tensor_shapes(Path(path))
+    layout = single_file.layout_of(shapes, str(path))
+    kind = layout.family.pipelines[0]
     if config is not None:
-        return _files_of(config).folder
+        files = _files_of(config)
+        if files.family is not layout.family:
+            raise ValueError(f"config must be of a {kind}, as {path} is, got {config} of a {files.family.pipelines[0]}")
+        return layout, files.folder
     words = f"config must be given for {path}: a folder in diffusers' layout whose configuration and tokenizer it takes"
+    known = single_file.configuration_of(shapes, layout)
     if known is None:
-        raise ValueError(f"{words}; its sizes are not those of Stable Diffusion v1 or v2")
+        raise ValueError(f"{words}; its sizes are not those of a published {kind}")
     try:
-        return fetch_configuration(known)
+        return layout, fetch_configuration(known)
     except ValueError as error:
         raise ValueError(
             f"{words}, as {known} has them; that is not in the hub's cache, nor the hub reached"

@@ -11,11 +11,13 @@ WRAPPERS = ("unet.", "module.", "_orig_mod.", "base_model.model.")
 
 LORA = r"(^|[._])lora([._]|$)|dora_scale|hada_w|lokr_w"
 
+AN_SDXL = "an SDXL"
+
 FOREIGN = {
     "a LoRA": LORA,
     "a textual inversion": r"^emb_params$|^string_to_param\b",
     "a ControlNet": r"^control_model\.|^controlnet_\w+\.|input_hint_block\.",
-    "an SDXL": r"add_embedding\.|label_emb\.|\.\d+\.transformer_blocks\.[2-9]\.|^conditioner\.|^text_encoder_2\b",
+    AN_SDXL: r"add_embedding\.|label_emb\.|\.\d+\.transformer_blocks\.[2-9]\.|^conditioner\.|^text_encoder_2\b",
     "a Stable Diffusion 3": r"joint_blocks\.",
     "a FLUX": r"double_blocks\.|single_blocks\.|(^|transformer\.)(single_)?transformer_blocks\.\d+\.",
 }

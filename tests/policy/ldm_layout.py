@@ -1,9 +1,10 @@
-"""Writes a Stable Diffusion in the layout of a single file, in which CompVis published the first."""
+"""Writes a Stable Diffusion in the layout of a single file: CompVis's of the first ones, Stability's of XL."""
 
 import re
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
 RESNET = {
@@ -19,6 +20,8 @@ UNET_ENDS = {
     "time_embedding.linear_1": "time_embed.0",
     "time_embedding.linear_2": "time_embed.2",
     "conv_in": "input_blocks.0.0",
+    "add_embedding.linear_1": "label_emb.0.0",
+    "add_embedding.linear_2": "label_emb.0.2",
     "conv_norm_out": "out.0",
     "conv_out": "out.2",
 }
@@ -75,8 +78,30 @@ def vae_name(name: str, levels: int) -> str:
     return name
 
 
-def in_one_file(unet: Any, vae: Any, text_encoder: Any) -> dict[str, Tensor]:
-    """The weights of the three networks under the names of a single file, and in its shapes."""
+def open_clip(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The weights of a text encoder with projection under the names of OpenCLIP, queries, keys and values in one."""
+    names = {
+        "text_model.embeddings.token_embedding.weight": "token_embedding.weight",
+        "text_model.embeddings.position_embedding.weight": "positional_embedding",
+        "text_model.final_layer_norm.weight": "ln_final.weight",
+        "text_model.final_layer_norm.bias": "ln_final.bias",
+    }
+    file = {there: state[here] for here, there in names.items()}
+    file["text_projection"] = state["text_projection.weight"].T
+    parts = {"layer_norm1": "ln_1", "layer_norm2": "ln_2", "mlp.fc1": "mlp.c_fc", "mlp.fc2": "mlp.c_proj"}
+    parts |= {"self_attn.out_proj": "attn.out_proj"}
+    for layer in range(len({name for name in state if name.endswith("self_attn.q_proj.weight")})):
+        here, there = f"text_model.encoder.layers.{layer}", f"transformer.resblocks.{layer}"
+        for kind in ("weight", "bias"):
+            for part, its_name in parts.items():
+                file[f"{there}.{its_name}.{kind}"] = state[f"{here}.{part}.{kind}"]
+            read = [state[f"{here}.self_attn.{letter}_proj.{kind}"] for letter in "qkv"]
+            file[f"{there}.attn.in_proj_{kind}"] = torch.cat(read)
+    return file
+
+
+def in_one_file(unet: Any, vae: Any, text_encoder: Any, text_encoder_2: Any = None) -> dict[str, Tensor]:
+    """The weights of all networks under the names of a single file, and in its shapes."""
     file: dict[str, Tensor] = {}
     attends = dict(enumerate("CrossAttn" in kind for kind in unet.config.up_block_types))
     for name, value in unet.state_dict().items():
@@ -85,6 +110,10 @@ def in_one_file(unet: Any, vae: Any, text_encoder: Any) -> dict[str, Tensor]:
         convolution = ".attentions.0.to_" in name and name.endswith("weight")
         stored = value[:, :, None, None] if convolution else value
         file[f"first_stage_model.{vae_name(name, len(vae.config.block_out_channels))}"] = stored
+    first = "cond_stage_model" if text_encoder_2 is None else "conditioner.embedders.0"
     for name, value in text_encoder.state_dict().items():
-        file[f"cond_stage_model.transformer.text_model.{name}"] = value
+        file[f"{first}.transformer.text_model.{name}"] = value
+    if text_encoder_2 is not None:
+        for name, value in open_clip(text_encoder_2.state_dict()).items():
+            file[f"conditioner.embedders.1.model.{name}"] = value
     return {name: value.contiguous() for name, value in file.items()}

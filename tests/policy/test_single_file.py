@@ -5,10 +5,13 @@ from typing import Any
 
 import pytest
 import torch
+from golden_case import GOLDEN
 from safetensors.torch import save_file
 from torch import Tensor
 
+from benchmarks import random_models
 from overpaint.policy import DiffusionPolicy, check_checkpoint, single_file
+from overpaint.policy.digest import weights_digest
 from tests.policy.ldm_layout import in_one_file
 
 UNET = "model.diffusion_model."
@@ -75,6 +78,32 @@ def test_single_file_takes_the_policys_options_and_is_saved_as_a_folder(
     assert torch.equal(again.unet.conv_in.weight, weights[f"{UNET}input_blocks.0.0.weight"].half().float())
 
 
+@pytest.fixture
+def sdxl(tmp_path: Path) -> tuple[DiffusionPolicy, Path, Path]:
+    """A small SDXL from its folder, its single file, and its folder without weights."""
+    folder = GOLDEN / "flow" / "tiny-sdxl"
+    policy = DiffusionPolicy.from_pretrained(folder, device="cpu")
+    file = save(tmp_path / "xl.safetensors", in_one_file(policy.network, policy.vae, *policy.family.encoders))
+    ignored = shutil.ignore_patterns("*.safetensors")
+    return policy, file, Path(shutil.copytree(folder, tmp_path / "xl-config", ignore=ignored))
+
+
+def test_single_file_of_sdxl_draws_what_the_folder_draws(sdxl: tuple[DiffusionPolicy, Path, Path]) -> None:
+    expected, file, config = sdxl
+    check_checkpoint(file, config)
+    found = DiffusionPolicy.from_pretrained(file, config=config, device="cpu")
+    assert weights_digest(found.family.named_networks) == weights_digest(expected.family.named_networks)
+    pictures = [policy.draw(["a red circle"], seeds=[0], steps=2, height=64, width=64) for policy in (expected, found)]
+    torch.testing.assert_close(*pictures, atol=1e-5, rtol=0)  # the last bit depends on where weights lie in memory
+
+
+def test_configuration_of_another_family_is_refused(sdxl: tuple[DiffusionPolicy, Path, Path], config: Path) -> None:
+    _, file, _ = sdxl
+    for attempt in (check_checkpoint, DiffusionPolicy.from_pretrained):
+        with pytest.raises(ValueError, match=r"config must be of a StableDiffusionXLPipeline, as .*xl\.safetensors is"):
+            attempt(file, config=config)
+
+
 def renamed(weights: Mapping[str, Tensor], old: str, new: str) -> dict[str, Tensor]:
     return {name.replace(old, new): value for name, value in weights.items()}
 
@@ -84,7 +113,14 @@ def only(weights: Mapping[str, Tensor], prefix: str, cut: str = "") -> dict[str,
 
 
 OTHERS: dict[str, tuple[Callable[[dict[str, Tensor]], dict[str, Tensor]], str]] = {
-    "SDXL": (lambda weights: renamed(weights, "cond_stage_model", "conditioner.embedders.0"), "is an SDXL"),
+    "SDXL's refiner": (
+        lambda weights: renamed(weights, "cond_stage_model.transformer", "conditioner.embedders.0.model"),
+        "lacks its first text encoder",
+    ),
+    "SDXL without its second text encoder": (
+        lambda weights: renamed(weights, "cond_stage_model", "conditioner.embedders.0"),
+        "lacks its second text encoder",
+    ),
     "inpainting": (
         lambda weights: weights | {f"{UNET}input_blocks.0.0.weight": torch.zeros(8, 9, 3, 3)},
         r"must take 4 channels of latents and nothing else, got 9 \(of an inpainting model\)",
@@ -231,7 +267,8 @@ def test_configuration_of_the_hub_is_fetched_by_the_width_of_its_prompts(
         return str(config)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
-    monkeypatch.setattr(single_file, "CONFIGURATIONS", {16: "somebody/tiny"})
+    layout = single_file.STABLE_DIFFUSION._replace(configurations={16: "somebody/tiny"})
+    monkeypatch.setattr(single_file, "STABLE_DIFFUSION", layout)
     policy = DiffusionPolicy.from_pretrained(save(tmp_path / "m.safetensors", weights), device="cpu")
     assert asked == ["somebody/tiny"]
     assert torch.equal(policy.unet.conv_in.weight, weights[f"{UNET}input_blocks.0.0.weight"])
@@ -259,5 +296,17 @@ def test_names_and_shapes_of_the_published_structure_are_known(width: int, linea
     assert infer_diffusers_model_type(tensors) == ("v2" if linear else "v1")
     assert f"{UNET}output_blocks.11.0.skip_connection.weight" in tensors
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    single_file.check_tensors(shapes, "here")
-    assert single_file.configuration_of(shapes) == hub_id
+    layout = single_file.layout_of(shapes, "here")
+    assert single_file.configuration_of(shapes, layout) == hub_id
+
+
+def test_names_and_shapes_of_the_published_sdxl_are_known() -> None:
+    from diffusers.loaders.single_file_utils import infer_diffusers_model_type
+
+    pipeline: Any = random_models.sdxl(torch.device("meta"), tiny=False)
+    tensors = in_one_file(pipeline.unet, pipeline.vae, pipeline.text_encoder, pipeline.text_encoder_2)
+    assert infer_diffusers_model_type(tensors) == "xl_base"
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    layout = single_file.layout_of(shapes, "here")
+    assert layout is single_file.SDXL
+    assert single_file.configuration_of(shapes, layout) == "stabilityai/stable-diffusion-xl-base-1.0"
