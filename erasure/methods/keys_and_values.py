@@ -1,4 +1,7 @@
-"""Keys and values of cross-attention, and texts as these see them: what closed-form edits read."""
+"""Matrices that a text alone is multiplied with, and texts as these see them: what closed-form edits read.
+
+Of a UNet they are the keys and values of cross-attention.
+"""
 
 from typing import NamedTuple
 
@@ -7,24 +10,29 @@ from jaxtyping import Float
 from torch import Tensor
 
 from overpaint.policy import DiffusionPolicy
+from overpaint.policy.families.family import TextPart
 from overpaint.policy.prompts import PromptEncoder
 from overpaint.policy.weights import base_parameters
 
-MATRICES = ("attn2.to_k.weight", "attn2.to_v.weight")
-"""Endings of the names of the edited weights: keys and values of every cross-attention."""
+
+def text_maps(policy: DiffusionPolicy, part: TextPart) -> dict[str, Float[Tensor, "out dim"]]:
+    """Returns the matrices that one part of a text is multiplied with, on the CPU in float64."""
+    endings = policy.family.text_maps.get(part, ())
+    parameters = base_parameters(policy.model)
+    return {name: value.detach().cpu().double() for name, value in parameters.items() if name.endswith(endings)}
 
 
 def keys_and_values(policy: DiffusionPolicy) -> dict[str, Float[Tensor, "out dim"]]:
     """Returns the weights of all cross-attentions' keys and values, on the CPU in float64."""
-    parameters = base_parameters(policy.unet)
-    return {name: value.detach().cpu().double() for name, value in parameters.items() if name.endswith(MATRICES)}
+    return text_maps(policy, "tokens")
 
 
 class EmbeddedText(NamedTuple):
-    """A text as the UNet's cross-attention reads it."""
+    """A text as the network reads it."""
 
     tokens: Float[Tensor, "positions dim"]  # outputs of the text encoder, float64
-    last_word: int  # position of the text's last token before the end; 0, the start token, for an empty text
+    last_word: int  # position of the text's last token before the end; 0 for an empty text: the start, or T5's end
+    pooled: Float[Tensor, "whole dim"]  # the text as a whole, float64; no row in families that do not read it
 
 
 class TextReader:
@@ -37,5 +45,7 @@ class TextReader:
 
     def __call__(self, text: str) -> EmbeddedText:
         """Returns one text's embedding, on the CPU."""
-        tokens = self._prompts([text]).tokens[0]
-        return EmbeddedText(tokens.cpu().double(), last_word=len(self._prompts.read(text)) - 2)
+        read = self._prompts([text])
+        tokens = read.tokens[0].cpu().double()
+        pooled = tokens[:0] if read.pooled is None else read.pooled.cpu().double()
+        return EmbeddedText(tokens, max(0, len(self._prompts.read(text)) - 2), pooled)

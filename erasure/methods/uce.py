@@ -1,8 +1,8 @@
-"""Unified concept editing: new keys and values for the words of a concept, in closed form.
+"""Unified concept editing: other answers to the words of a concept, solved for in closed form.
 
 Source: Gandikota et al. (2023), https://arxiv.org/abs/2308.14761, written from its equations. The authors' code is
 rohitgandikota/unified-concept-editing (MIT): commit 35e91e2 is the paper's, commit 28c81ed the newer one, which edits
-one token per phrase. See docs/methods/uce.md for each departure.
+one token per phrase; commit 81f4950 edits FLUX. See docs/methods/uce.md for each departure.
 """
 
 from collections.abc import Sequence
@@ -16,12 +16,12 @@ from torch import Tensor
 from erasure.changes import WeightChange
 from erasure.concept import Concept
 from erasure.erased import Erasure
-from erasure.protocols import check_unet
 from erasure.strength import check_strength
 from overpaint.policy import DiffusionPolicy, WeightDelta
+from overpaint.policy.families.family import TextPart
 from overpaint.settings import Field, settings
 
-from .keys_and_values import MATRICES, EmbeddedText, TextReader, keys_and_values
+from .keys_and_values import EmbeddedText, TextReader, text_maps
 
 
 @settings
@@ -40,9 +40,10 @@ class UCEConfig:
 
 
 class UCE:
-    """Erases a concept by editing the keys and values of cross-attention.
+    """Erases a concept by editing the matrices that texts are multiplied with: of a UNet, the keys and values.
 
-    Each phrase's text embeddings are made to attend as the anchor's do, while those of the preserved texts stay.
+    Each phrase's text embeddings are answered as the anchor's are, while those of the preserved texts stay. Of FLUX,
+    the projections of T5's tokens and of CLIP's pooled text are edited, each by a system of its own.
     """
 
     name = "UCE"
@@ -62,7 +63,7 @@ class UCE:
             strength: Weight of the phrases (the authors' erase scale): 0 changes nothing, 1 is the authors' setting.
 
         Raises:
-            ValueError: The strength is negative or not finite, or the UNet has no cross-attention.
+            ValueError: The strength is negative or not finite, or the model has no such matrices.
         """
         pairs = [(phrase, concept.anchor) for phrase in concept.phrases]
         delta = self.edit(policy, pairs, preserve=concept.preserve, strength=strength)
@@ -92,34 +93,60 @@ class UCE:
             strength: Weight of the replacements, as in `erase`.
 
         Raises:
-            ValueError: There is no pair, the strength is negative or not finite, or the UNet has no cross-attention.
+            ValueError: There is no pair, the strength is negative or not finite, or the model has no such matrices.
         """
         if not pairs:
             raise ValueError("pairs must hold at least one text and its replacement, got none")
         check_strength(strength)
-        check_unet(policy, "UCE")
+        if not policy.family.text_maps:
+            raise ValueError(
+                "UCE must be given a model whose texts pass matrices of their own, a UNet's cross-attention or FLUX's "
+                f"projections, got a {policy.family.pipelines[0]}"
+            )
         paper = self.config.variant == "paper"
         texts = list(dict.fromkeys(["", *preserve] if paper else preserve))
         if (preserve_scale := self.config.preserve_scale) is None:
             preserve_scale = max(0.1, 1 / len(texts)) if paper else 1.0
 
-        embed = TextReader(policy)
-        spans = [aligned_spans(embed(text), embed(replacement), whole=paper) for text, replacement in pairs]
-        preserved = [text.tokens if paper else text.tokens[text.last_word].unsqueeze(0) for text in map(embed, texts)]
-        factor = editing_factor(
-            torch.cat([old for old, _ in spans]),
-            torch.cat([new for _, new in spans]),
-            torch.cat([spans[0][0][:0], *preserved]),  # no rows where nothing is preserved
-            erase_scale=strength,
-            preserve_scale=preserve_scale,
-            regularization=self.config.regularization,
-        )
-        weights = keys_and_values(policy)
-        if not weights:
-            raise ValueError(f"UCE needs a UNet with cross-attention, whose weights end in {' or '.join(MATRICES)}")
-        rows = [len(weight) for weight in weights.values()]  # one product for all of them, rows stacked
-        changes = (torch.cat(list(weights.values())) @ factor).float().split(rows)
-        return WeightDelta({name: change.clone() for name, change in zip(weights, changes, strict=True)})
+        read = TextReader(policy)
+        replaced = [(read(text), read(replacement)) for text, replacement in pairs]
+        kept = [read(text) for text in texts]
+        delta: dict[str, Tensor] = {}
+        for part, endings in policy.family.text_maps.items():
+            old, new, preserved = vectors(part, replaced, kept, whole=paper)
+            factor = editing_factor(
+                old,
+                new,
+                preserved,
+                erase_scale=strength,
+                preserve_scale=preserve_scale,
+                regularization=self.config.regularization,
+            )
+            weights = text_maps(policy, part)
+            if not weights:
+                raise ValueError(f"UCE needs a network with weights whose names end in {' or '.join(endings)}")
+            rows = [len(weight) for weight in weights.values()]  # one product for all of them, rows stacked
+            changes = (torch.cat(list(weights.values())) @ factor).float().split(rows)
+            delta |= {name: change.clone() for name, change in zip(weights, changes, strict=True)}
+        return WeightDelta(delta)
+
+
+def vectors(
+    part: TextPart, replaced: Sequence[tuple[EmbeddedText, EmbeddedText]], kept: Sequence[EmbeddedText], *, whole: bool
+) -> tuple[Float[Tensor, "pairs dim"], Float[Tensor, "pairs dim"], Float[Tensor, "preserved dim"]]:
+    """Returns what is replaced, by what, and what is preserved, of one part of the texts; the last may have no rows.
+
+    A pooled text is one vector. Of tokens, `whole` takes all positions from a text's last word on, and all of a
+    preserved text; otherwise it is the last word's alone.
+    """
+    if part == "pooled":
+        spans = [(old.pooled, new.pooled) for old, new in replaced]
+        preserved = [text.pooled for text in kept]
+    else:
+        spans = [aligned_spans(old, new, whole=whole) for old, new in replaced]
+        preserved = [text.tokens if whole else text.tokens[text.last_word].unsqueeze(0) for text in kept]
+    old = torch.cat([old for old, _ in spans])
+    return old, torch.cat([new for _, new in spans]), torch.cat([old[:0], *preserved])
 
 
 def aligned_spans(

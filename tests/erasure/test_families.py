@@ -63,7 +63,7 @@ METHODS: dict[str, Callable[[str], Any]] = {
 CARRIED = {
     "sdxl": {"sld", "uce", "mace", "esd", "ac", "sa", "receler", "ant", "eraseflow"},
     "sd3": {"sld", "esd", "ac", "sa", "ant", "eraseflow"},
-    "flux": {"esd", "ac", "sa", "ant", "eraseflow"},
+    "flux": {"uce", "esd", "ac", "sa", "ant", "eraseflow"},
 }
 """Which methods carry over."""
 
@@ -71,7 +71,7 @@ UNET = "must be given a model with a UNet, whose cross-attention it works on, go
 REFUSED = {
     "safree": "SAFREE must be given a Stable Diffusion v1 or v2, whose one text encoder's tokens it filters, got a {}",
     "sld": "SLD must be given a model with classifier-free guidance, got a {}, which has none",
-    "uce": UNET,
+    "uce": "UCE must be given a model whose texts pass matrices of their own, .* or FLUX's projections, got a {}",
     "mace": UNET,
     "receler": UNET,
 }

@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 import torch
+from golden_case import GOLDEN
 
 from erasure import UCE, Concept, UCEConfig
 from erasure.methods.uce import EmbeddedText, TextReader, aligned_spans, editing_factor
@@ -42,13 +43,13 @@ def test_factor_solves_the_papers_least_squares() -> None:
 
 def test_whole_spans_run_from_each_last_word_to_the_end_of_the_longer_text() -> None:
     tokens = torch.arange(6.0, dtype=torch.float64).unsqueeze(1)
-    old, new = aligned_spans(EmbeddedText(tokens, 1), EmbeddedText(tokens, 3), whole=True)
+    old, new = aligned_spans(EmbeddedText(tokens, 1, tokens), EmbeddedText(tokens, 3, tokens), whole=True)
     assert (old.flatten().tolist(), new.flatten().tolist()) == ([1, 2, 3], [3, 4, 5])
 
 
 def test_single_token_spans_are_the_two_last_words() -> None:
     tokens = torch.arange(6.0, dtype=torch.float64).unsqueeze(1)
-    old, new = aligned_spans(EmbeddedText(tokens, 1), EmbeddedText(tokens, 0), whole=False)
+    old, new = aligned_spans(EmbeddedText(tokens, 1, tokens), EmbeddedText(tokens, 0, tokens), whole=False)
     assert (old.flatten().tolist(), new.flatten().tolist()) == ([1], [0])
 
 
@@ -127,3 +128,43 @@ def test_impossible_setting_is_refused(field: str, value: object) -> None:
     settings: dict[str, Any] = {field: value}
     with pytest.raises(ValueError, match=rf"UCEConfig\.{field} must be .* got"):
         UCEConfig(**settings)
+
+
+PROJECTIONS = {"context_embedder": "tokens", "time_text_embed.text_embedder.linear_1": "pooled"}
+"""Layers of FLUX that a text alone goes into, and which part of it."""
+
+
+@pytest.mark.parametrize("layer", PROJECTIONS)
+def test_flux_projections_are_the_minimum_of_the_papers_loss(layer: str) -> None:
+    policy = DiffusionPolicy.from_pretrained(GOLDEN / "flow" / "tiny-flux", device="cpu")
+    uce = UCE(UCEConfig(variant="released", preserve_scale=0.3))
+    delta = uce.erase(policy, STRIPED, strength=2.0).delta.tensors
+    assert delta.keys() == {f"{name}.weight" for name in PROJECTIONS}
+
+    def read(text: str) -> torch.Tensor:
+        embedded = TextReader(policy)(text)
+        return embedded.pooled[0] if PROJECTIONS[layer] == "pooled" else embedded.tokens[embedded.last_word]
+
+    weight = policy.model.get_parameter(f"{layer}.weight").detach().double()
+    edited = (weight + delta[f"{layer}.weight"].double()).requires_grad_(True)
+    loss = 0.5 * (edited - weight).square().sum()
+    for phrase in STRIPED.phrases:
+        loss = loss + 2.0 * (edited @ read(phrase) - weight @ read(STRIPED.anchor)).square().sum()
+    for text in STRIPED.preserve:
+        loss = loss + 0.3 * ((edited - weight) @ read(text)).square().sum()
+    loss.backward()
+    assert edited.grad is not None
+    assert delta[f"{layer}.weight"].abs().max() > 1e-3
+    assert edited.grad.abs().max() < 1e-4  # the change is kept in float32
+
+
+def test_erased_phrase_is_projected_as_its_anchor_in_flux() -> None:
+    policy = DiffusionPolicy.from_pretrained(GOLDEN / "flow" / "tiny-flux", device="cpu")
+    erasure = UCE(UCEConfig(variant="released", preserve_scale=0.0)).erase(policy, STRIPED, strength=1e6)
+    old, new = TextReader(policy)("striped"), TextReader(policy)(STRIPED.anchor)
+    layers = [policy.model.get_submodule(name) for name in PROJECTIONS]
+    vectors = [(old.tokens[old.last_word], new.tokens[new.last_word]), (old.pooled[0], new.pooled[0])]
+    wanted = [layer(after.float()) for layer, (_, after) in zip(layers, vectors, strict=True)]
+    with erasure.applied(policy):
+        for layer, (before, _), answer in zip(layers, vectors, wanted, strict=True):
+            torch.testing.assert_close(layer(before.float()), answer, rtol=0, atol=1e-4)  # of order 1, bias included

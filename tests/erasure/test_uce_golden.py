@@ -6,7 +6,7 @@ from golden_case import Record
 from torch import Tensor
 
 from erasure import UCE, UCEConfig
-from erasure.methods.uce import MATRICES, TextReader, aligned_spans, editing_factor
+from erasure.methods.uce import TextReader, aligned_spans, editing_factor
 from overpaint.policy import DiffusionPolicy
 from overpaint.policy.weights import base_parameters
 from tests.erasure.erasure_case import TINY_SD, ErasureCase
@@ -22,7 +22,11 @@ def golden_policy() -> DiffusionPolicy:
 
 def weights_of(policy: DiffusionPolicy) -> dict[str, Tensor]:
     named = base_parameters(policy.unet)
-    return {name: value.detach().clone() for name, value in named.items() if name.endswith(MATRICES)}
+    return {
+        name: value.detach().clone()
+        for name, value in named.items()
+        if name.endswith(("attn2.to_k.weight", "attn2.to_v.weight"))
+    }
 
 
 def is_old(case: Record) -> bool:

@@ -3,6 +3,7 @@
 import copy
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -15,6 +16,9 @@ from overpaint.policy.guidance import ClassifierFree, Guidance
 from overpaint.policy.parts import VAE, Pipeline
 from overpaint.policy.process import Process
 from overpaint.policy.types import Latents
+
+TextPart = Literal["tokens", "pooled"]
+"""What a network reads of a text: its tokens one by one, or the text as a whole."""
 
 BLOCKS = ("down_blocks", "mid_block", "up_blocks", "transformer_blocks", "single_transformer_blocks")
 """Names of the blocks and of the lists of them in UNets and transformers."""
@@ -47,6 +51,10 @@ class Family(ABC):
 
     lora_targets: ClassVar[tuple[str, ...]]
     """Endings of the names of the layers that a LoRA is put on by default: all projections of attention."""
+
+    text_maps: ClassVar[Mapping[TextPart, tuple[str, ...]]] = MappingProxyType({})
+    """Endings of the names of the matrices that a text alone is multiplied with, by which part of it that is; none
+    where several encoders' tokens stand in one sequence."""
 
     text_length: ClassVar[int | None] = None
     """Tokens that the T5 reads by default; None where there is none."""

@@ -1,6 +1,7 @@
 """FLUX.1: a CLIP and a T5, a transformer of packed latents that may read the scale of guidance, rectified flow."""
 
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -13,7 +14,7 @@ from overpaint.policy.guidance import ClassifierFree, Embedded, Guidance, TrueGu
 from overpaint.policy.process import Process, RectifiedFlow
 from overpaint.policy.types import Latents
 
-from .family import Family, read
+from .family import Family, TextPart, read
 from .transformers import ATTENTION, check_flow
 
 
@@ -34,6 +35,9 @@ class Flux(Family):
     }
     first_weight: ClassVar[str] = "x_embedder.weight"
     lora_targets: ClassVar[tuple[str, ...]] = ATTENTION
+    text_maps: ClassVar[Mapping[TextPart, tuple[str, ...]]] = MappingProxyType(
+        {"tokens": ("context_embedder.weight",), "pooled": ("text_embedder.linear_1.weight",)}
+    )
     text_length: ClassVar[int | None] = 512
 
     @staticmethod

@@ -14,8 +14,8 @@ from overpaint.policy.process import Process
 from overpaint.policy.types import Latents
 from overpaint.policy.weights import ATTENTION
 
-from .family import Family, build
-from .unets import check_diffusion, check_reads, diffusion
+from .family import Family, TextPart, build
+from .unets import TEXT_MAPS, check_diffusion, check_reads, diffusion
 
 NO_SAFETY_CHECKER: Mapping[str, Any] = {
     "safety_checker": None,
@@ -42,6 +42,7 @@ class StableDiffusion(Family):
     }
     first_weight: ClassVar[str] = "conv_in.weight"
     lora_targets: ClassVar[tuple[str, ...]] = ATTENTION
+    text_maps: ClassVar[Mapping[TextPart, tuple[str, ...]]] = TEXT_MAPS
 
     @staticmethod
     def check_network(config: Mapping[str, Any]) -> None:

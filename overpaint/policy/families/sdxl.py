@@ -16,8 +16,8 @@ from overpaint.policy.process import Process
 from overpaint.policy.types import Latents
 from overpaint.policy.weights import ATTENTION
 
-from .family import Family, inner_states
-from .unets import check_diffusion, check_reads, diffusion
+from .family import Family, TextPart, inner_states
+from .unets import TEXT_MAPS, check_diffusion, check_reads, diffusion
 
 
 class StableDiffusionXL(Family):
@@ -36,6 +36,7 @@ class StableDiffusionXL(Family):
     }
     first_weight: ClassVar[str] = "conv_in.weight"
     lora_targets: ClassVar[tuple[str, ...]] = ATTENTION
+    text_maps: ClassVar[Mapping[TextPart, tuple[str, ...]]] = TEXT_MAPS
 
     def __init__(self, pipeline: Pipeline, max_sequence_length: int | None = None) -> None:
         super().__init__(pipeline, max_sequence_length)

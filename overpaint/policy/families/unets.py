@@ -2,6 +2,7 @@
 
 import inspect
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -10,6 +11,11 @@ from overpaint.policy import ddim
 from overpaint.policy.ddim import PREDICTION_TYPES
 from overpaint.policy.flow import Chain
 from overpaint.policy.process import Diffusion
+
+from .family import TextPart
+
+TEXT_MAPS: Mapping[TextPart, tuple[str, ...]] = MappingProxyType({"tokens": ("attn2.to_k.weight", "attn2.to_v.weight")})
+"""Keys and values of every cross-attention."""
 
 OTHER_INPUTS = {
     "encoder_hid_dim_type": "an image or another text encoder, as IP-Adapter does",
