@@ -1,8 +1,9 @@
-"""Raise any reward by DDPO or RWR, and see how far it carries and what it costs.
+"""Raise any reward by DDPO, GRPO, DiffusionNFT or RWR, and see how far it carries and what it costs.
 
     accelerate launch examples/ddpo_finetune.py
     accelerate launch examples/ddpo_finetune.py --task compressibility --algorithm rwr
     accelerate launch examples/ddpo_finetune.py --policy CompVis/stable-diffusion-v1-4 --task incompressibility
+    accelerate launch examples/ddpo_finetune.py --policy stabilityai/stable-diffusion-3.5-medium --algorithm nft
 
 By default the tiny world's ImageReward is raised for pictures drawn in four steps, with its true utility held out,
 which is not trained on. Prompts that were not trained on are drawn before and after. With ``--erased --constrained``
@@ -15,7 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-from ddpo import DDPOConfig, DDPOTrainer, RWRConfig, RWRTrainer
+from ddpo import DDPOConfig, DDPOTrainer, NFTConfig, NFTTrainer, RWRConfig, RWRTrainer
 from erasure import UCE, ImageConstraint, Lagrangian, LagrangianConfig
 from overpaint.evaluation import DrawConfig, Measure, Panel
 from overpaint.evaluation.experiments.experiment import draw_and_score, write_results
@@ -29,7 +30,8 @@ from overpaint.tinyworld.presets import STRIPES
 from overpaint.training import HeldOut, TrainingConfig, check_output_dir, process_state
 from rewards.combine import to_device
 
-Algorithm = Literal["ddpo-is", "ddpo-sf", "rwr", "rwr-sparse"]
+Algorithm = Literal["ddpo-is", "ddpo-sf", "grpo", "nft", "rwr", "rwr-sparse"]
+Group = Literal["ddpo", "nft", "rwr"]
 
 
 @settings
@@ -41,7 +43,8 @@ class Config(SharingOptions, RewardOptions, TunedOptions, ModelOptions):
     "aesthetic" and "alignment"."""
 
     algorithm: Algorithm = "ddpo-is"
-    """Clipped importance sampling, score function, reward-weighted regression, or the same on the best samples only."""
+    """DDPO by clipped importance sampling or by the score function; GRPO, which compares images of one prompt;
+    DiffusionNFT; reward-weighted regression, or the same on the best samples only."""
 
     prompts: str | None = None
     """In place of the task's own: a file, or a named set; of ten or more every fifth is held out for the evaluation."""
@@ -60,10 +63,13 @@ class Config(SharingOptions, RewardOptions, TunedOptions, ModelOptions):
 
     learning_rate: float | None = Field(None, gt=0)
     """Of what is trained; None is 1e-3 for the tiny world's ImageReward, 5e-4 for its other tasks, and 3e-4 for Stable
-    Diffusion; a third of that for RWR."""
+    Diffusion; a third of that for RWR. GRPO and DiffusionNFT train a LoRA of rank 32 by default, and else one of 4."""
 
     ddpo: DDPOConfig | None = None
     """All else about DDPO; None is quick for the tiny world, and the authors' for Stable Diffusion."""
+
+    nft: NFTConfig | None = None
+    """All else about DiffusionNFT; None is quick for the tiny world, and the authors' for others."""
 
     rwr: RWRConfig | None = None
     """All else about RWR; None is quick for the tiny world, and the authors' for Stable Diffusion."""
@@ -81,18 +87,25 @@ class Config(SharingOptions, RewardOptions, TunedOptions, ModelOptions):
     """Go on with an interrupted run in the same folder; samples whose reward failed are scored again."""
 
     @property
-    def by_rwr(self) -> bool:
-        """Whether the algorithm is one of RWR."""
-        return self.algorithm.startswith("rwr")
+    def group(self) -> Group:
+        """Which settings the algorithm has."""
+        return "rwr" if self.algorithm.startswith("rwr") else "nft" if self.algorithm == "nft" else "ddpo"
+
+    @property
+    def usual_lora(self) -> LoRAConfig:
+        """The LoRA that is trained where no other is asked for."""
+        if self.tiny:
+            return LoRAConfig(rank=8, alpha=8)
+        return LoRAConfig(rank=32, alpha=64) if self.algorithm in ("grpo", "nft") else LoRAConfig(rank=4, alpha=4)
 
 
 def complete(config: Config) -> Config:
     """Fills in what depends on the model, the task and the algorithm."""
-    usual = LoRAConfig(rank=8, alpha=8) if config.tiny else LoRAConfig(rank=4, alpha=4)
-    config = replace(config, **config.tuned(usual))
-    used, unused = ("rwr", "ddpo") if config.by_rwr else ("ddpo", "rwr")
-    if getattr(config, unused) is not None:
-        raise ValueError(f"{unused} must be None with {config.algorithm}, got {getattr(config, unused)}")
+    config = replace(config, **config.tuned(config.usual_lora))
+    used = config.group
+    for unused in {"ddpo", "nft", "rwr"} - {used}:
+        if getattr(config, unused) is not None:
+            raise ValueError(f"{unused} must be None with {config.algorithm}, got {getattr(config, unused)}")
     chosen, run = getattr(config, used) or settings_of(config), config.run or run_config(config)
     own = {"output_dir": config.output_dir, "seed": config.seed, "resume": config.resume}
     check_same("run", run, **own, **given(iterations=config.rounds, learning_rate=config.learning_rate))
@@ -109,7 +122,7 @@ def pictures(config: Config) -> dict[str, Any]:
 
 
 def ddpo_config(config: Config) -> DDPOConfig:
-    """Returns DDPO's settings: quick ones for the tiny world, the authors' for Stable Diffusion."""
+    """Returns DDPO's settings: quick ones for the tiny world, the authors' for others; GRPO's are Flow-GRPO's."""
     if config.tiny:
         settings = DDPOConfig(
             samples_per_round=64,
@@ -124,6 +137,16 @@ def ddpo_config(config: Config) -> DDPOConfig:
             timestep_fraction=0.5,
             evaluate_every=5,
         )
+    elif config.algorithm == "grpo":
+        settings = DDPOConfig(
+            samples_per_round=48 * 24,
+            updates_per_round=2,
+            baseline="group",
+            images_per_prompt=24,
+            steps=10,
+            guidance_scale=4.5,
+            eta=0.7,
+        )
     elif config.task == "alignment":
         settings = DDPOConfig(samples_per_round=288, updates_per_round=2)
     elif config.task == "aesthetic":
@@ -133,6 +156,23 @@ def ddpo_config(config: Config) -> DDPOConfig:
     if config.algorithm == "ddpo-sf":
         settings = replace(settings, estimator="score", updates_per_round=1)
     return replace(settings, **pictures(config))
+
+
+def nft_config(config: Config) -> NFTConfig:
+    """Returns DiffusionNFT's settings: quick ones for the tiny world, the authors' for others."""
+    if not config.tiny:
+        return NFTConfig(**pictures(config))
+    return NFTConfig(
+        samples_per_round=64,
+        images_per_prompt=4,
+        updates_per_round=2,
+        sampling_batch_size=64,
+        minibatch_size=32,
+        steps=10,
+        trained_levels=3,
+        evaluate_every=5,
+        **pictures(config),
+    )
 
 
 def rwr_config(config: Config) -> RWRConfig:
@@ -161,10 +201,12 @@ def rwr_config(config: Config) -> RWRConfig:
     )
 
 
-def settings_of(config: Config) -> DDPOConfig | RWRConfig:
+def settings_of(config: Config) -> DDPOConfig | NFTConfig | RWRConfig:
     """Returns the settings of the algorithm that is asked for."""
-    if config.by_rwr:
+    if config.group == "rwr":
         return config.rwr or rwr_config(config)
+    if config.group == "nft":
+        return config.nft or nft_config(config)
     return config.ddpo or ddpo_config(config)
 
 
@@ -177,7 +219,7 @@ def run_config(config: Config) -> TrainingConfig:
     return TrainingConfig(
         output_dir=config.output_dir,
         iterations=rounds if config.rounds is None else config.rounds,
-        learning_rate=learning_rate / (3 if config.by_rwr else 1)
+        learning_rate=learning_rate / (3 if config.group == "rwr" else 1)
         if config.learning_rate is None
         else config.learning_rate,
         weight_decay=1e-4,
@@ -206,11 +248,13 @@ def constraint() -> ImageConstraint:
     return ImageConstraint(Stripes(), wanted, weight, ceiling=0.02)
 
 
-def trainer_of(config: Config, policy: DiffusionPolicy, task: Task) -> DDPOTrainer | RWRTrainer:
+def trainer_of(config: Config, policy: DiffusionPolicy, task: Task) -> DDPOTrainer | NFTTrainer | RWRTrainer:
     """Makes the trainer."""
     held_out, settings = HeldOut(task.held_out_prompts, task.held_out, batch_size=32), settings_of(config)
     if isinstance(settings, RWRConfig):
         return RWRTrainer(policy, task.reward, task.prompts, settings, held_out=held_out)
+    if isinstance(settings, NFTConfig):
+        return NFTTrainer(policy, task.reward, task.prompts, settings, held_out=held_out)
     erasure = constraint() if config.constrained else None
     return DDPOTrainer(policy, task.reward, task.prompts, settings, erasure=erasure, held_out=held_out)
 
@@ -223,7 +267,7 @@ def load(config: Config) -> tuple[DiffusionPolicy, Task]:
     """
     if (config.erased or config.constrained) and not config.tiny:
         raise ValueError(f"erased and constrained must be off but in the tiny world, got policy {config.policy!r}")
-    if config.constrained and config.by_rwr:
+    if config.constrained and config.group != "ddpo":
         raise ValueError(f"constrained must be off but with DDPO, got {config.algorithm}")
     reward = config.own_reward()
     if not config.tiny:
@@ -325,7 +369,7 @@ def panels(config: Config) -> tuple[Panel, ...]:
             caption="It is not trained on. Where it falls while the reward rises, the reward is exploited.",
         ),
     ]
-    if not config.by_rwr:
+    if config.group == "ddpo":
         curves.append(Panel(title="Divergence from the untuned policy", tags={"per step": "policy/kl"}))
     if config.constrained:
         curves.append(Panel(title="Violation", tags={"relative": "erasure/violation"}, references={"bound": 0.0}))

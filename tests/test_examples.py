@@ -11,8 +11,11 @@ from typing import Any
 
 import pytest
 import tyro
+from safetensors.torch import load_file
 
+from ddpo import NFTConfig, RWRConfig
 from examples import compare_erasures, ddpo_finetune, erase, refl_erase_nudity, refl_finetune
+from overpaint import LoRAConfig
 from overpaint.evaluation.experiments.program import settings_from_command_line
 
 ROOT = Path(__file__).parent.parent
@@ -107,6 +110,27 @@ def test_ddpo_from_an_erased_model_writes_table_and_report(tmp_path: Path) -> No
     assert "Weight of the constraint" in (folder / "report.html").read_text()
     assert (folder / "lora" / "pytorch_lora_weights.safetensors").is_file()
     assert (folder / "images" / "round-000000.png").is_file()
+
+
+def test_nft_is_one_of_the_algorithms(tmp_path: Path) -> None:
+    options = ["--output-dir", str(tmp_path), "--rounds", "1", "--prompts-per-split", "2", "--task", "compressibility"]
+    options += ["--nft.samples-per-round", "8", "--nft.images-per-prompt", "4", "--nft.trained-levels", "1"]
+    run(ddpo_finetune, "--algorithm", "nft", *options)
+    lora = load_file(tmp_path / "lora" / "pytorch_lora_weights.safetensors")
+    assert any(value.abs().max() > 0 for name, value in lora.items() if "lora_B" in name or "lora.up" in name)
+    assert json.loads((tmp_path / "run_config.json").read_text()).keys() == {"training", "nft"}
+
+
+def test_settings_of_one_algorithm_are_refused_with_another() -> None:
+    grpo = ddpo_finetune.complete(ddpo_finetune.Config(policy="somebody/sd3", algorithm="grpo"))
+    assert grpo.ddpo is not None
+    assert (grpo.ddpo.images_per_prompt, grpo.ddpo.baseline, grpo.lora) == (24, "group", LoRAConfig(rank=32, alpha=64))
+    for wrong in (
+        ddpo_finetune.Config(algorithm="grpo", nft=NFTConfig()),
+        ddpo_finetune.Config(algorithm="nft", rwr=RWRConfig()),
+    ):
+        with pytest.raises(ValueError, match=f"must be None with {wrong.algorithm}"):
+            ddpo_finetune.complete(wrong)
 
 
 def test_comparison_of_algorithms_makes_missing_runs_and_draws_curves(
