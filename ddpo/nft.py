@@ -8,6 +8,7 @@ others (`nft_loss`), and the old policy follows it. See docs/nft.md for each dep
 import time
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from statistics import fmean
 from typing import Any, Literal, NamedTuple
 
@@ -263,6 +264,11 @@ class NFTTrainer:
             seconds_reward=scored.seconds_reward,
             seconds_update=time.perf_counter() - start,
         )
+
+    def resize(self, sizes: Mapping[str, int]) -> None:
+        """Takes other sizes of its parts; see `overpaint.training.memory`."""
+        self.config = replace(self.config, **sizes)
+        self.collector.batch_size = self.config.sampling_batch_size
 
     def tagged(self, metrics: NFTMetrics, run: TrainingRun) -> dict[str, float]:
         """Returns what was measured under the tags that docs/nft.md defines."""

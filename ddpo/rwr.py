@@ -8,6 +8,7 @@ to them, which is what DDPO is compared with. See docs/rwr.md for each departure
 import math
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from statistics import fmean
 from typing import Any, Literal, NamedTuple
 
@@ -187,6 +188,11 @@ class RWRTrainer:
             seconds_reward=scored.seconds_reward,
             seconds_update=time.perf_counter() - start,
         )
+
+    def resize(self, sizes: Mapping[str, int]) -> None:
+        """Takes other sizes of its parts; see `overpaint.training.memory`."""
+        self.config = replace(self.config, **sizes)
+        self.collector.batch_size = self.config.sampling_batch_size
 
     def tagged(self, metrics: RWRMetrics, run: TrainingRun) -> dict[str, float]:
         """Returns what was measured under the tags that docs/rwr.md defines."""

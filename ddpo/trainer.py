@@ -11,6 +11,7 @@ densities (`policy`), the arithmetic (`loss`, `advantage`, `critic`, `baseline`)
 import math
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from itertools import pairwise
 from statistics import fmean
 from typing import Any, NamedTuple
@@ -252,6 +253,12 @@ class DDPOTrainer:
             seconds_reward=sum(one.seconds_reward for one in drawn),
             seconds_update=seconds_update,
         )
+
+    def resize(self, sizes: Mapping[str, int]) -> None:
+        """Takes other sizes of its parts; see `overpaint.training.memory`."""
+        self.config = replace(self.config, **sizes)
+        self.gradient.config = self.config
+        self.collector.batch_size = self.references.batch_size = self.config.sampling_batch_size
 
     def tagged(self, metrics: DDPOMetrics, run: TrainingRun) -> dict[str, float]:
         """Returns what was measured under the tags that docs/ddpo.md defines, without what was switched off."""

@@ -9,6 +9,7 @@ results.
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -303,6 +304,10 @@ class ReFLTrainer:
                 violations.append(violation)
         if self.early_stopping is not None and violations:
             self.early_stopping.note_cost(max(violations))
+
+    def resize(self, sizes: Mapping[str, int]) -> None:
+        """Takes other sizes of its parts; see `overpaint.training.memory`."""
+        self.config = replace(self.config, **sizes)
 
     def tagged(self, metrics: ReFLMetrics, run: TrainingRun) -> dict[str, float]:
         """Returns what was measured under the tags that docs/refl.md defines, without what was switched off."""

@@ -8,6 +8,7 @@ from .folder import check_output_dir
 from .launcher import default_precision
 from .logging import MetricsFile, image_grid, read_metrics
 from .loop import Trainer, draw_batch, evaluate_held_out, train
+from .memory import MemoryExhaustedError
 from .optimizer_step import AveragedWeights, NonFiniteError, make_optimizer
 from .record import read_run_record
 from .run import TrainingRun, check_trainable
@@ -23,6 +24,7 @@ __all__ = [
     "DamagedCheckpointError",
     "EarlyStopping",
     "HeldOut",
+    "MemoryExhaustedError",
     "MetricsFile",
     "NonFiniteError",
     "Stateful",

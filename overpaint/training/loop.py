@@ -13,6 +13,7 @@ from rewards import Reward, as_reward, scores_of
 from .config import TrainingConfig
 from .early_stopping import EarlyStopping
 from .engine import from_main, process_state
+from .memory import first_step, memory_explained
 from .record import prompts_record, reward_record
 from .run import TrainingRun
 from .types import Stateful
@@ -63,6 +64,10 @@ class Trainer(Protocol[Metrics]):
         """Does one iteration."""
         ...
 
+    def resize(self, sizes: Mapping[str, int]) -> None:
+        """Takes other sizes of what goes through the networks at a time, by the names of its settings."""
+        ...
+
     def tagged(self, metrics: Metrics, run: TrainingRun) -> Mapping[str, float]:
         """Returns what was measured under the tags of the log."""
         ...
@@ -98,6 +103,7 @@ def train(
     Raises:
         ValueError: The run cannot be started or resumed, the held-out prompts do not divide evenly among the
             processes, or as the trainer's `prepare`.
+        MemoryExhaustedError: Memory ran out, and smaller parts would not do.
     """
     policy, stopping = trainer.policy, trainer.early_stopping
     if stopping is not None:
@@ -109,13 +115,19 @@ def train(
     with TrainingRun(policy, run_config, state=state, configs=configs, name=trainer.name, about=known) as run:
         if stopping is not None:
             check_batches(run, "", {"held_out.prompts": len(stopping.held_out.prompts)})
-        trainer.prepare(run)
+        with memory_explained(trainer.config):
+            trainer.prepare(run)
         for iteration in run.iterations():
             if iteration % trainer.config.evaluate_every == 0:
-                trainer.evaluate(run)
+                with memory_explained(trainer.config):
+                    trainer.evaluate(run)
                 if stopping is not None and stopping.should_stop:
                     break
-            metrics = trainer.step(run)
+            if metrics is None:
+                metrics = first_step(trainer, run)
+            else:
+                with memory_explained(trainer.config):
+                    metrics = trainer.step(run)
             run.log({**trainer.tagged(metrics, run), "train/learning_rate": run.learning_rate})
         else:
             trainer.evaluate(run)

@@ -90,8 +90,7 @@ class OptimizerStep:
         elif accelerator.scaler is not None:
             # The gradients were unscaled above; the scaler has to learn of an overflow to lower its scale.
             accelerator.scaler.update()
-        self._optimizer.zero_grad(set_to_none=True)
-        self._forget_backward()
+        self.forget_gradients()
         if skip:
             self._count_skipped()
         else:
@@ -99,6 +98,11 @@ class OptimizerStep:
             if self.ema is not None:
                 self.ema.update()
         return grad_norm
+
+    def forget_gradients(self) -> None:
+        """Drops what has been added up since the last update."""
+        self._optimizer.zero_grad(set_to_none=True)
+        self._forget_backward()
 
     def _average_gradients(self) -> None:
         """Averages the gradients over the processes, which no wrapper does where the network is sharded."""

@@ -1,5 +1,6 @@
 """A training run: everything around the loss that every trainer needs."""
 
+import io
 import warnings
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
@@ -438,19 +439,44 @@ class TrainingRun:
         set_global_random_state(random_state, self.device)
         self._saved = self.iteration
 
+    def snapshot(self) -> bytes:
+        """Returns what a checkpoint holds, in the machine's memory and of this process alone, for `rewind`."""
+        kept = io.BytesIO()
+        torch.save(self._present([global_random_state(self.device)])._asdict(), kept)
+        return kept.getvalue()
+
+    def rewind(self, before: bytes) -> None:
+        """Puts everything back to where it was at a `snapshot`, and forgets gradients."""
+        checkpoint = Checkpoint(**torch.load(io.BytesIO(before), map_location="cpu", weights_only=True))
+        self._take_over(checkpoint)
+        self._optimizer_step.forget_gradients()
+        self.generator.set_state(checkpoint.state["generator"])
+        set_global_random_state(checkpoint.state["random"][0], self.device)
+
     def _write_checkpoint(self, random_states: list[dict[str, Any]]) -> None:
         """Writes what all processes have in common, and the global generators of each."""
         if self._metrics is not None:
             self._metrics.sync()
+        self._checkpoints.save(self._present(random_states))
+        if self._record is not None:
+            self._record.note(self.iteration)
+
+    def _present(self, random_states: list[dict[str, Any]]) -> Checkpoint:
+        """Returns everything that the run needs to go on from here."""
         state = {
             "optimizer_step": self._optimizer_step.state_dict(),
             "objects": {name: item.state_dict() for name, item in self._state.items()},
             "generator": self.generator.get_state(),
             "random": random_states,
         }
-        self._checkpoints.save(Checkpoint(self.iteration, self.policy.trainable_state(), state))
-        if self._record is not None:
-            self._record.note(self.iteration)
+        return Checkpoint(self.iteration, self.policy.trainable_state(), state)
+
+    def _take_over(self, checkpoint: Checkpoint) -> None:
+        """Takes weights, optimizer and all objects from a checkpoint; the generators are the caller's to set."""
+        self.policy.load_trainable_state(checkpoint.weights)
+        self._optimizer_step.load_state_dict(checkpoint.state["optimizer_step"])
+        for name, item in self._state.items():
+            item.load_state_dict(checkpoint.state["objects"][name])
 
     def _resume(self) -> None:
         """Takes over the newest sound checkpoint, where there is one; `claim` has made sure that it may."""
@@ -465,10 +491,7 @@ class TrainingRun:
                 f"state must name {sorted(state['objects'])} as in the checkpoint, got {sorted(self._state)}"
             )
         check_same_weights(self.policy.trainable_state(), checkpoint.weights)
-        self.policy.load_trainable_state(checkpoint.weights)
-        self._optimizer_step.load_state_dict(state["optimizer_step"])
-        for name, item in self._state.items():
-            item.load_state_dict(state["objects"][name])
+        self._take_over(checkpoint)
         self.iteration = self._saved = iteration
         self._generator_state = state["generator"]
         if len(state["random"]) == self.num_processes:

@@ -20,8 +20,10 @@ KILLS = 20
 
 def numbers(folder: Path) -> list[dict[str, Any]]:
     """The rows of the metrics, without how long anything took."""
-    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{name: value for name, value in row.items() if not name.startswith("time/")} for row in rows]
+    files = sorted(folder.rglob("metrics.jsonl"))  # a method may train several times
+    assert files
+    rows = [json.loads(line) for file in files for line in file.read_text().splitlines()]
+    return [{name: value for name, value in row.items() if not name.startswith("seconds/")} for row in rows]
 
 
 def pictures(folder: Path) -> dict[str, bytes]:
