@@ -128,7 +128,8 @@ def train(
             else:
                 with memory_explained(trainer.config):
                     metrics = trainer.step(run)
-            run.log({**trainer.tagged(metrics, run), "train/learning_rate": run.learning_rate})
+            skipped = {"train/skipped": run.skipped} if run.skipped else {}
+            run.log({**trainer.tagged(metrics, run), "train/learning_rate": run.learning_rate, **skipped})
         else:
             trainer.evaluate(run)
         with run.averaged():
