@@ -1,5 +1,7 @@
 """The map from rewards to a loss."""
 
+import math
+
 from overpaint.policy.types import PerSample
 
 
@@ -8,6 +10,6 @@ def hinge(rewards: PerSample, *, margin: float) -> PerSample:
 
     Samples that already score above the margin stop pulling, which keeps ReFL from running away with the reward.
     Source: phi of Algorithm 1 in Xu et al. (2023), https://arxiv.org/abs/2304.05977, with the margin of 2 that
-    THUDM/ImageReward's `ReFL.py` has.
+    THUDM/ImageReward's `ReFL.py` has. An infinite reward, which would pass for one above the margin, gives NaN.
     """
-    return (margin - rewards).relu()
+    return (margin - rewards).relu().where(rewards != math.inf, math.nan)
