@@ -1,4 +1,4 @@
-"""A process that fails ends the others with its error; what they saved is whole, and any number of processes goes on."""
+"""A process that fails ends the others with its error; what they saved is whole, and any number of them goes on."""
 
 import os
 import subprocess
