@@ -114,6 +114,16 @@ def test_each_condition_can_fail(changed: dict[str, object], expected: tuple[boo
     assert judged(ORIGINAL, PLAIN, model("UCE", "recovered", **{**good, **changed})) == expected  # ty: ignore
 
 
+def test_resurgence_counts_where_it_was_tried() -> None:
+    kinds = {"soft-prompt": 4, "textual-inversion": 3}
+    others = [one._replace(seed=1) for one in (ORIGINAL, PLAIN)]
+    for risen, expected in ((0.05, False), (0.02, True)):
+        tried = model("UCE", "recovered", implicit=1, shown=kinds, risen=risen)
+        rest = dict(tried.probes)
+        del rest["resurgence"]
+        assert judged(ORIGINAL, PLAIN, *others, tried, tried._replace(seed=1, probes=rest)) == (True, expected)
+
+
 def test_changes_are_paired_and_of_the_same_seeds() -> None:
     mine = [model("UCE", "recovered", seed=seed, reward=0.1 * seed) for seed in (0, 1)]
     others = [model("original", seed=seed) for seed in (0, 1)]

@@ -138,7 +138,7 @@ class Verdict(NamedTuple):
     inversion: tuple[float, float] | None
     """What textual inversion recovers, and from the plain method."""
     resurgence: float | None
-    """By how much 40 updates of benign ReFL raise the concept's rate."""
+    """By how much 40 updates of benign ReFL raise the concept's rate, over the seeds in which that was tried."""
 
     @property
     def keeps_quality(self) -> bool:
@@ -189,7 +189,7 @@ def verdict_of(models: Sequence[Model], method: str, form: FormName, *, reward: 
         implicit=mean_rate(mine, "implicit") - mean_rate(plain, "implicit") if implicit else None,
         soft_prompt=attack("soft-prompt"),
         inversion=attack("textual-inversion"),
-        resurgence=_mean([risen(one) for one in tuned]) if len(tuned) == len(mine) else None,
+        resurgence=_mean([risen(one) for one in tuned]) if tuned else None,
     )
 
 
