@@ -61,11 +61,14 @@ BOUNDS: Mapping[str, Any] = {
     "floor, slack 0": partial(RewardFloor, 0.0, 0.1),
     "floor, slack 0.2": partial(RewardFloor, 0.2, 0.1),
     "floor, slack 0.5": partial(RewardFloor, 0.5, 0.1),
-    "divergence 0.0003": partial(ReferenceDivergence, 3e-4),
-    "divergence 0.003": partial(ReferenceDivergence, 3e-3),
     "divergence 0.03": partial(ReferenceDivergence, 3e-2),
+    "divergence 0.3": partial(ReferenceDivergence, 0.3),
+    "divergence 3": partial(ReferenceDivergence, 3.0),
 }
 """What holds other pictures while a concept is erased."""
+
+RECOVERING_RATE, ERASING_RATE = 1e-3, 3e-3
+"""Learning rates: at the lower one 40 updates of ESD's loss end before the concept is gone, whatever bounds them."""
 
 
 @settings
@@ -151,7 +154,7 @@ def train(run: Run, config: Config) -> None:
     prompts = [*about.prompts("explicit", 120, 7), *about.prompts("implicit", 120, 7)]
     floor: QualityConstraint | None = None
     start = time.process_time()
-    if run.name in CONTROLLERS:
+    if recovers := run.name in CONTROLLERS:
         Erasure.load(Run(ERASING, run.seed).folder(config)).apply(policy)
         weight: WeightController = CONTROLLERS[run.name]()
         assert about.detector is not None, "the tiny world's stripes have one"
@@ -165,15 +168,15 @@ def train(run: Run, config: Config) -> None:
     with counted_rows() as rows:
         trainer.train(
             TrainingConfig(
-                output_dir=folder, iterations=config.iterations, learning_rate=1e-3, checkpoint_every=20,
-                resume=True, seed=run.seed, progress=False,
+                output_dir=folder, iterations=config.iterations, checkpoint_every=20, resume=True, seed=run.seed,
+                learning_rate=RECOVERING_RATE if recovers else ERASING_RATE, progress=False,
             )
         )  # fmt: skip
     seconds = time.process_time() - start
     scores = evaluate(
         policy, about, drawing, model=run.name, prompts_per_kind=config.prompts_per_kind, seed=run.seed, progress=False
     ).scores
-    side = "erasure" if run.name in CONTROLLERS else "floor"
+    side = "erasure" if recovers else "floor"
     violations = [
         row[f"{side}/violation"] for row in read_metrics(folder / "metrics.jsonl") if f"{side}/violation" in row
     ]
