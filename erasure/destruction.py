@@ -66,7 +66,7 @@ class DestructionConfig:
     first_timestep: int = Field(200, ge=0)
     """Smallest timestep of training that the pictures are noised to; below, a picture is all but drawn."""
 
-    last_timestep: int = Field(900, ge=0)
+    last_timestep: int = Field(800, ge=0)
     """Largest such timestep; above, a picture is all but noise, which any other picture might be behind: what is taught
     there takes from all that looks like the concept from afar, as white backgrounds do like stripes."""
 
