@@ -3,9 +3,9 @@
     python benchmarks/faults.py
     python benchmarks/faults.py --tests tests/rewards --workers 1
 
-The proofs are the tests with the marker `proof`, wherever they stand, slow ones too. A test that passes says what it
-has proved and how many times, by pytest's `record_property(promise, times)`. One that fails has proved nothing, and is
-named.
+The proofs are the tests with the marker `proof`, wherever they stand, slow ones too. A test that passes has
+proved once what its marker says, and as often as it counted what it recorded by pytest's
+`record_property(promise, times)`. One that fails has proved nothing, and is named.
 """
 
 import subprocess

@@ -21,7 +21,7 @@ from overpaint.policy import DiffusionPolicy, LoRAConfig, SampleNoise
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports huggingface_hub: no test asks the network
 
-pytest_plugins = ["golden_case"]
+pytest_plugins = ["golden_case", "proof_marker"]
 
 ROOT = Path(__file__).resolve().parents[1]
 

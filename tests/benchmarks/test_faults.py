@@ -21,16 +21,23 @@ def test_fails(record_property):
 
 def test_is_no_proof(record_property):
     record_property("made-up faults borne", 1000)
+
+@pytest.mark.proof("a promise kept")
+@pytest.mark.parametrize("which", "ab")
+def test_says_it_in_the_marker(which):
+    pass
 """
 
 
 def test_what_passed_is_counted_and_what_failed_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "test_made_up.py").write_text(PROOFS.format(holds=False))
+    (tmp_path / "conftest.py").write_text('pytest_plugins = ["proof_marker"]')
     with pytest.raises(SystemExit) as end:
         faults.main(faults.Config(tests=tmp_path, workers=1))
     assert end.value.code == 1
     printed = capsys.readouterr().out
     assert "| made-up faults borne | 5 |" in printed
+    assert "| a promise kept | 2 |" in printed
     assert "test_fails" in printed.splitlines()[-1]
 
 

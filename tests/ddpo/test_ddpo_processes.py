@@ -1,4 +1,4 @@
-"""Two processes with half the samples each take the same updates as one with all of them."""
+"""Two processes with half the samples each, and four with a quarter, take the same updates as one with all of them."""
 
 import importlib.util
 from collections.abc import Callable
@@ -117,7 +117,7 @@ def train(pipeline, folder, kind, process, processes, fails_at=None, resume=Fals
 
 def main(pipeline, folder, kind):
     process, processes = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    assert processes == 2
+    assert processes == (4 if kind == "group" else 2)
     if kind == "all":
         # The reward fails in the second process alone, at the second batch of the second round: its calls are a look
         # and four batches in each.
@@ -136,7 +136,7 @@ if __name__ == "__main__":
 
 
 def ends_of(kind: str, pipeline: Path, folder: Path, torchrun: Callable[..., str]) -> tuple[Path, Path]:
-    """Trains in this process and in two others; returns the two folders."""
+    """Trains in this process and in two or four others; returns the two folders."""
     file = folder / "ddpo_program.py"
     file.write_text(PROGRAM, encoding="utf-8")
     spec = importlib.util.spec_from_file_location("ddpo_program", file)
@@ -145,7 +145,7 @@ def ends_of(kind: str, pipeline: Path, folder: Path, torchrun: Callable[..., str
     program: Any = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(program)
     program.train(pipeline, folder / "one", kind, 0, 1)
-    torchrun(file, pipeline, folder / "two", kind)
+    torchrun(file, pipeline, folder / "two", kind, processes=4 if kind == "group" else 2)
     return folder / "one", folder / "two"
 
 
@@ -154,6 +154,7 @@ def drawn_in(file: Path) -> str:
         return opened.metadata()["drawn"]
 
 
+@pytest.mark.proof("several processes take the updates of one")
 @pytest.mark.parametrize(
     "kind",
     [
@@ -165,7 +166,7 @@ def drawn_in(file: Path) -> str:
         pytest.param("floor", marks=pytest.mark.slow),
     ],
 )
-def test_two_processes_take_the_updates_of_one(
+def test_several_processes_take_the_updates_of_one(
     kind: str, pipeline_dir: Path, tmp_path: Path, torchrun: Callable[..., str]
 ) -> None:
     one, two = ends_of(kind, pipeline_dir, tmp_path, torchrun)

@@ -253,14 +253,16 @@ state.destroy_process_group()
 '''
 
 
+@pytest.mark.proof("several processes take the updates of one")
 @pytest.mark.slow
-def test_two_processes_take_the_updates_of_one(
-    pipeline_dir: Path, tmp_path: Path, torchrun: Callable[..., str]
+@pytest.mark.parametrize("several", [2, 4])
+def test_several_processes_take_the_updates_of_one(
+    several: int, pipeline_dir: Path, tmp_path: Path, torchrun: Callable[..., str]
 ) -> None:
     program = tmp_path / "program.py"
     program.write_text(PROGRAM, encoding="utf-8")
     ends = []
-    for processes in (1, 2):
+    for processes in (1, several):
         folder = tmp_path / f"run-{processes}"
         torchrun(program, pipeline_dir, folder, processes, processes=processes)
         ends.append(load_file(folder / "end.safetensors"))

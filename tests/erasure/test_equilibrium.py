@@ -75,6 +75,7 @@ process_state().destroy_process_group()
 '''
 
 
+@pytest.mark.proof("dual weights find a known optimum, in one process and in two")
 @pytest.mark.parametrize("processes", [1, 2])
 def test_known_optimum_is_found_by_one_process_and_by_two(
     processes: int, tmp_path: Path, torchrun: Callable[..., str]

@@ -32,6 +32,7 @@ state.destroy_process_group()
 '''
 
 
+@pytest.mark.proof("several processes take the updates of one")
 @pytest.mark.slow
 def test_two_processes_erase_as_one_does(pipeline_dir: Path, tmp_path: Path, torchrun: Callable[..., str]) -> None:
     program, here = tmp_path / "program.py", Path(__file__).parent

@@ -95,21 +95,33 @@ state.destroy_process_group()
 '''
 
 
+@pytest.mark.proof("several processes take the updates of one")
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["all", "floor", "divergence", "reward-alone", "destruction"])
-def test_two_processes_take_the_same_steps_as_one(
-    kind: str, pipeline_dir: Path, tmp_path: Path, torchrun: Callable[..., str]
+@pytest.mark.parametrize(
+    ("kind", "several"),
+    [
+        ("all", 2),
+        ("all", 4),
+        ("floor", 2),
+        ("divergence", 2),
+        ("divergence", 4),
+        ("reward-alone", 2),
+        ("destruction", 2),
+    ],
+)
+def test_several_processes_take_the_same_steps_as_one(
+    kind: str, several: int, pipeline_dir: Path, tmp_path: Path, torchrun: Callable[..., str]
 ) -> None:
     program = tmp_path / "program.py"
     program.write_text(PROGRAM, encoding="utf-8")
     ends: list[dict[str, Any]] = []
-    for processes in (1, 2):
+    for processes in (1, several):
         folder = tmp_path / f"run-{processes}"
         torchrun(program, pipeline_dir, folder, kind, processes, processes=processes)
         ends.append(load_file(folder / "end.safetensors"))
-    one, two = ends
-    assert one.keys() == two.keys()
+    one, many = ends
+    assert one.keys() == many.keys()
     for name, value in one.items():
         torch.testing.assert_close(
-            two[name], value, rtol=1e-4, atol=1e-6, msg=lambda text, name=name: f"{name}: {text}"
+            many[name], value, rtol=1e-4, atol=1e-6, msg=lambda text, name=name: f"{name}: {text}"
         )

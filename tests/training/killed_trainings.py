@@ -4,17 +4,12 @@ A program of its own because it forks, which a test runner with its threads shou
 
     killed_trainings.py ROOT PIPELINE KIND KILLS
 
-    ROOT/whole     trained without a kill
-    ROOT/killed-N  killed at random moments, resumed each time; as many as it takes to kill KILLS times
-    ROOT/counts.json
+ROOT is as `under_fire` leaves it.
 """
 
-import json
 import os
 import random
-import signal
 import sys
-import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -32,7 +27,7 @@ from overpaint.policy.types import Images, PerSample
 from overpaint.training import HeldOut, TrainingConfig
 from refl import ReFLConfig, ReFLTrainer
 from tests.erasure.test_every_method import METHODS, STRIPED
-from tests.evaluation.killed_generation import begun, die_at, ended
+from tests.training.under_fire import under_fire
 
 PROMPTS = ["a red circle", "a blue square", "a cat", "two dogs", "a large green triangle"]
 ITERATIONS = 6
@@ -143,32 +138,8 @@ def child(policy: DiffusionPolicy, work: Callable[[DiffusionPolicy, Path], None]
 def main(root: Path, pipeline: str, kind: str, kills: int) -> None:
     """Trains once in peace, and then under fire."""
     options, work = KINDS[kind]
-    policy, dice = DiffusionPolicy.from_pretrained(pipeline, device="cpu", **options), random.Random(kind)
-    start = time.perf_counter()
-    assert ended(begun(lambda: child(policy, work, root / "whole"))) == 0, kind
-    taken = time.perf_counter() - start
-    killed = inside = runs = 0
-    while killed < kills:
-        folder, end = root / f"killed-{runs}", -signal.SIGKILL
-        while end == -signal.SIGKILL:
-            by_clock, moment = killed % 2 == 1, dice.uniform(0, taken / 4)
-            operation = dice.randint(1, 30)
-
-            def shot(folder: Path = folder, operation: int = 0 if by_clock or killed >= kills else operation) -> None:
-                if operation:
-                    die_at(operation, folder)
-                child(policy, work, folder)
-
-            process = begun(shot)
-            if by_clock and killed < kills:
-                time.sleep(moment)
-                os.kill(process, signal.SIGKILL)
-            end = ended(process)
-            assert end in (0, -signal.SIGKILL), f"{kind}: a resumed training ended with {end}"
-            killed += end == -signal.SIGKILL
-            inside += end == -signal.SIGKILL and any(folder.glob("**/.partial*"))
-        runs += 1
-    (root / "counts.json").write_text(json.dumps({"killed": killed, "inside": inside, "runs": runs}))
+    policy = DiffusionPolicy.from_pretrained(pipeline, device="cpu", **options)
+    under_fire(lambda folder: child(policy, work, folder), root, kills, kind)
 
 
 if __name__ == "__main__":

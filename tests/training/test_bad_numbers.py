@@ -15,7 +15,7 @@ from overpaint.policy.types import Images, PerSample
 from overpaint.training import NonFiniteError, TrainingConfig, load_checkpoint, read_metrics
 from refl import PretrainingPairs, ReFLConfig, ReFLTrainer
 
-pytestmark = pytest.mark.proof
+pytestmark = pytest.mark.proof("bad numbers borne")
 
 PROMPTS = ["a red circle", "a blue square"]
 ITERATIONS = 4
@@ -117,22 +117,18 @@ def start(policy: DiffusionPolicy, tmp_path: Path) -> Callable[..., DiffusionPol
 
 @pytest.mark.parametrize("wrong", WRONG)
 def test_refl_skips_and_counts_an_update_that_is_not_finite(
-    wrong: str, start: Callable[..., Any], tmp_path: Path, record_property: Callable[[str, object], None]
+    wrong: str, start: Callable[..., Any], tmp_path: Path
 ) -> None:
     start(refl, Broken(WRONG[wrong], lambda call: call == 4))  # the first tries the gradient, the second draws pictures
     skipped = [row.get("train/skipped", 0) for row in read_metrics(tmp_path / "metrics.jsonl") if "reward/mean" in row]
     assert skipped == [0, 1, 1, 1]
-    record_property("bad numbers borne", 1)
 
 
 @pytest.mark.parametrize("wrong", WRONG)
-def test_refl_ends_with_a_word_where_it_lasts(
-    wrong: str, start: Callable[..., Any], tmp_path: Path, record_property: Callable[[str, object], None]
-) -> None:
+def test_refl_ends_with_a_word_where_it_lasts(wrong: str, start: Callable[..., Any], tmp_path: Path) -> None:
     with pytest.raises(NonFiniteError, match=r"2 updates in a row had a loss or a gradient that is not finite.*reward"):
         start(refl, Broken(WRONG[wrong], lambda call: call >= 4), max_skipped=1)
     assert (tmp_path / "checkpoints" / "iteration-00000002").is_dir()
-    record_property("bad numbers borne", 1)
 
 
 @pytest.mark.parametrize("wrong", [name for name in WRONG if "gradient" not in name])
@@ -143,7 +139,6 @@ def test_samples_of_a_reward_that_is_not_finite_are_kept_and_scored_again(
     policy: DiffusionPolicy,
     start: Callable[..., Any],
     tmp_path: Path,
-    record_property: Callable[[str, object], None],
 ) -> None:
     first = policy.trainable_state()
     with pytest.raises(RewardError, match=r"finite"):
@@ -151,24 +146,22 @@ def test_samples_of_a_reward_that_is_not_finite_are_kept_and_scored_again(
     policy.load_trainable_state(first)
     start(SAMPLING[name], Broken(WRONG[wrong], lambda call: False), resume=True)
     assert len([row for row in read_metrics(tmp_path / "metrics.jsonl") if "reward/mean" in row]) == ITERATIONS
-    record_property("bad numbers borne", 1)
 
 
 @pytest.mark.parametrize("tame", TAME)
 @pytest.mark.parametrize("name", ["refl", *SAMPLING])
 def test_rewards_that_say_nothing_or_too_much_leave_finite_weights(
-    name: str, tame: str, start: Callable[..., Any], tmp_path: Path, record_property: Callable[[str, object], None]
+    name: str, tame: str, start: Callable[..., Any], tmp_path: Path
 ) -> None:
     start({"refl": refl, **SAMPLING}[name], Broken(TAME[tame], lambda call: True))
     rows = [row for row in read_metrics(tmp_path / "metrics.jsonl") if "reward/mean" in row]
     assert len(rows) == ITERATIONS
     assert all(math.isfinite(value) for row in rows for value in row.values()), rows
-    record_property("bad numbers borne", 1)
 
 
 @pytest.mark.parametrize("name", ["refl", *SAMPLING])
 def test_a_network_that_gives_nan_now_and_then_does_not_reach_the_weights(
-    name: str, policy: DiffusionPolicy, start: Callable[..., Any], record_property: Callable[[str, object], None]
+    name: str, policy: DiffusionPolicy, start: Callable[..., Any]
 ) -> None:
     forward, calls = policy.model.forward, []
 
@@ -180,4 +173,3 @@ def test_a_network_that_gives_nan_now_and_then_does_not_reach_the_weights(
     policy.model.forward = broken
     start({"refl": refl, **SAMPLING}[name], Broken(WRONG["one NaN"], lambda call: False))
     assert sum(calls) > 2
-    record_property("bad numbers borne", 1)

@@ -82,14 +82,13 @@ def run_config(folder: Path, **settings: Any) -> TrainingConfig:
     return TrainingConfig(output_dir=folder, **shared | settings)
 
 
-@pytest.mark.proof
+@pytest.mark.proof("out of memory: went on with smaller parts")
 @pytest.mark.parametrize("name", TRAINERS)
 def test_parts_are_halved_until_they_fit_and_the_numbers_are_theirs(
     name: str,
     make: Callable[[int | None], DiffusionPolicy],
     tmp_path: Path,
     capfd: pytest.CaptureFixture[str],
-    record_property: Callable[[str, object], None],
 ) -> None:
     ends = []
     for room, size in ((2, 8), (None, 2)):
@@ -102,20 +101,17 @@ def test_parts_are_halved_until_they_fit_and_the_numbers_are_theirs(
     assert any(value.abs().max() > 1e-3 for key, value in ends[0].items() if "lora_B" in key)
     for key, value in ends[0].items():
         assert torch.equal(value, ends[1][key]), key
-    record_property("out of memory: went on with smaller parts", 1)
 
 
-@pytest.mark.proof
+@pytest.mark.proof("out of memory: ended with what helps")
 @pytest.mark.parametrize("name", TRAINERS)
 def test_memory_that_one_sample_exhausts_ends_with_what_helps(
     name: str,
     make: Callable[[int | None], DiffusionPolicy],
     tmp_path: Path,
-    record_property: Callable[[str, object], None],
 ) -> None:
     with pytest.raises(MemoryExhaustedError, match=r"gradient_checkpointing=True.*\(CUDA out of memory. Tried"):
         TRAINERS[name](make(0), 4).train(run_config(tmp_path))
-    record_property("out of memory: ended with what helps", 1)
 
 
 def test_memory_that_runs_out_later_names_the_size(

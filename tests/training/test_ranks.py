@@ -4,7 +4,6 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -18,7 +17,7 @@ PROGRAM = Path(__file__).with_name("failing_rank_program.py")
 SECONDS = 60
 """After which all processes have to have ended."""
 
-pytestmark = [pytest.mark.proof, pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 
 def start(folder: Path, failure: str, *, rank: int = 1, processes: int = 2) -> subprocess.CompletedProcess[str]:
@@ -47,6 +46,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.proof("failing processes: the others ended with the error, the run went on")
 @pytest.mark.parametrize(
     ("failure", "rank", "processes"),
     [
@@ -64,7 +64,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ],
 )
 def test_one_process_that_fails_ends_all_with_its_error_and_the_run_goes_on(
-    failure: str, rank: int, processes: int, whole: Path, tmp_path: Path, record_property: Callable[[str, object], None]
+    failure: str, rank: int, processes: int, whole: Path, tmp_path: Path
 ) -> None:
     done = start(tmp_path, failure, rank=rank, processes=processes)
     assert done.returncode != 0
@@ -75,16 +75,13 @@ def test_one_process_that_fails_ends_all_with_its_error_and_the_run_goes_on(
     again = start(tmp_path, "none", processes=processes)
     assert again.returncode == 0, again.stderr[-4000:]
     assert_close(tmp_path, whole)
-    record_property("failing processes: the others ended with the error, the run went on", 1)
 
 
+@pytest.mark.proof("runs that went on with another number of processes")
 @pytest.mark.parametrize("processes", [1, 4])
-def test_another_number_of_processes_goes_on_to_the_same_weights(
-    processes: int, whole: Path, tmp_path: Path, record_property: Callable[[str, object], None]
-) -> None:
+def test_another_number_of_processes_goes_on_to_the_same_weights(processes: int, whole: Path, tmp_path: Path) -> None:
     start(tmp_path, "killed")
     done = start(tmp_path, "none", processes=processes)
     assert done.returncode == 0, done.stderr[-4000:]
     assert f"the checkpoint has the global generators of 2 processes, and there are {processes} now" in done.stderr
     assert_close(tmp_path, whole)
-    record_property("runs that went on with another number of processes", 1)

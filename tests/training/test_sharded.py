@@ -28,6 +28,7 @@ def outputs(tmp_path_factory: pytest.TempPathFactory, torchrun: Callable[..., st
     return folders[0], folders[1]
 
 
+@pytest.mark.proof("several processes take the updates of one")
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize(("trainer", "model"), [("ddpo", "flux"), ("refl", "sdxl")])

@@ -32,6 +32,7 @@ def facts(folder: Path) -> dict[str, Any]:
     return json.loads((folder / "unequal" / "facts.json").read_text())
 
 
+@pytest.mark.proof("several processes take the updates of one")
 def test_two_processes_give_the_update_of_one(outputs: tuple[Path, Path]) -> None:
     one, two = outputs
     for name in ("weights", "average"):
@@ -42,6 +43,7 @@ def test_two_processes_give_the_update_of_one(outputs: tuple[Path, Path]) -> Non
     assert len(facts(one)["norms"]) == 5
 
 
+@pytest.mark.proof("several processes take the updates of one")
 def test_two_processes_give_the_lora_of_one(outputs: tuple[Path, Path]) -> None:
     one, two = (load_file(folder / "lora" / "weights.safetensors") for folder in outputs)
     for key, tensor in one.items():
