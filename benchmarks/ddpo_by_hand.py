@@ -43,11 +43,13 @@ class BareRound:
         self.reward = reward
         self.config = config
         self.autocast = autocast
-        self.timesteps = policy.plan(config.steps).timesteps.tolist()
+        self.timesteps = policy.plan(config.steps, config.height, config.width).timesteps.tolist()
+        self.trained_steps = config.trained_of(len(policy.process.trained_steps(config.steps, config.eta)))
         drawn = config.sampling_batch_size
         self.prompts = list(islice(cycle(prompts), drawn))
         self.drawn = self._inputs(drawn)
-        self.images = torch.rand(drawn, 3, policy.image_size, policy.image_size, device=policy.device)
+        height, width = (side or policy.image_size for side in (config.height, config.width))
+        self.images = torch.rand(drawn, 3, height, width, device=policy.device)
         self.trained = self._inputs(config.minibatch_size)
         self.optimizer = IdleOptimizer(policy.trainable_parameters())
 
@@ -60,9 +62,10 @@ class BareRound:
                     for timestep in self.timesteps:
                         call_unet(self.policy, timestep, *self.drawn)
                     for part in self.drawn[0][: cfg.sampling_batch_size].split(CHUNK):
-                        vae.decode((part / vae.config["scaling_factor"]).to(vae.dtype), return_dict=False)
+                        scaled = part / vae.config["scaling_factor"] + (vae.config.get("shift_factor") or 0)
+                        vae.decode(scaled.to(vae.dtype), return_dict=False)
                 self.reward(self.images, self.prompts)
-        pairs = cfg.samples_per_round // cfg.updates_per_round * cfg.trained_of(cfg.steps)
+        pairs = cfg.samples_per_round // cfg.updates_per_round * self.trained_steps
         for _ in range(cfg.updates_per_round):
             for index in range(pairs // cfg.minibatch_size):
                 with self.autocast():
@@ -72,7 +75,9 @@ class BareRound:
 
     def _inputs(self, count: int) -> tuple[Tensor, Conditioning]:
         """Returns latents and embeddings for a call on that many samples with guidance."""
-        return unet_inputs(self.policy, [""] * count + list(islice(cycle(self.prompts), count)))
+        policy, prompts = self.policy, list(islice(cycle(self.prompts), count))
+        empty = [""] * count if isinstance(policy.family.guided(ClassifierFree(2.0)), ClassifierFree) else []
+        return unet_inputs(policy, empty + prompts, self.config.height)
 
 
 class PlainRound:

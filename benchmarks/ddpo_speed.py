@@ -28,7 +28,7 @@ from torch import Tensor
 
 from benchmarks import gpu, timing
 from benchmarks.ddpo_by_hand import BareRound, PlainRound
-from benchmarks.random_models import stable_diffusion
+from benchmarks.random_models import BUILDERS, FamilyName, stable_diffusion
 from benchmarks.random_rewards import random_reward
 from benchmarks.timing import Timer, Work, temporary_run
 from ddpo import DDPOConfig, DDPOTrainer
@@ -38,6 +38,8 @@ from overpaint.training import TrainingRun
 from rewards import Reward
 
 TARGET = 1.10
+SIDE = 64
+"""Of the images of small random networks, in pixels."""
 TRAINER, BARE = "trainer", "bare calls"
 STILL = 1e-12
 """Learning rate of the trainer, which has to be positive, and moves no weight by anything that matters."""
@@ -47,8 +49,9 @@ STILL = 1e-12
 class Config:
     """Shapes of a round, and what is measured. What is not here has the trainer's default."""
 
-    architecture: Literal["tiny", "stable-diffusion"] = "tiny"
-    """The tiny world with its ImageReward, or Stable Diffusion v1.4 and ImageReward with random weights."""
+    architecture: Literal["tiny", "stable-diffusion", "sdxl", "sd3", "flux"] = "tiny"
+    """The tiny world with its ImageReward; Stable Diffusion v1.4 and ImageReward with random weights; or a small random
+    network of another family with the tiny world's ImageReward, against the bare calls alone."""
 
     device: Literal["cpu", "cuda"] | None = None
     """None is the GPU, or the CPU where there is none; Stable Diffusion on a CPU has to be asked for."""
@@ -108,7 +111,14 @@ class Config:
             minibatch_size=self.minibatch_size,
             steps=self.steps,
             guidance_scale=self.guidance_scale,
+            height=SIDE if self.family else None,
+            width=SIDE if self.family else None,
         )
+
+    @property
+    def family(self) -> FamilyName | None:
+        """The other family whose small random network it is, if any."""
+        return None if self.architecture in ("tiny", "stable-diffusion") else self.architecture
 
 
 class Calls(NamedTuple):
@@ -169,8 +179,12 @@ def bench(config: Config, device: torch.device, *, compile: bool = False) -> Gen
     torch.manual_seed(0)
     lora = LoRAConfig(rank=8, alpha=8.0)
     dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
-    if config.architecture == "tiny":
-        policy = tinyworld.load_policy(lora=lora, dtype=dtype, device=device, compile=compile)
+    if config.architecture != "stable-diffusion":
+        options: Any = {"lora": lora, "dtype": dtype, "device": device, "compile": compile}
+        if config.family is None:
+            policy = tinyworld.load_policy(**options)
+        else:
+            policy = DiffusionPolicy(BUILDERS[config.family](device, tiny=True), **options)
         reward, prompts = tinyworld.load_reward().to(device), tinyworld.captions("train", 32, 0)
     else:
         pipeline = stable_diffusion(device, tiny=False)
@@ -186,7 +200,7 @@ def contestants(config: Config, bench: Bench) -> dict[str, Work]:
     ddpo = config.ddpo()
     by_hand = (bench.policy, bench.reward, bench.prompts, ddpo, bench.run.autocast)
     rounds: dict[str, Work] = {TRAINER: bench.trainer(ddpo), BARE: BareRound(*by_hand)}
-    for size in config.plain_batch_sizes:
+    for size in () if config.family else config.plain_batch_sizes:
         rounds[f"plain loop, batches of {size}"] = PlainRound(*by_hand, batch_size=size)
     return rounds
 
@@ -213,9 +227,10 @@ def count_calls(policy: DiffusionPolicy, work: Work) -> Calls:
     """Runs a round and counts what goes through the UNet."""
     network, counts = policy.network, [0, 0]
 
-    def counted(latents: Tensor, *inputs: Any, **options: Any) -> Any:
+    def counted(*inputs: Any, **options: Any) -> Any:
+        latents: Tensor = inputs[0] if inputs else options["hidden_states"]
         counts[torch.is_grad_enabled()] += len(latents)
-        return network(latents, *inputs, **options)
+        return network(*inputs, **options)
 
     policy.network = counted
     try:

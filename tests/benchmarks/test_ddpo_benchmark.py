@@ -266,3 +266,17 @@ def test_without_a_compiler_the_line_is_left_out_with_a_note(
 def test_settings_out_of_range_are_refused(field: str, value: Any, rule: str) -> None:
     with pytest.raises(ValueError, match=rule):
         speed.Config(**{field: value})
+
+
+@pytest.mark.parametrize("family", ["flux", *(pytest.param(one, marks=pytest.mark.slow) for one in ("sdxl", "sd3"))])
+def test_other_families_go_through_the_network_as_often_by_hand(family: Any) -> None:
+    config = speed.Config(
+        architecture=family, samples_per_round=4, updates_per_round=1, sampling_batch_size=4, minibatch_size=4, steps=3
+    )
+    with speed.bench(config, torch.device("cpu")) as bench:
+        rounds = speed.contestants(config, bench)
+        assert rounds.keys() == {speed.TRAINER, speed.BARE}
+        trainer, bare = (speed.count_calls(bench.policy, work) for work in rounds.values())
+    branches = 1 if family == "flux" else 2
+    assert trainer.differentiated == bare.differentiated == 4 * branches * (3 if family == "sdxl" else 2)
+    assert trainer.forward_only - bare.forward_only == 4 * branches  # the divergence, which is only measured
