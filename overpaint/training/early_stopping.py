@@ -12,6 +12,10 @@ from overpaint.policy.prompts import check_prompts
 from overpaint.policy.types import Images, PerSample
 from rewards import Reward, RewardLike, as_reward, scores_of
 
+TOLERATED = 0.05
+"""Mean violation, relative to its bound, with which a constraint counts as held: a dual weight settles where the mean
+is 0, and a few dozen noisy updates do not tell it more finely."""
+
 
 class HeldOut(NamedTuple):
     """What a policy is evaluated with during training: prompts and a reward that it is not trained on.
@@ -40,7 +44,7 @@ class EarlyStopping:
 
     Over-optimisation shows as a trained reward above where it began while the held-out one is below its best. Under an
     erasure constraint only weights count with which it held: the mean cost since the evaluation before was at most
-    zero.
+    `TOLERATED`.
 
     Args:
         held_out: Prompts and reward.
@@ -127,7 +131,7 @@ class EarlyStopping:
         self.last_iteration = iteration
         if self.start is None:
             self.start = trained
-        held = not self.constrained or (bool(self._costs) and math.fsum(self._costs) <= 0)
+        held = not self.constrained or (bool(self._costs) and math.fsum(self._costs) <= TOLERATED * len(self._costs))
         self._costs = []
         if held and held_out > self.best:
             self.best, self.best_iteration, self.apart = held_out, iteration, 0

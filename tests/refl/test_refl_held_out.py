@@ -80,7 +80,7 @@ def test_only_weights_with_which_the_constraint_held_are_kept(redness: Any, poli
         ([], 0.9),  # before training nothing is known of the cost
         ([0.3, 0.1], 0.8),
         ([0.1, -0.2], 0.4),  # held on average
-        ([0.2, -0.1], 0.7),
+        ([0.3, -0.1], 0.7),
         ([-0.1, -0.1], 0.5),
         ([-0.1, -0.1], 0.3),
     ]
@@ -92,6 +92,15 @@ def test_only_weights_with_which_the_constraint_held_are_kept(redness: Any, poli
     assert (watch.best, watch.best_iteration) == (0.5, 4)
     watch.restore(policy)
     assert weights(policy) == {4.0}
+
+
+@pytest.mark.parametrize(("costs", "held"), [([0.14, -0.06], True), ([0.18, -0.06], False)])
+def test_a_constraint_holds_to_a_twentieth(redness: Any, policy: DiffusionPolicy, costs: Any, held: bool) -> None:
+    watch = EarlyStopping(HeldOut(HELD_OUT, redness), patience=0, constrained=True)
+    for cost in costs:
+        watch.note_cost(cost)
+    watch.note(policy, iteration=3, trained=0.0, held_out=0.5)
+    assert (watch.best_iteration == 3) == held
 
 
 def test_without_any_weights_that_count_the_last_ones_stay(redness: Any, policy: DiffusionPolicy) -> None:
