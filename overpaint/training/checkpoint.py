@@ -80,15 +80,14 @@ class CheckpointFolder:
         partial.rename(final)
         _sync(self.path)
         self._remove(".partial-*")
-        for old in self.checkpoints()[: -self.keep]:
-            # Renamed first, so that a kill while files are being removed leaves nothing that looks like a checkpoint.
-            shutil.rmtree(old.rename(self.path / f".partial-old-{old.name}"))
+        self._drop_oldest()
         return final
 
     def newest(self) -> int | None:
         """Returns the iteration of the newest sound checkpoint, or None where none was ever written.
 
-        Damaged ones are told of in a warning and set aside under another name.
+        Damaged ones are told of in a warning and set aside under another name, and what a `save` that was killed left
+        undone is done.
 
         Raises:
             DamagedCheckpointError: There are checkpoints and all are damaged.
@@ -108,6 +107,8 @@ class CheckpointFolder:
                 aside = self.path / f"damaged-{bad.name}"
                 shutil.rmtree(aside, ignore_errors=True)
                 bad.rename(aside)
+            self._remove(".partial-*")
+            self._drop_oldest()
             return iteration
         if damaged:
             reasons = "; ".join(f"{path.name}: {reason}" for path, reason in damaged)
@@ -117,6 +118,12 @@ class CheckpointFolder:
     def load(self, iteration: int) -> Checkpoint:
         """Reads the checkpoint of an iteration that `newest` has found sound."""
         return _read(self.path / NAME.format(iteration), iteration)
+
+    def _drop_oldest(self) -> None:
+        """Removes the checkpoints beyond the number to keep."""
+        for old in self.checkpoints()[: -self.keep]:
+            # Renamed first, so that a kill while files are being removed leaves nothing that looks like a checkpoint.
+            shutil.rmtree(old.rename(self.path / f".partial-old-{old.name}"))
 
     def _remove(self, pattern: str) -> None:
         """Removes what an interrupted save has left."""

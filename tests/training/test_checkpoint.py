@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import shutil
 from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
@@ -154,6 +155,31 @@ def test_saving_over_a_checkpoint_replaces_it_and_removes_leftovers(tmp_path: Pa
     folder.save(_checkpoint(3)._replace(weights={"w": torch.zeros(1)}))
     assert [path.name for path in tmp_path.iterdir()] == ["iteration-00000003"]
     assert folder.load(3).weights["w"].tolist() == [0]
+
+
+@pytest.mark.parametrize("dies_in", ["rename", "rmtree"])
+def test_a_save_that_was_killed_before_it_dropped_the_oldest_is_completed_when_the_folder_is_opened(
+    dies_in: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = CheckpointFolder(tmp_path, keep=2)
+    for iteration in (1, 2):
+        folder.save(_checkpoint(iteration))
+    owner: Any = Path if dies_in == "rename" else shutil
+    real, calls = getattr(owner, dies_in), []
+
+    def dying(path: Path, *args: Any, **options: Any) -> Any:
+        calls.append(path)
+        if path.name == "iteration-00000001" or dies_in == "rmtree":
+            raise KeyboardInterrupt
+        return real(path, *args, **options)
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(owner, dies_in, dying)
+        folder.save(_checkpoint(3))
+    assert calls
+    assert len(list(tmp_path.iterdir())) == 3
+    assert folder.newest() == 3
+    assert {path.name for path in tmp_path.iterdir()} == {"iteration-00000002", "iteration-00000003"}
 
 
 def test_run_rotates_its_checkpoints(train: Callable, tmp_path: Path) -> None:
