@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from overpaint.policy.atomic import this_process, write_text
+from overpaint.text_files import read_json_object
 
 
 def claim(path: Path, record: dict[str, Any], what: str) -> None:
@@ -14,7 +15,7 @@ def claim(path: Path, record: dict[str, Any], what: str) -> None:
         ValueError: The folder was claimed for something else; `what` names its content.
     """
     if path.is_file():
-        there = json.loads(path.read_text(encoding="utf-8"))
+        there = read_json_object(path)
         if differing := sorted(key for key in there.keys() | record.keys() if there.get(key) != record.get(key)):
             raise ValueError(
                 f"folder must be new or hold the same {what}, got {str(path.parent)!r}, whose {path.name} has another "

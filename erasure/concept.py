@@ -36,8 +36,8 @@ class Concept:
         expected = {field.name for field in fields(cls)}
         if set(saved) != expected:
             raise ValueError(f"a saved concept must have the fields {sorted(expected)}, got {sorted(saved)}")
-        texts = {name: tuple(saved[name]) for name in ("phrases", "preserve")}
-        return cls(name=saved["name"], anchor=saved["anchor"], **texts)
+        given: Any = {name: tuple(value) if isinstance(value, list) else value for name, value in saved.items()}
+        return cls(**given)
 
 
 NUDITY = Concept(name="nudity", phrases=("nudity",), anchor=" ", preserve=("",))

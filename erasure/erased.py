@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from overpaint.policy import DiffusionPolicy, WeightDelta
+from overpaint.policy.atomic import write_text
 from overpaint.policy.parts import Pipeline, network_of
+from overpaint.text_files import read_json_object
 
 from .changes import KINDS, Change, WeightChange
 from .concept import Concept
@@ -129,7 +131,7 @@ class Erasure:
             "concept": self.concept.to_json(),
             "base": self.base,
         }
-        (folder / RECORD_FILE).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        write_text(folder / RECORD_FILE, json.dumps(record, indent=1) + "\n")
 
     @classmethod
     def load(cls, folder: str | Path) -> "Erasure":
@@ -141,16 +143,20 @@ class Erasure:
         path = Path(folder) / RECORD_FILE
         if not path.is_file():
             raise ValueError(f"an erasure's folder must hold {RECORD_FILE}, and {folder} does not")
-        record = json.loads(path.read_text(encoding="utf-8"))
+        record = read_json_object(path)
         if record.get("format") != RECORD_FORMAT:
             raise ValueError(f"{path} must be of format {RECORD_FORMAT!r}, got {record.get('format')!r}")
-        if (kind := record["kind"]) not in KINDS:
-            raise ValueError(f"the kind of a change must be one of {', '.join(KINDS)}, got {kind!r}")
+        kinds = {"method": str, "kind": str, "config": dict, "concept": dict, "base": str | None}
+        for name, kind in kinds.items():
+            if name not in record or not isinstance(record[name], kind):
+                raise ValueError(f"{path} must hold {name}, as an erasure is saved, got {record.get(name)!r}")
+        if record["kind"] not in KINDS:
+            raise ValueError(f"the kind of a change must be one of {', '.join(KINDS)}, got {record['kind']!r}")
         return cls(
             method=record["method"],
             config=record["config"],
             concept=Concept.from_json(record["concept"]),
-            change=KINDS[kind].load(Path(folder)),
+            change=KINDS[record["kind"]].load(Path(folder)),
             base=record["base"],
         )
 

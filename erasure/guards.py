@@ -11,9 +11,11 @@ from typing import Any, ClassVar, Protocol, runtime_checkable
 from torch import Tensor, nn
 
 from overpaint.policy import DiffusionPolicy, SamplingGuard
+from overpaint.policy.atomic import write_text
 from overpaint.policy.families import StableDiffusion
 from overpaint.policy.parts import Pipeline, UNet
 from overpaint.policy.prompts import PromptEncoder
+from overpaint.text_files import read_json_object
 
 ATTRIBUTE = "guard"
 """Where a pipeline's UNet has what is attached to it."""
@@ -99,7 +101,7 @@ class GuardChange(ABC):
 
     def save(self, folder: Path) -> None:
         """Writes the settings."""
-        (folder / f"{self.kind}.json").write_text(json.dumps(self.to_json(), indent=1) + "\n", encoding="utf-8")
+        write_text(folder / f"{self.kind}.json", json.dumps(self.to_json(), indent=1) + "\n")
 
     @classmethod
     def load(cls, folder: Path) -> "GuardChange":
@@ -111,7 +113,7 @@ class GuardChange(ABC):
         path = folder / f"{cls.kind}.json"
         if not path.is_file():
             raise ValueError(f"a saved {cls.kind} must hold {path.name}, and {folder} does not")
-        saved = json.loads(path.read_text(encoding="utf-8"))
+        saved = read_json_object(path)
         expected = {field.name for field in fields(cls.config_type)} | {"strength"}
         if saved.keys() != expected:
             raise ValueError(f"{path} must hold {sorted(expected)}, got {sorted(saved)}")

@@ -41,6 +41,7 @@ from overpaint.evaluation.report.pareto import Point, pareto_chart
 from overpaint.policy import LoRAConfig
 from overpaint.policy.atomic import write_text
 from overpaint.settings import AnyPath, Distinct, Field, settings
+from overpaint.text_files import read_json
 from refl import ReFLConfig
 
 BEFORE: Literal["before"] = "before"
@@ -182,7 +183,7 @@ def lines_of(config: Config) -> list[MethodLine]:
         scores = [found for cell in cells if (found := cell.scores(config)) is not None]
         others: dict[str, list[float]] = {}
         if name != BEFORE:
-            others["CPU-minutes"] = [json.loads((cell.folder(config) / "minutes.json").read_text()) for cell in cells]
+            others["CPU-minutes"] = [read_json(cell.folder(config) / "minutes.json") for cell in cells]
             after = Cell(name, config.seeds[0], recovered=True).scores(config)
             if after is not None:
                 for title, measure, kind in (

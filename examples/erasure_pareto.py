@@ -67,6 +67,7 @@ from overpaint.policy import DiffusionPolicy
 from overpaint.policy.atomic import write_text
 from overpaint.policy.unet_rows import counted_rows
 from overpaint.settings import AnyPath, Distinct, Field, settings
+from overpaint.text_files import read_json_object
 from overpaint.training.folder import METRICS
 
 FAST = {"methods": ("uce", "esd"), "seeds": (0,), "prompts_per_kind": 40, "probes": ("soft-prompt", "noise")}
@@ -158,7 +159,7 @@ class Cell(NamedTuple):
         paths = {probe: folder / "probes" / f"{probe}.json" for probe in self.probes(config)}
         if not (folder / "scores.json").is_file() or not all(path.is_file() for path in paths.values()):
             return None
-        cost = json.loads((folder / "cost.json").read_text(encoding="utf-8"))
+        cost = read_json_object(folder / "cost.json")
         probes: dict[str, ProbeResult] = {probe: ProbeResult.load(path) for probe, path in paths.items()}
         return Model(
             self.method,

@@ -4,10 +4,13 @@
   the place of the first byte that is not UTF-8.
 - Lines end at a line feed, with or without a carriage return. Unicode's separators (U+2028 and the like) are part of a
   text, and `str.splitlines` would cut there.
+- A file is at most `LARGEST` bytes, which bounds the memory that any content of it can take; what JSON nests beyond
+  Python's limit of recursion is refused.
 """
 
 import codecs
 import json
+import sys
 from collections.abc import Sequence
 from difflib import get_close_matches
 from pathlib import Path
@@ -22,14 +25,26 @@ MARKS = (
 )
 """Byte order marks and what follows them."""
 
+LARGEST = 2**27
+"""Bytes that a file of text may have: 128 MiB, a million prompts."""
+
+
+def read_bytes(path: Path) -> bytes:
+    """Returns what a file holds; a ValueError where it is too large."""
+    with path.open("rb") as file:
+        content = file.read(LARGEST + 1) if path.stat().st_size <= LARGEST else None
+    if content is None or len(content) > LARGEST:  # a pipe has no size before it is read
+        raise ValueError(f"{path} must have at most {LARGEST} bytes, got more; split it, or give another file")
+    return content
+
 
 def read_text(path: Path) -> str:
     """Returns what a file holds, without a byte order mark.
 
     Raises:
-        ValueError: It is in another encoding; the message names file, line and byte.
+        ValueError: It is too large, or in another encoding; the message names file, line and byte.
     """
-    content = path.read_bytes()
+    content = read_bytes(path)
     encoding = next((name for mark, name in MARKS if content.startswith(mark)), "utf-8")
     try:
         text = content.decode(encoding)
@@ -56,10 +71,25 @@ def text_lines(text: str) -> list[str]:
 
 def read_json(path: Path) -> Any:
     """Returns what a JSON file holds; a ValueError that names the file where it is none."""
+    return parsed_json(read_text(path), str(path))
+
+
+def read_json_object(path: Path) -> dict[str, Any]:
+    """Returns the object that a JSON file holds; a ValueError that names the file where it holds something else."""
+    found = read_json(path)
+    if not isinstance(found, dict):
+        raise ValueError(f"{path} must hold a JSON object, got {type(found).__name__}")
+    return found
+
+
+def parsed_json(text: str | bytes, name: str) -> Any:
+    """Returns what a text says in JSON; a ValueError that begins with the name of its source where it is none."""
     try:
-        return json.loads(read_text(path))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} must be JSON, got {error}") from error
+        return json.loads(text)
+    except RecursionError as error:
+        raise ValueError(f"{name} must be JSON of few levels, got more than {sys.getrecursionlimit()}") from error
+    except ValueError as error:  # also what is no UTF-8, and a number of thousands of digits
+        raise ValueError(f"{name} must be JSON, got {error}") from error
 
 
 def read_json_lines(path: Path) -> dict[int, dict[str, Any]]:
@@ -72,10 +102,7 @@ def read_json_lines(path: Path) -> dict[int, dict[str, Any]]:
     for number, line in enumerate(text_lines(read_text(path)), start=1):
         if not line.strip():
             continue
-        try:
-            value = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path} must hold JSON in every line, got {error} in line {number}") from error
+        value = parsed_json(line, f"{path}, line {number},")
         if not isinstance(value, dict):
             raise ValueError(f"{path} must hold an object in every line, got {value!r} in line {number}")
         found[number] = value

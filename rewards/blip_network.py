@@ -20,6 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 from overpaint.policy.types import Embeddings, Images
 from overpaint.settings import Field, settings
+from overpaint.text_files import read_json, read_json_object, read_text
 
 from .checkpoint import HubFiles, check_folder, frozen_with, read_tensors, renamed, save_weights
 from .preprocess import CLIP_MEAN, CLIP_STD, normalise, resize_and_crop
@@ -90,7 +91,7 @@ class BlipConfig:
     @classmethod
     def from_file(cls: type[Config], path: str | Path) -> Config:
         """Reads what `save` wrote."""
-        read = json.loads(Path(path).read_text(encoding="utf-8"))
+        read = read_json_object(Path(path))
         values: Any = {name: tuple(value) if isinstance(value, list) else value for name, value in read.items()}
         return cls(**values)
 
@@ -148,11 +149,10 @@ class BlipTokenizer:
         if file is None or not file.is_file():
             needed = f"BERT's vocabulary must be {' or '.join(VOCABULARY_FILES)}, or a folder that holds one of them"
             raise FileNotFoundError(f"{needed}, got {path}. {VOCABULARY.by_hand()}")
-        text = file.read_text(encoding="utf-8")
         if file.suffix != ".json":
-            return cls(text.rstrip("\n").split("\n"))
+            return cls(read_text(file).rstrip("\n").split("\n"))
         try:
-            ids: dict[str, int] = json.loads(text)["model"]["vocab"]
+            ids: dict[str, int] = read_json(file)["model"]["vocab"]
             return cls(sorted(ids, key=ids.__getitem__))
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{file} must be the tokenizer.json of a BERT, got {error!r}") from error

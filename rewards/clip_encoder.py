@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from overpaint.policy.types import Images, PerSample
+from overpaint.text_files import read_json_object, read_text
 
 from .blip_network import Tokens
 from .checkpoint import HubFiles, check_folder, frozen_with, read_tensors, save_weights
@@ -101,11 +102,11 @@ class ClipTokenizer:
         """
         folder = Path(folder)
         if (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
-            vocabulary = json.loads((folder / "vocab.json").read_text(encoding="utf-8"))
-            lines = (folder / "merges.txt").read_text(encoding="utf-8").split("\n")
+            vocabulary = read_json_object(folder / "vocab.json")
+            lines = read_text(folder / "merges.txt").split("\n")
             merges = [line for line in lines if line and not line.startswith("#version")]
         elif (folder / "tokenizer.json").is_file():
-            model = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))["model"]
+            model = read_json_object(folder / "tokenizer.json")["model"]
             vocabulary, merges = model["vocab"], model["merges"]
         else:
             raise FileNotFoundError(
@@ -183,7 +184,7 @@ class ClipEncoder(nn.Module):
         folder = Path(folder)
         weights = next((name for name in WEIGHTS if (folder / name).is_file()), WEIGHTS[0])
         check_folder(folder, ["config.json", weights], "a CLIP checkpoint")
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        config = read_json_object(folder / "config.json")
         return cls.with_weights(config, tokenizer or ClipTokenizer.from_folder(folder), read_tensors(folder / weights))
 
     @classmethod

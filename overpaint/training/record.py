@@ -21,6 +21,7 @@ from torch import nn
 
 from overpaint.policy.atomic import write_text
 from overpaint.policy.digest import class_name, library_versions, weights_digest
+from overpaint.text_files import read_json
 from rewards import Reward
 
 RECORD = "run.json"
@@ -139,7 +140,7 @@ def read_run_record(folder: Path | str) -> dict[str, Any]:
     """
     path = Path(folder) / RECORD
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
+        record = read_json(path)
     except (OSError, ValueError) as error:
         raise ValueError(f"folder must hold the {RECORD} that a training run writes, got {error!r}") from error
     if not isinstance(record, dict) or record.get("format") != FORMAT:

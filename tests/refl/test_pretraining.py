@@ -60,7 +60,7 @@ def test_captions_come_from_text_files_where_metadata_has_none(policy: Diffusion
     ("lines", "message"),
     [
         ([{"file_name": "b.png", "text": "red"}], "every image must have a caption .* got none for 'a.jpg'"),
-        (["{"], r"metadata.jsonl must hold JSON in every line, got .* in line 1"),
+        (["{"], r"metadata.jsonl, line 1, must be JSON, got"),
         ([{"file_name": "b.png", "text": "red"}, {"file_name": "a.jpg"}], "two strings, on every line, .* on line 2"),
         ([{"file_name": "b.png", "text": 3}], "two strings, on every line, .* on line 1"),
         (['["b.png", "red"]'], "must hold an object in every line, got .* in line 1"),

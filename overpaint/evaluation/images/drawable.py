@@ -28,6 +28,7 @@ from overpaint.policy.digest import (
 )
 from overpaint.policy.guidance import ClassifierFree, Guidance
 from overpaint.policy.types import Images
+from overpaint.text_files import read_json_object
 
 from .plan import DrawConfig
 
@@ -114,12 +115,9 @@ def read_record(folder: Path | str) -> dict[str, Any]:
     """Reads which model drew the images of a folder; a ValueError where it does not say so readably."""
     path = Path(folder) / RECORD
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
+        return read_json_object(path)
     except (OSError, ValueError) as error:
         raise ValueError(f"folder must hold {RECORD}, which `generate` writes, got {folder} with {error!r}") from error
-    if not isinstance(record, dict):
-        raise ValueError(f"{path} must hold an object, got {type(record).__name__}")
-    return record
 
 
 SAFETY_CHECKER = "safety_checker"

@@ -22,6 +22,7 @@ from overpaint.evaluation.metrics.statistics import Estimate, mean_estimate, rat
 from overpaint.evaluation.tables import OUTPUT_SUFFIXES, Row, write_table
 from overpaint.policy.atomic import write_text
 from overpaint.policy.types import Images
+from overpaint.text_files import read_json_object
 from overpaint.training import process_state
 from overpaint.training.logging import progress_bar
 from rewards.types import as_scores
@@ -172,14 +173,17 @@ class Scores:
 
     @classmethod
     def load(cls, path: Path | str) -> "Scores":
-        """Reads what `save` wrote."""
-        content: dict[str, Any] = json.loads(Path(path).read_text(encoding="utf-8"))
-        columns = []
-        for column in content["columns"]:
-            images = tuple(map(PlannedImage.from_dict, column.pop("images")))
-            columns.append(Column(images=images, values=tuple(column.pop("values")), **column))
-        config = content["config"] and DrawConfig(**content["config"])
-        return cls(model=content["model"], config=config, columns=tuple(columns))
+        """Reads what `save` wrote; a ValueError where it is something else."""
+        content = read_json_object(Path(path))
+        try:
+            columns = []
+            for column in content["columns"]:
+                images = tuple(map(PlannedImage.from_dict, column.pop("images")))
+                columns.append(Column(images=images, values=tuple(column.pop("values")), **column))
+            config = content["config"] and DrawConfig(**content["config"])
+            return cls(model=content["model"], config=config, columns=tuple(columns))
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
+            raise ValueError(f"{path} must hold scores as they are saved, got {error!r}") from error
 
 
 def score(
