@@ -8,7 +8,9 @@ from typing import Annotated, Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from overpaint.policy.weight_files import SafeTensors, check_whole, read_weights, shards_of
 from overpaint.settings import Field, settings
+from overpaint.text_files import read_json
 
 from .public_files import sha256_of
 
@@ -155,17 +157,17 @@ def read_tensors(path: Path, under: str | None = None) -> dict[str, Tensor]:
     """
     if not path.is_file():
         raise FileNotFoundError(f"there is no checkpoint at {path}")
-    if path.suffix == ".safetensors":
-        from safetensors.torch import load_file
-
-        return load_file(path)
-    state = torch.load(path, map_location="cpu", weights_only=True)
+    state = read_weights([path])
+    if isinstance(state, SafeTensors):
+        return dict(state)
     inner = state.get(under or "model") if isinstance(state, dict) else None
     if under or isinstance(inner, dict):
         state = inner
     if not isinstance(state, dict) or not all(isinstance(tensor, Tensor) for tensor in state.values()):
         where = f" under {under}" if under else ""
         raise ValueError(f"a checkpoint must map names to tensors{where}, and {path} does not")
+    for name, tensor in state.items():
+        check_whole(name, tensor, path)
     return state
 
 
@@ -215,6 +217,10 @@ def load_auto(auto: Any, folder: Path, what: str, *, optional: str = "", **optio
     Raises:
         ValueError: The file lacks weights.
     """
+    for file in folder.glob("*.json"):
+        read_json(file)  # before libraries do, which bound neither size nor depth
+    for index in folder.glob("*.index*.json"):
+        shards_of(index)
     model, report = auto.from_pretrained(folder, output_loading_info=True, **LOCAL, **options)
     missing = sorted(name for name in report["missing_keys"] if not (optional and name.startswith(optional)))
     if missing:

@@ -1,14 +1,16 @@
 """What the files of a checkpoint say before any weight is loaded: a folder in diffusers' layout, here or on the hub."""
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
-from overpaint.text_files import read_json
+from overpaint.text_files import read_json, read_json_object
 
 from .families import FAMILIES, Family, family_named, supported
-from .weight_files import VARIANTS
+from .weight_files import VARIANTS, flat_tensors, read_weights, shards_of, weight_files
 
 PARTS = tuple(dict.fromkeys(part for family in FAMILIES for part in family.folders()))
 CONFIGURATION = [
@@ -17,6 +19,13 @@ CONFIGURATION = [
     *(f"{part}/spiece.model" for part in PARTS if part.startswith("tokenizer")),
 ]
 """The files of a checkpoint that are no weights."""
+
+
+INDEX = re.compile(r"\.index(\.\w+)?\.json$")
+"""How the names of indexes end, which list the files of a model in shards."""
+
+MOST_LEVELS = 100_000
+"""Noise levels that a scheduler may have; it makes tables of them, and published ones have 1,000."""
 
 
 @dataclass(frozen=True)
@@ -40,8 +49,7 @@ class CheckpointFiles:
         """
         if not (self.folder / name).is_file():
             raise ValueError(f"a checkpoint's folder must hold {name}, and {self.name} does not")
-        values: Mapping[str, Any] = read_json(self.folder / name)
-        return values
+        return read_json_object(self.folder / name)
 
     @property
     def family(self) -> type[Family]:
@@ -66,20 +74,54 @@ class CheckpointFiles:
         for part in self.parts():
             if not any(file.startswith(f"{part}/") for file in self.files):
                 raise ValueError(f"a checkpoint's folder must hold {part}/, and {self.name} does not")
+        self._check_index()
+        for file in sorted(self.files):
+            if file.endswith(".json") and (self.folder / file).is_file():
+                read_json(self.folder / file)  # before libraries do, which bound neither size nor depth
+                if INDEX.search(file):
+                    shards_of(self.folder / file)
         family.check_network(self.read(f"{family.network}/config.json"))
         import diffusers
 
         config = self.read("scheduler/scheduler_config.json")
         make: Any = getattr(diffusers, str(config.get("_class_name")), None)
-        if make is None:
+        if not isinstance(make, type) or not issubclass(make, diffusers.SchedulerMixin):
             raise ValueError(f"the scheduler must be one of diffusers, got {config.get('_class_name')} in {self.name}")
+        if not isinstance(levels := config.get("num_train_timesteps", 1000), int) or not 1 <= levels <= MOST_LEVELS:
+            raise ValueError(
+                f"the scheduler's num_train_timesteps must be from 1 to {MOST_LEVELS}, got {levels!r} in {self.name}"
+            )
         family.check_scheduler(make.from_config(config))
+
+    def _check_index(self) -> None:
+        """Checks that every part is of a library that pipelines are made of: diffusers imports what the index names."""
+        from diffusers import pipelines
+
+        for part, value in self.read("model_index.json").items():
+            library = value[0] if isinstance(value, list) and value else None
+            if library is None or library in ("diffusers", "transformers"):
+                continue
+            if not isinstance(library, str) or not isinstance(getattr(pipelines, library, None), ModuleType):
+                raise ValueError(
+                    f"the parts of {self.name} must be of diffusers or transformers, got {part} of {library!r}"
+                )
 
     def parts(self) -> tuple[str, ...]:
         """Returns the folders that it has to hold: all of its family but those that its index says it lacks."""
         index, family = self.read("model_index.json"), self.family
         lacking = {part for part in family.optional() if (index.get(part) or [None, None])[1] is None}
         return tuple(part for part in family.folders() if part not in lacking)
+
+    def check_weights(self) -> None:
+        """Checks what the weight files of a folder say of themselves, before libraries read them.
+
+        Raises:
+            ValueError: One is damaged, needs code to be run, or claims more than it has.
+        """
+        for part in self.parts():
+            for stem in weight_stems(part):
+                for file in weight_files(self.folder / part, stem):
+                    flat_tensors(read_weights([file], device="meta"), file)
 
     def variants(self) -> dict[str, str]:
         """Returns the variant of each network that has its weights under no other name.

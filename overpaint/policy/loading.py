@@ -83,6 +83,8 @@ def _load_parts(path: str | Path, options: dict[str, Any], config: str | Path | 
 
     files = _files_of(path)
     files.check()
+    if isinstance(_path(path), Path):
+        files.check_weights()
     family = files.family
     parts: dict[str, Any] = dict.fromkeys(set(family.folders()) - set(files.parts()))
     for part, variant in files.variants().items():

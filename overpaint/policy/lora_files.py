@@ -6,6 +6,7 @@ where diffusers and others pass over it.
 
 import json
 import math
+import re
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from overpaint.text_files import read_json
+from overpaint.text_files import parsed_json, read_json_object
 
 from .atomic import atomic_file
 from .digest import tensors_hash
@@ -39,6 +40,9 @@ NOT_LOW_RANK = {"a LoHa": r"hada_w", "a LoKr": r"lokr_w"}
 MODELS = {kind: pattern for kind, pattern in FOREIGN.items() if kind != "a LoRA"}
 
 UNET = "unet."
+
+PLAIN_NAME = re.compile(r"\^?[\w.-]+")
+"""Name of a layer, or its ending, as peft's patterns have them."""
 
 LoRAFormat = Literal["diffusers", "kohya"]
 
@@ -147,10 +151,11 @@ def read_lora(path: str | Path, unet: UNet, *, drop_text_encoder: bool = False) 
     tensors = {name: value.float() for name, value in named.items() if name not in texts}
     layers = _layers(file, tensors, unet)
     prefix = f"{kind_of_network(unet)}."
-    settings = {name.removeprefix(prefix): value for name, value in json.loads(header.get(SETTINGS, "{}")).items()}
+    settings = {name.removeprefix(prefix): value for name, value in _header_settings(header, file).items()}
     if not settings and (beside := file.parent / "adapter_config.json").is_file():
-        settings = read_json(beside)
+        settings = read_json_object(beside)
     ranks = {layer: len(tensors[layer + DOWN]) for layer in layers}
+    _check_settings(settings, file)
     found = {layer: alphas.get(layer, _alpha(settings, layer, ranks[layer])) for layer in layers}
     rank = max(ranks.values())
     if len(set(ranks.values())) == len(set(found.values())) == 1:
@@ -161,6 +166,14 @@ def read_lora(path: str | Path, unet: UNet, *, drop_text_encoder: bool = False) 
         rank=rank, alpha=alpha, targets=_targets(unet, layers), dora=any(n.endswith(NORMS) for n in tensors)
     )
     return LoRAFile(file, config, tensors, found, _base(header), texts)
+
+
+def _header_settings(header: Mapping[str, str], file: Path) -> dict[str, Any]:
+    """Returns what peft's settings a file's header holds, by their names with the network's before them."""
+    settings = parsed_json(header.get(SETTINGS, "{}"), f"{SETTINGS} of {file}")
+    if not isinstance(settings, dict):
+        raise ValueError(f"{SETTINGS} of {file} must be an object, got {type(settings).__name__}")
+    return settings
 
 
 def recorded_base(path: str | Path) -> dict[str, str]:
@@ -308,18 +321,18 @@ def _diffusers_names(file: Path, state: Mapping[str, Tensor], unet: UNet) -> tup
             raise ValueError(f"a LoRA with DoRA must be in diffusers' or peft's format, got kohya's: {file}")
         try:
             state, alphas = StableDiffusionPipeline.lora_state_dict(dict(state), unet_config=unet.config)
-        except (ValueError, KeyError, IndexError) as error:
+        except (ValueError, KeyError, IndexError, AttributeError, TypeError, RuntimeError) as error:
             told = str(error)[:200]
             raise ValueError(f"diffusers must know every name of a LoRA of kohya's format, {file}: {told}") from error
     # In a model's own state dict, peft's names hold the adapter's too.
     names = {name: without_wrappers(name).replace(f".{ADAPTER}.", ".") for name in state}
     names = {name: plain.removesuffix(".weight") if NORMS in plain else plain for name, plain in names.items()}
-    alphas = {without_wrappers(name): float(value) for name, value in (alphas or {}).items()}
-    alphas |= {names[n]: float(v) for n, v in state.items() if n.endswith(".alpha")}
+    alphas = {without_wrappers(name): _number(value, name, file) for name, value in (alphas or {}).items()}
+    alphas |= {names[n]: _number(v, n, file) for n, v in state.items() if n.endswith(".alpha")}
     tensors = {names[n]: value for n, value in state.items() if not n.endswith(".alpha")}
     # Of a layer that kohya's converter splits otherwise, the alpha has the name of a tensor in front.
     by_layer = convert_unet_state_dict_to_peft({name.removesuffix(".alpha"): value for name, value in alphas.items()})
-    return convert_unet_state_dict_to_peft(tensors), {n.removesuffix(DOWN): float(v) for n, v in by_layer.items()}
+    return convert_unet_state_dict_to_peft(tensors), {n.removesuffix(DOWN): v for n, v in by_layer.items()}
 
 
 def _peft_names(file: Path, state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, float]]:
@@ -328,7 +341,7 @@ def _peft_names(file: Path, state: Mapping[str, Tensor]) -> tuple[dict[str, Tens
         raise ValueError(f"a transformer's LoRA must be in diffusers' or peft's format, got kohya's: {file}")
     names = {name: without_wrappers(name.removeprefix("transformer.")) for name in state}
     names = {name: plain.replace(f".{ADAPTER}.", ".") for name, plain in names.items()}
-    alphas = {names[n].removesuffix(".alpha"): float(v) for n, v in state.items() if n.endswith(".alpha")}
+    alphas = {names[n].removesuffix(".alpha"): _number(v, n, file) for n, v in state.items() if n.endswith(".alpha")}
     return {names[n]: value for n, value in state.items() if not n.endswith(".alpha")}, alphas
 
 
@@ -355,12 +368,19 @@ def _layers(file: Path, tensors: dict[str, Tensor], unet: nn.Module) -> set[str]
                 f"a LoRA must be on layers of the {noun}, and {file} has {layer}, which this {noun} lacks{kind}"
             )
         down, up, weight = tensors[layer + DOWN], tensors[layer + UP], module.weight
-        fits = down[0].numel() == weight[0].numel() and up.numel() == len(weight) * len(down)
+        fits = (
+            down.ndim > 1
+            and len(down) > 0
+            and down[0].numel() == weight[0].numel()
+            and up.numel() == len(weight) * len(down)
+        )
         if not fits or (dora and tensors[layer + NORMS].numel() != len(weight)):
             raise ValueError(
                 f"a LoRA must fit the {noun}'s {layer}, {tuple(weight.shape)}, got {tuple(up.shape)} times "
                 f"{tuple(down.shape)} in {file}, which is for another kind of model"
             )
+        if not (down.isfinite().all() and up.isfinite().all()):
+            raise ValueError(f"a LoRA must hold finite numbers only, and {file} has NaN or infinity in {layer}")
         tensors[layer + DOWN] = down.reshape(len(down), *weight.shape[1:])
         tensors[layer + UP] = up.reshape(len(weight), len(down), *[1] * (weight.ndim - 2))
     if not layers:
@@ -381,6 +401,28 @@ def _alpha(settings: Mapping[str, Any], layer: str, rank: int) -> float:
     patterns = settings.get("alpha_pattern") or {}
     alpha = patterns.get(get_pattern_key(list(patterns), layer), settings.get("lora_alpha", rank))
     return float(alpha * math.sqrt(rank) if settings.get("use_rslora") else alpha)
+
+
+def _check_settings(settings: Mapping[str, Any], file: Path) -> None:
+    """Checks peft's settings of a LoRA as far as they are read.
+
+    Raises:
+        ValueError: An alpha is no number, or is for a pattern that is no layer's name: peft matches it as a regular
+            expression, and some take forever.
+    """
+    patterns = settings.get("alpha_pattern") or {}
+    if not isinstance(patterns, dict) or not all(PLAIN_NAME.fullmatch(name) for name in patterns):
+        raise ValueError(f"alpha_pattern of {file} must map names of layers to numbers, got {str(patterns)[:200]}")
+    for name, value in {"lora_alpha": settings.get("lora_alpha", 1), **patterns}.items():
+        _number(value, name, file)
+
+
+def _number(value: Any, name: str, file: Path) -> float:
+    """Returns one number of a file; a ValueError where it is none, or not finite."""
+    one = value.numel() == 1 if isinstance(value, Tensor) else isinstance(value, float | int)
+    if not one or not math.isfinite(float(value)):
+        raise ValueError(f"{name} of {file} must be one finite number, got {str(value)[:200]}")
+    return float(value)
 
 
 def _targets(unet: nn.Module, layers: set[str]) -> tuple[str, ...]:

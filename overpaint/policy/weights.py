@@ -15,10 +15,12 @@ import torch
 from torch import Tensor, nn
 
 from overpaint.settings import Field, settings
-from overpaint.text_files import read_json
+from overpaint.text_files import read_json_object
 
 from .added import is_added
+from .atomic import atomic_file, write_text
 from .parts import UNet
+from .weight_files import SafeTensors
 
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 """Endings of the names of every projection of both attentions of a UNet."""
@@ -324,9 +326,10 @@ def save_parameters(folder: Path, name: str, tensors: Mapping[str, Tensor], reco
     from safetensors.torch import save_file
 
     folder.mkdir(parents=True, exist_ok=True)
-    save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, folder / f"{name}.safetensors")
+    with atomic_file(folder / f"{name}.safetensors") as partial:
+        save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, partial)
     record = {"format": record_format, "parameters": _shapes(tensors)}
-    (folder / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    write_text(folder / f"{name}.json", json.dumps(record, indent=1) + "\n")
 
 
 def load_parameters(folder: Path, name: str, record_format: str) -> dict[str, Tensor]:
@@ -335,16 +338,14 @@ def load_parameters(folder: Path, name: str, record_format: str) -> dict[str, Te
     Raises:
         ValueError: A file is missing or of another format, or the two disagree.
     """
-    from safetensors.torch import load_file
-
     tensor_file, record_file = f"{name}.safetensors", f"{name}.json"
     for file in (tensor_file, record_file):
         if not (folder / file).is_file():
             raise ValueError(f"the folder must hold {file}, and {folder} does not")
-    record = read_json(folder / record_file)
+    record = read_json_object(folder / record_file)
     if record.get("format") != record_format:
         raise ValueError(f"{record_file} must be of format {record_format!r}, got {record.get('format')!r}")
-    tensors = load_file(folder / tensor_file)
+    tensors = dict(SafeTensors([folder / tensor_file]))
     if _shapes(tensors) != record["parameters"]:
         raise ValueError(f"{tensor_file} must hold the parameters that {record_file} lists, in {folder}")
     return tensors

@@ -25,6 +25,7 @@ from torch.nn import functional
 
 from overpaint.evaluation.images.files import Pixels, to_images
 from overpaint.evaluation.images.pairs import in_batches
+from overpaint.policy.weight_files import flat_tensors, read_pickle
 from rewards import ClipEncoder
 from rewards.checkpoint import HubFiles
 from rewards.clip_encoder import Vectors
@@ -109,7 +110,7 @@ class Inception(nn.Module):
         if sha256 is not None and found != sha256:
             raise ValueError(f"{path} must have SHA-256 {sha256}, got {found}. {_BY_HAND}")
         network = cls()
-        network.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+        network.load_state_dict(flat_tensors(read_pickle(path), path))
         return network.eval().requires_grad_(False)
 
     def forward(self, images: Pixels) -> Float[Tensor, "batch 2048"]:
