@@ -144,6 +144,9 @@ def descend(
     config.check_processes()
     objective.prepare(student, concept)
     recorded = {"descent": config, objective.name.lower(): objective.config, **(record or {})}
+    about: dict[str, Any] = {}
+    if output_dir is not None:
+        about = {"model": policy_record(student, untrained=True), "concept": concept.to_json()}
     with TemporaryDirectory() as nowhere:
         run_config = config.run_config(Path(output_dir or nowhere), resume=resume, progress=progress)
         if output_dir is None:
@@ -154,7 +157,7 @@ def descend(
             state={"objective": objective} if isinstance(objective, Learner) else None,
             configs=recorded,
             name=f"erasing: {objective.name}",
-            about={} if output_dir is None else {"model": policy_record(student), "concept": concept.to_json()},
+            about=about,
             temporary=output_dir is None,
         ) as run:
             for _ in run.iterations():

@@ -31,12 +31,18 @@ def tensors_hash(tensors: Mapping[str, Tensor], notes: Iterable[str] = ()) -> st
     return digest.hexdigest()
 
 
-def policy_record(policy: "DiffusionPolicy") -> dict[str, Any]:
-    """Returns what decides the images of a policy, beside how they are sampled."""
+def policy_record(policy: "DiffusionPolicy", *, untrained: bool = False) -> dict[str, Any]:
+    """Returns what decides the images of a policy, beside how they are sampled.
+
+    Args:
+        policy: The policy.
+        untrained: Whether it is about what training starts from, which it does not change: of the trained weights
+            those of the reference count, and of a LoRA none.
+    """
     networks = policy.family.named_networks
     return {
         "class": class_name(policy),
-        "weights": weights_digest(networks),
+        "weights": _untrained_digest(policy) if untrained else weights_digest(networks),
         "scheduler": {"class": "DDIM", **scheduler_settings(policy.scheduler)},
         "guard": guard_of(policy),
     }
@@ -47,6 +53,21 @@ def weights_digest(networks: Mapping[str, nn.Module]) -> str:
 
     A ValueError says that weights are not in memory, as with diffusers' sequential offloading.
     """
+    return tensors_hash(*_weights(networks))
+
+
+def _untrained_digest(policy: "DiffusionPolicy") -> str:
+    """Returns the SHA-256 of all weights that training leaves alone, and of the others as they are in the reference."""
+    tensors, notes = _weights(policy.family.named_networks)
+    trained = {f"{policy.family.network}.{name}" for name in policy.trainable_state()}
+    others = {name: value for name, value in tensors.items() if name not in trained}
+    with policy.reference():
+        reference = {} if policy.lora is not None else policy.trainable_state()
+    return tensors_hash(others, [*notes, tensors_hash(reference)])
+
+
+def _weights(networks: Mapping[str, nn.Module]) -> tuple[dict[str, Tensor], list[str]]:
+    """Returns all weights of networks, and how strongly adapters act."""
     tensors: dict[str, Tensor] = {}
     adapters: list[str] = []
     for part, network in sorted(networks.items()):
@@ -55,7 +76,7 @@ def weights_digest(networks: Mapping[str, nn.Module]) -> str:
             raise ValueError(f"the weights of {part} must be in memory to tell models apart, got {absent[0]} on meta")
         tensors |= {f"{part}.{name}": value for name, value in values.items()}
         adapters += [f"{part}.{name} {settings}" for name, settings in _adapters(network)]
-    return tensors_hash(tensors, adapters)
+    return tensors, adapters
 
 
 def class_name(thing: object) -> str:

@@ -14,7 +14,6 @@ nothing that could run code.
 import hashlib
 import json
 import os
-import pickle
 import random
 import shutil
 import warnings
@@ -24,10 +23,13 @@ from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
-FORMAT = 2
+from overpaint.policy.weight_files import SafeTensors, read_pickle
+from overpaint.text_files import read_json_object
+
+FORMAT = 3
 MANIFEST = "manifest.json"
 WEIGHTS = "weights.safetensors"
 STATE = "state.pt"
@@ -147,7 +149,7 @@ def verified_iteration(path: Path) -> int:
         DamagedCheckpointError: A file is missing, or is not what was written.
     """
     try:
-        manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+        manifest = read_json_object(path / MANIFEST)
         if manifest["format"] != FORMAT:
             raise DamagedCheckpointError(f"format must be {FORMAT}, got {manifest['format']!r}")
         for name in (WEIGHTS, STATE):
@@ -177,10 +179,9 @@ def check_same_weights(expected: Mapping[str, Tensor], saved: Mapping[str, Tenso
 def _read(folder: Path, iteration: int) -> Checkpoint:
     """Reads all files of a sound checkpoint."""
     try:
-        state = torch.load(folder / STATE, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError) as error:
-        raise DamagedCheckpointError(f"{STATE} cannot be read: {type(error).__name__}: {error}") from error
-    return Checkpoint(iteration, load_file(folder / WEIGHTS), state)
+        return Checkpoint(iteration, dict(SafeTensors([folder / WEIGHTS])), read_pickle(folder / STATE, mapped=False))
+    except ValueError as error:
+        raise DamagedCheckpointError(str(error)) from error
 
 
 def _write(folder: Path, checkpoint: Checkpoint) -> None:
@@ -191,8 +192,8 @@ def _write(folder: Path, checkpoint: Checkpoint) -> None:
     save_file(weights, folder / WEIGHTS)
     torch.save(checkpoint.state, folder / STATE)
     try:
-        torch.load(folder / STATE, map_location="cpu", weights_only=True, mmap=True)
-    except Exception as error:
+        read_pickle(folder / STATE)
+    except ValueError as error:
         raise TypeError(f"state must be made of dicts, lists, tuples, numbers, strings and tensors: {error}") from error
     manifest: Mapping[str, Any] = {
         "format": FORMAT,

@@ -1,12 +1,14 @@
-"""The output folder of a run: who may write there, and the record of the settings."""
+"""The output folder of a run: who may write there, and what the run is made of, which a resumed one has to keep."""
 
 import dataclasses
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from overpaint.policy.atomic import write_text
+from overpaint.text_files import read_json_object
 
 from .config import FREE_FIELDS, TrainingConfig
 
@@ -14,6 +16,9 @@ METRICS = "metrics.jsonl"
 CHECKPOINTS = "checkpoints"
 IMAGES = "images"
 CONFIG = "run_config.json"
+
+SHOWN = 200
+"""Characters of a value that a message shows."""
 
 
 def claim(config: TrainingConfig, configs: Mapping[str, Any]) -> None:
@@ -31,13 +36,7 @@ def claim(config: TrainingConfig, configs: Mapping[str, Any]) -> None:
     record = recorded(config, configs)
     used = _holds_run(folder)
     if used and (folder / CONFIG).exists():
-        free = FREE_FIELDS if config.schedule == "constant" else FREE_FIELDS - {"iterations"}
-        changed = _changes(json.loads((folder / CONFIG).read_text(encoding="utf-8")), record, free)
-        if changed:
-            raise ValueError(
-                f"resume must keep the settings that the run in output_dir {str(folder)!r} began with, got "
-                f"{', '.join(changed)}"
-            )
+        check_same_settings(_read_settings(folder / CONFIG), record, config)
     write_text(folder / CONFIG, json.dumps(record, indent=2) + "\n")
 
 
@@ -48,6 +47,54 @@ def recorded(config: TrainingConfig, configs: Mapping[str, Any]) -> dict[str, An
     return json.loads(json.dumps(record, default=str))
 
 
+def made_of(config: TrainingConfig, configs: Mapping[str, Any], about: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns what decides the numbers of a run, as its checkpoints hold it: settings, model, reward and prompts.
+
+    A program's notes do not, nor does the address of a served reward, since servers move.
+    """
+    told = json.dumps({name: value for name, value in about.items() if name != "notes"}, default=str)
+    return {"settings": recorded(config, configs), "about": json.loads(re.sub(r"https?://[^\s'\"\\]+", "", told))}
+
+
+def check_same_run(saved: Mapping[str, Any], present: Mapping[str, Any], config: TrainingConfig) -> None:
+    """Compares what a checkpoint's run was made of with what the present one is made of.
+
+    Raises:
+        ValueError: They differ in more than a resumed run may change.
+    """
+    check_same_settings(saved["settings"], present["settings"], config)
+    if changed := _changes(saved["about"], present["about"]):
+        raise ValueError(
+            f"resume must keep what the run in output_dir {str(config.output_dir)!r} is made of, got "
+            f"{', '.join(changed)}"
+        )
+
+
+def check_same_settings(saved: Mapping[str, Any], present: Mapping[str, Any], config: TrainingConfig) -> None:
+    """Compares settings as `recorded` returns them.
+
+    Raises:
+        ValueError: They differ in more than a resumed run may change.
+    """
+    free = FREE_FIELDS if config.schedule == "constant" else FREE_FIELDS - {"iterations"}
+    if changed := _changes(saved, present, free):
+        raise ValueError(
+            f"resume must keep the settings that the run in output_dir {str(config.output_dir)!r} began with, got "
+            f"{', '.join(changed)}"
+        )
+
+
+def _read_settings(path: Path) -> dict[str, dict[str, Any]]:
+    """Reads the record of the settings; a ValueError where it is damaged."""
+    try:
+        record = read_json_object(path)
+        if all(isinstance(group, dict) for group in record.values()):
+            return record
+        raise ValueError(f"{path} must hold groups of settings by name")
+    except ValueError as error:
+        raise ValueError(f"{error}; it is damaged: delete it to go on by what the checkpoints say") from error
+
+
 def _holds_run(folder: Path) -> list[str]:
     """Returns what in a folder comes from an earlier run."""
     metrics = folder / METRICS
@@ -55,16 +102,21 @@ def _holds_run(folder: Path) -> list[str]:
     return found + ([CHECKPOINTS] if any((folder / CHECKPOINTS).glob("*")) else [])
 
 
-def _changes(old: dict[str, Any], new: dict[str, Any], may_change: frozenset[str]) -> list[str]:
-    """Returns a phrase for each setting that differs and would change the numbers of the run."""
+def _changes(old: Mapping[str, Any], new: Mapping[str, Any], may_change: frozenset[str] = frozenset()) -> list[str]:
+    """Returns a phrase for each field that differs and would change the numbers of the run."""
     phrases = []
     for name in sorted(old.keys() | new.keys()):
-        before, after = old.get(name, {}), new.get(name, {})
+        before, after = old.get(name) or {}, new.get(name) or {}
         for field in sorted(before.keys() | after.keys()):
             free = name == "training" and field in may_change
             if not free and before.get(field) != after.get(field):
-                phrases.append(f"{name}.{field} {after.get(field)!r} instead of {before.get(field)!r}")
+                phrases.append(f"{name}.{field} {_short(after.get(field))} instead of {_short(before.get(field))}")
     return phrases
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= SHOWN else f"{text[:SHOWN]}..."
 
 
 def check_output_dir(config: TrainingConfig) -> None:

@@ -7,6 +7,7 @@ import os
 import sys
 import uuid
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +18,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from overpaint.policy.atomic import write_text
+from overpaint.text_files import parsed_json
 
 from .config import TrainingConfig
 
@@ -58,13 +60,13 @@ class MetricsFile:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Returns the lines of a metrics file as dicts; a last line that was cut off is left out."""
+    """Returns the lines of a metrics file as dicts; what was cut off or damaged is left out."""
     entries = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            entries.append(json.loads(line))
-        except json.JSONDecodeError:
-            continue
+    for line in path.read_bytes().splitlines():
+        with suppress(ValueError):
+            entry = parsed_json(line, str(path))
+            if isinstance(entry, dict) and isinstance(entry.get("iteration"), int):
+                entries.append(entry)
     return entries
 
 

@@ -145,7 +145,7 @@ def described(trainer: Trainer[Any]) -> dict[str, Any]:
     policy, stopping = trainer.policy, trainer.early_stopping
     lora = None if policy.lora is None else asdict(policy.lora)
     about: dict[str, Any] = {
-        "model": {**policy_record(policy), "lora": lora},
+        "model": {**policy_record(policy, untrained=True), "lora": lora},
         "reward": reward_record(trainer.reward),
         "prompts": prompts_record(trainer.prompts),
     }

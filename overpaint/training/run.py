@@ -22,7 +22,7 @@ from .checkpoint import (
 )
 from .config import TrainingConfig
 from .engine import from_main, in_any, prepared_network, resolved, started_accelerator
-from .folder import CHECKPOINTS, IMAGES, METRICS, claim, recorded
+from .folder import CHECKPOINTS, IMAGES, METRICS, check_same_run, claim, made_of, recorded
 from .logging import (
     MetricsFile,
     Progress,
@@ -78,7 +78,7 @@ class TrainingRun:
             same when the run is resumed.
         name: What the progress bar is called.
         about: What else made the result, as JSON can hold it: model, reward, prompts. It goes into `run.json` and to
-            the trackers, and may differ when the run is resumed.
+            the trackers. All but `notes` must stay the same when the run is resumed.
         temporary: Whether the output folder goes away with the run: Ctrl-C then stops it at once.
 
     Raises:
@@ -162,6 +162,7 @@ class TrainingRun:
             policy.to(self.device)
             network = stack.enter_context(prepared_network(self.accelerator, policy, shard=config.shard))
             self._optimizer_step = OptimizerStep(self.accelerator, network, policy.trainable_parameters(), config)
+            self._made_of = made_of(config, self._configs, self._about)
             self._checkpoints = CheckpointFolder(folder / CHECKPOINTS, keep=config.keep_checkpoints)
             self._resume()
             from_main(lambda: self._open_logs(stack))
@@ -465,6 +466,7 @@ class TrainingRun:
         """Returns everything that the run needs to go on from here."""
         state = {
             "optimizer_step": self._optimizer_step.state_dict(),
+            "made_of": self._made_of,
             "objects": {name: item.state_dict() for name, item in self._state.items()},
             "generator": self.generator.get_state(),
             "random": random_states,
@@ -486,6 +488,7 @@ class TrainingRun:
             return
         checkpoint = self._checkpoints.load(iteration)
         state = checkpoint.state
+        from_main(lambda: check_same_run(state["made_of"], self._made_of, self.config))
         if state["objects"].keys() != self._state.keys():
             raise ValueError(
                 f"state must name {sorted(state['objects'])} as in the checkpoint, got {sorted(self._state)}"

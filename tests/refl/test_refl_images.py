@@ -125,7 +125,7 @@ def test_record_holds_what_made_the_result(
     run_config: Callable[..., TrainingConfig],
     make_constraint: Callable[..., Any],
 ) -> None:
-    config, weights = run_config(iterations=1), policy_record(policy)["weights"]
+    config, weights = run_config(iterations=1), policy_record(policy, untrained=True)["weights"]
     trainer = ReFLTrainer(
         policy, Sizes(), prompts, small(), erasure=make_constraint(Sizes()), held_out=HeldOut(["a dog"], Sizes())
     )

@@ -60,7 +60,7 @@ def test_a_state_that_would_run_code_is_damaged(tmp_path: Path) -> None:
     content = (path / "state.pt").read_bytes()
     manifest["files"]["state.pt"] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
     (path / "manifest.json").write_text(json.dumps(manifest))
-    with pytest.raises(DamagedCheckpointError, match="UnpicklingError"):
+    with pytest.raises(DamagedCheckpointError, match=r"state\.pt must hold tensors, numbers and texts only"):
         load_checkpoint(path)
     assert not (tmp_path / "ran").exists()
 
@@ -143,8 +143,8 @@ def test_checkpoint_whose_manifest_is_another_ones_is_damaged(tmp_path: Path) ->
 
 def test_checkpoint_of_another_format_is_told(tmp_path: Path) -> None:
     path = CheckpointFolder(tmp_path, keep=3).save(_checkpoint(1)) / "manifest.json"
-    path.write_text(path.read_text().replace('"format": 2', '"format": 3'))
-    with pytest.raises(DamagedCheckpointError, match="format must be 2, got 3"):
+    path.write_text(path.read_text().replace('"format": 3', '"format": 4'))
+    with pytest.raises(DamagedCheckpointError, match="format must be 3, got 4"):
         load_checkpoint(path.parent)
 
 
@@ -173,9 +173,10 @@ def test_a_save_that_was_killed_before_it_dropped_the_oldest_is_completed_when_t
             raise KeyboardInterrupt
         return real(path, *args, **options)
 
-    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        patched.setattr(owner, dies_in, dying)
+    monkeypatch.setattr(owner, dies_in, dying)
+    with pytest.raises(KeyboardInterrupt):
         folder.save(_checkpoint(3))
+    monkeypatch.undo()
     assert calls
     assert len(list(tmp_path.iterdir())) == 3
     assert folder.newest() == 3
