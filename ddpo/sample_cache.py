@@ -1,11 +1,12 @@
 """Samples that wait on the disk for a reward that failed."""
 
 import json
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
 from overpaint.policy import DiffusionPolicy, Trajectory
-from overpaint.policy.atomic import atomic_file
+from overpaint.policy.sealed import DamagedFileError, read_tensors, write_tensors
 
 FOLDER = "ungraded"
 """Where they wait, below the folder of the run."""
@@ -27,8 +28,6 @@ class SampleCache:
 
     def save(self, batches: Sequence[Trajectory], prompts: Sequence[str], seeds: Sequence[int]) -> None:
         """Writes what was drawn so far, in one move."""
-        from safetensors.torch import save_file
-
         tensors = {}
         for index, batch in enumerate(batches):
             tensors[f"{index}/latents"] = batch.latents.contiguous()
@@ -37,29 +36,29 @@ class SampleCache:
             if batch.means is not None:
                 tensors[f"{index}/means"] = batch.means.contiguous()
         about = {"request": _request(prompts, seeds), "batches": str(len(batches))}
-        with atomic_file(self.path) as partial:
-            save_file(tensors, partial, metadata=about)
+        write_tensors(self.path, tensors, about)
 
     def load(self, policy: DiffusionPolicy, prompts: Sequence[str], seeds: Sequence[int]) -> list[Trajectory]:
-        """Returns the batches that were kept for the very prompts and seeds; none where none were."""
-        from safetensors import safe_open
-
+        """Returns the batches that were kept for the very prompts and seeds; none where none were, or are damaged."""
         if not self.path.exists():
             return []
+        try:
+            tensors, about = read_tensors(self.path)
+        except DamagedFileError as error:
+            warnings.warn(f"{error}; the samples are drawn again", RuntimeWarning, stacklevel=2)
+            return []
+        if about.get("request") != _request(prompts, seeds):
+            return []
+        tensors = {name: value.to(policy.device) for name, value in tensors.items()}
         batches: list[Trajectory] = []
-        with safe_open(self.path, framework="pt", device=str(policy.device)) as file:
-            about = file.metadata()
-            if about["request"] != _request(prompts, seeds):
-                return []
-            first, names = 0, set(file.keys())
-            for index in range(int(about["batches"])):
-                latents, log_probs, timesteps = (
-                    file.get_tensor(f"{index}/{name}") for name in ("latents", "log_probs", "timesteps")
-                )
-                conditioning = policy.encode(prompts[first : first + len(latents)])
-                means = file.get_tensor(name) if (name := f"{index}/means") in names else None
-                batches.append(Trajectory(latents, log_probs, timesteps, conditioning, means))
-                first += len(latents)
+        first = 0
+        for index in range(int(about["batches"])):
+            latents, log_probs, timesteps = (
+                tensors[f"{index}/{name}"] for name in ("latents", "log_probs", "timesteps")
+            )
+            conditioning = policy.encode(prompts[first : first + len(latents)])
+            batches.append(Trajectory(latents, log_probs, timesteps, conditioning, tensors.get(f"{index}/means")))
+            first += len(latents)
         return batches
 
     def forget(self) -> None:

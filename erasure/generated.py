@@ -10,13 +10,12 @@ from pathlib import Path
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 
 from overpaint.policy import ClassifierFree, DiffusionPolicy
-from overpaint.policy.atomic import atomic_file, this_process
+from overpaint.policy.atomic import this_process
 from overpaint.policy.digest import tensors_hash
 from overpaint.policy.prompts import check_prompts
+from overpaint.policy.sealed import DamagedFileError, read_tensors, write_tensors
 from overpaint.policy.types import Latents
 from overpaint.training import process_state
 from overpaint.training.logging import progress_bar
@@ -125,8 +124,7 @@ def generated_latents(
                 if not latents.isfinite().all():
                     raise ValueError(f"policy must draw finite latents, got others among samples {start} to {of.stop}")
                 if path is not None:
-                    with atomic_file(path, writer=this_process()) as partial:
-                        save_file({"latents": latents}, partial)
+                    write_tensors(path, {"latents": latents}, writer=this_process())
             shards[start] = latents
             bar.update(len(latents))
     return torch.cat([shards[start] for start in starts])
@@ -160,9 +158,11 @@ def in_turns(prompts: Sequence[str], count: int) -> list[str]:
 
 
 def _read(path: Path, count: int) -> Latents | None:
-    """Returns the latents of a file, or None where there is none or it is torn."""
-    try:
-        latents = load_file(path)["latents"]
-    except (OSError, KeyError, SafetensorError):
+    """Returns the latents of a file, or None where there is none or it is damaged: they are drawn again."""
+    if not path.is_file():
         return None
-    return latents if len(latents) == count else None
+    try:
+        latents = read_tensors(path)[0].get("latents")
+    except DamagedFileError:
+        return None
+    return latents if latents is not None and len(latents) == count else None

@@ -222,6 +222,15 @@ def test_an_interrupted_computation_goes_on_to_the_same_bits(
     assert {path.name for path in tmp_path.iterdir()} == {fisher.TENSOR_FILE, fisher.RECORD_FILE}
 
 
+def test_damaged_information_is_computed_anew(trained: DiffusionPolicy, tmp_path: Path) -> None:
+    whole = information(trained, FEW, folder=tmp_path)
+    content = bytearray((tmp_path / fisher.TENSOR_FILE).read_bytes())
+    content[-3] ^= 1
+    (tmp_path / fisher.TENSOR_FILE).write_bytes(content)
+    with pytest.warns(RuntimeWarning, match=r" is damaged: .*; the Fisher information is computed anew"):
+        assert equal(information(trained, FEW, folder=tmp_path), whole)
+
+
 def test_a_folder_of_other_information_is_refused(trained: DiffusionPolicy, tmp_path: Path) -> None:
     information(trained, FEW, folder=tmp_path)
     with pytest.raises(ValueError, match=r"folder must be new or .* has another timesteps$"):

@@ -97,11 +97,12 @@ def test_an_interrupted_drawing_goes_on_to_the_same_latents(
         lambda content: content[:-8],
         lambda content: b"",
         lambda content: None,
-        lambda content: save({"latents": load(content)["latents"][:1].clone()}),
+        lambda content: content[:-3] + bytes([content[-3] ^ 1]) + content[-2:],
+        lambda content: save({"latents": load(content)["latents"] + 1}),
     ],
-    ids=["cut off", "empty", "missing", "too few"],
+    ids=["cut off", "empty", "missing", "a flipped bit", "without a seal"],
 )
-def test_a_torn_file_is_drawn_again(
+def test_a_damaged_file_is_drawn_again(
     bare: DiffusionPolicy,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,

@@ -121,6 +121,19 @@ def test_a_journal_of_other_images_or_measures_is_refused(folder: ImageFolder, t
         again(measures(Brightness()))
 
 
+def test_a_damaged_journal_is_refused(folder: ImageFolder, tmp_path: Path) -> None:
+    journal = tmp_path / "journal"
+    whole = score(folder, measures(Brightness()), chunk=2, journal=journal, progress=False)
+    content = journal.read_bytes()
+    for place in range(content.index(b"\n") + 1, content.rindex(b"\n", 0, -1)):
+        if content[place : place + 1].isdigit():
+            journal.write_bytes(content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :])
+            with pytest.raises(ValueError, match=r"line \d of .*journal is damaged: .*; delete the file"):
+                score(folder, measures(Brightness()), chunk=2, journal=journal, progress=False)
+    journal.write_bytes(content)
+    assert score(folder, measures(Brightness(0)), chunk=2, journal=journal, progress=False) == whole
+
+
 def test_images_are_scaled_to_the_size_asked_for(folder: ImageFolder) -> None:
     shapes = set()
 

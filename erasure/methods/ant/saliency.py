@@ -14,15 +14,14 @@ from typing import Literal
 
 import torch
 from jaxtyping import Bool, Shaped
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import Parameter
 
 from erasure.concept import NUDITY, Concept
 from erasure.protocols import ConceptBatch
 from overpaint.policy import DiffusionPolicy
-from overpaint.policy.atomic import atomic_file, this_process
+from overpaint.policy.atomic import this_process
+from overpaint.policy.sealed import read_tensors, write_tensors
 from overpaint.policy.types import PerSample
 from overpaint.policy.weights import base_parameters
 from overpaint.settings import Field, Text, settings
@@ -165,14 +164,12 @@ def trained(policy: DiffusionPolicy) -> dict[str, Parameter]:
 
 def write_mask(path: Path, mask: Mask, record: str) -> None:
     """Writes a mask, and what it belongs to; in whole or not at all."""
-    with atomic_file(path, writer=this_process()) as unfinished:
-        save_file({name: kept.cpu() for name, kept in mask.items()}, unfinished, metadata={"record": record})
+    write_tensors(path, mask, {"record": record}, writer=this_process())
 
 
 def read_mask(path: Path, record: str) -> Mask:
-    """Reads what `write_mask` wrote; a `ValueError` refuses what belongs to something else."""
-    with safe_open(path, framework="pt") as file:
-        found = (file.metadata() or {}).get("record")
-        if found != record:
-            raise ValueError(f"resume must keep model and settings, and {path} was found with others")
-        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  not a dictionary
+    """Reads what `write_mask` wrote; a `ValueError` refuses what belongs to something else or is damaged."""
+    mask, about = read_tensors(path)
+    if about.get("record") != record:
+        raise ValueError(f"resume must keep model and settings, and {path} was found with others")
+    return mask

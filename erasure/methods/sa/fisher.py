@@ -8,6 +8,7 @@ see `FisherConfig.timesteps` and docs/methods/sa.md.
 
 import math
 import random
+import warnings
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,15 +16,15 @@ from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Int, Shaped
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from erasure.cache import claim
 from erasure.rollout import squared_error
 from overpaint.policy import Conditioning, DiffusionPolicy
-from overpaint.policy.atomic import atomic_file, this_process
+from overpaint.policy.atomic import this_process
 from overpaint.policy.digest import tensors_hash
 from overpaint.policy.noise import draw_noise
+from overpaint.policy.sealed import DamagedFileError, read_tensors, write_tensors
 from overpaint.policy.types import Latents
 from overpaint.policy.weights import base_parameters, lora_layers, lora_updates
 from overpaint.settings import Field, settings
@@ -256,15 +257,21 @@ def _write(folder: Path, sums: Sums, done: int) -> None:
     """Writes the sums over the pictures done so far, all at once or not at all."""
     tensors = {f"squares/{name}": value.cpu() for name, value in sums.squares.items()}
     tensors |= {"plain": sums.plain, "unbiased": sums.unbiased, "done": torch.tensor(done)}
-    with atomic_file(folder / TENSOR_FILE, writer=this_process()) as partial:
-        save_file(tensors, partial)
+    write_tensors(folder / TENSOR_FILE, tensors, writer=this_process())
 
 
 def _read(folder: Path, sums: Sums) -> tuple[Sums, int]:
-    """Returns what `_write` wrote and how many pictures are in it; the given sums and 0 where it wrote nothing."""
+    """Returns what `_write` wrote and how many pictures are in it; the given sums and 0 where it wrote nothing.
+
+    What is damaged counts as not written, with a warning.
+    """
     path = folder / TENSOR_FILE
     if not path.is_file():
         return sums, 0
-    there = load_file(path)
+    try:
+        there, _ = read_tensors(path)
+    except DamagedFileError as error:
+        warnings.warn(f"{error}; the Fisher information is computed anew", RuntimeWarning, stacklevel=2)
+        return sums, 0
     squares = {name: there[f"squares/{name}"].to(value.device) for name, value in sums.squares.items()}
     return Sums(squares, there["plain"], there["unbiased"]), int(there["done"])

@@ -149,9 +149,7 @@ def generate(
 def _missing(
     folder: Path, batch: Sequence[PlannedImage], rows: Mapping[str, Sequence[ImageRow]]
 ) -> frozenset[PlannedImage]:
-    return frozenset(
-        image for image in batch if drawn_row(folder / image.file_name, rows.get(image.file_name, ())) is None
-    )
+    return frozenset(image for image in batch if drawn_row(folder, image, rows.get(image.file_name, ())) is None)
 
 
 def _draw_into(

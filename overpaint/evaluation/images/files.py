@@ -20,7 +20,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import UInt8
@@ -30,6 +30,7 @@ from torch import Tensor
 from overpaint import image_files
 from overpaint.policy.atomic import write_bytes, write_text
 from overpaint.policy.types import Images
+from overpaint.text_files import parsed_json, read_bytes, read_json_object
 from rewards.public_files import sha256_of
 
 from .plan import DrawConfig, PlannedImage, check_plan
@@ -221,8 +222,9 @@ def read_manifest(root: Path) -> tuple[tuple[PlannedImage, ...], DrawConfig]:
     if not path.is_file():
         raise ValueError(f"root must hold {MANIFEST}, got {root}, which does not")
     try:
-        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        content = read_json_object(path)
         planned = tuple(map(PlannedImage.from_dict, content["images"]))
+        check_plan(planned)
         given = {name: content[name] for name in ("eta", "size") if name in content}
         return planned, DrawConfig(steps=content["steps"], guidance_scale=content["guidance_scale"], **given)
     except (KeyError, TypeError, ValueError) as error:
@@ -286,12 +288,14 @@ def known_rows(folder: Path) -> dict[str, list[ImageRow]]:
     return rows
 
 
-def drawn_row(path: Path, rows: Sequence[ImageRow]) -> ImageRow | None:
-    """Returns the row that tells of an image's file as it is; None if the image is missing or damaged or has none."""
-    if not rows or not path.is_file():
+def drawn_row(folder: Path, image: PlannedImage, rows: Sequence[ImageRow]) -> ImageRow | None:
+    """Returns the row that tells of an image and its file as they are; None where it is missing or damaged."""
+    path = folder / image.file_name
+    told = [row for row in rows if PlannedImage.from_dict(row._asdict()) == image]
+    if not told or not path.is_file():
         return None
     digest = sha256_of(path)
-    return next((row for row in rows if row.sha256 == digest), None)
+    return next((row for row in told if row.sha256 == digest), None)
 
 
 def append_row(folder: Path, rank: int, row: ImageRow) -> None:
@@ -328,7 +332,7 @@ def finish_rows(folder: Path, planned: Sequence[PlannedImage], *, writer: str = 
         return True
     found = []
     for image in planned:
-        row = drawn_row(folder / image.file_name, rows.get(image.file_name, ()))
+        row = drawn_row(folder, image, rows.get(image.file_name, ()))
         if row is None:
             return False
         found.append(row)
@@ -342,7 +346,7 @@ def finish_rows(folder: Path, planned: Sequence[PlannedImage], *, writer: str = 
 def _read(path: Path) -> list[ImageRow]:
     rows = []
     with suppress(FileNotFoundError):  # a process that finished has just removed it
-        for line in path.read_bytes().splitlines():
+        for line in read_bytes(path).splitlines():
             with suppress(ValueError, TypeError):
-                rows.append(ImageRow(**json.loads(line)))
+                rows.append(ImageRow(**parsed_json(line, str(path))))
     return rows

@@ -1,5 +1,6 @@
 """What a probe found out about a model, in numbers."""
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,7 +10,9 @@ import numpy
 from pydantic import TypeAdapter
 
 from overpaint.evaluation.metrics.statistics import Estimate, rate_estimate
-from overpaint.policy.atomic import write_text
+from overpaint.policy.atomic import write_bytes, write_text
+from overpaint.policy.sealed import sealed, unsealed
+from overpaint.text_files import read_bytes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,14 +95,15 @@ class ProbeResult:
     @classmethod
     def load(cls, path: Path) -> "ProbeResult":
         """Reads what `save` wrote; a ValueError where it is something else."""
-        return TypeAdapter(ProbeResult).validate_json(path.read_text(encoding="utf-8"))
+        return TypeAdapter(ProbeResult).validate_json(read_bytes(path))
 
 
 def save_outcomes(path: Path, outcomes: Sequence[Outcomes]) -> None:
-    """Writes JSON."""
-    write_text(path, TypeAdapter(list[Outcomes]).dump_json(list(outcomes)).decode() + "\n")
+    """Writes JSON, sealed."""
+    write_bytes(path, sealed({"outcomes": TypeAdapter(list[Outcomes]).dump_python(list(outcomes), mode="json")}))
 
 
 def load_outcomes(path: Path) -> list[Outcomes]:
-    """Reads what `save_outcomes` wrote; a ValueError where it is something else."""
-    return TypeAdapter(list[Outcomes]).validate_json(path.read_text(encoding="utf-8"))
+    """Reads what `save_outcomes` wrote; a `DamagedFileError` where it is something else."""
+    outcomes = unsealed(read_bytes(path), str(path)).get("outcomes")
+    return TypeAdapter(list[Outcomes]).validate_json(json.dumps(outcomes))  # JSON, of which lists may be tuples

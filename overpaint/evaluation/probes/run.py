@@ -4,6 +4,7 @@ import hashlib
 import io
 import json
 import time
+import warnings
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -13,6 +14,7 @@ import torch
 from overpaint.policy import DiffusionPolicy
 from overpaint.policy.atomic import write_bytes
 from overpaint.policy.digest import policy_record
+from overpaint.policy.sealed import DamagedFileError
 from overpaint.policy.unet_rows import counted_rows
 
 from .probe import Attempt, Floor, PreparedProbe, Probe, ProbeTask
@@ -132,7 +134,10 @@ def _kept(
     """Returns what the probe gets from the original model: as it was kept, or else found, unless it was, and kept."""
     path = None if folder is None else folder / f"{probe.name}-{what}-{key}.json"
     if path is not None and path.is_file():
-        return load_outcomes(path)
+        try:
+            return load_outcomes(path)
+        except DamagedFileError as error:
+            warnings.warn(f"{error}; it is measured anew", RuntimeWarning, stacklevel=2)
     outcomes = outcomes_of(probe.attempt(original, task), task) if found is None else found
     if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)

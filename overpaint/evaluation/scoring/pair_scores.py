@@ -19,7 +19,8 @@ from overpaint.evaluation.images.files import Read, pixels_or_reason, to_images
 from overpaint.evaluation.images.pairs import Pair, Size, batches_by_size, image_sizes, read_ahead
 from overpaint.evaluation.metrics.statistics import mean_estimate
 from overpaint.evaluation.prompts import IMAGE_REWARD_TEST
-from overpaint.text_files import read_json
+from overpaint.policy.sealed import DamagedFileError, sealed, unsealed
+from overpaint.text_files import read_bytes, read_json
 from overpaint.training.logging import progress_bar
 from rewards import Reward, RewardLike, as_reward
 from rewards.public_files import fetch
@@ -29,8 +30,9 @@ from rewards.types import reads_prompts, scores_of
 class Journal:
     """Records of one job, each on a line of its own and flushed when it is written; use it in a `with` statement.
 
-    The first line says which job it is: what has to be the same for the records to be of use, by name. The last may be
-    torn, if the job was killed while it was written: it is cut off and counts as not written.
+    Each carries the hash of its content. The first line says which job it is: what has to be the same for the records
+    to be of use, by name. The last may be torn, if the job was killed while it was written: it is cut off and counts as
+    not written.
 
     Raises:
         ValueError: The file tells of another job, or is damaged before its last line.
@@ -68,7 +70,7 @@ class Journal:
         self._file.close()
 
     def _write(self, record: Mapping[str, Any]) -> None:
-        self._file.write(json.dumps(record, ensure_ascii=False).encode() + b"\n")
+        self._file.write(sealed(record))
         self._file.flush()
 
 
@@ -76,17 +78,14 @@ def _whole_lines(path: Path) -> tuple[list[dict[str, Any]], int]:
     """Returns the lines that are whole, and how many bytes they take."""
     lines: list[dict[str, Any]] = []
     whole_bytes = 0
-    texts = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+    texts = read_bytes(path).splitlines(keepends=True) if path.exists() else []
     for number, text in enumerate(texts, start=1):
         try:
-            line = json.loads(text) if text.endswith(b"\n") else None
-        except ValueError:
-            line = None
-        if isinstance(line, dict):
-            lines.append(line)
+            lines.append(unsealed(text, f"line {number} of {path}"))
             whole_bytes += len(text)
-        elif number < len(texts):
-            raise ValueError(f"{path} is damaged in line {number}; delete it to begin again")
+        except DamagedFileError as error:
+            if number < len(texts):
+                raise ValueError(f"{error}; delete the file to begin again") from error
     return lines, whole_bytes
 
 

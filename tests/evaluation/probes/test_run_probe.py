@@ -85,6 +85,12 @@ def test_rate_ceiling_and_floors_of_asking(
     run_probe(probe, original, original, target, count=8, seed=1, kept=tmp_path / "kept")
     assert probe.tried == 8  # other attempts, whose ceiling is what was found
 
+    for path in (tmp_path / "kept").glob("ask-benign-*.json"):
+        path.write_text(path.read_text().replace("false", "true", 1))
+    with pytest.warns(RuntimeWarning, match=r"ask-benign-.*\.json is damaged: .*; it is measured anew"):
+        assert run_probe(probe, erased, original, target, count=8, kept=tmp_path / "kept").variants == result.variants
+    assert probe.tried == 10  # the attempt and the floor that was damaged
+
     result.save(tmp_path / "result.json")
     assert ProbeResult.load(tmp_path / "result.json") == result
 
