@@ -5,6 +5,8 @@
 - 16 bits become 8 by their high byte, as Pillow itself reads 16-bit colour. Values without a known range (floats,
   32-bit integers) are refused.
 - Of an animation the first frame is taken, and a warning says so.
+- What a file holds decides its format, not its name, and only `FORMATS` are tried: of the others that Pillow knows,
+  some have it start other programs.
 """
 
 import io
@@ -22,6 +24,9 @@ from torch import Tensor
 
 IMAGE_SUFFIXES = (".avif", ".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 """Endings, in lower case, of the names of files that count as images of a folder."""
+
+FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
+"""Pillow's names of the formats that are read; phones' MPO counts as JPEG."""
 
 UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -89,12 +94,12 @@ def image_pixels(image: Image.Image) -> UInt8[Tensor, "3 H W"]:
 
 
 @contextmanager
-def opened_image(source: Path | str | bytes, formats: tuple[str, ...] | None = None) -> Generator[Image.Image]:
+def opened_image(source: Path | str | bytes, formats: tuple[str, ...] = FORMATS) -> Generator[Image.Image]:
     """Opens a file of which nothing but the header is read yet; whatever Pillow raises meanwhile names the file.
 
     Args:
         source: The path of a file, or what a file holds.
-        formats: Pillow's names of formats that are tried; None is all.
+        formats: Pillow's names of formats that are tried.
 
     Raises:
         FileNotFoundError: There is no file at the path.

@@ -1,6 +1,7 @@
 """Image files of every kind become upright RGB of 8 bits, or are refused by name."""
 
 import io
+import os
 import pickle
 from pathlib import Path
 
@@ -187,6 +188,19 @@ def test_errors_of_what_is_done_with_an_opened_file_name_it_too(tmp_path: Path) 
 
 
 # Folders
+
+
+def test_no_other_program_is_started_for_a_format_that_pillow_leaves_to_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "gs").write_text(f"#!/bin/sh\ntouch {tmp_path / 'ran'}\n")
+    (tmp_path / "gs").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    path = tmp_path / "a.png"
+    path.write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n")
+    with pytest.raises(UnreadableImage, match=r"a\.png cannot be read: cannot identify image file"):
+        read_image(path)
+    assert not (tmp_path / "ran").exists()
 
 
 def test_hidden_files_and_other_endings_are_no_images_of_a_folder(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from overpaint.policy.atomic import atomic_file, write_text
-from overpaint.text_files import read_json, read_json_lines, read_text, text_lines
+from overpaint.text_files import LARGEST, read_json, read_json_lines, read_text, text_lines
 
 Row = dict[str, Any]
 """The cells of one row by the names of their columns, which are the same in all rows of a table."""
@@ -21,6 +21,8 @@ TABLE_SUFFIXES = (".csv", ".jsonl", ".parquet")
 """Endings of the names of files that can be read."""
 PROMPT_SUFFIXES = (".txt", ".tsv", ".json", *TABLE_SUFFIXES)
 """Endings of the names of files that prompts can be read from."""
+PARQUET_ROWS = 256
+"""Rows that are read at a time."""
 OUTPUT_SUFFIXES = (".csv", ".parquet")
 """Endings of the names of files that can be written."""
 
@@ -39,12 +41,7 @@ def read_table(path: Path) -> list[Row]:
         return [{name: row.get(name) for name in names} for row in rows]
     if path.suffix != ".parquet":
         raise ValueError(f"a table must be named {_listed(TABLE_SUFFIXES)}, got {path}")
-    from pyarrow import parquet
-
-    try:
-        return parquet.read_table(path).to_pylist()
-    except ValueError as error:  # pyarrow's ArrowInvalid is one
-        raise ValueError(f"{path} must be a Parquet file: {error}") from error
+    return _read_parquet(path)
 
 
 def read_prompt_rows(path: Path) -> list[Row]:
@@ -131,6 +128,28 @@ def _read_delimited(path: Path, **options: Any) -> list[Row]:
             found = [cell for cell in cells if cell is not None]
             raise ValueError(f"{path} must have {len(header)} cells in every row, got {found!r} in row {number}")
     return [dict(zip(header, cells, strict=True)) for cells in rows]
+
+
+def _read_parquet(path: Path) -> list[Row]:
+    """Reads a Parquet file a few rows at a time: a value that is repeated takes no room in it, and much in memory."""
+    import pyarrow
+    from pyarrow import parquet
+
+    rows: list[Row] = []
+    size = 0
+    try:
+        with parquet.ParquetFile(path) as file:
+            claimed = sum(file.metadata.row_group(k).total_byte_size for k in range(file.metadata.num_row_groups))
+            for batch in [] if claimed > LARGEST else file.iter_batches(batch_size=PARQUET_ROWS):
+                size += batch.nbytes + len(batch)  # a row of nothing takes memory, too
+                if size > LARGEST:
+                    break
+                rows += batch.to_pylist()
+    except (pyarrow.ArrowException, OSError) as error:  # the latter for what does not decompress
+        raise ValueError(f"{path} must be a Parquet file: {error}") from error
+    if max(claimed, size) > LARGEST:
+        raise ValueError(f"{path} must hold at most {LARGEST} bytes when decompressed, got more; split it")
+    return rows
 
 
 def _read_json_rows(path: Path) -> list[Row]:
