@@ -1,5 +1,7 @@
 """Settings of a program: from the command line and from YAML, completed, and written so that they are read again."""
 
+import dataclasses
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -7,7 +9,9 @@ from typing import Any, Literal
 
 import pytest
 
+from overpaint.evaluation.experiments.options import ConceptOptions, RewardOptions
 from overpaint.evaluation.experiments.program import (
+    CODE,
     check_same,
     command_line,
     read_settings,
@@ -17,6 +21,19 @@ from overpaint.evaluation.experiments.program import (
     usual_beside,
 )
 from overpaint.settings import AnyPath, Field, settings
+
+EVALUATION = Path(__file__).resolve().parents[2] / "overpaint" / "evaluation"
+NAMING = re.compile(r"(reward_named|concept_measure|object_named)\(")
+
+
+@settings
+class Named:
+    """What can name code."""
+
+    reward: str | None = None
+    """A reward."""
+    measure: str | None = None
+    """A measure."""
 
 
 @settings
@@ -118,12 +135,36 @@ def test_the_command_names_what_differs_within_groups_as_well() -> None:
         ("rate: {size: 3}\n", r"rate must be one value, got the group"),
         ("rate: fast\n", r"Config\.rate must be a valid number, got 'fast'"),
         ("- a\n", r"settings must be a mapping of names to values, got \['a'\]"),
-        ("a: [\n", r"settings must be YAML, got .*settings\.yaml"),
+        ("a: [\n", r"settings must be YAML, without aliases, got .*settings\.yaml"),
+        ("a: &a [1]\nb: *a\n", r"settings must be YAML, without aliases, got (.|\n)*found the alias \*a"),
+        (f"a: {'[' * 100_000}", r"settings must be YAML of few levels, got .*settings\.yaml"),
     ],
 )
 def test_a_wrong_file_is_refused_in_words(text: str, message: str, written: Any) -> None:
     with pytest.raises(ValueError, match=message):
         read("--settings", written(text))
+
+
+@pytest.mark.parametrize("name", ["reward", "measure"])
+@pytest.mark.parametrize("code", ["evil_module:score", "~/evil.py:score", "os:system"])
+def test_a_file_names_no_code_but_the_command_line_does(name: str, code: str, written: Any) -> None:
+    def read_named(*args: str) -> Named:
+        return settings_from_command_line(Named, lambda config: config, list(args))
+
+    path = written(f"{name}: {code}\n")
+    with pytest.raises(ValueError, match=rf"{name} in a settings file must be a short name or .*, got '{code}'"):
+        read_named("--settings", path)
+    assert getattr(read_named("--settings", path, f"--{name}", code), name) == code
+    assert getattr(read_named("--settings", path, f"--{name}=clip"), name) == "clip"
+    for plain in ("clip", "http://here:8000/score"):
+        assert getattr(read_named("--settings", written(f"{name}: {plain}\n")), name) == plain
+
+
+def test_every_setting_of_a_program_that_can_name_code_is_known() -> None:
+    known = {field.name for options in (RewardOptions, ConceptOptions) for field in dataclasses.fields(options)}
+    assert set(CODE) <= known
+    callers = [path.name for path in EVALUATION.rglob("*.py") if NAMING.search(path.read_text(encoding="utf-8"))]
+    assert sorted(callers) == ["experiment.py", "options.py"]
 
 
 def test_a_file_that_is_not_there_is_named() -> None:

@@ -3,6 +3,9 @@
 A program's settings are a `settings` dataclass. What depends on other settings, such as on the model, is None there,
 and the program's `complete` fills it in. Groups of settings, such as `lora: LoRAConfig | None = None`, become options
 `--lora.rank`; they are shown with the values that hold for the model and the method at hand.
+
+A settings file may come from anywhere, as a run's output folder does when it is shared. It is data: what it names is
+never imported, and the settings that can name code (`CODE`) do so on the command line alone.
 """
 
 import re
@@ -19,7 +22,11 @@ import yaml
 from overpaint.text_files import read_text
 
 SETTINGS_OPTION = "--settings"
+ADDRESSES = ("http://", "https://")
 SETTINGS_HELP = "--settings FILE.yaml: settings as a run writes them into its settings.yaml; options here win."
+
+CODE = ("reward", "measure")
+"""Settings that can name code, as `package.module:name` or `path/to/file.py:name`."""
 
 Config = TypeVar("Config")
 
@@ -104,11 +111,26 @@ def _without_settings(args: list[str]) -> tuple[list[str], dict[str, Any]]:
         if not path:
             raise ValueError(f"{SETTINGS_OPTION} must be followed by a YAML file, got nothing")
         given = _joined(given, read_settings(path))
+    for name in CODE:
+        if any(word.partition("=")[0] == f"--{name}" for word in rest):
+            given.pop(name, None)
+        elif isinstance(value := given.get(name), str) and ":" in value and not value.startswith(ADDRESSES):
+            raise ValueError(
+                f"{name} in a settings file must be a short name or an address, got {value!r}, which is code; to "
+                f"import it, give --{name} {shlex.quote(value)} beside the file"
+            )
     return rest, given
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML in which 1e-4 is a number, as everywhere but in YAML 1.1."""
+    """YAML in which 1e-4 is a number, as everywhere but in YAML 1.1, and nothing is said by reference to elsewhere."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        """Refuses aliases, by which a few lines can stand for more than there is memory."""
+        if self.check_event(yaml.AliasEvent):
+            event = self.peek_event()
+            raise yaml.MarkedYAMLError(problem=f"found the alias *{event.anchor}", problem_mark=event.start_mark)
+        return super().compose_node(parent, index)
 
 
 _Loader.add_implicit_resolver(
@@ -127,8 +149,10 @@ def read_settings(path: str | Path) -> dict[str, Any]:
         raise ValueError(f"settings must be a YAML file, got {str(path)!r}, which is not there")
     try:
         found = yaml.load(read_text(path), Loader=_Loader)
-    except yaml.YAMLError as error:
-        raise ValueError(f"settings must be YAML, got {path}: {error}") from error
+    except RecursionError as error:
+        raise ValueError(f"settings must be YAML of few levels, got {path}") from error
+    except (yaml.YAMLError, ValueError) as error:  # the latter for a date or a number that is none
+        raise ValueError(f"settings must be YAML, without aliases, got {path}: {error}") from error
     return _named({} if found is None else found, str(path))
 
 
