@@ -151,11 +151,17 @@ class Erasure:
             if name not in record or not isinstance(record[name], kind):
                 raise ValueError(f"{path} must hold {name}, as an erasure is saved, got {record.get(name)!r}")
         if record["kind"] not in KINDS:
-            raise ValueError(f"the kind of a change must be one of {', '.join(KINDS)}, got {record['kind']!r}")
+            raise ValueError(
+                f"the kind of a change must be one of {', '.join(KINDS)}, got {record['kind']!r} in {path}"
+            )
+        try:
+            concept = Concept.from_json(record["concept"])
+        except ValueError as error:
+            raise ValueError(f"{path} must hold a concept: {error}") from error
         return cls(
             method=record["method"],
             config=record["config"],
-            concept=Concept.from_json(record["concept"]),
+            concept=concept,
             change=KINDS[record["kind"]].load(Path(folder)),
             base=record["base"],
         )

@@ -23,6 +23,8 @@ PROMPT_SUFFIXES = (".txt", ".tsv", ".json", *TABLE_SUFFIXES)
 """Endings of the names of files that prompts can be read from."""
 PARQUET_ROWS = 256
 """Rows that are read at a time."""
+ROW, CELL = 64, 8
+"""Bytes that a row and a cell take in memory, whatever they hold."""
 OUTPUT_SUFFIXES = (".csv", ".parquet")
 """Endings of the names of files that can be written."""
 
@@ -138,10 +140,12 @@ def _read_parquet(path: Path) -> list[Row]:
     rows: list[Row] = []
     size = 0
     try:
-        with parquet.ParquetFile(path) as file:
+        schema = parquet.read_schema(path)
+        texts = [column.name for column in schema if _is_text(column.type)]
+        with parquet.ParquetFile(path, read_dictionary=texts) as file:
             claimed = sum(file.metadata.row_group(k).total_byte_size for k in range(file.metadata.num_row_groups))
             for batch in [] if claimed > LARGEST else file.iter_batches(batch_size=PARQUET_ROWS):
-                size += batch.nbytes + len(batch)  # a row of nothing takes memory, too
+                size += len(batch) * (ROW + CELL * len(batch.columns)) + sum(map(_decoded_bytes, batch.columns))
                 if size > LARGEST:
                     break
                 rows += batch.to_pylist()
@@ -150,6 +154,25 @@ def _read_parquet(path: Path) -> list[Row]:
     if max(claimed, size) > LARGEST:
         raise ValueError(f"{path} must hold at most {LARGEST} bytes when decompressed, got more; split it")
     return rows
+
+
+def _is_text(kind: Any) -> bool:
+    from pyarrow import types
+
+    tests = (types.is_string, types.is_large_string, types.is_binary, types.is_large_binary)
+    return any(test(kind) for test in tests)
+
+
+def _decoded_bytes(column: Any) -> int:
+    """Returns the bytes of a column's values, of which those that are repeated lie there once."""
+    from pyarrow import compute, types
+
+    if not types.is_dictionary(column.type):
+        return column.nbytes
+    if not _is_text(column.type.value_type):
+        return column.dictionary_decode().nbytes
+    lengths = compute.take(compute.binary_length(column.dictionary), column.indices)
+    return int(compute.sum(lengths).as_py() or 0)
 
 
 def _read_json_rows(path: Path) -> list[Row]:

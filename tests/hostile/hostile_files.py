@@ -167,8 +167,8 @@ def tables(folder: Path) -> Iterator[tuple[str, Path]]:
     repeated = pyarrow.DictionaryArray.from_arrays(pyarrow.array([0] * 2**20, pyarrow.int32()), ["a" * 2**20])
     parquet.write_table(pyarrow.table({"prompt": repeated}), folder / "repeated.parquet")
     yield "a terabyte by repetition", folder / "repeated.parquet"
-    parquet.write_table(pyarrow.table({"n": pyarrow.nulls(10**9)}), folder / "empty.parquet")
-    yield "a billion rows of nothing", folder / "empty.parquet"
+    parquet.write_table(pyarrow.table({"n": pyarrow.nulls(10**7)}), folder / "empty.parquet")
+    yield "ten million rows of nothing", folder / "empty.parquet"
     zeros = pyarrow.array(["\0" * 2**28], pyarrow.large_string())
     parquet.write_table(pyarrow.table({"prompt": zeros}), folder / "zeros.parquet", compression="zstd")
     yield "zeros that are compressed", folder / "zeros.parquet"

@@ -70,11 +70,10 @@ class Case(NamedTuple):
 
     name: str
     path: Path
-    """What the message has to name."""
+    """The file."""
     read: Callable[[], object]
-
-
-# What reads them.
+    names: tuple[str, ...]
+    """What the message has to name: the file, or the folder that was read as a whole."""
 
 
 class Places:
@@ -100,8 +99,9 @@ class Places:
                 (root / name).parent.mkdir(parents=True, exist_ok=True)
                 if name.endswith(".bin"):
                     (root / name.replace(".bin", ".safetensors")).unlink(missing_ok=True)
+                (root / name).unlink(missing_ok=True)
                 put(root / name)
-                yield Case(f"{kind}/{name}: {what}", root / name, partial(read, root))
+                yield Case(f"{kind}/{name}: {what}", root / name, partial(read, root), (Path(name).name, str(root)))
 
 
 class Good(NamedTuple):
@@ -246,17 +246,17 @@ def of_others(good: Good) -> Iterator[Case]:
     for what, (suffix, content) in pictures().items():
         path = folder / f"image{suffix}"
         path.write_bytes(content)
-        yield Case(f"image: {what}", path, partial(read_image, path))
-        yield Case(f"image of a request: {what}", Path("image"), partial(decode_image, content, 2**24))
+        yield Case(f"image: {what}", path, partial(read_image, path), (str(path),))
+        yield Case(f"image of a request: {what}", path, partial(decode_image, content, 2**24), ("image",))
     for what, path in tables(folder):
-        yield Case(f"table: {what}", path, partial(read_table, path))
+        yield Case(f"table: {what}", path, partial(read_table, path), (str(path),))
     for what, content in SETTINGS.items():
         path = folder / "settings.yaml"
         if content is None:
             sparse(path, b"a: 1", GIGABYTE)
         else:
             path.write_bytes(content.replace(b"MARKER", bytes(good.folder / "executed")))
-        yield Case(f"settings: {what}", path, partial(read_settings, path))
+        yield Case(f"settings: {what}", path, partial(read_settings, path), (str(path),))
 
 
 def after(put: Write) -> Write:
@@ -314,7 +314,7 @@ def main(pipeline: Path, folder: Path) -> None:
         grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - size) // 1024
         seconds = time.perf_counter() - start
         executed = [name for name in ("executed", "escaped") if (folder / name).exists()]
-        line = {"name": case.name, "file": case.path.name, "kinds": kinds, "told": told[:2000], "executed": executed}
+        line = {"name": case.name, "names": case.names, "kinds": kinds, "told": told[:2000], "executed": executed}
         sys.stdout.write(json.dumps({**line, "seconds": seconds, "grown": grown}) + "\n")
         sys.stdout.flush()
 

@@ -95,7 +95,11 @@ class ProbeResult:
     @classmethod
     def load(cls, path: Path) -> "ProbeResult":
         """Reads what `save` wrote; a ValueError where it is something else."""
-        return TypeAdapter(ProbeResult).validate_json(read_bytes(path))
+        content = read_bytes(path)
+        try:
+            return TypeAdapter(ProbeResult).validate_json(content)
+        except ValueError as error:
+            raise ValueError(f"{path} must hold what a probe found, as it is saved: {error}") from error
 
 
 def save_outcomes(path: Path, outcomes: Sequence[Outcomes]) -> None:
