@@ -7,7 +7,7 @@ import logging
 import random
 import ssl
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import cache
 from typing import TYPE_CHECKING, Any, Literal
 from urllib.parse import urlsplit
@@ -23,6 +23,8 @@ EXCERPT = 200
 """Characters of an answer that an error message shows."""
 HEADERS = frozenset({"accept", "connection", "content-length", "content-type", "host", "user-agent"})
 """Headers that are sent besides our own; what else other libraries add, from the environment too, is left out."""
+PIECE = 2**16
+"""Bytes of a request that are sent before the time is looked at again."""
 RAW_MARK = "x-stainless-raw-response"
 """A header by which openai knows requests whose answers it shall not parse; it must stay in the request."""
 _JITTER = random.Random()  # of its own, so that a reproducible program's random numbers stay as they are
@@ -33,7 +35,7 @@ class HttpConfig:
     """Timeouts and retries of a request."""
 
     timeout: float = Field(120.0, gt=0)
-    """Seconds that a server may take to connect, to begin its answer and to end it."""
+    """Seconds that a try may take, from its beginning to the end of the answer."""
     attempts: int = Field(5, ge=1)
     """Tries that a request has."""
     backoff: float = Field(1.0, ge=0)
@@ -91,7 +93,8 @@ def http_client(url: str, config: HttpConfig, token: str | None) -> "httpx2.Clie
     """Returns a client that sends the token and no other credentials, and reads bounded answers as they were sent.
 
     Redirects are not followed, so that the token goes nowhere else. Proxies of the environment are used, but not for
-    this machine's own addresses. An answer is cut one byte after `config.max_answer_bytes`.
+    this machine's own addresses. An answer is cut one byte after `config.max_answer_bytes`. A request and its answer,
+    head and all, take `config.timeout` together, however short each wait for the server is.
 
     Raises:
         ValueError: The token cannot be sent.
@@ -101,7 +104,7 @@ def http_client(url: str, config: HttpConfig, token: str | None) -> "httpx2.Clie
     check_token(token)
 
     def prepare(request: httpx2.Request) -> None:
-        request.extensions["end"] = time.monotonic() + config.timeout
+        request.extensions["trace"] = _hurrying(config.timeout)
         for name in set(request.headers) - HEADERS - {RAW_MARK}:
             del request.headers[name]
         request.headers["Accept-Encoding"] = "identity"
@@ -111,12 +114,13 @@ def http_client(url: str, config: HttpConfig, token: str | None) -> "httpx2.Clie
     def bound(response: httpx2.Response) -> None:
         # A compressed answer could unfold to any size: it stays as it was sent.
         response.extensions["encoding"] = response.headers.pop("Content-Encoding", "identity")
-        response.stream = _bounded(response.stream, config, end=response.request.extensions["end"])
+        response.stream = _bounded(response.stream, config.max_answer_bytes)
 
     return httpx2.Client(
         timeout=config.timeout,
         trust_env=not is_loopback(urlsplit(url).hostname or ""),
         follow_redirects=False,
+        limits=httpx2.Limits(max_keepalive_connections=0),  # a connection's time is that of its one request
         verify=_tls(),
         event_hooks={"request": [prepare], "response": [bound]},
     )
@@ -154,6 +158,8 @@ def json_of(what: str, ask: Callable[[], "httpx2.Response"], config: HttpConfig,
     def once() -> httpx2.Response:
         try:
             response = ask()
+        except httpx2.TimeoutException as error:
+            raise _RetriedError(f"{type(error).__name__}: no whole answer within {config.timeout:g} s") from error
         except httpx2.TransportError as error:
             raise _RetriedError(f"{type(error).__name__}: {error}") from error
         if response.status_code in RETRIED:
@@ -215,20 +221,44 @@ def _tls() -> ssl.SSLContext:
     return httpx2.create_ssl_context()
 
 
-def _bounded(stream: Any, config: HttpConfig, *, end: float) -> "httpx2.SyncByteStream":
-    """Returns an answer that is cut where it is too large, and fails where it takes too long."""
+def _hurrying(seconds: float) -> Callable[[str, Mapping[str, Any]], None]:
+    """Returns what hurries the connection of a request that begins now, as httpcore's extension `trace` calls it."""
+    import httpx2
+
+    end = time.monotonic() + seconds
+
+    def left() -> float:
+        if time.monotonic() > end:
+            raise httpx2.ReadTimeout("its time is up")
+        return max(end - time.monotonic(), 0.001)
+
+    def hurry(event: str, about: Mapping[str, Any]) -> None:
+        if event.endswith((".connect_tcp.complete", ".start_tls.complete")):
+            stream = about["return_value"]
+            read, write = stream.read, stream.write
+
+            def write_pieces(content: bytes, timeout: float | None = None) -> None:
+                for first in range(0, len(content), PIECE):
+                    write(content[first : first + PIECE], left())
+
+            stream.read = lambda size, timeout=None: read(size, left())
+            stream.write = write_pieces
+
+    return hurry
+
+
+def _bounded(stream: Any, max_bytes: int) -> "httpx2.SyncByteStream":
+    """Returns an answer that is cut where it is too large."""
     import httpx2
 
     class Bounded(httpx2.SyncByteStream):
         def __iter__(self) -> Iterator[bytes]:
-            left = config.max_answer_bytes + 1
+            left = max_bytes + 1
             for piece in stream:
                 yield piece[:left]
                 left -= len(piece)
                 if left <= 0:
                     return
-                if time.monotonic() > end:
-                    raise httpx2.ReadTimeout(f"the answer did not end within {config.timeout:g} s")
 
         def close(self) -> None:
             stream.close()

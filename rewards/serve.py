@@ -14,10 +14,11 @@ import base64
 import hmac
 import logging
 import sys
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field
+from pydantic_core import from_json
 
 from overpaint.settings import settings
 
@@ -30,6 +31,7 @@ from .types import Reward, RewardLike, scores_of, to_device
 
 if TYPE_CHECKING:
     from fastapi import FastAPI, Request
+    from uvicorn.protocols.http.h11_impl import H11Protocol
 
 LOG = logging.getLogger("rewards.serve")
 
@@ -59,8 +61,10 @@ class ServeConfig:
     max_bytes: int = Field(64_000_000, ge=1)
     """Size of a request."""
     max_seconds: float = Field(120.0, gt=0)
-    """Time that the sending of a request may take."""
-    max_connections: int = Field(16, ge=1)
+    """Time that the head of a request may take to arrive, and its body; in seconds."""
+    max_requests: int = Field(16, ge=1)
+    """Requests in memory at a time; others wait, unread."""
+    max_connections: int = Field(256, ge=1)
     """Clients at a time; more are told to come again."""
 
     def __post_init__(self) -> None:
@@ -69,10 +73,8 @@ class ServeConfig:
             raise ValueError(f"token_variable must be given where others can reach the server, got host {self.host!r}")
 
 
-class ScoreRequest(BaseModel):
+class ScoreRequest(NamedTuple):
     """What `POST /score` takes."""
-
-    model_config = ConfigDict(extra="forbid", strict=True)
 
     images: list[str]
     """Base64 of a PNG or a JPEG each."""
@@ -131,7 +133,7 @@ def application(reward: RewardLike, config: ServeConfig, token: str | None = Non
     from fastapi.responses import JSONResponse
 
     scorer = as_reward(reward)
-    one_at_a_time = asyncio.Lock()
+    in_memory, one_at_a_time = asyncio.Semaphore(config.max_requests), asyncio.Lock()
 
     def authorised(request: Request) -> None:
         # In a time that does not tell how much of the token was right.
@@ -154,17 +156,18 @@ def application(reward: RewardLike, config: ServeConfig, token: str | None = Non
         # A web page cannot send this type to a server that does not allow it to.
         if request.headers.get("Content-Type", "").partition(";")[0].strip().lower() != "application/json":
             raise RefusedError(415, "Content-Type must be application/json")
-        body = await _body(request, config)
-        async with one_at_a_time:
-            if await request.is_disconnected():  # it has given up, and may have asked again
-                raise RefusedError(408, "the client has gone")
-            try:
-                return {"scores": await asyncio.to_thread(scores_for, body, scorer, config)}
-            except RefusedError:
-                raise
-            except Exception as error:  # of the reward, whatever it is: the client is told, and others are served
-                LOG.exception("the reward failed")
-                raise RefusedError(500, f"the reward failed with {type(error).__name__}; see the log") from error
+        async with in_memory:
+            body = await _body(request, config)
+            async with one_at_a_time:
+                if await request.is_disconnected():  # it has given up, and may have asked again
+                    raise RefusedError(408, "the client has gone")
+                try:
+                    return {"scores": await asyncio.to_thread(scores_for, body, scorer, config)}
+                except RefusedError:
+                    raise
+                except Exception as error:  # of the reward, whatever it is: the client is told, and others are served
+                    LOG.exception("the reward failed")
+                    raise RefusedError(500, f"the reward failed with {type(error).__name__}; see the log") from error
 
     return app
 
@@ -192,6 +195,7 @@ def serve(config: ServeConfig) -> None:
         application(reward, config, token),
         host=config.host,
         port=config.port,
+        http=_hurried_protocol(config.max_seconds),
         server_header=False,
         access_log=False,
         limit_concurrency=config.max_connections,
@@ -206,29 +210,68 @@ def serve(config: ServeConfig) -> None:
     uvicorn.Server(options).run(sockets=[listener])
 
 
+def _hurried_protocol(seconds: float) -> "type[H11Protocol]":
+    """Returns uvicorn's side of a connection, which by itself waits for ever for the head of a request.
+
+    It waits no longer for what a client still sends of a request that has been answered.
+    """
+    from uvicorn.protocols.http.h11_impl import H11Protocol
+
+    class Hurried(H11Protocol):
+        waiting: asyncio.TimerHandle | None = None
+
+        def connection_made(self, transport: Any) -> None:
+            super().connection_made(transport)
+            self._look()
+
+        def data_received(self, data: bytes) -> None:
+            super().data_received(data)
+            self._look()
+
+        def connection_lost(self, exc: Exception | None) -> None:
+            super().connection_lost(exc)
+            self._end_wait()
+
+        def _look(self) -> None:
+            if self.cycle is not None and not self.cycle.response_complete:
+                self._end_wait()
+            elif self.waiting is None:
+                self.waiting = self.loop.call_later(seconds, self.transport.abort)
+
+        def _end_wait(self) -> None:
+            if self.waiting is not None:
+                self.waiting.cancel()
+                self.waiting = None
+
+    return Hurried
+
+
 def _parsed(body: bytes, max_images: int) -> ScoreRequest:
-    """Returns the images and prompts of a request; what is wrong is told without repeating it."""
+    """Returns the images and prompts of a request; what is wrong is told without repeating it.
+
+    By hand, because pydantic's list of all that is wrong takes a hundred times the memory of a request of nonsense.
+    """
     try:
-        request = ScoreRequest.model_validate_json(body)
-    except ValidationError as invalid:
-        first = invalid.errors(include_input=False, include_url=False)[0]
-        if first["type"] == "json_invalid":
-            reason = "the body must be JSON"
-        elif first["type"] in ("missing", "extra_forbidden", "model_type"):
-            reason = "the body must be an object with the keys images and prompts and no other"
-        else:
-            reason = f"{first['loc'][0]} must be a list of strings"
-        raise RefusedError(400, reason) from None
-    images, prompts = len(request.images), len(request.prompts)
+        content = from_json(body, allow_inf_nan=False, cache_strings="none")
+    except ValueError:
+        raise RefusedError(400, "the body must be JSON") from None
+    if not isinstance(content, dict) or content.keys() != {"images", "prompts"}:
+        raise RefusedError(400, "the body must be an object with the keys images and prompts and no other")
+    for name, texts in content.items():
+        if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
+            raise RefusedError(400, f"{name} must be a list of strings")
+    images, prompts = len(content["images"]), len(content["prompts"])
     if images != prompts:
         raise RefusedError(400, f"there must be one prompt for each image, got {prompts} for {images}")
     if images > max_images:
         raise RefusedError(413, f"a request may hold {max_images} images, got {images}")
-    return request
+    return ScoreRequest(**content)
 
 
 async def _body(request: "Request", config: ServeConfig) -> bytes:
     """Reads the body of a request, whatever size its header claims."""
+    from starlette.requests import ClientDisconnect
+
     body, size = bytearray(), 0
     try:
         async with asyncio.timeout(config.max_seconds):
@@ -240,6 +283,8 @@ async def _body(request: "Request", config: ServeConfig) -> bytes:
                     break  # until here it was read and dropped, because a client that still writes hears no answer
     except TimeoutError as error:
         raise RefusedError(408, f"a request may take {config.max_seconds:g} s to arrive") from error
+    except ClientDisconnect as error:
+        raise RefusedError(408, "the client has gone") from error
     if size > config.max_bytes:
         raise RefusedError(413, f"a request may have {config.max_bytes} bytes")
     return bytes(body)

@@ -1,5 +1,6 @@
 """DDPO whose reward is in another process: what happens to the server changes no number, and loses no sample."""
 
+import gzip
 import json
 import os
 import signal
@@ -191,33 +192,55 @@ class Hostile(ThreadingHTTPServer):
         pass  # a client that hung up
 
 
+CONTENT = {
+    "status 500": "the graphics card has gone",
+    "HTML": "<html>",
+    "infinite": '{"scores": [Infinity, 1, 1, 1]}',
+    "too large": '{"scores": [1e39, 1, 1, 1]}',
+    "strings": '{"scores": ["1", "1", "1", "1"]}',
+    "another shape": "[1, 1, 1, 1]",
+    "empty": "",
+    "no Unicode": b'{"scores": "\xff\xfe"}',
+    "deep": "[" * 100_000,
+    "long number": '{"scores": [' + "1" * 100_000 + "]}",
+    "huge": " " * 2_000_000,
+    "compressed": gzip.compress(b" " * 10_000_000),
+}
+"""Answers by what is wrong with them."""
+
+WITHOUT_END = {"late": b"", "drips": b"HTTP/1.1 200 OK\r\n\r\n", "drips its head": b"HTTP/1.1 200 OK\r\nX: "}
+"""Beginnings of answers that do not end."""
+
+
 class Handler(BaseHTTPRequestHandler):
     server: Any  # a Hostile
 
     def do_POST(self) -> None:
         body = self.rfile.read(int(self.headers["Content-Length"]))
         scores = scores_for(body, Compressibility(), ServeConfig(reward="compressibility"))
-        status, content = 200, json.dumps({"scores": scores})
         self.server.requests += 1
-        if self.server.from_request <= self.server.requests < self.server.to_request:
-            match self.server.misbehaviour:
-                case "status 500":
-                    status, content = 500, "the graphics card has gone"
-                case "garbage":
-                    content = "<html>" + content
-                case "wrong count":
-                    content = json.dumps({"scores": scores[1:]})
-                case "not a number":
-                    content = json.dumps({"scores": [float("nan"), *scores[1:]]})
-                case "hangs up":
-                    self.close_connection = True
-                    return
-                case "late":
-                    self.server.released.wait(20)
-        self.send_response(status)
+        bad = self.server.from_request <= self.server.requests < self.server.to_request
+        misbehaviour = self.server.misbehaviour if bad else ""
+        if misbehaviour in WITHOUT_END:
+            self.wfile.write(WITHOUT_END[misbehaviour])
+            while not self.server.released.wait(0.05):
+                self.wfile.write(b" " * (misbehaviour != "late"))
+            return
+        if misbehaviour == "hangs up":
+            self.close_connection = True
+            return
+        content = {
+            "": json.dumps({"scores": scores}),
+            "wrong count": json.dumps({"scores": scores[1:]}),
+            "not a number": json.dumps({"scores": [float("nan"), *scores[1:]]}),
+            **CONTENT,
+        }.get(misbehaviour, "")
+        self.send_response({"status 500": 500, "redirects": 307}.get(misbehaviour, 200))
         self.send_header("Content-Length", str(len(content)))
+        self.send_header("Content-Encoding", "gzip" if misbehaviour == "compressed" else "identity")
+        self.send_header("Location", f"{self.server.url}/elsewhere")
         self.end_headers()
-        self.wfile.write(content.encode())
+        self.wfile.write(content if isinstance(content, bytes) else content.encode())
 
     def log_message(self, format: str, *args: Any) -> None:
         pass
@@ -234,15 +257,34 @@ def hostile() -> Iterator[Hostile]:
         thread.join()
 
 
+@pytest.mark.proof
 @pytest.mark.parametrize(
     ("misbehaviour", "message"),
     [
         ("status 500", r"failed 1 times, at last with status 500: 'the graphics card has gone'"),
-        ("garbage", r"got an answer that is not JSON: '<html>"),
+        ("HTML", r"got an answer that is not JSON: '<html>"),
         ("wrong count", r"got an answer that cannot be used: scores must be a list of 4, got a list of 3"),
         ("not a number", r"got an answer that is not JSON: .*NaN"),
         ("hangs up", r"failed 1 times, at last with RemoteProtocolError"),
-        ("late", r"failed 1 times, at last with ReadTimeout"),
+        ("late", r"failed 1 times, at last with ReadTimeout: no whole answer within 1.5 s"),
+        ("drips", r"failed 1 times, at last with ReadTimeout: no whole answer within 1.5 s"),
+        ("drips its head", r"failed 1 times, at last with ReadTimeout: no whole answer within 1.5 s"),
+        ("redirects", r"got status 307"),
+        *(
+            pytest.param(misbehaviour, message, marks=pytest.mark.slow)  # what reads them has tests of its own
+            for misbehaviour, message in (
+                ("compressed", r"got an answer encoded as 'gzip'"),
+                ("infinite", r"got an answer that is not JSON"),
+                ("too large", r"got an answer that cannot be used: scores\[0\] must be a finite number, got 1e\+39"),
+                ("strings", r"got an answer that cannot be used: scores\[0\] must be a finite number, got str"),
+                ("another shape", r"got an answer that cannot be used: it must be an object with the one key scores"),
+                ("empty", r"got an answer that is not JSON: ''"),
+                ("no Unicode", r"got an answer that is not JSON"),
+                ("deep", r"got an answer that is not JSON"),
+                ("long number", r"got an answer that is not JSON"),
+                ("huge", r"got more than 1000000 bytes"),
+            )
+        ),
     ],
 )
 def test_misbehaving_server_changes_no_number_and_loses_no_sample(
@@ -252,8 +294,9 @@ def test_misbehaving_server_changes_no_number_and_loses_no_sample(
     undisturbed: Outcome,
     hostile: Hostile,
     tmp_path: Path,
+    record_property: Callable[[str, int], None],
 ) -> None:
-    reward = remote(hostile.url, timeout=1.5 if misbehaviour == "late" else 20.0)
+    reward = remote(hostile.url, timeout=1.5 if "1.5 s" in message else 20.0)
     hostile.misbehave(misbehaviour, 2, 3)  # a request of the first round
     recovered = train("recovered", reward)
     assert_same(recovered, undisturbed)
@@ -268,3 +311,4 @@ def test_misbehaving_server_changes_no_number_and_loses_no_sample(
     assert_same(train("ended", reward, resume=True), undisturbed)
     assert kept_files(tmp_path / "ended") == []
     assert hostile.requests == BATCHES  # of the second round only
+    record_property("client: hostile answers borne by DDPO, no sample lost", 2)

@@ -1,6 +1,10 @@
-"""Two small networks of ImageReward's structure: the golden one in the official layout, and a smaller one."""
+"""Two small networks of ImageReward's structure, the golden one in the official layout; and a served reward."""
 
-from collections.abc import Iterator
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Generator, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 import jaxtyping
@@ -93,3 +97,32 @@ def unchecked() -> Iterator[None]:
     jaxtyping.config.update("jaxtyping_disable", True)
     yield
     jaxtyping.config.update("jaxtyping_disable", False)
+
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@contextmanager
+def started_server(
+    *options: str, reward: str = "compressibility", folder: Path = ROOT
+) -> Generator[tuple[subprocess.Popen[str], str]]:
+    """Runs the program in a folder, on a free port; gives it and its URL."""
+    command = [sys.executable, "-m", "rewards.serve", "--reward", reward, "--port", "0", *options]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "SERVE_TOKEN": "a-long-and-secret-token"}
+    program = subprocess.Popen(
+        command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    try:
+        assert program.stdout is not None
+        name, _, url = program.stdout.readline().strip().partition(" at ")
+        assert name == reward
+        yield program, url
+    finally:
+        program.kill()
+        program.communicate()
+
+
+@pytest.fixture(scope="session")
+def server() -> Callable[..., AbstractContextManager[tuple[subprocess.Popen[str], str]]]:
+    """Starts `python -m rewards.serve` for the length of a `with` block."""
+    return started_server

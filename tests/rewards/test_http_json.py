@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping
 from email.utils import formatdate
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import pytest
 import stamina
@@ -68,14 +68,17 @@ class Handler(BaseHTTPRequestHandler):
         pass
 
 
-@pytest.fixture
-def server() -> Iterator[Scripted]:
-    with Scripted() as scripted:
-        thread = threading.Thread(target=scripted.serve_forever, args=(0.01,))
+def scripted() -> Iterator[Scripted]:
+    with Scripted() as server:
+        thread = threading.Thread(target=server.serve_forever, args=(0.01,))
         thread.start()
-        yield scripted
-        scripted.shutdown()
+        yield server
+        server.shutdown()
         thread.join()
+
+
+server = pytest.fixture(scripted, name="server")
+other = pytest.fixture(scripted, name="other")
 
 
 @pytest.fixture
@@ -104,6 +107,21 @@ def drip(handler: Handler) -> None:
     handler.wfile.write(b"HTTP/1.1 200 OK\r\n\r\n")
     for _ in range(1000):
         handler.wfile.write(b" ")
+        threading.Event().wait(0.02)
+
+
+def drip_head(handler: Handler) -> None:
+    """Drips before there is anything to read of the answer itself."""
+    handler.wfile.write(b"HTTP/1.1 200 OK\r\nX-Slow: ")
+    for _ in range(1000):
+        handler.wfile.write(b"x")
+        threading.Event().wait(0.02)
+
+
+def hurry_up_and_wait(handler: Handler) -> None:
+    """Announces an answer again and again."""
+    for _ in range(1000):
+        handler.wfile.write(b"HTTP/1.1 103 Early Hints\r\n\r\n")
         threading.Event().wait(0.02)
 
 
@@ -151,6 +169,20 @@ def test_other_status_is_final(status: int, server: Scripted) -> None:
         request_json("POST", server.url + "/x", [], config(), token=TOKEN)
     assert caught.value.status == status
     assert len(server.asked) == 1
+
+
+@pytest.mark.proof
+@pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
+def test_no_redirect_takes_the_token_elsewhere(
+    status: int, server: Scripted, other: Scripted, record_property: Callable[[str, int], None]
+) -> None:
+    server.answers = [Answer(status, headers={"Location": other.url})]
+    methods: tuple[Literal["GET", "POST"], ...] = ("GET", "POST")
+    for method in methods:
+        with pytest.raises(HttpError, match=f"got status {status}"):
+            request_json(method, server.url, None if method == "GET" else [], config(), token=TOKEN)
+    assert (len(server.asked), other.asked) == (2, [])
+    record_property("client: redirects not followed", 2)
 
 
 def test_last_failure_is_told_with_the_number_of_tries(server: Scripted) -> None:
@@ -214,10 +246,11 @@ def test_retry_after_is_honoured_within_bounds(
     assert pauses == [pytest.approx(pause, abs=1.5)]
 
 
-def test_late_answer_is_a_timeout_even_when_it_drips(server: Scripted) -> None:
-    server.answers = [Answer(act=drip)]
+@pytest.mark.parametrize("act", [drip, drip_head, hurry_up_and_wait])
+def test_late_answer_is_a_timeout_even_when_it_drips(act: Callable[[Any], None], server: Scripted) -> None:
+    server.answers = [Answer(act=act)]
     begin = time.monotonic()
-    with pytest.raises(HttpError, match=r"ReadTimeout: the answer did not end within 0.2 s"):
+    with pytest.raises(HttpError, match=r"ReadTimeout: no whole answer within 0.2 s"):
         request_json("GET", server.url, None, config(timeout=0.2, attempts=2))
     server.answers = [Answer(act=doze)]
     with pytest.raises(HttpError, match="ReadTimeout"):

@@ -4,16 +4,13 @@ import asyncio
 import base64
 import io
 import json
-import os
 import re
 import signal
 import socket
-import subprocess
 import sys
 import threading
 import zlib
-from collections.abc import AsyncIterator, Generator, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -30,8 +27,7 @@ from rewards.http_json import HttpConfig, HttpError
 from rewards.remote import RemoteConfig, RemoteReward
 from rewards.serve import ServeConfig, application, serve
 
-ROOT = Path(__file__).resolve().parents[2]
-TOKEN = "a-long-and-secret-token"
+TOKEN = "a-long-and-secret-token"  # as conftest.py's servers have it in SERVE_TOKEN
 ONCE = HttpConfig(timeout=20.0, attempts=1)
 IMAGES = torch.rand(10, 3, 24, 32, generator=torch.Generator().manual_seed(0))
 PROMPTS = [f"picture {index}" for index in range(10)]
@@ -62,28 +58,8 @@ class Brightness:
         return images.mean(dim=(1, 2, 3))
 
 
-@contextmanager
-def server(
-    *options: str, reward: str = "compressibility", folder: Path = ROOT
-) -> Generator[tuple[subprocess.Popen[str], str]]:
-    """Runs the program in a folder, on a free port; gives it and its URL."""
-    command = [sys.executable, "-m", "rewards.serve", "--reward", reward, "--port", "0", *options]
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "SERVE_TOKEN": TOKEN}
-    program = subprocess.Popen(
-        command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
-    try:
-        assert program.stdout is not None
-        name, _, url = program.stdout.readline().strip().partition(" at ")
-        assert name == reward
-        yield program, url
-    finally:
-        program.kill()
-        program.communicate()
-
-
 @pytest.fixture(scope="module")
-def server_url() -> Iterator[str]:
+def server_url(server: Callable[..., Any]) -> Iterator[str]:
     """A real server in another process; it takes little and wants a token."""
     with server("--token-variable", "SERVE_TOKEN", "--max-bytes", "100000", "--max-images", "8") as (_, url):
         yield url
@@ -154,7 +130,7 @@ def test_server_outlives_what_is_not_even_http(server_url: str) -> None:
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="there is no SIGTERM to catch")
-def test_terminated_server_ends_in_peace() -> None:
+def test_terminated_server_ends_in_peace(server: Callable[..., Any]) -> None:
     with server() as (program, url):
         reward = remote(url, token=None)
         assert reward.check() == "compressibility"
@@ -167,7 +143,9 @@ def test_terminated_server_ends_in_peace() -> None:
             reward(IMAGES, PROMPTS)
 
 
-def test_a_function_of_a_file_in_the_working_directory_is_served_with_its_weights(tmp_path: Path) -> None:
+def test_a_function_of_a_file_in_the_working_directory_is_served_with_its_weights(
+    server: Callable[..., Any], tmp_path: Path
+) -> None:
     text = "from functools import partial\n\ndef scaled(factor, images, prompts):\n"
     text += "    return factor * images.mean((1, 2, 3))\n"
     text += "\ndef make(weights):\n    return partial(scaled, float(weights.read_text()))\n"
@@ -444,6 +422,7 @@ def test_server_that_others_reach_needs_a_token(host: str) -> None:
         ({"max_images": 0}, "max_images must be at least 1, got 0"),
         ({"max_pixels": 0}, "max_pixels must be at least 1, got 0"),
         ({"max_bytes": 0}, "max_bytes must be at least 1, got 0"),
+        ({"max_requests": 0}, "max_requests must be at least 1, got 0"),
         ({"max_connections": 0}, "max_connections must be at least 1, got 0"),
         ({"max_seconds": 0.0}, "max_seconds must be above 0, got 0.0"),
     ],
