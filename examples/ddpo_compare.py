@@ -18,6 +18,7 @@ from overpaint.evaluation import Estimate
 from overpaint.evaluation.experiments.options import TINY_WORLD
 from overpaint.evaluation.experiments.tasks import TaskName
 from overpaint.evaluation.report.charts import band_of, series_chart, svg
+from overpaint.policy.atomic import write_text
 from overpaint.settings import AnyPath, Distinct, Field, settings
 from overpaint.training import read_metrics
 
@@ -105,9 +106,9 @@ def main(config: Config) -> Bands:
             x_label="reward queries",
             y_label=what,
         )
-        (folder / f"{tag.replace('/', '_')}.svg").write_text(svg(chart.spec), encoding="utf-8")
+        write_text(folder / f"{tag.replace('/', '_')}.svg", svg(chart.spec))
     content = {tag: {name: columns(band) for name, band in found.items()} for tag, found in bands.items()}
-    (folder / "curves.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    write_text(folder / "curves.json", json.dumps(content, indent=1) + "\n")
     print(f"\nThe curves: {folder}")
     return bands
 

@@ -23,6 +23,7 @@ from overpaint.evaluation.images.files import MANIFEST, read_image
 from overpaint.evaluation.images.pairs import Pair, image_sizes, read_pairs
 from overpaint.evaluation.scoring.pair_scores import check_prompts, score_pairs
 from overpaint.evaluation.tables import check_output, write_table
+from overpaint.policy.atomic import atomic_file
 from overpaint.settings import AnyPath, Distinct, Field, settings
 from overpaint.tinyworld import REWARDS as TINY_WORLD_REWARDS
 from overpaint.training import image_grid
@@ -140,8 +141,8 @@ def save_contact_sheet(result: Result, path: Path) -> None:
     # Small pictures keep their pixels; all get the same square to stand in.
     side = min(LARGEST, max(max(image.size) for image in images))
     squares = [in_square(image, side) for image in images]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    image_grid(to_images(torch.stack(squares)), captions, columns=count, side=192).save(path, format="PNG")
+    with atomic_file(path) as partial:
+        image_grid(to_images(torch.stack(squares)), captions, columns=count, side=192).save(partial, format="PNG")
 
 
 def in_square(image: Image.Image, side: int) -> torch.Tensor:

@@ -8,6 +8,7 @@ from typing import Annotated, Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from overpaint.policy.atomic import atomic_file
 from overpaint.policy.weight_files import SafeTensors, check_whole, read_weights, shards_of
 from overpaint.settings import Field, settings
 from overpaint.text_files import read_json
@@ -236,4 +237,5 @@ def save_weights(network: nn.Module, path: Path, dtype: torch.dtype | None) -> N
         name: tensor.detach().cpu().to(dtype or tensor.dtype).contiguous()
         for name, tensor in network.state_dict().items()
     }
-    save_file(state, path, metadata={"format": "pt"})
+    with atomic_file(path) as partial:
+        save_file(state, partial, metadata={"format": "pt"})

@@ -10,7 +10,8 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -211,6 +212,44 @@ def in_double(monkeypatch: pytest.MonkeyPatch) -> Callable[[DiffusionPolicy], Di
         return policy
 
     return widened
+
+
+class SmallDisk(NamedTuple):
+    """A file system of its own, which can be filled up and made read-only."""
+
+    path: Path
+
+    def fill(self, *, leave: int) -> None:
+        """Leaves so many bytes, in whole pages."""
+        state = os.statvfs(self.path)
+        with (self.path / "ballast").open("wb") as ballast:
+            os.posix_fallocate(ballast.fileno(), 0, max(1, state.f_bavail * state.f_frsize - leave))
+
+    def clear(self) -> None:
+        """Makes space again."""
+        (self.path / "ballast").unlink(missing_ok=True)
+
+    @contextmanager
+    def read_only(self, folder: Path) -> Generator[None]:
+        """Makes a folder read-only for as long as the block lasts, for root too."""
+        subprocess.run(["mount", "--bind", folder, folder], check=True)
+        try:
+            subprocess.run(["mount", "-o", "remount,bind,ro", folder], check=True)
+            yield
+        finally:
+            subprocess.run(["umount", folder], check=True)
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[SmallDisk]:
+    """A real file system of 2 MB, in memory, where the machine lets one be mounted."""
+    path = tmp_path / "disk"
+    path.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", path]
+    if shutil.which("mount") is None or subprocess.run(command, capture_output=True).returncode:
+        pytest.skip("needs the right to mount a file system")
+    yield SmallDisk(path)
+    subprocess.run(["umount", path], check=True)
 
 
 @pytest.fixture(scope="session")

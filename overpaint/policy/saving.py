@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from .added import add_networks, added_networks
+from .atomic import naming
 from .families import Family
 from .guidance import SamplingGuard
 from .loading import without_bars
@@ -61,6 +62,12 @@ def write_pipeline(pipeline: Pipeline, folder: str | Path) -> None:
     which it would draw from random weights.
     """
     folder = Path(folder)
+    with naming(folder):
+        _write_pipeline(pipeline, folder)
+
+
+def _write_pipeline(pipeline: Pipeline, folder: Path) -> None:
+    """Does what `write_pipeline` says."""
     with without_bars():
         pipeline.save_pretrained(folder)
     for name, part in pipeline.components.items():

@@ -26,6 +26,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from overpaint.policy.atomic import naming
 from overpaint.policy.weight_files import SafeTensors, read_pickle
 from overpaint.text_files import read_json_object
 
@@ -70,12 +71,25 @@ class CheckpointFolder:
         return sorted(self.path.glob("iteration-*"), key=lambda path: int(path.name.removeprefix("iteration-")))
 
     def save(self, checkpoint: Checkpoint) -> Path:
-        """Writes a checkpoint, whole or not at all, and removes those beyond the number to keep."""
+        """Writes a checkpoint, whole or not at all, and removes those beyond the number to keep.
+
+        Raises:
+            OSError: The disk is full, for example; the message names the checkpoint, and those before it stay.
+        """
+        with naming(self.path / NAME.format(checkpoint.iteration)):
+            return self._save(checkpoint)
+
+    def _save(self, checkpoint: Checkpoint) -> Path:
+        """Does what `save` says."""
         self.path.mkdir(parents=True, exist_ok=True)
         self._remove(".partial-*")
         name = NAME.format(checkpoint.iteration)
         partial = self.path / f".partial-{name}"
-        _write(partial, checkpoint)
+        try:
+            _write(partial, checkpoint)
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)  # whose room may be what the disk lacks
+            raise
         final = self.path / name
         if final.exists():
             final.rename(self.path / f".partial-old-{name}")
@@ -190,7 +204,8 @@ def _write(folder: Path, checkpoint: Checkpoint) -> None:
     # Copies on the CPU, because safetensors takes no two tensors that share memory.
     weights = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in checkpoint.weights.items()}
     save_file(weights, folder / WEIGHTS)
-    torch.save(checkpoint.state, folder / STATE)
+    with (folder / STATE).open("wb") as file:  # of Python's own, whose errors say what is wrong with the disk
+        torch.save(checkpoint.state, file)
     try:
         read_pickle(folder / STATE)
     except ValueError as error:

@@ -1,5 +1,6 @@
 """What a run writes down: metrics.jsonl always, trackers, grids of images, and a progress bar."""
 
+import errno
 import importlib.util
 import json
 import math
@@ -17,7 +18,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 from tqdm import tqdm
 
-from overpaint.policy.atomic import write_text
+from overpaint.policy.atomic import append, naming, write_text
 from overpaint.text_files import parsed_json
 
 from .config import TrainingConfig
@@ -41,22 +42,33 @@ class MetricsFile:
         self.path = path
         if path.exists():
             _keep_lines_before(path, start)
-        self._file = path.open("a", encoding="utf-8")
+        with naming(path):
+            self._file = path.open("ab", buffering=0)
 
     def write(self, iteration: int, values: Mapping[str, float]) -> None:
-        """Writes one line, and hands it to the operating system so that a killed process loses none."""
+        """Writes one line, and hands it to the operating system so that a killed process loses none.
+
+        Raises:
+            OSError: The disk is full, for example, or the file is not there any more; the message names it.
+        """
         finite = {tag: value if math.isfinite(value) else None for tag, value in values.items()}
-        self._file.write(json.dumps({"iteration": iteration, **finite}) + "\n")
-        self._file.flush()
+        self._check_there()
+        append(self._file, json.dumps({"iteration": iteration, **finite}).encode() + b"\n")
 
     def sync(self) -> None:
-        """Waits until all lines are on the disk."""
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        """Waits until all lines are on the disk; raises as `write`."""
+        self._check_there()
+        with naming(self.path):
+            os.fsync(self._file.fileno())
 
     def close(self) -> None:
         """Closes the file."""
         self._file.close()
+
+    def _check_there(self) -> None:
+        """Raises where the file is gone or another has taken its place: what is written would be lost unseen."""
+        if not os.path.samestat(self.path.stat(), os.fstat(self._file.fileno())):
+            raise FileNotFoundError(errno.ENOENT, "another file has taken the place of the run's own", str(self.path))
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

@@ -95,13 +95,18 @@ class RunRecord:
         return record
 
     def note(self, iteration: int, outcome: str = "running") -> None:
-        """Writes down how far the run has come and how long it has taken."""
+        """Writes down how far the run has come and how long it has taken.
+
+        Raises:
+            OSError: The disk is full, for example, or the folder is not there any more; the message names it.
+        """
         session = self.content["sessions"][-1]
         session["seconds"] = round(time.monotonic() - self._start, 3)
         session["iterations_done"], session["outcome"] = iteration, outcome
         if outcome != "running":
             session["ended"] = _now()
         self.content["seconds"] = round(sum(each["seconds"] for each in self.content["sessions"]), 3)
+        self.path.parent.stat()  # a folder that has gone is not made anew, for it may come back
         write_text(self.path, json.dumps(self.content, indent=2, ensure_ascii=False) + "\n")
 
     def end(self, iteration: int, error: BaseException | None) -> None:
@@ -109,7 +114,10 @@ class RunRecord:
 
         Args:
             iteration: Number of iterations done.
-            error: What ended the run, if anything did.
+            error: What ended the run, if anything did. Where the record cannot be written either, it is told so.
+
+        Raises:
+            OSError: As `note`, where no error ended the run.
         """
         if isinstance(error, SystemExit | KeyboardInterrupt):
             outcome = "stopped by a signal"
@@ -117,7 +125,12 @@ class RunRecord:
             outcome = f"failed: {type(error).__name__}: {error}"
         else:
             outcome = "finished" if iteration == self.content["run"]["iterations"] else "stopped early"
-        self.note(iteration, outcome)
+        try:
+            self.note(iteration, outcome)
+        except OSError as failure:
+            if error is None:
+                raise
+            error.add_note(f"the record of the run could not be completed: {failure}")
 
     def for_trackers(self) -> dict[str, Any]:
         """Returns what trackers are given besides the settings."""

@@ -12,6 +12,8 @@ import torch
 from jaxtyping import Float, Shaped
 from torch import Tensor
 
+from overpaint.policy.atomic import atomic_file
+
 from .checkpoint import (
     Checkpoint,
     CheckpointFolder,
@@ -175,11 +177,11 @@ class TrainingRun:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         """Gives back the policy's own network, the signal handler and the trackers."""
-        if self._loop is not None:
-            self._loop.close()
-        if self._record is not None:
-            self._record.end(self.iteration, error)
-        self._stack.close()
+        with self._stack:
+            if self._loop is not None:
+                self._loop.close()
+            if self._record is not None:
+                self._record.end(self.iteration, error)
         if error is None:
             self._tell_failure()
 
@@ -328,7 +330,8 @@ class TrainingRun:
         folder = Path(self.config.output_dir) / IMAGES
         with self._told_to_all():
             folder.mkdir(exist_ok=True)
-            grid.save(folder / f"{name.replace('/', '-')}-{self.iteration:06d}.png")
+            with atomic_file(folder / f"{name.replace('/', '-')}-{self.iteration:06d}.png") as partial:
+                grid.save(partial, format="PNG")
             log_image(self.accelerator, name, grid, self.iteration)
             if prompts is not None:
                 log_table(self.accelerator, f"{name}_table", images, prompts, values, self.iteration)

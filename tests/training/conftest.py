@@ -77,6 +77,7 @@ def small_training(
     *,
     die_at: int | None = None,
     each: Callable[[int], None] | None = None,
+    pictures: bool = False,
     **settings: Any,
 ) -> Outcome:
     """Trains a new stand-in for a few iterations, drawing from every generator there is."""
@@ -103,6 +104,10 @@ def small_training(
             loss = run.mean(error)
             run.log({"train/loss": loss, "train/grad_norm": grad_norm})
             run.log({"reward/mean": -loss, "erasure/violation": violation, "erasure/weight": dual.weight})
+            if pictures:
+                run.log_images(
+                    "round", torch.rand(2, 3, 64, 64), ["one", "two"], rewards=torch.tensor([loss, violation])
+                )
             if each is not None:
                 each(iteration)
         average = None

@@ -28,7 +28,7 @@ from PIL import Image
 from torch import Tensor
 
 from overpaint import image_files
-from overpaint.policy.atomic import write_bytes, write_text
+from overpaint.policy.atomic import append, write_bytes, write_text
 from overpaint.policy.types import Images
 from overpaint.text_files import parsed_json, read_bytes, read_json_object
 from rewards.public_files import sha256_of
@@ -304,21 +304,13 @@ def append_row(folder: Path, rank: int, row: ImageRow) -> None:
     Raises:
         OSError: The disk is full, for example; the message names the file, and no part of the row is left in it.
     """
-    path = folder / f".drawn-{rank}.jsonl"
     line = row.to_json().encode() + b"\n"
-    with path.open("ab+", buffering=0) as file:
-        begin = file.tell()
-        if begin:
+    with (folder / f".drawn-{rank}.jsonl").open("ab+", buffering=0) as file:
+        if file.tell():
             file.seek(-1, os.SEEK_END)
             if file.read() != b"\n":
                 line = b"\n" + line
-        try:
-            written = 0
-            while written < len(line):  # an unbuffered file may take a part, and complain about the rest only
-                written += file.write(line[written:]) or 0
-        except OSError as error:
-            file.truncate(begin)
-            raise OSError(error.errno, error.strerror, str(path)) from error
+        append(file, line)
 
 
 def finish_rows(folder: Path, planned: Sequence[PlannedImage], *, writer: str = "") -> bool:

@@ -19,6 +19,7 @@ from overpaint.evaluation.images.files import Read, pixels_or_reason, to_images
 from overpaint.evaluation.images.pairs import Pair, Size, batches_by_size, image_sizes, read_ahead
 from overpaint.evaluation.metrics.statistics import mean_estimate
 from overpaint.evaluation.prompts import IMAGE_REWARD_TEST
+from overpaint.policy.atomic import append
 from overpaint.policy.sealed import DamagedFileError, sealed, unsealed
 from overpaint.text_files import read_bytes, read_json
 from overpaint.training.logging import progress_bar
@@ -51,15 +52,19 @@ class Journal:
                     )
             self.records = lines[1:]
         path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = path.open("ab")
+        self._file = path.open("ab", buffering=0)
         self._file.truncate(whole_bytes)
         if not lines:
             self._write(dict(job))
 
     def append(self, record: Mapping[str, Any]) -> None:
-        """Writes a record, which from then on survives the death of the program."""
-        self.records.append(dict(record))
+        """Writes a record, which from then on survives the death of the program.
+
+        Raises:
+            OSError: The disk is full, for example; the message names the file, and no part of the record is in it.
+        """
         self._write(record)
+        self.records.append(dict(record))
 
     def __enter__(self) -> "Journal":
         """Returns the journal itself."""
@@ -70,8 +75,7 @@ class Journal:
         self._file.close()
 
     def _write(self, record: Mapping[str, Any]) -> None:
-        self._file.write(sealed(record))
-        self._file.flush()
+        append(self._file, sealed(record))
 
 
 def _whole_lines(path: Path) -> tuple[list[dict[str, Any]], int]:
