@@ -4,7 +4,6 @@ import pickle
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -100,17 +99,11 @@ def started_accelerator(config: TrainingConfig) -> Generator["Accelerator", None
     """
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState, is_initialized
-    from accelerate.utils import DistributedType, ProjectConfiguration, patch_environment
+    from accelerate.utils import DistributedType, patch_environment
 
     ours = not is_initialized()
     with patch_environment(ACCELERATE_USE_FSDP="false"):  # `prepared_network` shards, and leaves the LoRA whole
-        accelerator = Accelerator(
-            mixed_precision=config.mixed_precision,
-            log_with=list(config.trackers) or None,
-            project_config=ProjectConfiguration(
-                project_dir=str(config.output_dir), logging_dir=str(Path(config.output_dir) / "tensorboard")
-            ),
-        )
+        accelerator = Accelerator(mixed_precision=config.mixed_precision)
     try:
         if accelerator.distributed_type == DistributedType.XLA:
             raise ValueError("accelerate must be configured for CPUs or GPUs, got XLA")

@@ -1,16 +1,14 @@
-"""What a run writes down: metrics.jsonl always, trackers, grids of images, and a progress bar."""
+"""What a run writes down and shows: metrics.jsonl, grids of images, and a progress bar."""
 
 import errno
-import importlib.util
 import json
 import math
 import os
 import sys
-import uuid
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float
@@ -20,11 +18,6 @@ from tqdm import tqdm
 
 from overpaint.policy.atomic import append, naming, write_text
 from overpaint.text_files import parsed_json
-
-from .config import TrainingConfig
-
-if TYPE_CHECKING:
-    from accelerate import Accelerator
 
 
 class MetricsFile:
@@ -88,90 +81,6 @@ def _keep_lines_before(path: Path, iteration: int) -> None:
     write_text(path, "".join(kept))
 
 
-RUN_ID = "wandb_run_id.txt"
-"""File with the name wandb gives the run, so that a resumed run goes on in the same curves."""
-
-
-def check_trackers(config: TrainingConfig) -> None:
-    """Makes sure that every tracker can be used.
-
-    Raises:
-        ValueError: One is not installed; accelerate itself would go on silently without it.
-    """
-    for name in config.trackers:
-        modules = ("tensorboard", "tensorboardX") if name == "tensorboard" else (name,)
-        if not any(importlib.util.find_spec(module) for module in modules):
-            raise ValueError(f"trackers must be installed, got {name!r}, which is not: pip install {name}")
-
-
-def start_trackers(accelerator: "Accelerator", config: TrainingConfig, settings: Mapping[str, Any]) -> None:
-    """Starts every tracker, with the settings of the run as its hyperparameters."""
-    if not config.trackers:
-        return
-    folder = Path(config.output_dir)
-    options = {}
-    if "wandb" in config.trackers and accelerator.is_main_process:
-        options["wandb"] = {"dir": str(folder), "name": folder.name, "id": _run_id(folder), "resume": "allow"}
-    accelerator.init_trackers(config.project, config=_flat(settings), init_kwargs=options)
-
-
-def log_image(accelerator: "Accelerator", name: str, image: Image.Image, iteration: int) -> None:
-    """Sends one image to every tracker."""
-    pixels = np.asarray(image)[None]
-    for tracker in accelerator.trackers:
-        # tensorboard takes the colours for the first axis unless it is told; wandb knows an image's axes.
-        options = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
-        tracker.log_images({name: pixels}, step=iteration, **options)
-
-
-COLUMNS = ("iteration", "prompt", "image", "reward")
-
-
-def log_table(
-    accelerator: "Accelerator",
-    name: str,
-    images: Float[Tensor, "batch 3 H W"],
-    prompts: Sequence[str],
-    rewards: Sequence[float] | None,
-    iteration: int,
-) -> None:
-    """Sends images as a table to wandb, a row for each; tensorboard has no tables."""
-    for tracker in accelerator.trackers:
-        if tracker.name != "wandb":
-            continue
-        import wandb
-
-        pictures = [wandb.Image(Image.fromarray(array)) for array in _bytes_of(images)]
-        numbers = [None] * len(pictures) if rewards is None else rewards
-        rows = zip([iteration] * len(pictures), prompts, pictures, numbers, strict=True)
-        tracker.log_table(name, columns=list(COLUMNS), data=[list(row) for row in rows], step=iteration)
-
-
-def finish_trackers(accelerator: "Accelerator") -> None:
-    """Sends what is still waiting. Unlike accelerate's own `end_training`, leaves the processes connected."""
-    for tracker in accelerator.trackers:
-        tracker.finish()
-
-
-def _run_id(folder: Path) -> str:
-    """Returns the run's name for wandb, a new one when the run is new."""
-    file = folder / RUN_ID
-    if not file.exists():
-        file.write_text(uuid.uuid4().hex[:12], encoding="utf-8")
-    return file.read_text(encoding="utf-8")
-
-
-def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, str | int | float | bool]:
-    """Returns nested settings as `training/learning_rate: 1e-05`, which all trackers take."""
-    flat: dict[str, str | int | float | bool] = {}
-    for name, value in settings.items():
-        if isinstance(value, Mapping):
-            flat |= _flat(value, f"{prefix}{name}/")
-        else:
-            flat[prefix + name] = value if isinstance(value, str | int | float) else json.dumps(value)
-    return flat
-
-
 GAP = 8
 """Pixels between images, and around them."""
 LINE = 13
@@ -215,7 +124,7 @@ def image_grid(
     grid = Image.new("RGB", (columns * across + GAP, rows * down + GAP), "white")
     draw = ImageDraw.Draw(grid)
 
-    pixels = _bytes_of(images)
+    pixels = image_bytes(images)
     for index, text in enumerate(texts):
         left, top = GAP + index % columns * across, GAP + index // columns * down
         picture = Image.fromarray(pixels[index])
@@ -225,7 +134,7 @@ def image_grid(
     return grid
 
 
-def _bytes_of(images: Float[Tensor, "batch 3 H W"]) -> np.ndarray:
+def image_bytes(images: Float[Tensor, "batch 3 H W"]) -> np.ndarray:
     """Returns images in [0, 1] as Pillow reads them: 8 bits a colour, colours last."""
     pixels = (images.detach().float().clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1)
     return np.ascontiguousarray(pixels.cpu().numpy())

@@ -25,20 +25,11 @@ from .checkpoint import (
 from .config import TrainingConfig
 from .engine import from_main, in_any, prepared_network, resolved, started_accelerator
 from .folder import CHECKPOINTS, IMAGES, METRICS, check_same_run, claim, made_of, recorded
-from .logging import (
-    MetricsFile,
-    Progress,
-    check_trackers,
-    finish_trackers,
-    image_grid,
-    log_image,
-    log_table,
-    start_trackers,
-    tell,
-)
+from .logging import MetricsFile, Progress, image_grid, tell
 from .optimizer_step import OptimizerStep
 from .record import RunRecord, device_name
 from .signals import INTERRUPTED, TERMINATED, Termination
+from .trackers import Trackers, check_trackers
 from .types import Sliceable, Stateful, Trainable
 
 Items = TypeVar("Items", bound=Sliceable)
@@ -297,7 +288,7 @@ class TrainingRun:
         numbers = {tag: float(v.detach() if isinstance(v, Tensor) else v) for tag, v in values.items()}
         with self._told_to_all():
             self._metrics.write(self.iteration, numbers)
-            self.accelerator.log(numbers, step=self.iteration)
+            self._trackers.log(numbers, self.iteration)
         if self._bar is not None:
             self._bar.show(numbers, self.skipped)
 
@@ -332,9 +323,9 @@ class TrainingRun:
             folder.mkdir(exist_ok=True)
             with atomic_file(folder / f"{name.replace('/', '-')}-{self.iteration:06d}.png") as partial:
                 grid.save(partial, format="PNG")
-            log_image(self.accelerator, name, grid, self.iteration)
+            self._trackers.log_image(name, grid, self.iteration)
             if prompts is not None:
-                log_table(self.accelerator, f"{name}_table", images, prompts, values, self.iteration)
+                self._trackers.log_table(f"{name}_table", images, prompts, values, self.iteration)
 
     # How it is done.
 
@@ -343,12 +334,12 @@ class TrainingRun:
         config = self.config
         self._metrics = MetricsFile(Path(config.output_dir) / METRICS, start=self.iteration)
         stack.callback(self._metrics.close)
-        stack.callback(finish_trackers, self.accelerator)
         settings = recorded(config, self._configs)
         self._record = RunRecord.begin(
             Path(config.output_dir), settings, self._about, run=self._what_runs(), iteration=self.iteration
         )
-        start_trackers(self.accelerator, config, settings | self._record.for_trackers())
+        self._trackers = Trackers(config, settings | self._record.for_trackers())
+        stack.callback(self._trackers.finish)
 
     def _what_runs(self) -> dict[str, Any]:
         """Returns what only the run knows of what makes its result."""

@@ -7,8 +7,6 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import numpy as np
 import pytest
@@ -16,7 +14,7 @@ import torch
 from PIL import Image
 
 from overpaint.training import MetricsFile, TrainingConfig, TrainingRun, read_metrics
-from overpaint.training.logging import Progress, log_image, postfix, progress_bar
+from overpaint.training.logging import Progress, postfix, progress_bar
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,113 +126,6 @@ def test_missing_tracker_is_refused_at_once(
     config = TrainingConfig(output_dir=tmp_path, iterations=1, trackers=("tensorboard",))
     with pytest.raises(ValueError, match="trackers must be installed, got 'tensorboard'"):
         TrainingRun(stand_in(), config)
-
-
-def test_tracker_gets_settings_metrics_and_images(
-    stand_in: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    tracking = pytest.importorskip("accelerate.tracking")
-    calls: list[tuple[Any, ...]] = []
-
-    class Recorder(tracking.GeneralTracker):
-        name = "wandb"
-        requires_logging_directory = False
-
-        def __init__(self, project: str, **options: Any) -> None:
-            super().__init__()
-            calls.append(("init", project, options))
-
-        tracker = None
-
-        def start(self) -> None:
-            calls.append(("start",))
-
-        def store_init_configuration(self, values: dict[str, Any]) -> None:
-            calls.append(("config", values))
-
-        def log(self, values: dict[str, Any], step: int | None, **options: Any) -> None:
-            calls.append(("log", values, step))
-
-        def log_images(self, values: dict[str, Any], step: int | None, **options: Any) -> None:
-            calls.append(("images", {name: array.shape for name, array in values.items()}, step))
-
-        def log_table(self, name: str, *, columns: list[str], data: list[list[Any]], step: int) -> None:
-            calls.append(("table", name, columns, [[row[0], row[1], row[2].image.size, row[3]] for row in data], step))
-
-        def finish(self) -> None:
-            calls.append(("finish",))
-
-    monkeypatch.setitem(tracking.LOGGER_TYPE_TO_CLASS, "wandb", Recorder)
-    ids = []
-    for resume in (False, True):
-        calls.clear()
-        config = TrainingConfig(
-            output_dir=tmp_path, iterations=1 + resume, trackers=("wandb",), progress=False, resume=resume
-        )
-        about = {"model": {"weights": "abc", "lora": {"rank": 4}}, "notes": {"seeds": [1, 2]}}
-        with TrainingRun(stand_in(), config, configs={"refl": TrainerConfig()}, about=about) as run:
-            for _ in run.iterations():
-                run.log({"reward/mean": 0.5})
-                run.log_images("samples", torch.zeros(1, 3, 128, 128))
-                run.log_images("round", torch.zeros(2, 3, 128, 128), ["a", "b"], rewards=torch.tensor([0.5, -1.0]))
-        (_, project, options), _, (_, settings), *logged = calls
-        ids.append(options["id"])
-        assert project == "overpaint"
-        assert settings["training/learning_rate"] == 1e-5
-        assert settings["training/adam_betas"] == "[0.9, 0.999]"
-        assert settings["refl/margin"] == 2.0
-        assert (settings["model/weights"], settings["model/lora/rank"], settings["notes/seeds"]) == ("abc", 4, "[1, 2]")
-        assert settings["run/precision"] == "no"
-        assert settings["libraries/torch"] == torch.__version__
-        step = int(resume)
-        assert logged == [
-            ("log", {"reward/mean": 0.5}, step),
-            ("images", {"samples": (1, 144, 144, 3)}, step),
-            ("images", {"round": (1, 161, 280, 3)}, step),
-            (
-                "table",
-                "round_table",
-                ["iteration", "prompt", "image", "reward"],
-                [[step, "a", (128, 128), 0.5], [step, "b", (128, 128), -1.0]],
-                step,
-            ),
-            ("finish",),
-        ]
-    assert ids[0] == ids[1]  # a resumed run goes on in the same curves
-
-
-def test_wandb_takes_record_grid_and_table(stand_in: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("wandb")
-    monkeypatch.setenv("WANDB_MODE", "offline")
-    monkeypatch.setenv("WANDB_DATA_DIR", str(tmp_path / "data"))
-    monkeypatch.setenv("WANDB_CACHE_DIR", str(tmp_path / "cache"))
-    config = TrainingConfig(output_dir=tmp_path, iterations=1, trackers=("wandb",), progress=False)
-    with TrainingRun(stand_in(), config, about={"model": {"weights": "abc"}}) as run:
-        for _ in run.iterations():
-            run.log_images("round", torch.rand(2, 3, 8, 8), ["a cat", "a dog"], rewards=torch.tensor([0.5, 1.0]))
-    files = tmp_path / "wandb" / "latest-run" / "files" / "media"
-    (table,) = (files / "table").glob("round_table*.table.json")
-    content = json.loads(table.read_text())
-    assert content["columns"] == ["iteration", "prompt", "image", "reward"]
-    assert content["data"] == [[0, "a cat", "Image", 0.5], [0, "a dog", "Image", 1.0]]
-    assert list((files / "images").glob("round*.png"))  # the grid
-    staged = [file.read_bytes() for file in (tmp_path / "data").rglob("*") if file.is_file()]
-    assert sum(content.startswith(b"\x89PNG") for content in staged) == 2  # the table's own, in an artifact of the run
-
-
-def test_tensorboard_is_told_the_axes_of_an_image() -> None:
-    calls = []
-
-    def tracker(name: str) -> SimpleNamespace:
-        return SimpleNamespace(name=name, log_images=lambda values, **options: calls.append((name, values, options)))
-
-    accelerator = SimpleNamespace(trackers=[tracker("wandb"), tracker("tensorboard")])
-    log_image(accelerator, "samples", Image.new("RGB", (4, 2)), 7)  # ty: ignore[invalid-argument-type]
-    assert [(name, options) for name, _, options in calls] == [
-        ("wandb", {"step": 7}),
-        ("tensorboard", {"step": 7, "dataformats": "NHWC"}),
-    ]
-    assert all(values["samples"].shape == (1, 2, 4, 3) for _, values, _ in calls)
 
 
 def test_shard_and_gather_and_mean_in_one_process(stand_in: Callable, config: TrainingConfig) -> None:
