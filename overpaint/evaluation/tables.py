@@ -167,12 +167,13 @@ def _decoded_bytes(column: Any) -> int:
     """Returns the bytes of a column's values, of which those that are repeated lie there once."""
     from pyarrow import compute, types
 
+    functions: Any = compute  # made when it is imported
     if not types.is_dictionary(column.type):
         return column.nbytes
     if not _is_text(column.type.value_type):
         return column.dictionary_decode().nbytes
-    lengths = compute.take(compute.binary_length(column.dictionary), column.indices)
-    return int(compute.sum(lengths).as_py() or 0)
+    lengths = functions.take(functions.binary_length(column.dictionary), column.indices)
+    return int(functions.sum(lengths).as_py() or 0)
 
 
 def _read_json_rows(path: Path) -> list[Row]:
