@@ -122,8 +122,15 @@ def read_pickle(file: Path, device: str = "cpu", *, mapped: bool = True) -> Any:
         raise UnreadableError(f"{file} must be a file of torch.save, and is none, or is damaged") from error
     except Exception as error:  # bytes that are something else can make it raise anything
         raise UnreadableError(f"{file} must be a file of torch.save, and is none, or is damaged: {error}") from error
-    if (claimed := _claimed_bytes(content)) > (size := file.stat().st_size):
-        raise ValueError(f"{file} must hold its tensors whole, got {size} bytes that claim to be {claimed} of tensors")
+    storages: dict[int, int] = {}
+    for tensor in _tensors(content):
+        if tensor.layout != torch.strided or (
+            tensor.numel() * tensor.element_size() > (size := tensor.untyped_storage().nbytes())
+        ):
+            raise ValueError(f"{file} must hold its tensors whole, got one of shape {tuple(tensor.shape)} in part")
+        storages[tensor.untyped_storage()._cdata] = size
+    if (claimed := sum(storages.values())) > (held := file.stat().st_size):
+        raise ValueError(f"{file} must hold its tensors whole, got {held} bytes that claim to be {claimed} of tensors")
     return content
 
 
@@ -153,21 +160,17 @@ def _check_records(file: Path, zipped: bool) -> None:
             raise ValueError(f"{file} must hold tensors, numbers and texts only, and needs builtins.bytearray")
 
 
-def _claimed_bytes(content: Any) -> int:
-    """Returns the bytes of all storages that tensors of nested containers lie in."""
-    storages: dict[int, int] = {}
+def _tensors(content: Any) -> Iterator[Tensor]:
+    """Yields the tensors of nested containers, each container once."""
     seen: set[int] = set()
     left = [content]
     while left:
         value = left.pop()
         if isinstance(value, Tensor):
-            if value.layout == torch.strided:
-                storage = value.untyped_storage()
-                storages[storage._cdata] = storage.nbytes()
+            yield value
         elif isinstance(value, Mapping | list | tuple | set) and id(value) not in seen:
             seen.add(id(value))
             left.extend(value.values() if isinstance(value, Mapping) else value)
-    return sum(storages.values())
 
 
 def read_weights(files: Sequence[Path], device: str = "cpu") -> Any:
@@ -254,7 +257,6 @@ def _leaves(content: Any, source: Path) -> Iterator[tuple[str, Tensor]]:
         name, value = left.pop()
         where = f" at {name!r}" if name else ""
         if isinstance(value, Tensor):
-            check_whole(name, value, source)
             yield name, value
         elif not isinstance(value, Mapping):
             raise ValueError(f"{source} must hold tensors by name, got {type(value).__name__}{where}")
@@ -264,9 +266,3 @@ def _leaves(content: Any, source: Path) -> Iterator[tuple[str, Tensor]]:
             seen.add(id(value))
             inner = [(f"{name}.{key}" if name else str(key), value[key]) for key in value]
             left.extend(reversed(inner))
-
-
-def check_whole(name: str, tensor: Tensor, source: Path) -> None:
-    """Checks that a tensor has a place for each of its elements; a ValueError where some share one, or it is sparse."""
-    if tensor.layout != torch.strided or tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
-        raise ValueError(f"{source} must hold its tensors whole, got {name!r} of shape {tuple(tensor.shape)} in part")

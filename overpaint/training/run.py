@@ -17,6 +17,7 @@ from overpaint.policy.atomic import atomic_file
 from .checkpoint import (
     Checkpoint,
     CheckpointFolder,
+    DamagedCheckpointError,
     check_same_weights,
     global_random_state,
     seed_global_generators,
@@ -31,6 +32,9 @@ from .record import RunRecord, device_name
 from .signals import INTERRUPTED, TERMINATED, Termination
 from .trackers import Trackers, check_trackers
 from .types import Sliceable, Stateful, Trainable
+
+STATE = frozenset({"made_of", "optimizer_step", "objects", "generator", "random"})
+"""What a checkpoint holds besides weights."""
 
 Items = TypeVar("Items", bound=Sliceable)
 
@@ -482,6 +486,8 @@ class TrainingRun:
             return
         checkpoint = self._checkpoints.load(iteration)
         state = checkpoint.state
+        if missing := sorted(STATE - state.keys()):
+            raise DamagedCheckpointError(f"the state of iteration {iteration} must hold {missing[0]}, and does not")
         from_main(lambda: check_same_run(state["made_of"], self._made_of, self.config))
         if state["objects"].keys() != self._state.keys():
             raise ValueError(

@@ -174,7 +174,7 @@ def test_images_of_unknown_origin_are_left_alone(planned: Planned, noise_policy:
 def test_a_record_that_cannot_be_read_is_named(planned: Planned, noise_policy: Any, tmp_path: Path) -> None:
     generate(noise_policy(), planned, tmp_path, **ALONE)
     (tmp_path / "m" / "model.json").write_text("{", encoding="utf-8")
-    with pytest.raises(ValueError, match=r"folder must hold model\.json, which `generate` writes, got .*JSONDecodeErr"):
+    with pytest.raises(ValueError, match=r"folder must hold model\.json, which `generate` writes, got .*must be JSON"):
         generate(noise_policy(), planned, tmp_path, **ALONE)
 
 

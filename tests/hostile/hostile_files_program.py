@@ -2,7 +2,7 @@
 
     python hostile_files_program.py PIPELINE FOLDER
 
-A line of JSON for each: what was read with what, the exception's bases and text, seconds, and by how many MiB the
+A line of JSON for each: what was read with what, the exception's bases and text, CPU-seconds, and by how many MiB the
 process has grown. `test_hostile_files.py` says what they must be.
 """
 
@@ -99,6 +99,7 @@ class Places:
                 (root / name).parent.mkdir(parents=True, exist_ok=True)
                 if name.endswith(".bin"):
                     (root / name.replace(".bin", ".safetensors")).unlink(missing_ok=True)
+                    (root / name.replace("pytorch_model.bin", "model.safetensors")).unlink(missing_ok=True)
                 (root / name).unlink(missing_ok=True)
                 put(root / name)
                 yield Case(f"{kind}/{name}: {what}", root / name, partial(read, root), (Path(name).name, str(root)))
@@ -174,7 +175,9 @@ def of_weights(good: Good) -> Iterator[Case]:
     yield from good.places.with_files("CLIP", ("model.safetensors",), lies, ClipEncoder.from_folder)
     yield from good.places.with_files("erasure", ("weight_delta.safetensors",), lies, Erasure.load)
     newest = "checkpoints/iteration-00000001"
-    for name, files in (("state.pt", bombs), ("weights.safetensors", lies)):
+    harmless = ("a mapping in itself", "2^60 tensors by doubling")  # where nothing walks through it
+    states = {what: put for what, put in bombs.items() if what not in harmless}
+    for name, files in (("state.pt", states), ("weights.safetensors", lies)):
         read = lambda root: load_checkpoint(root / newest)  # noqa: E731
         for case in good.places.with_files("run", (f"{newest}/{name}",), files, read):
             fit_manifest(case.path.parent)
@@ -304,7 +307,7 @@ def main(pipeline: Path, folder: Path) -> None:
     os.environ["PATH"] = f"{programs}:{os.environ['PATH']}"
     good = Good.made(pipeline, folder)
     for case in (case for kind in (of_weights, of_json, of_contents, of_others) for case in kind(good)):
-        start, size = time.perf_counter(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        start, size = time.process_time(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         try:
             case.read()
         except BaseException as error:
@@ -312,7 +315,7 @@ def main(pipeline: Path, folder: Path) -> None:
         else:
             kinds, told = [], "was read"
         grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - size) // 1024
-        seconds = time.perf_counter() - start
+        seconds = time.process_time() - start
         executed = [name for name in ("executed", "escaped") if (folder / name).exists()]
         line = {"name": case.name, "names": case.names, "kinds": kinds, "told": told[:2000], "executed": executed}
         sys.stdout.write(json.dumps({**line, "seconds": seconds, "grown": grown}) + "\n")

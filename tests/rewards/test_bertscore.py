@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import pickle
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -286,7 +285,7 @@ class Attack:
 
 def test_pickled_code_in_the_weights_is_not_executed(deberta: Path, tmp_path: Path) -> None:
     torch.save({"deberta.weight": Attack(tmp_path / "executed")}, deberta / "pytorch_model.bin")
-    with pytest.raises((pickle.UnpicklingError, OSError), match=r"(?i)weights.only"):
+    with pytest.raises(ValueError, match=r"pytorch_model\.bin must hold tensors, numbers and texts only.* it needs "):
         BertScore.load(deberta, 3)
     assert not (tmp_path / "executed").exists()
 
