@@ -1,5 +1,7 @@
 """DDPO: policy gradients over whole denoising trajectories; reward-weighted regression and DiffusionNFT beside them."""
 
+from overpaint.checked import check_calls
+
 from .advantage import PromptStatistics, centred_advantages, group_advantages, round_advantages
 from .config import DDPOConfig
 from .critic import CriticConfig, generalised_advantages
@@ -35,3 +37,5 @@ __all__ = [
     "softmax_weights",
     "sparse_weights",
 ]
+
+check_calls(__name__)

@@ -1,5 +1,7 @@
 """What must not appear: concepts, the methods that erase them, and the constraint that keeps them erased."""
 
+from overpaint.checked import check_calls
+
 from .changes import Change, WeightChange
 from .concept import NUDITY, Concept
 from .concept_prompts import ConceptPrompts, ConceptPromptsConfig
@@ -94,3 +96,5 @@ __all__ = [
     "strongest_erasure",
     "strongest_setting",
 ]
+
+check_calls(__name__)

@@ -6,18 +6,31 @@ declared with `AnyFloat`. `dataclasses.replace` and `asdict` work, and so does t
 the fields.
 """
 
-import re
 from collections.abc import Callable
-from difflib import get_close_matches
 from functools import wraps
 from pathlib import Path
 from typing import Annotated, Any, TypeVar, dataclass_transform
 
-from pydantic import AfterValidator, AllowInfNan, ConfigDict, Field, Strict, ValidationError
+from pydantic import AfterValidator, AllowInfNan, Field, Strict, ValidationError
 from pydantic.dataclasses import dataclass
 from pydantic.fields import FieldInfo
 
-__all__ = ["AnyFloat", "AnyPath", "Distinct", "Field", "Text", "settings"]
+from .rules import CONFIG, in_words, strict
+
+__all__ = [
+    "AnyFloat",
+    "AnyPath",
+    "Count",
+    "Distinct",
+    "Field",
+    "Index",
+    "NonNegative",
+    "Positive",
+    "Seed",
+    "Share",
+    "Text",
+    "settings",
+]
 
 AnyFloat = Annotated[float, AllowInfNan(True)]
 """A float that may be infinite, which a bound beside the field can narrow; NaN breaks any bound."""
@@ -33,10 +46,26 @@ def _expanded(path: Path) -> Path:
 AnyPath = Annotated[Path, Strict(False), AfterValidator(_expanded)]
 """A path, also given as a string; `~` is the home folder."""
 
+Count = Annotated[int, Field(ge=1)]
+"""How many, at least one."""
+
+Index = Annotated[int, Field(ge=0)]
+"""A place in a sequence, counted from 0."""
+
+Seed = Annotated[int, Field(ge=0)]
+"""What a generator of random numbers begins with."""
+
+Positive = Annotated[float, Field(gt=0)]
+"""A number above 0."""
+
+NonNegative = Annotated[float, Field(ge=0)]
+"""A number that is not below 0."""
+
+Share = Annotated[float, Field(ge=0, le=1)]
+"""A number from 0 to 1."""
+
 Text = Annotated[str, Field(pattern=r"\S")]
 """A string that is not blank."""
-
-CONFIG = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, arbitrary_types_allowed=True)
 
 T = TypeVar("T")
 
@@ -67,7 +96,10 @@ def settings(cls: type[T]) -> type[T]:
                 delattr(cls, name)
             else:
                 setattr(cls, name, rules.default)
+    written = dict(annotations)
+    annotations.update((name, strict(hint)) for name, hint in written.items())
     made: Any = dataclass(cls, frozen=True, kw_only=True, config=CONFIG)
+    annotations.update(written)
     checked: Callable[..., None] = made.__init__
 
     @wraps(checked)
@@ -75,42 +107,7 @@ def settings(cls: type[T]) -> type[T]:
         try:
             checked(self, **values)
         except ValidationError as error:
-            raise ValueError("; ".join(_in_words(made, one) for one in error.errors())) from None
+            raise ValueError(in_words(error.errors(), f"{made.__name__}.", made.__dataclass_fields__)) from None
 
     made.__init__ = construct
     return made
-
-
-WORDS = (
-    (r"^\w+ should", "must"),
-    (r"^Input is not a valid path.*", "must be a path"),
-    (r"match pattern '\\S'", "not be blank"),
-    (r" after validation, not \d+$", ""),
-    (r"greater than or equal to", "at least"),
-    (r"less than or equal to", "at most"),
-    (r"greater than", "above"),
-    (r"less than", "below"),
-)
-"""From pydantic's words to the house's."""
-
-
-def _in_words(made: Any, error: Any) -> str:
-    """Returns one broken rule as a sentence."""
-    name = made.__name__
-    if error["type"] == "value_error":  # raised by `__post_init__`, which knows more fields than one
-        told = str(error["ctx"]["error"])
-        if error["loc"]:
-            return f"{name}.{error['loc'][0]} {told}"
-        return f"{name}.{told}" if told.split(" ")[0] in made.__dataclass_fields__ else f"{name}: {told}"
-    first, *inner = error["loc"]
-    field = f"{name}.{first}" + "".join(f"[{part!r}]" for part in inner if not isinstance(part, str))
-    if error["type"] == "unexpected_keyword_argument":
-        close = get_close_matches(str(first), made.__dataclass_fields__, n=1)
-        hint = f"; did you mean {close[0]}?" if close else ""
-        return f"{field} must be one of {', '.join(made.__dataclass_fields__)}, got {first}={error['input']!r}{hint}"
-    if error["type"] in ("missing", "missing_keyword_only_argument"):
-        return f"{field} must be given, got nothing"
-    rule: str = error["msg"]
-    for theirs, ours in WORDS:
-        rule = re.sub(theirs, ours, rule)
-    return f"{field} {rule}, got {error['input']!r}"

@@ -1,5 +1,7 @@
 """ReFL: reward feedback learning, a reward backpropagated through one late denoising step."""
 
+from overpaint.checked import check_calls
+
 from .config import ReFLConfig
 from .distance import distance_to_reference
 from .loss import hinge
@@ -18,3 +20,5 @@ __all__ = [
     "pairs_from_folder",
     "pairs_from_policy",
 ]
+
+check_calls(__name__)

@@ -1,5 +1,7 @@
 """Rewards: scores of (image, prompt), from ImageReward to a server over HTTP."""
 
+from overpaint.checked import check_calls
+
 from .aesthetic import Aesthetic, AestheticHead
 from .alignment import Alignment, AlignmentConfig, Question, ScoredAnswer, StrictAlignment
 from .bertscore import BertScore, BertScoreConfig, BertScores
@@ -76,3 +78,5 @@ __all__ = [
     "reward_named",
     "scores_of",
 ]
+
+check_calls(__name__)

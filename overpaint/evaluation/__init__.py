@@ -1,5 +1,7 @@
 """What came out: draw paired images, score them, compare models, report."""
 
+from overpaint.checked import check_calls
+
 from .experiments.published import Measured, Published, published_comparison
 from .images.drawable import Drawable, PipelineDrawable
 from .images.drawing import draw, generate
@@ -81,3 +83,5 @@ __all__ = [
     "write_folder",
     "write_scores",
 ]
+
+check_calls(__name__)

@@ -1,5 +1,7 @@
 """How an image is drawn: prompt encoding, sampling, log-probability, trainable weights, saving."""
 
+from overpaint.checked import check_calls
+
 from .conditioning import Conditioning
 from .ddim import (
     PredictionType,
@@ -51,3 +53,5 @@ __all__ = [
     "schedule",
     "select_parameters",
 ]
+
+check_calls(__name__)

@@ -7,6 +7,8 @@ functions, so every claim about erasing and rewarding can be checked against the
 
 from types import MappingProxyType
 
+from overpaint.checked import check_calls
+
 from .caption import EXPLICIT_ROUTES, IMPLICIT_ROUTES, NEIGHBOUR_ROUTES, CaptionRequest, Request, captions, parse
 from .detector import Detection, detect
 from .loading import load_policy, load_reward, pipeline_dir, reward_dir
@@ -54,3 +56,5 @@ REWARDS = MappingProxyType(
     {"tiny-image-reward": load_reward, "tinyworld:StripeScore": StripeScore, "tinyworld:Utility": Utility}
 )
 """Short names of the tiny world's rewards, for `rewards.reward_named`."""
+
+check_calls(__name__)

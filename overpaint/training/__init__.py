@@ -1,5 +1,7 @@
 """What every training run needs: accelerate, optimizer, checkpoints and resume, trackers, progress."""
 
+from overpaint.checked import check_calls
+
 from .checkpoint import Checkpoint, CheckpointFolder, DamagedCheckpointError, load_checkpoint
 from .config import TrainingConfig
 from .early_stopping import EarlyStopping, HeldOut
@@ -46,3 +48,5 @@ __all__ = [
     "read_run_record",
     "train",
 ]
+
+check_calls(__name__)
