@@ -21,7 +21,7 @@ from ddpo import CriticConfig, DDPOConfig, DDPOTrainer
 from erasure import UCE
 from overpaint.policy import LoRAConfig
 from overpaint.policy.types import Images, PerSample
-from overpaint.settings import AnyPath, Distinct, Field, settings
+from overpaint.settings import AnyPath, Distinct, Field, Seed, settings
 from overpaint.tinyworld.presets import STRIPES
 from overpaint.training import TrainingConfig, read_metrics
 
@@ -36,7 +36,7 @@ class Config:
     baselines: Distinct[BaselineName] = ("prompt", "critic")
     """The first is what the others are compared with."""
 
-    seeds: Distinct[int] = Field((0, 1, 2), min_length=1)
+    seeds: Distinct[Seed] = Field((0, 1, 2), min_length=1)
     """One run of each baseline for each."""
 
     rounds: int = Field(30, ge=1)

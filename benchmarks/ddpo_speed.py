@@ -33,7 +33,7 @@ from benchmarks.random_rewards import random_reward
 from benchmarks.timing import Timer, Work, temporary_run
 from ddpo import DDPOConfig, DDPOTrainer
 from overpaint.policy import Conditioning, DiffusionPolicy, LoRAConfig, Trajectory
-from overpaint.settings import AnyPath, Field, settings
+from overpaint.settings import AnyPath, Count, Field, Share, settings
 from overpaint.training import TrainingRun
 from rewards import Reward
 
@@ -59,31 +59,31 @@ class Config:
     precision: Literal["no", "bf16"] = "no"
     """What the networks compute in: float32 or bf16."""
 
-    samples_per_round: int = 64
+    samples_per_round: Count = 64
     """Images of a round."""
 
-    updates_per_round: int = 4
+    updates_per_round: Count = 4
     """Updates of a round."""
 
-    sampling_batch_size: int = 32
+    sampling_batch_size: Count = 32
     """Images that are drawn at a time."""
 
-    minibatch_size: int = 32
+    minibatch_size: Count = 32
     """Pairs of sample and step that go through the UNet at a time in an update."""
 
-    steps: int = 10
+    steps: Count = 10
     """Denoising steps."""
 
     guidance_scale: float = Field(3.0, gt=1)
     """Classifier-free guidance, above 1: each UNet call has twice the batch."""
 
-    plain_batch_sizes: tuple[int, ...] = (4, 2)
+    plain_batch_sizes: tuple[Count, ...] = (4, 2)
     """Small batches of the plain loop. On a GPU the authors take 4."""
 
-    minibatch_sizes: tuple[int, ...] = (4, 16, 80)
+    minibatch_sizes: tuple[Count, ...] = (4, 16, 80)
     """Further sizes for the table; they must divide the pairs of an update, of which there are 160 by default."""
 
-    timestep_fractions: tuple[float, ...] = (0.4, 0.2)
+    timestep_fractions: tuple[Share, ...] = (0.4, 0.2)
     """Shares of the steps for the table; the pairs that are left must divide by `minibatch_size`."""
 
     compile: bool = False

@@ -19,7 +19,7 @@ from benchmarks.timing import call_unet, comparison, take_turns, unet_inputs
 from overpaint.evaluation import DrawConfig, PlannedImage, generate, plan
 from overpaint.policy import DiffusionPolicy
 from overpaint.policy.autoencoder import CHUNK
-from overpaint.settings import Field, settings
+from overpaint.settings import Count, Field, NonNegative, settings
 
 TARGET = 1.05
 
@@ -34,10 +34,10 @@ class Config:
     batch_size: int = Field(16, ge=1)
     """Pictures drawn at a time; divides their number."""
 
-    steps: int = 40
+    steps: Count = 40
     """Denoising steps of a picture."""
 
-    guidance_scale: float = 3.0
+    guidance_scale: NonNegative = 3.0
     """Classifier-free guidance; other than 1 each UNet call has twice the batch."""
 
     repeats: int = Field(10, ge=2)

@@ -16,7 +16,7 @@ import tyro
 from benchmarks.random_models import BUILDERS, FamilyName
 from benchmarks.timing import IdleOptimizer, call_unet, comparison, take_turns, temporary_run, unet_inputs
 from overpaint.policy import DiffusionPolicy, LoRAConfig
-from overpaint.settings import Field, settings
+from overpaint.settings import Count, Field, Index, NonNegative, settings
 from refl import PretrainingPairs, ReFLConfig, ReFLTrainer
 from rewards import Reward
 
@@ -32,19 +32,19 @@ class Config:
     family: FamilyName = "sd"
     """The tiny world's Stable Diffusion, or a small random network of another family."""
 
-    batch_size: int = 8
+    batch_size: Count = 8
     """Prompts per iteration."""
 
-    pretraining_batch_size: int = 16
+    pretraining_batch_size: Index = 16
     """Pairs of the pretraining term per iteration."""
 
-    steps: int = 40
+    steps: Count = 40
     """Denoising steps of a whole image."""
 
-    reward_step: int = 35
+    reward_step: Index = 35
     """The step that is rewarded in every iteration, counted from noise; the middle of the authors' range."""
 
-    guidance_scale: float = 3.0
+    guidance_scale: NonNegative = 3.0
     """Classifier-free guidance; other than 1 each UNet call has twice the batch."""
 
     repeats: int = Field(10, ge=2)

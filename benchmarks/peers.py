@@ -38,7 +38,7 @@ from benchmarks.timing import write_results
 from ddpo import DDPOConfig
 from overpaint import tinyworld
 from overpaint.evaluation.report.charts import band_of, series_chart, svg
-from overpaint.settings import AnyPath, Field, settings
+from overpaint.settings import AnyPath, Count, Field, NonNegative, Positive, Seed, settings
 
 TRL, SAME, OWN = "TRL", "same", "own"
 ROUND_TARGET = 1.0
@@ -57,28 +57,28 @@ class Config:
     rounds: int = Field(20, ge=1)
     """Rounds of TRL."""
 
-    seeds: tuple[int, ...] = Field((0, 1, 2), min_length=1)
+    seeds: tuple[Seed, ...] = Field((0, 1, 2), min_length=1)
     """Seeds of training."""
 
-    samples_per_round: int = 64
+    samples_per_round: Count = 64
     """Images of a round."""
 
-    updates_per_round: int = 4
+    updates_per_round: Count = 4
     """Updates of a round."""
 
-    batch_size: int = 8
+    batch_size: Count = 8
     """Images drawn at a time, and steps of images trained on at a time."""
 
-    steps: int = 4
+    steps: Count = 4
     """Denoising steps of an image, as in examples/ddpo_finetune.py."""
 
-    guidance_scale: float = 3.0
+    guidance_scale: NonNegative = 3.0
     """Classifier-free guidance."""
 
-    learning_rate: float | None = None
+    learning_rate: Positive | None = None
     """Of "TRL" and "same"; None is that of "own"."""
 
-    prompts: int = 32
+    prompts: Count = 32
     """Prompts that are trained on: few enough for statistics of each."""
 
     held_out: int = Field(64, ge=1)

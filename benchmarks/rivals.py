@@ -41,7 +41,7 @@ from overpaint.evaluation.report.charts import svg
 from overpaint.evaluation.report.pareto import Point, pareto_chart
 from overpaint.policy.atomic import write_text
 from overpaint.policy.unet_rows import counted_rows
-from overpaint.settings import AnyPath, Distinct, Field, settings
+from overpaint.settings import AnyPath, Distinct, Field, Seed, settings
 from overpaint.training.logging import read_metrics
 from refl import ReFLConfig, ReFLTrainer
 
@@ -75,7 +75,7 @@ RECOVERING_RATE, ERASING_RATE = 1e-3, 3e-3
 class Config:
     """What is compared."""
 
-    seeds: Distinct[int] = Field((0, 1, 2), min_length=1)
+    seeds: Distinct[Seed] = Field((0, 1, 2), min_length=1)
     """Of training, prompts and pictures."""
 
     names: Distinct[str] = Field((*CONTROLLERS, *BOUNDS), min_length=1)

@@ -5,22 +5,25 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Real
 from torch import Tensor
+
+from overpaint.settings import Count
 
 EPSILON = 1e-6
 """Added to every standard deviation."""
 
 Numbers = Float[Tensor, " samples"]
+Rewards = Real[Tensor, " samples"]
 
 
-def round_advantages(rewards: Numbers, groups: Sequence[str] = ()) -> Numbers:
+def round_advantages(rewards: Rewards, groups: Sequence[str] = ()) -> Numbers:
     """Returns the rewards normalised by mean and standard deviation of all of them, whatever their groups."""
     rewards = rewards.double()
     return (rewards - rewards.mean()) / (rewards.std(correction=0) + EPSILON)
 
 
-def group_advantages(rewards: Numbers, groups: Sequence[str]) -> Numbers:
+def group_advantages(rewards: Rewards, groups: Sequence[str]) -> Numbers:
     """Returns the rewards normalised within each group: all images of one prompt in this round.
 
     Source: Shao et al. (2024), https://arxiv.org/abs/2402.03300, section 4.1.2. A group of one gets advantage 0.
@@ -32,7 +35,7 @@ def group_advantages(rewards: Numbers, groups: Sequence[str]) -> Numbers:
     return advantages
 
 
-def centred(values: Numbers, groups: Sequence[str]) -> Numbers:
+def centred(values: Rewards, groups: Sequence[str]) -> Numbers:
     """Returns values minus the mean of their group, in float64."""
     centred = values.double().clone()
     for samples in members(groups).values():
@@ -40,7 +43,7 @@ def centred(values: Numbers, groups: Sequence[str]) -> Numbers:
     return centred
 
 
-def centred_advantages(rewards: Numbers, groups: Sequence[str]) -> Numbers:
+def centred_advantages(rewards: Rewards, groups: Sequence[str]) -> Numbers:
     """Returns the rewards minus the mean of their group, all divided by one standard deviation, that of the round.
 
     Unlike within a group alone, a group whose images are all alike does not count as much as one that tells them apart.
@@ -63,15 +66,12 @@ class PromptStatistics:
         ValueError: A number is below 1.
     """
 
-    def __init__(self, buffer_size: int = 32, min_count: int = 16) -> None:
-        for name, value in (("buffer_size", buffer_size), ("min_count", min_count)):
-            if value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
+    def __init__(self, buffer_size: Count = 32, min_count: Count = 16) -> None:
         self.buffer_size = buffer_size
         self.min_count = min_count
         self._buffers: dict[str, deque[float]] = {}
 
-    def advantages(self, rewards: Numbers, prompts: Sequence[str]) -> Numbers:
+    def advantages(self, rewards: Rewards, prompts: Sequence[str]) -> Numbers:
         """Takes notice of a round's rewards and returns them normalised, in float64.
 
         Args:

@@ -2,7 +2,7 @@
 
 from typing import Literal
 
-from overpaint.settings import AnyFloat, Field, settings
+from overpaint.settings import AnyFloat, Count, Field, Index, settings
 
 from .critic import CriticConfig
 
@@ -141,11 +141,13 @@ class DDPOConfig:
         if self.ratio == "guard" and self.estimator != "importance":
             raise ValueError(f"ratio must be 'plain' with the estimator {self.estimator!r}, got 'guard'")
 
-    def trained_of(self, possible: int) -> int:
+    def trained_of(self, possible: Count) -> int:
         """Returns how many steps of each sample an update trains on, of those that it can or of a window of them."""
         return max(1, round((self.window or possible) * self.timestep_fraction))
 
-    def check_shares(self, processes: int, *, trained_steps: int, concept_images: int, with_erasure: bool) -> None:
+    def check_shares(
+        self, processes: Count, *, trained_steps: Index, concept_images: Index, with_erasure: bool
+    ) -> None:
         """Checks that a round divides evenly among processes, updates and batches.
 
         Args:

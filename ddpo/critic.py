@@ -17,7 +17,7 @@ from torch.nn.functional import silu
 
 from overpaint.policy import DiffusionPolicy, Trajectory
 from overpaint.policy.types import Latents
-from overpaint.settings import Field, settings
+from overpaint.settings import Field, Share, settings
 from overpaint.training import TrainingRun
 
 STAGES = 3
@@ -50,7 +50,7 @@ class CriticConfig:
     critic expects of the next state less that, which varies less and believes more."""
 
 
-def generalised_advantages(values: Values, scores: Float[Tensor, " samples"], *, gae_lambda: float) -> Values:
+def generalised_advantages(values: Values, scores: Float[Tensor, " samples"], *, gae_lambda: Share) -> Values:
     """Returns the advantage of each step: sums of `lambda^k delta_{i+k}`, where `delta_i = V_{i+1} - V_i`.
 
     The last state's value is the score itself. Source: Schulman et al. (2015), equation 16, without a discount.

@@ -9,6 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from overpaint.policy.types import Latents, PerSample
+from overpaint.settings import NonNegative
 
 
 def score_function(log_probs: PerSample, advantages: PerSample) -> PerSample:
@@ -17,7 +18,7 @@ def score_function(log_probs: PerSample, advantages: PerSample) -> PerSample:
 
 
 def clipped_surrogate(
-    log_probs: PerSample, old_log_probs: PerSample, advantages: PerSample, *, clip_range: float
+    log_probs: PerSample, old_log_probs: PerSample, advantages: PerSample, *, clip_range: NonNegative
 ) -> PerSample:
     """Returns max(-advantage * ratio, -advantage * clip(ratio, 1 - clip_range, 1 + clip_range)) (DDPO-IS).
 

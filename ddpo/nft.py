@@ -21,7 +21,7 @@ from overpaint.policy.noise import draw_noise
 from overpaint.policy.process import add_noise
 from overpaint.policy.prompts import check_prompts
 from overpaint.policy.types import Latents, PerSample
-from overpaint.settings import Field, settings
+from overpaint.settings import AnyFloat, Field, settings
 from overpaint.training import (
     EarlyStopping,
     HeldOut,
@@ -127,22 +127,22 @@ class NFTConfig:
 class NFTMetrics(NamedTuple):
     """What one round measured: means over all processes."""
 
-    reward: float
-    reward_std: float
-    loss: float
-    plus: float
+    reward: AnyFloat
+    reward_std: AnyFloat
+    loss: AnyFloat
+    plus: AnyFloat
     """Error of the prediction that is led towards a sample, in units of its mean absolute error."""
-    minus: float
+    minus: AnyFloat
     """Of the one that is led away."""
-    kl: float
+    kl: AnyFloat
     """Mean squared distance of the prediction from the reference policy's; 0 where it does not count."""
-    kept: float
+    kept: AnyFloat
     """Share of the old policy that stayed after the round."""
-    grad_norm: float
-    retries: float
-    seconds_sampling: float
-    seconds_reward: float
-    seconds_update: float
+    grad_norm: AnyFloat
+    retries: AnyFloat
+    seconds_sampling: AnyFloat
+    seconds_reward: AnyFloat
+    seconds_update: AnyFloat
 
 
 class OldPolicy:

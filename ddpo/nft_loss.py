@@ -22,6 +22,7 @@ from collections.abc import Callable
 from typing import Literal, NamedTuple
 
 from overpaint.policy.types import Latents, PerSample
+from overpaint.settings import Positive
 
 Forgetting = Literal["at once", "soon", "late"]
 """How fast the old policy follows, see `kept_share`."""
@@ -49,8 +50,8 @@ def nft_loss(
     advantages: PerSample,
     error: Callable[[Latents], Latents],
     *,
-    beta: float,
-    max_advantage: float = 5.0,
+    beta: Positive,
+    max_advantage: Positive = 5.0,
 ) -> NFTLoss:
     """Returns the loss of each sample.
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from overpaint.policy import ClassifierFree, Conditioning, DiffusionPolicy
 from overpaint.policy.prompts import check_prompts
 from overpaint.policy.types import Latents, PerSample
-from overpaint.settings import Field, settings
+from overpaint.settings import AnyFloat, Field, Index, settings
 from overpaint.training import (
     EarlyStopping,
     HeldOut,
@@ -96,18 +96,18 @@ class RWRConfig:
 class RWRMetrics(NamedTuple):
     """What one round measured, over all processes."""
 
-    reward: float
-    reward_std: float
-    loss: float
+    reward: AnyFloat
+    reward_std: AnyFloat
+    loss: AnyFloat
     """Mean weighted loss of the round's updates."""
-    grad_norm: float
-    effective_samples: float
+    grad_norm: AnyFloat
+    effective_samples: AnyFloat
     """Samples that count: the squared sum of the weights over the sum of their squares."""
-    updates: int
-    retries: float
-    seconds_sampling: float
-    seconds_reward: float
-    seconds_update: float
+    updates: Index
+    retries: AnyFloat
+    seconds_sampling: AnyFloat
+    seconds_reward: AnyFloat
+    seconds_update: AnyFloat
 
 
 class RWRTrainer:

@@ -21,6 +21,7 @@ from erasure.constraint import check_sharded
 from erasure.floor import ReferenceDivergence
 from overpaint.policy import ClassifierFree, Conditioning, DiffusionPolicy, Trajectory
 from overpaint.policy.prompts import check_prompts
+from overpaint.settings import AnyFloat
 from overpaint.training import (
     EarlyStopping,
     HeldOut,
@@ -47,33 +48,33 @@ from .steps import step_plan
 class DDPOMetrics(NamedTuple):
     """What one round measured: means over all processes, but where it says otherwise."""
 
-    reward: float
-    reward_std: float
-    erasure_reward: float
+    reward: AnyFloat
+    reward_std: AnyFloat
+    erasure_reward: AnyFloat
     """Reward of the samples of the concept."""
-    erasure_violation: float
-    erasure_weight: float
-    floor_violation: float
-    floor_weight: float
-    gradient_cosine: float
+    erasure_violation: AnyFloat
+    erasure_weight: AnyFloat
+    floor_violation: AnyFloat
+    floor_weight: AnyFloat
+    gradient_cosine: AnyFloat
     """Between the gradient of the prompts' samples and that of the erasure, mean over the updates."""
     critic: dict[str, float]
     """What the critic measured, by tag; empty without one."""
-    loss: float
-    grad_norm: float
-    kl: float
-    approx_kl_k1: float
-    approx_kl_k3: float
-    clip_fraction: float
-    ratio_max: float
+    loss: AnyFloat
+    grad_norm: AnyFloat
+    kl: AnyFloat
+    approx_kl_k1: AnyFloat
+    approx_kl_k3: AnyFloat
+    clip_fraction: AnyFloat
+    ratio_max: AnyFloat
     """Largest |ratio - 1| of the round."""
-    ratio_start: float
+    ratio_start: AnyFloat
     """Largest |ratio - 1| before the first update of the round, when nothing has changed yet."""
-    retries: float
+    retries: AnyFloat
     """Tries of the reward that failed, in a process."""
-    seconds_sampling: float
-    seconds_reward: float
-    seconds_update: float
+    seconds_sampling: AnyFloat
+    seconds_reward: AnyFloat
+    seconds_update: AnyFloat
 
 
 class Taken(NamedTuple):

@@ -8,15 +8,20 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Real
 from torch import Tensor
+
+from overpaint.settings import NonNegative
 
 from .advantage import members
 
 Numbers = Float[Tensor, " samples"]
+Rewards = Real[Tensor, " samples"]
 
 
-def softmax_weights(rewards: Numbers, *, inverse_temperature: float, prompts: Sequence[str] | None = None) -> Numbers:
+def softmax_weights(
+    rewards: Rewards, *, inverse_temperature: NonNegative, prompts: Sequence[str] | None = None
+) -> Numbers:
     """Returns softmax(inverse_temperature * reward) times the number of samples, so that the mean weight is 1.
 
     Args:
@@ -31,7 +36,7 @@ def softmax_weights(rewards: Numbers, *, inverse_temperature: float, prompts: Se
     return weights
 
 
-def sparse_weights(rewards: Numbers, *, percentile: float) -> Numbers:
+def sparse_weights(rewards: Rewards, *, percentile: float) -> Numbers:
     """Returns 1 for rewards at or above a percentile of all of them, and 0 for the rest (RWR-sparse).
 
     The percentile is numpy's, with linear interpolation, in float64: where it falls on a sample, that one is kept.

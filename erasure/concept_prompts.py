@@ -18,7 +18,7 @@ import torch
 
 from overpaint.policy.prompts import check_prompts
 from overpaint.policy.types import PerSample
-from overpaint.settings import Field, settings
+from overpaint.settings import Count, Field, settings
 from overpaint.training import TrainingRun
 from overpaint.training.record import prompts_record
 
@@ -117,7 +117,7 @@ class ConceptPrompts(Sequence[str]):
 
     # Drawing.
 
-    def pick(self, count: int, generator: torch.Generator) -> list[str]:
+    def pick(self, count: Count, generator: torch.Generator) -> list[str]:
         """Draws the prompts of a batch, of all processes.
 
         The number of each kind is its share of the batch, exactly where that is whole; what is left over from rounding
@@ -135,7 +135,7 @@ class ConceptPrompts(Sequence[str]):
             picked += [population[pick] for pick in chosen.tolist()]
         return [picked[place] for place in torch.randperm(count, generator=generator).tolist()]
 
-    def draw(self, run: TrainingRun, count: int) -> list[tuple[str, int]]:
+    def draw(self, run: TrainingRun, count: Count) -> list[tuple[str, int]]:
         """Draws prompts and a seed for each, and returns this process's part, as `training.draw_batch` does.
 
         Args:

@@ -8,12 +8,12 @@ mean over all processes. Prompts are plain, or a mix with hard ones that are min
 attacked before each update (`SoftAttack`).
 """
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
 from overpaint.policy import DiffusionPolicy
 from overpaint.policy.types import Images, PerSample
+from overpaint.settings import Positive
 from overpaint.training import Stateful, TrainingRun
 from overpaint.training.record import shown
 from rewards import RewardLike, as_reward, scores_of
@@ -34,10 +34,8 @@ class _Constraint:
         prompts: Sequence[str],
         lagrangian: WeightController | None,
         attack: SoftAttack | None,
-        ceiling: float,
+        ceiling: Positive,
     ) -> None:
-        if not 0 < ceiling < math.inf:
-            raise ValueError(f"{type(self).__name__}.ceiling must be finite and above 0, got {ceiling}")
         self.prompts = ConceptPrompts.of(prompts)
         self.lagrangian = lagrangian or Lagrangian()
         self.attack = attack
@@ -82,7 +80,7 @@ class ImageConstraint(_Constraint):
         prompts: Sequence[str],
         lagrangian: WeightController | None = None,
         *,
-        ceiling: float = 0.1,
+        ceiling: Positive = 0.1,
         attack: SoftAttack | None = None,
     ) -> None:
         super().__init__(prompts, lagrangian, attack, ceiling)
@@ -132,7 +130,7 @@ class ObjectiveConstraint(_Constraint):
         prompts: Sequence[str] | None = None,
         lagrangian: WeightController | None = None,
         *,
-        ceiling: float = 1e-3,
+        ceiling: Positive = 1e-3,
         attack: SoftAttack | None = None,
     ) -> None:
         super().__init__(concept.phrases if prompts is None else prompts, lagrangian, attack, ceiling)

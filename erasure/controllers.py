@@ -9,6 +9,8 @@ from collections import deque
 from collections.abc import Mapping
 from typing import Any, Protocol, runtime_checkable
 
+from overpaint.settings import Count, NonNegative
+
 
 @runtime_checkable
 class WeightController(Protocol):
@@ -61,14 +63,11 @@ class FixedWeight:
 
     other_weight: float = 1.0
 
-    def __init__(self, weight: float = 1.0) -> None:
-        if not 0 <= weight < math.inf:
-            raise ValueError(f"FixedWeight.weight must be finite and at least 0, got {weight}")
+    def __init__(self, weight: NonNegative = 1.0) -> None:
         self.weight = float(weight)
 
     def update(self, violation: float) -> None:
         """Changes nothing. Raises a `ValueError` where the violation is not finite."""
-        check_violation(violation)
 
     def state_dict(self) -> dict[str, Any]:
         """Returns nothing, since nothing moves."""
@@ -97,11 +96,9 @@ class Switch:
         high: Relative violation above which it begins again.
     """
 
-    def __init__(self, rounds: int = 4, *, low: float = -0.5, high: float = 0.0) -> None:
-        if rounds < 1:
-            raise ValueError(f"Switch.rounds must be at least 1, got {rounds}")
-        if not -math.inf < low <= high < math.inf:
-            raise ValueError(f"Switch.low must be finite and at most high={high}, got {low}")
+    def __init__(self, rounds: Count = 4, *, low: float = -0.5, high: float = 0.0) -> None:
+        if low > high:
+            raise ValueError(f"Switch.low must be at most high={high}, got {low}")
         self.rounds, self.low, self.high = rounds, float(low), float(high)
         self.erasing = True
         self.switches = 0
@@ -119,7 +116,6 @@ class Switch:
 
     def update(self, violation: float) -> None:
         """Notes a violation, and switches where the mean of the last rounds has passed its threshold."""
-        check_violation(violation)
         self._violations.append(violation)
         if len(self._violations) < self.rounds:
             return
@@ -141,12 +137,6 @@ class Switch:
     def description(self) -> dict[str, Any]:
         """Returns the thresholds."""
         return {"controller": "Switch", "rounds": self.rounds, "low": self.low, "high": self.high}
-
-
-def check_violation(violation: float) -> None:
-    """Raises a `ValueError` where a violation is not finite."""
-    if not math.isfinite(violation):
-        raise ValueError(f"violation must be finite, got {violation}")
 
 
 def check_keys(state: Mapping[str, Any], keys: tuple[str, ...]) -> None:

@@ -11,7 +11,7 @@ import torch
 
 from overpaint.policy import DiffusionPolicy, WeightDelta, merged_state
 from overpaint.policy.digest import policy_record
-from overpaint.settings import AnyFloat, Field, settings
+from overpaint.settings import AnyFloat, Field, Seed, settings
 from overpaint.training import TrainingConfig, TrainingRun, process_state
 from overpaint.training.config import Optimizer, Precision, Schedule
 
@@ -57,7 +57,7 @@ class DescentConfig:
     checkpoint_every: int = Field(100, ge=1)
     """Updates between two checkpoints, where there is a folder for them."""
 
-    seed: int = 0
+    seed: Seed = 0
     """Of everything random."""
 
     def __post_init__(self) -> None:

@@ -36,7 +36,7 @@ from overpaint.policy.noise import draw_noise
 from overpaint.policy.prompts import check_prompts
 from overpaint.policy.soft_prompts import PLACE, check_room, soft_texts, token_vectors
 from overpaint.policy.types import Latents, PerSample
-from overpaint.settings import Field, settings
+from overpaint.settings import Field, Seed, settings
 from overpaint.training import TrainingRun
 
 from .adversarial_words import AdversarialWords, Word
@@ -96,7 +96,7 @@ class DestructionConfig:
     renewal: float = Field(0.03, ge=0, le=1)
     """Chance of a word to begin anew when it is used, see `AdversarialWords`."""
 
-    seed: int = 0
+    seed: Seed = 0
     """Of the pictures and the words."""
 
     def __post_init__(self) -> None:

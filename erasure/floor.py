@@ -5,10 +5,10 @@ prompts to be retained. Its rival keeps the denoising steps near the original mo
 Khalafi et al. (2026), https://arxiv.org/abs/2605.30825, minimise that divergence.
 """
 
-import math
 from typing import Any
 
 from overpaint.policy.types import PerSample
+from overpaint.settings import NonNegative, Positive
 
 from .controllers import WeightController
 from .lagrangian import Lagrangian
@@ -29,17 +29,11 @@ class RewardFloor:
 
     def __init__(
         self,
-        slack: float = 0.0,
-        scale: float = 1.0,
+        slack: NonNegative = 0.0,
+        scale: Positive = 1.0,
         lagrangian: WeightController | None = None,
         floor: float | None = None,
     ) -> None:
-        if not 0 <= slack < math.inf:
-            raise ValueError(f"RewardFloor.slack must be finite and at least 0, got {slack}")
-        if not 0 < scale < math.inf:
-            raise ValueError(f"RewardFloor.scale must be finite and above 0, got {scale}")
-        if floor is not None and not math.isfinite(floor):
-            raise ValueError(f"RewardFloor.floor must be finite, got {floor}")
         if floor is not None and slack:
             raise ValueError(f"RewardFloor.slack must be 0 with floor={floor}, got {slack}")
         self.slack, self.scale, self.floor = float(slack), float(scale), floor
@@ -86,9 +80,7 @@ class ReferenceDivergence:
         lagrangian: What weighs the violation; by default dual ascent as `LagrangianConfig` has it.
     """
 
-    def __init__(self, ceiling: float = 1e-3, lagrangian: WeightController | None = None) -> None:
-        if not 0 < ceiling < math.inf:
-            raise ValueError(f"ReferenceDivergence.ceiling must be finite and above 0, got {ceiling}")
+    def __init__(self, ceiling: Positive = 1e-3, lagrangian: WeightController | None = None) -> None:
         self.ceiling = float(ceiling)
         self.lagrangian = lagrangian or Lagrangian()
 

@@ -15,6 +15,7 @@ from overpaint.policy.atomic import write_text
 from overpaint.policy.families import StableDiffusion
 from overpaint.policy.parts import Pipeline, UNet
 from overpaint.policy.prompts import PromptEncoder
+from overpaint.settings import NonNegative
 from overpaint.text_files import read_json_object
 
 ATTRIBUTE = "guard"
@@ -35,7 +36,7 @@ class GuardChange(ABC):
     """A guard that is not at work yet: settings and nothing else, which fit any weights."""
 
     config: Any  # settings, with the concept's texts; a `config_type`
-    strength: float = 1.0  # see the method's `erase`
+    strength: NonNegative = 1.0  # see the method's `erase`
 
     kind: ClassVar[str]
     config_type: ClassVar[Any]

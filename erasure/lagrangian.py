@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from overpaint.settings import AnyFloat, Field, settings
 
-from .controllers import check_keys, check_violation
+from .controllers import check_keys
 
 
 @settings
@@ -107,7 +107,6 @@ class Lagrangian:
         Raises:
             ValueError: The violation is not finite. The weight is unchanged.
         """
-        check_violation(violation)
         cfg, first, before = self.config, math.isnan(self._violation), self._seen
         violation = min(max(violation, -cfg.max_violation), cfg.max_violation)
         if first:

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from overpaint.policy import DiffusionPolicy, WeightDelta
 from overpaint.policy.types import PerSample
+from overpaint.settings import Seed
 from overpaint.training import Stateful, TrainingRun
 
 from .concept import Concept
@@ -26,7 +27,7 @@ class ConceptBatch(NamedTuple):
     """
 
     prompts: Sequence[str]
-    seeds: Sequence[int]
+    seeds: Sequence[Seed]
 
 
 @runtime_checkable

@@ -8,6 +8,7 @@ from types import MappingProxyType
 from typing import Any, Literal, Protocol, runtime_checkable
 
 from overpaint.policy import DiffusionPolicy
+from overpaint.settings import NonNegative, Seed
 
 from .concept import Concept
 from .erased import Erasure
@@ -45,7 +46,7 @@ METHODS = MappingProxyType(
 """The class of each method by its name in small letters."""
 
 
-def method_named(name: str, config: Any = None, *, seed: int | None = None) -> ErasureMethod:
+def method_named(name: str, config: Any = None, *, seed: Seed | None = None) -> ErasureMethod:
     """Makes a method.
 
     Args:
@@ -73,7 +74,7 @@ def erase(
     policy: DiffusionPolicy,
     concept: Concept,
     *,
-    strength: float = 1.0,
+    strength: NonNegative = 1.0,
     output_dir: Path | None = None,
     resume: bool = False,
     progress: bool = True,

@@ -26,7 +26,7 @@ from overpaint.policy.prompts import PromptEncoder
 from overpaint.policy.soft_prompts import PLACE, check_room, encode_soft, token_vectors
 from overpaint.policy.types import PerSample
 from overpaint.policy.unet_rows import counted_rows
-from overpaint.settings import Field, settings
+from overpaint.settings import Field, Index, Seed, settings
 from overpaint.training import TrainingRun
 from rewards import RewardLike, as_reward
 
@@ -109,7 +109,7 @@ class SoftAttack:
         check_room(policy.prompts, prompts, self.config.vectors, "SoftAttackConfig.vectors")
 
     def judged(
-        self, policy: DiffusionPolicy, prompts: Sequence[str], seeds: Sequence[int], judge: Judge, *, iteration: int
+        self, policy: DiffusionPolicy, prompts: Sequence[str], seeds: Sequence[Seed], judge: Judge, *, iteration: Index
     ) -> PerSample:
         """Returns the violation of samples, some of them attacked, with gradient to the policy and not to the vectors.
 

@@ -14,6 +14,7 @@ import torch
 
 from overpaint.policy import DiffusionPolicy
 from overpaint.policy.types import PerSample
+from overpaint.settings import NonNegative, Positive
 
 from .concept import Concept
 from .erased import Erasure
@@ -68,10 +69,10 @@ def strongest_setting(
     rewards_at: Callable[[float], PerSample],
     *,
     floor: float | None = None,
-    slack: float = 0.0,
+    slack: NonNegative = 0.0,
     weakest: float = 0.0,
     strongest: float = 1.0,
-    tolerance: float = 0.05,
+    tolerance: Positive = 0.05,
 ) -> StrengthSearch:
     """Finds the largest strength whose mean reward is at least the floor.
 
@@ -87,7 +88,7 @@ def strongest_setting(
         ValueError: The bounds are out of order, even the weakest setting misses the floor, or rewards are not
             finite or not of the same samples.
     """
-    _check(floor, slack, weakest, strongest, tolerance)
+    _check(floor, slack, weakest, strongest)
     rewards: dict[float, PerSample] = {}
 
     def mean_at(strength: float) -> float:
@@ -130,9 +131,9 @@ def strongest_erasure(
     rewards_of: Callable[[DiffusionPolicy], PerSample],
     *,
     floor: float | None = None,
-    slack: float = 0.0,
+    slack: NonNegative = 0.0,
     strongest: float = 1.0,
-    tolerance: float = 0.05,
+    tolerance: Positive = 0.05,
 ) -> tuple[Erasure, StrengthSearch]:
     """Erases a concept as strongly as the floor of the reward allows.
 
@@ -158,16 +159,11 @@ def strongest_erasure(
     return method.erase(policy, concept, search.best.strength), search
 
 
-def _check(floor: float | None, slack: float, weakest: float, strongest: float, tolerance: float) -> None:
-    if not (math.isfinite(weakest) and math.isfinite(strongest) and weakest < strongest):
-        raise ValueError(f"weakest must be below strongest, both finite, got {weakest} and {strongest}")
-    if not 0 < tolerance < math.inf:
-        raise ValueError(f"tolerance must be finite and above 0, got {tolerance}")
-    if floor is not None and not math.isfinite(floor):
-        raise ValueError(f"floor must be finite, got {floor}")
-    if not 0 <= slack < math.inf or (slack and floor is not None):
-        rule = "finite and at least 0" if floor is None else f"0 with floor={floor}"
-        raise ValueError(f"slack must be {rule}, got {slack}")
+def _check(floor: float | None, slack: float, weakest: float, strongest: float) -> None:
+    if weakest >= strongest:
+        raise ValueError(f"weakest must be below strongest, got {weakest} and {strongest}")
+    if slack and floor is not None:
+        raise ValueError(f"slack must be 0 with floor={floor}, got {slack}")
 
 
 def _paired(rewards: PerSample, others: PerSample) -> tuple[float, float]:
@@ -181,9 +177,3 @@ def _paired(rewards: PerSample, others: PerSample) -> tuple[float, float]:
 def has_strength(method: object) -> bool:
     """Tells whether a method has a strength, which `AdjustableMethod` as a type cannot: other methods erase, too."""
     return isinstance(method, AdjustableMethod) and "strength" in inspect.signature(method.erase).parameters
-
-
-def check_strength(strength: float) -> None:
-    """Raises a `ValueError` where a method's strength is negative or not finite."""
-    if not 0 <= strength < math.inf:
-        raise ValueError(f"strength must be finite and at least 0, got {strength}")

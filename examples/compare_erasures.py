@@ -40,7 +40,7 @@ from overpaint.evaluation.report.page import Section, chart_section
 from overpaint.evaluation.report.pareto import Point, pareto_chart
 from overpaint.policy import LoRAConfig
 from overpaint.policy.atomic import write_text
-from overpaint.settings import AnyPath, Distinct, Field, settings
+from overpaint.settings import AnyPath, Distinct, Field, Seed, settings
 from overpaint.text_files import read_json
 from refl import ReFLConfig
 
@@ -60,7 +60,7 @@ class Config(RewardOptions, ConceptOptions, ModelOptions):
     """Benign prompts: a set of `overpaint.evaluation.prompts`, or a file; None is coco-30k, as in what is published, or
     captions of the tiny world."""
 
-    seeds: Distinct[int] = Field((0, 1, 2), min_length=1)
+    seeds: Distinct[Seed] = Field((0, 1, 2), min_length=1)
     """Of training, prompts and pictures; each method runs once for each."""
 
     prompts_per_kind: int = Field(200, ge=1)

@@ -19,7 +19,7 @@ from overpaint.evaluation.experiments.options import TINY_WORLD
 from overpaint.evaluation.experiments.tasks import TaskName
 from overpaint.evaluation.report.charts import band_of, series_chart, svg
 from overpaint.policy.atomic import write_text
-from overpaint.settings import AnyPath, Distinct, Field, settings
+from overpaint.settings import AnyPath, Distinct, Field, Seed, settings
 from overpaint.training import read_metrics
 
 REWARD, HELD_OUT = "reward/validation", "reward/held_out"
@@ -38,7 +38,7 @@ class Config:
     algorithms: Distinct[ddpo_finetune.Algorithm] = ("ddpo-is", "ddpo-sf", "rwr", "rwr-sparse")
     """What is compared."""
 
-    seeds: Distinct[int] = Field((0, 1, 2), min_length=1)
+    seeds: Distinct[Seed] = Field((0, 1, 2), min_length=1)
     """One run of each algorithm for each."""
 
     queries: int = Field(1920, ge=1)

@@ -66,7 +66,7 @@ from overpaint.evaluation.report.pareto import pareto_chart
 from overpaint.policy import DiffusionPolicy
 from overpaint.policy.atomic import write_text
 from overpaint.policy.unet_rows import counted_rows
-from overpaint.settings import AnyPath, Distinct, Field, settings
+from overpaint.settings import AnyPath, Distinct, Field, Seed, settings
 from overpaint.text_files import read_json_object
 from overpaint.training.folder import METRICS
 
@@ -90,7 +90,7 @@ class Config(RecoveryOptions):
     forms: Distinct[FormName] = Field(tuple(FORMS), min_length=1)
     """What is done with each method; the method as it is comes always."""
 
-    seeds: Distinct[int] = Field((0, 1, 2), min_length=1)
+    seeds: Distinct[Seed] = Field((0, 1, 2), min_length=1)
     """Of training, prompts and pictures; each model is made once for each."""
 
     probes: Distinct[ProbeName] = get_args(ProbeName)

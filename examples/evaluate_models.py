@@ -70,7 +70,7 @@ from overpaint.evaluation.report.page import Section, contact_sheets, evenly_spa
 from overpaint.evaluation.report.table import Table, rank_table
 from overpaint.evaluation.scoring.score import write_scores
 from overpaint.policy.atomic import write_text
-from overpaint.settings import AnyPath, Distinct, Field, settings
+from overpaint.settings import AnyPath, Count, Distinct, Field, NonNegative, Seed, settings
 from overpaint.tinyworld import IMAGE_SIZE
 from overpaint.tinyworld import REWARDS as TINY_WORLD_REWARDS
 from overpaint.training import from_main, process_state
@@ -104,13 +104,13 @@ class Config:
     images_per_prompt: int | None = Field(None, ge=1)
     """None is 1 for captions, and 10 for prompts, or 3 in the tiny world."""
 
-    sizes: Distinct[int] = ()
+    sizes: Distinct[Count] = ()
     """Sides of drawn images in pixels; empty is each model's own, or 32 and 64 for captions of the tiny world."""
 
     scored_size: int | None = Field(None, ge=1)
     """Side to which images are scaled before they are scored; None leaves them, but for the tiny world's 64."""
 
-    guidance_scales: Distinct[float] = ()
+    guidance_scales: Distinct[NonNegative] = ()
     """Classifier-free guidance; empty is the paper's 1.5 to 5 for captions, and 7.5 for prompts. Prompts of the tiny
     world take 1, 1.5, 3 and 5, which stand for models of which some are worse."""
 
@@ -140,7 +140,7 @@ class Config:
     device: str | None = None
     """None is the accelerator if there is one, and else the CPU."""
 
-    seed: int = 0
+    seed: Seed = 0
     """Chooses the noise of all images whose prompt has no seed of its own."""
 
     output_dir: AnyPath = Path("runs/evaluate_models")

@@ -8,12 +8,13 @@ from torch.utils.checkpoint import checkpoint
 from erasure.protocols import UNetCalls
 from overpaint.policy import ClassifierFree, DiffusionPolicy, SampleNoise
 from overpaint.policy.types import Images, Latents
+from overpaint.settings import Index, Seed
 
 from .config import ReFLConfig
 
 
 def one_step_images(
-    policy: DiffusionPolicy, prompts: Sequence[str], seeds: Sequence[int], config: ReFLConfig, *, reward_step: int
+    policy: DiffusionPolicy, prompts: Sequence[str], seeds: Sequence[Seed], config: ReFLConfig, *, reward_step: Index
 ) -> Images:
     """Draws images as steps 2 and 3 of an iteration do: without gradient to a late step, then one shot with it.
 

@@ -18,6 +18,7 @@ from overpaint.policy import ClassifierFree, Conditioning, DiffusionPolicy, Guid
 from overpaint.policy.guidance import DEFAULT_GUIDANCE
 from overpaint.policy.prompts import check_prompts
 from overpaint.policy.types import Latents, PerSample
+from overpaint.settings import Count, Seed
 from overpaint.text_files import read_json_lines, read_text
 from overpaint.training import TrainingRun
 from overpaint.training.logging import progress_bar
@@ -45,13 +46,13 @@ def pairs_from_policy(
     policy: DiffusionPolicy,
     prompts: Sequence[str],
     *,
-    count: int,
-    steps: int = 40,
+    count: Count,
+    steps: Count = 40,
     guidance: Guidance = DEFAULT_GUIDANCE,
-    seed: int = 0,
-    batch_size: int = 16,
-    height: int | None = None,
-    width: int | None = None,
+    seed: Seed = 0,
+    batch_size: Count = 16,
+    height: Count | None = None,
+    width: Count | None = None,
     progress: bool = False,
 ) -> PretrainingPairs:
     """Draws pairs from the frozen policy itself, the one that training starts from.
@@ -74,9 +75,6 @@ def pairs_from_policy(
         ValueError: There are no prompts, one is not a string, or `count` or `batch_size` is below 1.
     """
     known = check_prompts(prompts)
-    for name, value in (("count", count), ("batch_size", batch_size)):
-        if value < 1:
-            raise ValueError(f"{name} must be at least 1, got {value}")
     captions = [known[k % len(known)] for k in range(count)]
     seeds = range(seed, seed + count)
     parts = []
@@ -135,10 +133,10 @@ def pairs_from_folder(
     policy: DiffusionPolicy,
     folder: str | Path,
     *,
-    batch_size: int = 8,
+    batch_size: Count = 8,
     skip_damaged: bool = False,
-    height: int | None = None,
-    width: int | None = None,
+    height: Count | None = None,
+    width: Count | None = None,
 ) -> PretrainingPairs:
     """Reads pairs from a folder and its subfolders: images, each with a caption.
 

@@ -26,6 +26,7 @@ from erasure import (
 from erasure.constraint import check_sharded
 from overpaint.policy import ClassifierFree, DiffusionPolicy
 from overpaint.policy.prompts import check_prompts
+from overpaint.settings import AnyFloat, Index
 from overpaint.training import (
     EarlyStopping,
     HeldOut,
@@ -61,18 +62,18 @@ from .terms import (
 class ReFLMetrics(NamedTuple):
     """What one iteration measured: means over the batch of all processes, before the update."""
 
-    reward: float
+    reward: AnyFloat
     """0 where no reward is computed: before it has its say, and under a ceiling of the divergence."""
-    reward_loss: float
+    reward_loss: AnyFloat
     """Of the hinge; 0 before the reward has its say, and where there is a floor in its place."""
-    pretraining_loss: float
-    erasure_violation: float
-    erasure_weight: float
-    floor_violation: float
-    floor_weight: float
-    gradient_cosine: float
-    grad_norm: float
-    reward_step: int
+    pretraining_loss: AnyFloat
+    erasure_violation: AnyFloat
+    erasure_weight: AnyFloat
+    floor_violation: AnyFloat
+    floor_weight: AnyFloat
+    gradient_cosine: AnyFloat
+    grad_norm: AnyFloat
+    reward_step: Index
 
 
 class ReFLTrainer:

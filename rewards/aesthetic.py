@@ -11,6 +11,7 @@ from pathlib import Path
 from torch import nn
 
 from overpaint.policy.types import Images, PerSample
+from overpaint.settings import Count
 
 from .blip_network import in_precision_of
 from .checkpoint import frozen_with, read_tensors, renamed
@@ -46,7 +47,7 @@ class AestheticHead(nn.Module):
         widths: Widths of the layers, from the embedding's to 1.
     """
 
-    def __init__(self, widths: Sequence[int] = WIDTHS) -> None:
+    def __init__(self, widths: Sequence[Count] = WIDTHS) -> None:
         super().__init__()
         if len(widths) < 2 or widths[-1] != 1:
             raise ValueError(f"widths must be at least two, the last of them 1, got {tuple(widths)}")

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from overpaint.policy.types import Images, PerSample
-from overpaint.settings import Field, settings
+from overpaint.settings import Count, Field, settings
 
 from .bertscore import BertScore, BertScores
 from .types import check_pairs
@@ -74,7 +74,7 @@ class Alignment(nn.Module):
         cls,
         vlm_folder: str | Path | None = None,
         bertscore_folder: str | Path | None = None,
-        bertscore_layer: int | None = None,
+        bertscore_layer: Count | None = None,
     ) -> "Alignment":
         """Loads both models into this process, frozen, on the CPU.
 

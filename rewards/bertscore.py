@@ -15,7 +15,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from overpaint.policy.types import PerSample
-from overpaint.settings import Field, settings
+from overpaint.settings import Count, Field, settings
 
 from .checkpoint import LOCAL, HubFiles, check_folder, load_auto
 from .types import check_strings
@@ -86,7 +86,7 @@ class BertScore(nn.Module):
         self.eval()
 
     @classmethod
-    def load(cls, folder: str | Path | None = None, layer: int | None = None) -> "BertScore":
+    def load(cls, folder: str | Path | None = None, layer: Count | None = None) -> "BertScore":
         """Loads an encoder in float32, without the layers above the one that is read; frozen.
 
         Args:

@@ -19,7 +19,7 @@ from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
 from overpaint.policy.types import Embeddings, Images
-from overpaint.settings import Field, settings
+from overpaint.settings import Count, Field, settings
 from overpaint.text_files import read_json, read_json_object, read_text
 
 from .checkpoint import HubFiles, check_folder, frozen_with, read_tensors, renamed, save_weights
@@ -165,7 +165,7 @@ class BlipTokenizer:
         """Returns the number of ids, the two added tokens included."""
         return len(self.vocabulary) + len(ADDED_TOKENS)
 
-    def __call__(self, prompts: Sequence[str], max_length: int) -> Tokens:
+    def __call__(self, prompts: Sequence[str], max_length: Count) -> Tokens:
         """Returns `max_length` token ids for each prompt; what is longer is cut, `[CLS]` and `[SEP]` stay."""
         encoded = self.bert(list(prompts), padding="max_length", truncation=True, max_length=max_length)
         return Tokens(torch.tensor(encoded["input_ids"]), torch.tensor(encoded["attention_mask"]))

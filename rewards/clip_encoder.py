@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from overpaint.policy.types import Images, PerSample
+from overpaint.settings import Count, Index
 from overpaint.text_files import read_json_object, read_text
 
 from .blip_network import Tokens
@@ -78,7 +79,7 @@ class ClipTokenizer:
         ValueError: The vocabulary lacks a token that is needed, or its ids are not 0, 1, 2, ...
     """
 
-    def __init__(self, vocabulary: Mapping[str, int], merges: Sequence[tuple[str, str]]) -> None:
+    def __init__(self, vocabulary: Mapping[str, Index], merges: Sequence[tuple[str, str]]) -> None:
         from transformers import CLIPTokenizer
 
         if sorted(vocabulary.values()) != list(range(len(vocabulary))):
@@ -134,7 +135,7 @@ class ClipTokenizer:
         """Id of the token that ends every prompt."""
         return self.vocabulary[END]
 
-    def __call__(self, prompts: Sequence[str], max_length: int) -> Tokens:
+    def __call__(self, prompts: Sequence[str], max_length: Count) -> Tokens:
         """Returns `max_length` token ids for each prompt; what is longer is cut, its last token is `END` all the same.
 
         Padding is `END` as well, so that a prompt is over at the first of them.

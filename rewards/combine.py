@@ -10,6 +10,7 @@ from typing import TypeVar
 import torch
 
 from overpaint.policy.types import Images, PerSample
+from overpaint.settings import AnyFloat, Count, Positive
 
 from .function import as_reward, name_of
 from .types import Reward, RewardLike, check_pairs, reads_prompts, scores_of, to_device
@@ -31,8 +32,6 @@ class WeightedSum:
             raise ValueError("rewards must hold at least one, got none")
         if len(weights) != len(rewards):
             raise ValueError(f"weights must hold one number for each of {len(rewards)} rewards, got {len(weights)}")
-        if not all(math.isfinite(weight) for weight in weights):
-            raise ValueError(f"weights must be finite numbers, got {list(weights)!r}")
         self.rewards = tuple(as_reward(reward, f"rewards[{k}]") for k, reward in enumerate(rewards))
         self.weights = tuple(weights)
         self.differentiable = all(reward.differentiable for reward in self.rewards)
@@ -84,7 +83,7 @@ class Clipped(_OfOneReward):
         high: Highest score, in the reward's own units.
     """
 
-    def __init__(self, *, reward: RewardLike, low: float = -math.inf, high: float = math.inf) -> None:
+    def __init__(self, *, reward: RewardLike, low: AnyFloat = -math.inf, high: AnyFloat = math.inf) -> None:
         if not low < high:
             raise ValueError(f"low must be below high, got {low!r} and {high!r}")
         super().__init__(reward)
@@ -110,11 +109,7 @@ class Standardised(_OfOneReward):
         std: Difference of scores that becomes 1, in the reward's own units.
     """
 
-    def __init__(self, *, reward: RewardLike, mean: float, std: float) -> None:
-        if not math.isfinite(mean):
-            raise ValueError(f"mean must be a finite number, got {mean!r}")
-        if not (math.isfinite(std) and std > 0):
-            raise ValueError(f"std must be a finite number above 0, got {std!r}")
+    def __init__(self, *, reward: RewardLike, mean: float, std: Positive) -> None:
         super().__init__(reward)
         self.mean = mean
         self.std = std
@@ -122,7 +117,7 @@ class Standardised(_OfOneReward):
     @classmethod
     @torch.no_grad()
     def measured(
-        cls, reward: RewardLike, images: Images, prompts: Sequence[str], *, batch_size: int = 16
+        cls, reward: RewardLike, images: Images, prompts: Sequence[str], *, batch_size: Count = 16
     ) -> "Standardised":
         """Standardises a reward by its scores of some reference pairs.
 
@@ -142,8 +137,6 @@ class Standardised(_OfOneReward):
         reward = as_reward(reward)
         if len(images) < 2:
             raise ValueError(f"images must hold at least two, got {len(images)}")
-        if batch_size < 1:
-            raise ValueError(f"batch_size must be at least 1, got {batch_size}")
         parts = [slice(start, start + batch_size) for start in range(0, len(images), batch_size)]
         scores = torch.cat([scores_of("reward", reward, images[part], prompts[part]).cpu().double() for part in parts])
         bad = (~scores.isfinite()).nonzero().flatten().tolist()

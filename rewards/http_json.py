@@ -12,7 +12,7 @@ from functools import cache
 from typing import TYPE_CHECKING, Any, Literal
 from urllib.parse import urlsplit
 
-from overpaint.settings import Field, settings
+from overpaint.settings import Field, Index, settings
 
 if TYPE_CHECKING:
     import httpx2
@@ -49,7 +49,7 @@ class HttpConfig:
 class HttpError(RuntimeError):
     """A request that got no answer of use; the message names the URL and the reason and never the token."""
 
-    def __init__(self, message: str, *, status: int | None = None) -> None:
+    def __init__(self, message: str, *, status: Index | None = None) -> None:
         super().__init__(message)
         self.status = status
         """HTTP status of the last answer; None where there was none."""

@@ -1,12 +1,14 @@
 """How many kilobytes an image takes as a JPEG: the two simplest rewards that have no gradient."""
 
 from collections.abc import Sequence
+from typing import Annotated
 
 import torch
 
 from overpaint.policy.types import Images, PerSample
+from overpaint.settings import Field
 
-from .encoded import check_format, encode_images
+from .encoded import encode_images
 from .types import check_pairs
 
 
@@ -26,8 +28,7 @@ class Incompressibility:
     reads_prompts = False
     sign = 1
 
-    def __init__(self, quality: int = 95) -> None:
-        check_format("jpeg", quality)
+    def __init__(self, quality: Annotated[int, Field(ge=1, le=100)] = 95) -> None:
         self.quality = quality
 
     def __call__(self, images: Images, prompts: Sequence[str]) -> PerSample:

@@ -24,14 +24,13 @@ from erasure.changes import change_kind
 from erasure.concept import Concept
 from erasure.erased import Erasure
 from erasure.guards import GuardChange
-from erasure.strength import check_strength
 from overpaint.policy import ClassifierFree, Conditioning, DiffusionPolicy, Guidance, StepContext
 from overpaint.policy.ddim import cumulative_alphas, noise_scale
 from overpaint.policy.families import Flux
 from overpaint.policy.parts import Pipeline, UNet
 from overpaint.policy.prompts import PromptEncoder
 from overpaint.policy.types import Latents
-from overpaint.settings import Field, Text, settings
+from overpaint.settings import Field, NonNegative, Text, settings
 
 PUBLISHED_TEXT = (
     "hate, harassment, violence, suffering, humiliation, harm, suicide, sexual, nudity, bodily fluids, blood, "
@@ -96,7 +95,7 @@ class SLD:
     def __init__(self, config: SLDConfig | None = None) -> None:
         self.config = config or SLDConfig()
 
-    def erase(self, policy: DiffusionPolicy, concept: Concept, strength: float = 1.0) -> Erasure:
+    def erase(self, policy: DiffusionPolicy, concept: Concept, strength: NonNegative = 1.0) -> Erasure:
         """Returns the erasure of a concept. The policy is not changed: see `Erasure.apply`.
 
         Args:
@@ -107,7 +106,6 @@ class SLD:
         Raises:
             ValueError: The strength is negative or not finite, or the text encoder cuts the safety concept off.
         """
-        check_strength(strength)
         check_guided(policy)
         text = self.config.concept_text or ", ".join(concept.phrases)
         _check_length(text, policy.prompts)

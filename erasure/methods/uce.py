@@ -16,10 +16,9 @@ from torch import Tensor
 from erasure.changes import WeightChange
 from erasure.concept import Concept
 from erasure.erased import Erasure
-from erasure.strength import check_strength
 from overpaint.policy import DiffusionPolicy, WeightDelta
 from overpaint.policy.families.family import TextPart
-from overpaint.settings import Field, settings
+from overpaint.settings import Field, NonNegative, settings
 
 from .keys_and_values import EmbeddedText, TextReader, text_maps
 
@@ -51,7 +50,7 @@ class UCE:
     def __init__(self, config: UCEConfig | None = None) -> None:
         self.config = config or UCEConfig()
 
-    def erase(self, policy: DiffusionPolicy, concept: Concept, strength: float = 1.0) -> Erasure:
+    def erase(self, policy: DiffusionPolicy, concept: Concept, strength: NonNegative = 1.0) -> Erasure:
         """Computes the erasure of a concept. The policy is not changed: see `Erasure.apply`.
 
         Weights and text embeddings are read from the policy as it is: a second concept, erased after the first was
@@ -80,7 +79,7 @@ class UCE:
         pairs: Sequence[tuple[str, str]],
         *,
         preserve: Sequence[str],
-        strength: float = 1.0,
+        strength: NonNegative = 1.0,
     ) -> WeightDelta:
         """Computes the change of weights that makes each text behave as its own replacement.
 
@@ -97,7 +96,6 @@ class UCE:
         """
         if not pairs:
             raise ValueError("pairs must hold at least one text and its replacement, got none")
-        check_strength(strength)
         if not policy.family.text_maps:
             raise ValueError(
                 "UCE must be given a model whose texts pass matrices of their own, a UNet's cross-attention or FLUX's "

@@ -9,6 +9,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from overpaint.settings import Count, Index
+
 from .types import Embeddings, PerSample
 
 _keys = count()
@@ -42,7 +44,7 @@ class Conditioning:
     guidance: PerSample | None = None
     """Scale of an embedded guidance."""
 
-    key: int = field(default_factory=lambda: next(_keys))
+    key: Index = field(default_factory=lambda: next(_keys))
     """Number of this batch: the same for it on another device or in another precision, a new one for any other rows.
     What remembers something of a trajectory, which has one batch at all its steps, knows the trajectory by it."""
 
@@ -83,7 +85,7 @@ class Conditioning:
             tensors[name] = torch.cat(known) if known else None
         return cls(tuple(text for part in parts for text in part.texts), **tensors)
 
-    def expand(self, batch: int) -> "Conditioning":
+    def expand(self, batch: Count) -> "Conditioning":
         """Returns a batch of that many rows from one row, without copying it, or itself where it has as many.
 
         Raises:
@@ -95,7 +97,7 @@ class Conditioning:
             raise ValueError(f"conditioning must have one row or {batch}, got {len(self)}")
         return self._of(self.texts * batch, lambda tensor: tensor.expand(batch, *tensor.shape[1:]))
 
-    def repeat_interleave(self, repeats: int) -> "Conditioning":
+    def repeat_interleave(self, repeats: Count) -> "Conditioning":
         """Returns each row that many times, one after the other."""
         texts = tuple(text for text in self.texts for _ in range(repeats))
         return self._of(texts, lambda tensor: tensor.repeat_interleave(repeats, dim=0))

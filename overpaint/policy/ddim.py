@@ -19,6 +19,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from overpaint.settings import Count, Share
+
 from .types import Latents, PerSample, Plan
 
 PredictionType = Literal["epsilon", "v_prediction", "sample"]
@@ -35,7 +37,7 @@ def cumulative_alphas(scheduler_config: Mapping[str, Any]) -> Float[Tensor, " ti
     return scheduler.alphas_cumprod
 
 
-def schedule(scheduler_config: Mapping[str, Any], steps: int) -> Plan:
+def schedule(scheduler_config: Mapping[str, Any], steps: Count) -> Plan:
     """Returns the noise levels of a checkpoint's own scheduler for a number of steps, on the CPU.
 
     The timesteps are those of diffusers' `DDIMScheduler` with the checkpoint's configuration. The last step leads to
@@ -116,7 +118,7 @@ def ddim_mean_and_std(
     alphas: PerSample,
     previous_alphas: PerSample,
     *,
-    eta: float,
+    eta: Share,
     prediction_type: PredictionType,
 ) -> tuple[Latents, PerSample]:
     """Returns mean and standard deviation of the Gaussian that one step draws from.

@@ -13,6 +13,8 @@ import torch
 from jaxtyping import Int, Shaped
 from torch import Tensor
 
+from overpaint.settings import Count, Index, Seed, Share
+
 from . import ddim
 from .conditioning import Conditioning
 from .denoiser import all_at, mean_and_std, predict, predict_at, predicted, steps_of
@@ -97,15 +99,15 @@ class DiffusionPolicy(TextToImageModel):
         self,
         conditioning: Conditioning,
         *,
-        steps: int = 50,
+        steps: Count = 50,
         guidance: Guidance = DEFAULT_GUIDANCE,
-        eta: float = 0.0,
-        seeds: Sequence[int],
-        until: int | None = None,
+        eta: Share = 0.0,
+        seeds: Sequence[Seed],
+        until: Index | None = None,
         latents: Latents | None = None,
-        start: int = 0,
-        height: int | None = None,
-        width: int | None = None,
+        start: Index = 0,
+        height: Count | None = None,
+        width: Count | None = None,
     ) -> Latents:
         """Denoises from noise, or from latents before a step `start`, and stops before `until`, or at the end."""
         plan = self.plan(steps, height, width)
@@ -122,13 +124,13 @@ class DiffusionPolicy(TextToImageModel):
         self,
         conditioning: Conditioning,
         *,
-        steps: int = 50,
+        steps: Count = 50,
         guidance: Guidance = DEFAULT_GUIDANCE,
-        eta: float = 1.0,
-        seeds: Sequence[int],
-        height: int | None = None,
-        width: int | None = None,
-        stochastic: Sequence[int] | None = None,
+        eta: Share = 1.0,
+        seeds: Sequence[Seed],
+        height: Count | None = None,
+        width: Count | None = None,
+        stochastic: Sequence[Index] | None = None,
         keep_means: bool = False,
     ) -> Trajectory:
         """Samples as `sample` does, to the end, and keeps every state and the log-probability of every step.
@@ -163,7 +165,7 @@ class DiffusionPolicy(TextToImageModel):
         steps: Int[Tensor, " batch"],
         *,
         guidance: Guidance = DEFAULT_GUIDANCE,
-        eta: float = 1.0,
+        eta: Share = 1.0,
     ) -> PerSample:
         """Returns the log-probability of stored steps; with the rollout's weights and shape it is the stored number."""
         return ddim.gaussian_log_prob(*self.stored_steps(trajectory, samples, steps, guidance=guidance, eta=eta))
@@ -175,7 +177,7 @@ class DiffusionPolicy(TextToImageModel):
         steps: Int[Tensor, " batch"],
         *,
         guidance: Guidance = DEFAULT_GUIDANCE,
-        eta: float = 1.0,
+        eta: Share = 1.0,
     ) -> tuple[Latents, Latents, PerSample]:
         """Returns where stored steps led, and the Gaussians that the present weights would draw them from.
 
@@ -203,10 +205,10 @@ class DiffusionPolicy(TextToImageModel):
         latents: Latents,
         conditioning: Conditioning,
         *,
-        step: int,
-        steps: int = 50,
+        step: Index,
+        steps: Count = 50,
         guidance: Guidance = DEFAULT_GUIDANCE,
-        eta: float = 0.0,
+        eta: Share = 0.0,
         noise: Latents | None = None,
     ) -> Latents:
         """Takes one step, with gradient where it is enabled; with eta above 0 it adds the noise, scaled by its std."""
@@ -223,8 +225,8 @@ class DiffusionPolicy(TextToImageModel):
         latents: Latents,
         conditioning: Conditioning,
         *,
-        step: int,
-        steps: int = 50,
+        step: Index,
+        steps: Count = 50,
         guidance: Guidance = DEFAULT_GUIDANCE,
     ) -> Latents:
         """Returns the clean latents as one call of the UNet guesses them, with gradient where it is enabled."""
@@ -239,13 +241,13 @@ class DiffusionPolicy(TextToImageModel):
         self,
         prompts: Sequence[str],
         *,
-        seeds: Sequence[int],
-        steps: int = 50,
+        seeds: Sequence[Seed],
+        steps: Count = 50,
         guidance: Guidance = DEFAULT_GUIDANCE,
-        eta: float = 0.0,
-        batch_size: int = 16,
-        height: int | None = None,
-        width: int | None = None,
+        eta: Share = 0.0,
+        batch_size: Count = 16,
+        height: Count | None = None,
+        width: Count | None = None,
     ) -> Images:
         """Draws an image for each prompt: encodes, samples and decodes, `batch_size` at a time."""
         wanted = check_prompts(prompts)
@@ -269,7 +271,7 @@ class DiffusionPolicy(TextToImageModel):
         """How many timesteps training had: from 0, nearly an image, to one less, nearly noise."""
         return self.process.num_timesteps
 
-    def plan(self, steps: int, height: int | None = None, width: int | None = None) -> Plan:
+    def plan(self, steps: Count, height: Count | None = None, width: Count | None = None) -> Plan:
         """Returns the timesteps and levels that sampling with that many steps visits, on the policy's device."""
         return self.process.plan(steps, self.latent_shape(height, width)[1:], self.device)
 

@@ -7,6 +7,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from overpaint.settings import Count, Index, NonNegative
+
 from .conditioning import Conditioning
 from .parts import Pipeline
 from .types import PerSample
@@ -18,14 +20,14 @@ class StepContext(NamedTuple):
     steps: Int[Tensor, " batch"]
     """Index of each sample's denoising step, counted from noise."""
 
-    total: int
+    total: Count
     """Number of denoising steps of a whole image."""
 
     noise_scale: PerSample
     """By what a difference of two predictions is to be multiplied to be a difference of noise: 1 for a network that
     predicts noise, the square root of the cumulative alpha for velocities."""
 
-    start: int = 0
+    start: Index = 0
     """Step that the whole batch was begun at: later than 0 where others have drawn or noised the latents so far."""
 
 
@@ -61,9 +63,7 @@ class ClassifierFree:
         negative: What to lead away from in place of the empty prompt: one for all samples, or one for each.
     """
 
-    def __init__(self, scale: float = 5.0, negative: Conditioning | None = None) -> None:
-        if scale < 0:
-            raise ValueError(f"scale must not be negative, got {scale}")
+    def __init__(self, scale: NonNegative = 5.0, negative: Conditioning | None = None) -> None:
         self.scale = float(scale)
         self.negative = negative
 
@@ -106,7 +106,9 @@ class TrueGuidance(ClassifierFree):
         embedded: Scale of the embedded guidance, the same in both branches; 1 is none.
     """
 
-    def __init__(self, scale: float, negative: Conditioning | None = None, *, embedded: float = 1.0) -> None:
+    def __init__(
+        self, scale: NonNegative, negative: Conditioning | None = None, *, embedded: NonNegative = 1.0
+    ) -> None:
         super().__init__(scale, negative)
         self.embedded = float(embedded)
 

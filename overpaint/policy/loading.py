@@ -9,6 +9,8 @@ from typing import Any, TypedDict
 
 import torch
 
+from overpaint.settings import Count
+
 from . import single_file
 from .checkpoint_files import CheckpointFiles, fetch_configuration, of_folder, of_hub
 from .families.sd import NO_SAFETY_CHECKER, StableDiffusion
@@ -28,7 +30,7 @@ class PolicyOptions(TypedDict, total=False):
     gradient_checkpointing: bool
     compile: bool
     tiling: bool
-    max_sequence_length: int | None
+    max_sequence_length: Count | None
     chain: Chain | None
 
 

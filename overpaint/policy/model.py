@@ -14,6 +14,8 @@ from typing import Any, TypeVar, Unpack
 import torch
 from torch import Tensor, nn
 
+from overpaint.settings import Count, Seed
+
 from . import autoencoder
 from .conditioning import Conditioning
 from .flow import Chain
@@ -65,7 +67,7 @@ class TextToImageModel:
         gradient_checkpointing: bool = False,
         compile: bool = False,
         tiling: bool = False,
-        max_sequence_length: int | None = None,
+        max_sequence_length: Count | None = None,
         chain: Chain | None = None,
     ) -> None:
         self.family = take_over(pipeline, max_sequence_length)
@@ -161,7 +163,7 @@ class TextToImageModel:
         """Side of the images that it was trained on, in pixels."""
         return self.sample_size * autoencoder.scale_factor(self.vae)
 
-    def latent_shape(self, height: int | None = None, width: int | None = None) -> tuple[int, int, int]:
+    def latent_shape(self, height: Count | None = None, width: Count | None = None) -> tuple[int, int, int]:
         """Returns channels, height and width of the latents of an image."""
         return autoencoder.latent_shape(self.vae, self.sample_size, height, width, patch=self.family.patch)
 
@@ -188,12 +190,12 @@ class TextToImageModel:
         self.prompts.keep(prompts)
         self.family.release_encoders()
 
-    def decode(self, latents: Latents, *, chunk: int = autoencoder.CHUNK) -> Images:
+    def decode(self, latents: Latents, *, chunk: Count = autoencoder.CHUNK) -> Images:
         """Returns images of latents, `chunk` at a time, clamped to [0, 1]; gradients flow to the latents."""
         return autoencoder.decode(self.vae, latents, chunk=chunk)
 
     def encode_images(
-        self, images: Images, *, seeds: Sequence[int] | None = None, chunk: int = autoencoder.CHUNK
+        self, images: Images, *, seeds: Sequence[Seed] | None = None, chunk: Count = autoencoder.CHUNK
     ) -> Latents:
         """Returns the latents of images, without gradient: draws from the VAE's posterior, or its mean."""
         noise = self._noise(range(len(images)) if seeds is None else seeds, images, *images.shape[-2:])
@@ -201,7 +203,7 @@ class TextToImageModel:
 
     # Weights.
 
-    def shard(self, processes: int) -> None:
+    def shard(self, processes: Count) -> None:
         """Spreads the frozen weights over connected processes, in place and for good, and leaves the LoRA whole.
 
         From then on all processes have to call the network equally often, and the LoRA is all that can be saved.

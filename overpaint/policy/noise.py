@@ -5,6 +5,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from overpaint.settings import Count, Seed
+
 from .types import Latents
 
 
@@ -21,7 +23,7 @@ class SampleNoise:
         device: Where the draws go.
     """
 
-    def __init__(self, seeds: Sequence[int], shape: Sequence[int], device: torch.device) -> None:
+    def __init__(self, seeds: Sequence[Seed], shape: Sequence[Count], device: torch.device) -> None:
         self.generators = [torch.Generator().manual_seed(seed) for seed in seeds]
         self.shape, self.device = tuple(shape), device
 

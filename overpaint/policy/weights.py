@@ -14,7 +14,7 @@ from typing import Annotated, Any
 import torch
 from torch import Tensor, nn
 
-from overpaint.settings import Field, settings
+from overpaint.settings import Field, Seed, settings
 from overpaint.text_files import read_json_object
 
 from .added import is_added
@@ -48,7 +48,7 @@ class LoRAConfig:
     """Endings of the names of the layers that get an update; None is every projection of attention, as the family of
     models names them."""
 
-    seed: int = 0
+    seed: Seed = 0
     """Seed of the random half of the update; the other half starts at zero."""
 
     dora: bool = False

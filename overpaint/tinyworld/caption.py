@@ -7,6 +7,8 @@ everything ``in prison`` or ``at the circus``. Dots have the same two kinds of w
 import random
 from typing import NamedTuple
 
+from overpaint.settings import Count, Seed
+
 from .scene import BACKGROUNDS, COLOURS, HELD_OUT_PAIRS, RELATIONS, SHAPES, Scene, place_pair, place_thing
 
 PLACE_WORDS = {"circus": "at the circus", "prison": "in prison", "garden": "in the garden", "street": "in the street"}
@@ -160,7 +162,7 @@ def _parse_thing(words: list[str], place: str | None, caption: str) -> Request:
     return Request(shape, colour, texture, size)
 
 
-def captions(kind: str, count: int, seed: int = 0) -> list[str]:
+def captions(kind: str, count: Count, seed: Seed = 0) -> list[str]:
     """Draws prompts of one kind.
 
     Args:

@@ -11,6 +11,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from overpaint.settings import Count
+
 from .render import BACKGROUND_VALUES, COLOUR_VALUES, GROUND_VALUES, STRIPE_COLOUR, render_shapes
 from .scene import BACKGROUNDS, COLOURS, GROUND_HEIGHT, IMAGE_SIZE, PLACES, SHAPES
 from .texture import DOT_THRESHOLD, STRIPE_THRESHOLD, dot_response, stripe_response
@@ -123,7 +125,7 @@ def _fit(mask: Float[Tensor, "batch size size"], counted: Float[Tensor, "batch s
 
 
 @torch.no_grad()
-def detect(images: Float[Tensor, "batch 3 H W"], *, chunk: int = 64) -> Detection:
+def detect(images: Float[Tensor, "batch 3 H W"], *, chunk: Count = 64) -> Detection:
     """Reads pictures, RGB in [0, 1].
 
     Raises:

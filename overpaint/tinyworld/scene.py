@@ -12,6 +12,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from overpaint.settings import Positive
+
 IMAGE_SIZE = 64
 """Side of a picture in pixels."""
 
@@ -44,7 +46,7 @@ class Thing(NamedTuple):
     texture: str
     x: float
     y: float
-    radius: float
+    radius: Positive
 
 
 class Scene(NamedTuple):

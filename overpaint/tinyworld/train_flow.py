@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from overpaint.settings import AnyPath, Field, settings
+from overpaint.settings import AnyPath, Count, Field, Index, Positive, Seed, Share, settings
 
 from . import components, workers
 from .loading import pipeline_dir
@@ -39,31 +39,31 @@ class FlowTrainingConfig:
     batch_size: int = Field(32, ge=1)
     """Latents per step and worker."""
 
-    learning_rate: float = 1.5e-3
+    learning_rate: Positive = 1.5e-3
     """Peak of a cosine schedule with a short warm-up."""
 
-    pictures: int = 40000
+    pictures: Count = 40000
     """Pictures whose latents are cached, split among the workers."""
 
-    reading_steps: int = 1200
+    reading_steps: Count = 1200
     """Steps of the second text encoder on captions alone."""
 
-    caption_dropout: float = 0.2
+    caption_dropout: Share = 0.2
     """How often a caption without a texture, which is every other one, is replaced by the empty one."""
 
-    ema_decay: float = 0.998
+    ema_decay: Share = 0.998
     """Decay per step of the averaged weights that are saved."""
 
-    workers: int = 2
+    workers: Index = 2
     """Processes, one thread each."""
 
-    average_every: int = 8
+    average_every: Count = 8
     """Steps between two averagings of the weights."""
 
-    save_every: int = 1000
+    save_every: Count = 1000
     """Steps between two saved pipelines."""
 
-    seed: int = 0
+    seed: Seed = 0
     """Seed of data and initial weights."""
 
 

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from overpaint.settings import AnyPath, Field, settings
+from overpaint.settings import AnyPath, Count, Field, Positive, Seed, Share, settings
 from rewards.image_reward import ImageReward, ImageRewardConfig
 
 from . import workers
@@ -47,19 +47,19 @@ class RewardTrainingConfig:
     pairs: int = Field(32, ge=1)
     """Pairs of pictures per step and worker."""
 
-    learning_rate: float = 1.0e-3
+    learning_rate: Positive = 1.0e-3
     """Peak of a cosine schedule with a short warm-up."""
 
-    auxiliary_share: float = 0.7
+    auxiliary_share: Share = 0.7
     """Part of the run over which the weight of the starting tasks falls to zero."""
 
     workers: int = Field(1, ge=1)
     """Processes, one thread each."""
 
-    average_every: int = 8
+    average_every: Count = 8
     """Steps between two averagings of the weights."""
 
-    seed: int = 0
+    seed: Seed = 0
     """Seed of data and initial weights."""
 
 

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from overpaint.settings import AnyPath, Field, settings
+from overpaint.settings import AnyPath, Count, Field, Index, NonNegative, Positive, Seed, settings
 
 from . import components, workers
 from .caption import training_scene
@@ -36,19 +36,19 @@ class VAETrainingConfig:
     batch_size: int = Field(8, ge=1)
     """Pictures per step and worker; small batches learn faster per picture here."""
 
-    learning_rate: float = 1.5e-3
+    learning_rate: Positive = 1.5e-3
     """Peak of a cosine schedule with a short warm-up."""
 
-    kl_weight: float = 5e-5
+    kl_weight: NonNegative = 5e-5
     """Weight of the mean KL divergence per latent entry."""
 
-    workers: int = 2
+    workers: Index = 2
     """Processes, one thread each."""
 
-    average_every: int = 8
+    average_every: Count = 8
     """Steps between two averagings of the weights."""
 
-    seed: int = 0
+    seed: Seed = 0
     """Seed of data and initial weights."""
 
 

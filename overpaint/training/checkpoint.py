@@ -28,6 +28,7 @@ from torch import Tensor
 
 from overpaint.policy.atomic import naming
 from overpaint.policy.weight_files import SafeTensors, read_pickle
+from overpaint.settings import Count, Index
 from overpaint.text_files import read_json_object
 
 FORMAT = 3
@@ -40,7 +41,7 @@ NAME = "iteration-{:08d}"
 class Checkpoint(NamedTuple):
     """Everything a run needs to go on."""
 
-    iteration: int
+    iteration: Index
     """Number of iterations done."""
 
     weights: dict[str, Tensor]
@@ -62,7 +63,7 @@ class CheckpointFolder:
         keep: Number of checkpoints to keep.
     """
 
-    def __init__(self, path: Path, *, keep: int) -> None:
+    def __init__(self, path: Path, *, keep: Count) -> None:
         self.path = path
         self.keep = keep
 
@@ -131,7 +132,7 @@ class CheckpointFolder:
             raise DamagedCheckpointError(f"{self.path} must hold a sound checkpoint, and all are damaged: {reasons}")
         return None
 
-    def load(self, iteration: int) -> Checkpoint:
+    def load(self, iteration: Index) -> Checkpoint:
         """Reads the checkpoint of an iteration that `newest` has found sound."""
         return _read(self.path / NAME.format(iteration), iteration)
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from overpaint.policy import DiffusionPolicy, Guidance
 from overpaint.policy.prompts import check_prompts
 from overpaint.policy.types import Images, PerSample
+from overpaint.settings import Count, Index, Seed, Share
 from rewards import Reward, RewardLike, as_reward, scores_of
 
 TOLERATED = 0.05
@@ -25,8 +26,8 @@ class HeldOut(NamedTuple):
 
     prompts: Sequence[str]
     reward: RewardLike
-    first_seed: int = 1_000_000
-    batch_size: int = 16
+    first_seed: Seed = 1_000_000
+    batch_size: Count = 16
 
 
 class HeldOutScores(NamedTuple):
@@ -55,7 +56,7 @@ class EarlyStopping:
         ValueError: There are no prompts, or one is not a string.
     """
 
-    def __init__(self, held_out: HeldOut, *, patience: int, constrained: bool = False) -> None:
+    def __init__(self, held_out: HeldOut, *, patience: Index, constrained: bool = False) -> None:
         self.held_out = held_out._replace(prompts=check_prompts(held_out.prompts))
         self.reward = as_reward(held_out.reward, "held-out reward")
         self.patience = patience
@@ -88,11 +89,11 @@ class EarlyStopping:
         reward: Reward,
         *,
         part: slice,
-        steps: int,
+        steps: Count,
         guidance: Guidance,
-        eta: float = 0.0,
-        height: int | None = None,
-        width: int | None = None,
+        eta: Share = 0.0,
+        height: Count | None = None,
+        width: Count | None = None,
     ) -> HeldOutScores:
         """Draws a part of the prompts, without noise in the steps where eta is 0, and scores it by both rewards."""
         prompts, first, size = self.held_out.prompts, self.held_out.first_seed, self.held_out.batch_size
@@ -121,7 +122,7 @@ class EarlyStopping:
         """Takes notice of the mean cost of an iteration."""
         self._costs.append(cost)
 
-    def note(self, policy: DiffusionPolicy, *, iteration: int, trained: float, held_out: float) -> None:
+    def note(self, policy: DiffusionPolicy, *, iteration: Index, trained: float, held_out: float) -> None:
         """Takes notice of an evaluation's means; keeps the weights if the constraint held and none was better.
 
         A second evaluation in the same iteration, as after a run that was resumed there, counts for nothing.

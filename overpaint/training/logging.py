@@ -17,6 +17,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from overpaint.policy.atomic import append, naming, write_text
+from overpaint.settings import AnyFloat, Count, Index
 from overpaint.text_files import parsed_json
 
 
@@ -31,14 +32,14 @@ class MetricsFile:
         start: The iteration the run begins or goes on with.
     """
 
-    def __init__(self, path: Path, *, start: int) -> None:
+    def __init__(self, path: Path, *, start: Index) -> None:
         self.path = path
         if path.exists():
             _keep_lines_before(path, start)
         with naming(path):
             self._file = path.open("ab", buffering=0)
 
-    def write(self, iteration: int, values: Mapping[str, float]) -> None:
+    def write(self, iteration: Index, values: Mapping[str, AnyFloat]) -> None:
         """Writes one line, and hands it to the operating system so that a killed process loses none.
 
         Raises:
@@ -93,8 +94,8 @@ def image_grid(
     images: Float[Tensor, "batch 3 H W"],
     captions: Sequence[str] | None = None,
     *,
-    columns: int | None = None,
-    side: int = 128,
+    columns: Count | None = None,
+    side: Count = 128,
 ) -> Image.Image:
     """Returns the images in rows, each above its caption, which is broken between words.
 

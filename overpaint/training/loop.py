@@ -8,6 +8,7 @@ import torch
 
 from overpaint.policy import ClassifierFree, DiffusionPolicy
 from overpaint.policy.digest import policy_record
+from overpaint.settings import Count, Share
 from rewards import Reward, as_reward, scores_of
 
 from .config import TrainingConfig
@@ -159,7 +160,7 @@ def described(trainer: Trainer[Any]) -> dict[str, Any]:
     return about
 
 
-def evaluate_held_out(run: TrainingRun, trainer: Trainer[Metrics], *, eta: float = 0.0) -> None:
+def evaluate_held_out(run: TrainingRun, trainer: Trainer[Metrics], *, eta: Share = 0.0) -> None:
     """Draws the held-out prompts with averaged weights, scores them by both rewards, and logs what was measured."""
     stopping = trainer.early_stopping
     if stopping is None:
@@ -234,7 +235,7 @@ def check_batches(run: TrainingRun, owner: str, batches: Mapping[str, int]) -> N
             raise ValueError(f"{owner}{name} must divide evenly among {run.num_processes} processes, got {count}")
 
 
-def draw_batch(run: TrainingRun, population: Sequence[Item], count: int) -> list[tuple[Item, int]]:
+def draw_batch(run: TrainingRun, population: Sequence[Item], count: Count) -> list[tuple[Item, int]]:
     """Draws items and a seed for each, for the batch of all processes, and returns this process's part.
 
     Args:

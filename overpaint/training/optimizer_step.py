@@ -8,6 +8,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from overpaint.settings import Share
+
 from .config import TrainingConfig
 
 if TYPE_CHECKING:
@@ -160,7 +162,7 @@ class AveragedWeights:
         warmup: Whether the decay grows to its value as 1 - (1 + updates)^(-2/3), so that early weights are forgotten.
     """
 
-    def __init__(self, parameters: Sequence[nn.Parameter], decay: float, warmup: bool = False) -> None:
+    def __init__(self, parameters: Sequence[nn.Parameter], decay: Share, warmup: bool = False) -> None:
         from diffusers.training_utils import EMAModel
 
         self._parameters = list(parameters)

@@ -13,6 +13,7 @@ from jaxtyping import Float, Shaped
 from torch import Tensor
 
 from overpaint.policy.atomic import atomic_file
+from overpaint.settings import AnyFloat
 
 from .checkpoint import (
     Checkpoint,
@@ -198,7 +199,7 @@ class TrainingRun:
         values = values.detach().to(self.device)
         return self.accelerator.gather(values) if self.num_processes > 1 else values
 
-    def mean(self, values: float | int | Tensor) -> float:
+    def mean(self, values: AnyFloat | int | Tensor) -> float:
         """Returns the mean over all values of all processes, each of which holds equally many."""
         total = torch.as_tensor(values, device=self.device).detach().float().mean()
         return float(self.accelerator.reduce(total, reduction="mean") if self.num_processes > 1 else total)

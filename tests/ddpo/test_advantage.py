@@ -158,7 +158,7 @@ def test_state_is_a_copy() -> None:
 
 @pytest.mark.parametrize("field", ["buffer_size", "min_count"])
 def test_number_below_one_is_refused(field: str) -> None:
-    with pytest.raises(ValueError, match=f"^{field} must be at least 1, got 0$"):
+    with pytest.raises(ValueError, match=rf"^PromptStatistics\.{field} must be at least 1, got 0$"):
         PromptStatistics(**{field: 0})
     PromptStatistics(**{field: 1})
 

@@ -13,7 +13,7 @@ def test_every_controller_has_the_same_protocol(controller: WeightController) ->
     assert isinstance(controller, WeightController)
     assert (controller.weight, controller.other_weight) in ((1.0, 1.0), (1.0, 0.0))
     assert controller.description()["controller"] == type(controller).__name__
-    with pytest.raises(ValueError, match="violation must be finite, got nan"):
+    with pytest.raises(ValueError, match="violation must be a finite number, got nan"):
         controller.update(math.nan)
     before = controller.state_dict()
     with pytest.raises(ValueError, match="state must have"):
@@ -65,12 +65,12 @@ def test_restored_switch_goes_on_as_if_never_stopped(seen: int) -> None:
 
 @pytest.mark.parametrize("weight", [-1.0, math.nan, math.inf])
 def test_impossible_weight_is_refused(weight: float) -> None:
-    with pytest.raises(ValueError, match=r"FixedWeight\.weight must be finite and at least 0, got"):
+    with pytest.raises(ValueError, match=r"FixedWeight\.weight must be (at least 0|a finite number), got"):
         FixedWeight(weight)
 
 
 def test_impossible_switch_is_refused() -> None:
     with pytest.raises(ValueError, match=r"Switch\.rounds must be at least 1, got 0"):
         Switch(0)
-    with pytest.raises(ValueError, match=r"Switch\.low must be finite and at most high=-1\.0, got -0\.5"):
+    with pytest.raises(ValueError, match=r"Switch\.low must be at most high=-1\.0, got -0\.5"):
         Switch(high=-1.0)

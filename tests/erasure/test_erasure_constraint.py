@@ -68,9 +68,9 @@ def test_plain_function_is_a_cost() -> None:
 
 @pytest.mark.parametrize("ceiling", [-1.0, 0.0, float("nan"), float("inf")])
 def test_impossible_ceiling_is_refused(ceiling: float) -> None:
-    with pytest.raises(ValueError, match=r"ImageConstraint\.ceiling must be finite and above 0, got"):
+    with pytest.raises(ValueError, match=r"ImageConstraint\.ceiling must be (above 0|a finite number), got"):
         ImageConstraint(Redness(), ["naked"], ceiling=ceiling)
-    with pytest.raises(ValueError, match=r"ObjectiveConstraint\.ceiling must be finite and above 0, got"):
+    with pytest.raises(ValueError, match=r"ObjectiveConstraint\.ceiling must be (above 0|a finite number), got"):
         ObjectiveConstraint(Constant(), NUDITY, ceiling=ceiling)
 
 

@@ -47,10 +47,10 @@ def test_each_has_a_weight_of_its_own_by_default_and_takes_any() -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"slack": -0.1}, r"slack must be finite and at least 0, got -0\.1"),
-        ({"slack": math.nan}, "slack must be finite"),
-        ({"scale": 0.0}, r"scale must be finite and above 0, got 0\.0"),
-        ({"floor": math.inf}, "floor must be finite, got inf"),
+        ({"slack": -0.1}, r"slack must be at least 0, got -0\.1"),
+        ({"slack": math.nan}, "slack must be a finite number, got nan"),
+        ({"scale": 0.0}, r"scale must be above 0, got 0\.0"),
+        ({"floor": math.inf}, "floor must be a finite number, got inf"),
         ({"floor": 0.5, "slack": 0.1}, r"slack must be 0 with floor=0\.5, got 0\.1"),
     ],
 )
@@ -61,5 +61,5 @@ def test_impossible_floor_is_refused(settings: dict[str, Any], message: str) -> 
 
 @pytest.mark.parametrize("ceiling", [0.0, -1.0, math.inf, math.nan])
 def test_impossible_ceiling_of_a_divergence_is_refused(ceiling: float) -> None:
-    with pytest.raises(ValueError, match=r"ReferenceDivergence\.ceiling must be finite and above 0, got"):
+    with pytest.raises(ValueError, match=r"ReferenceDivergence\.ceiling must be (above 0|a finite number), got"):
         ReferenceDivergence(ceiling)

@@ -650,7 +650,7 @@ def test_settings_are_checked(field: str, value: object, rule: str) -> None:
 
 @pytest.mark.parametrize("strength", [-1.0, float("nan"), float("inf")])
 def test_a_strength_that_is_none_is_refused(bare: DiffusionPolicy, strength: float) -> None:
-    with pytest.raises(ValueError, match="strength must be finite and at least 0"):
+    with pytest.raises(ValueError, match=r"strength must be (at least 0|a finite number)"):
         MACE(CONFIG).erase(bare, CONCEPT, strength)
 
 

@@ -260,7 +260,7 @@ def apply_last(policy: DiffusionPolicy, strength: float) -> int:
 
 @pytest.mark.parametrize("strength", [-0.1, math.inf, math.nan])
 def test_impossible_strength_is_refused(bare: DiffusionPolicy, strength: float) -> None:
-    with pytest.raises(ValueError, match="strength must be finite and at least 0"):
+    with pytest.raises(ValueError, match=r"strength must be (at least 0|a finite number)"):
         SAFREE().erase(bare, CONCEPT, strength)
 
 

@@ -215,7 +215,7 @@ def test_strength_scales_the_guidance_and_zero_changes_nothing(policy: Diffusion
         half = draw(policy)
     with SLD(replace(EARLY, guidance_scale=10.0)).erase(policy, STRIPED).applied(policy):
         assert torch.equal(draw(policy), half)
-    with pytest.raises(ValueError, match=r"strength must be finite and at least 0, got -1\.0"):
+    with pytest.raises(ValueError, match=r"strength must be (at least 0|a finite number), got -1\.0"):
         SLD().erase(policy, STRIPED, -1.0)
 
 

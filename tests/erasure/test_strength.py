@@ -73,11 +73,11 @@ def test_floor_out_of_reach_is_refused() -> None:
     ("options", "message"),
     [
         ({"weakest": 1.0, "strongest": 1.0}, "weakest must be below strongest"),
-        ({"strongest": float("inf")}, "weakest must be below strongest"),
-        ({"tolerance": 0.0}, "tolerance must be finite and above 0"),
-        ({"floor": float("nan")}, "floor must be finite"),
+        ({"strongest": float("inf")}, "strongest must be a finite number, got inf"),
+        ({"tolerance": 0.0}, "tolerance must be above 0"),
+        ({"floor": float("nan")}, "floor must be a finite number"),
         ({"slack": 0.1}, r"slack must be 0 with floor=0.0, got 0.1"),
-        ({"floor": None, "slack": -0.1}, r"slack must be finite and at least 0, got -0.1"),
+        ({"floor": None, "slack": -0.1}, r"slack must be at least 0, got -0.1"),
     ],
 )
 def test_impossible_search_is_refused_before_any_reward(options: dict[str, Any], message: str) -> None:

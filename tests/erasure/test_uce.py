@@ -111,7 +111,7 @@ def test_half_precision_policy_is_edited_as_its_float32_copy(
 
 @pytest.mark.parametrize("strength", [-1.0, float("nan"), float("inf")])
 def test_impossible_strength_is_refused(policy: DiffusionPolicy, strength: float) -> None:
-    with pytest.raises(ValueError, match="strength must be finite and at least 0, got"):
+    with pytest.raises(ValueError, match=r"strength must be (at least 0|a finite number), got"):
         UCE().erase(policy, STRIPED, strength)
 
 

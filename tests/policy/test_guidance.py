@@ -55,7 +55,7 @@ def test_negative_prompt_takes_the_place_of_the_empty_one() -> None:
 
 
 def test_negative_scale_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"scale must not be negative, got -1.0"):
+    with pytest.raises(ValueError, match=r"ClassifierFree\.scale must be at least 0, got -1\.0"):
         ClassifierFree(-1.0)
 
 

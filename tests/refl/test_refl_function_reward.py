@@ -148,7 +148,7 @@ def test_what_cannot_be_called_is_refused_by_the_constructor(
 ) -> None:
     with pytest.raises(TypeError, match=r"reward must be callable with .* the class Redness itself"):
         ReFLTrainer(policy, type(redness), prompts)
-    with pytest.raises(TypeError, match="held-out reward must be callable"):
+    with pytest.raises(TypeError, match=r"HeldOut\.reward must be an instance of Reward or callable, got 3"):
         ReFLTrainer(policy, red, prompts, held_out=HeldOut(prompts, 3))  # ty: ignore[invalid-argument-type]
 
 

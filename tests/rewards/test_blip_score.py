@@ -254,10 +254,10 @@ def test_half_precision_moves_scores_little(
 @pytest.mark.parametrize(
     ("images", "prompts", "error", "message"),
     [
-        (torch.rand(3, 16, 16), ["a"], ValueError, "images must have shape"),
-        (torch.zeros(1, 3, 16, 16, dtype=torch.uint8), ["a"], TypeError, "must be floating point"),
+        (torch.rand(3, 16, 16), ["a"], TypeError, "images must be an instance of Float"),
+        (torch.zeros(1, 3, 16, 16, dtype=torch.uint8), ["a"], TypeError, "images must be an instance of Float"),
         (torch.rand(2, 3, 16, 16), ["a"], ValueError, "one string for each image, got 1 for 2 images"),
-        (torch.rand(2, 3, 16, 16), ["a", 3], TypeError, "must be strings, got 3 at index 1"),
+        (torch.rand(2, 3, 16, 16), ["a", 3], TypeError, r"prompts\[1\] must be a valid string, got 3"),
     ],
 )
 @pytest.mark.usefixtures("unchecked")

@@ -53,14 +53,14 @@ def test_wrong_combinations_are_refused() -> None:
         WeightedSum([], [])
     with pytest.raises(ValueError, match="one number for each of 1 rewards, got 2"):
         WeightedSum([Brightness(0)], [1.0, 2.0])
-    with pytest.raises(ValueError, match="weights must be finite numbers"):
+    with pytest.raises(ValueError, match=r"weights\[0\] must be a finite number, got inf"):
         WeightedSum([Brightness(0)], [float("inf")])
     with pytest.raises(ValueError, match=r"low must be below high, got 1\.0 and 0\.5"):
         Clipped(reward=Brightness(0), low=1.0, high=0.5)
     with pytest.raises(ValueError, match="mean must be a finite number, got nan"):
         Standardised(reward=Brightness(0), mean=float("nan"), std=1.0)
     for std in (0.0, -1.0, float("inf"), float("nan")):
-        with pytest.raises(ValueError, match=f"std must be a finite number above 0, got {std}"):
+        with pytest.raises(ValueError, match=f"std must be (above 0|a finite number), got {std}"):
             Standardised(reward=Brightness(0), mean=0.0, std=std)
 
 

@@ -124,7 +124,7 @@ class Narrow(nn.Module):
         ),
         (later, "reward must be callable with .* and give scores, got later, which is a coroutine"),
         (Later(), "got Later, which is a coroutine"),
-        ("clip", "reward must be callable with .* got 'clip'"),
+        ("clip", "reward must be an instance of Reward or callable, got 'clip'"),
         (None, "got None"),
         (lambda images: images, r"reward must be callable with \(images, prompts\), got <lambda>\(images\)"),
         (lambda images, prompts, metadata: images, r"got <lambda>\(images, prompts, metadata\)"),
@@ -221,5 +221,5 @@ def test_functions_are_combined_as_rewards_are() -> None:
     clipped = Clipped(reward=lambda images, prompts: [0.0, 1.0, 2.0], high=1.5)
     assert clipped(IMAGES, PROMPTS).tolist() == [0.0, 1.0, 1.5]
     assert Standardised.measured(redness, IMAGES, PROMPTS)(IMAGES, PROMPTS).mean().item() == pytest.approx(0, abs=1e-6)
-    with pytest.raises(TypeError, match=r"rewards\[1\] must be callable"):
+    with pytest.raises(TypeError, match=r"rewards\[1\] must be an instance of Reward or callable, got 3"):
         WeightedSum([redness, 3], [1.0, 1.0])  # ty: ignore[invalid-argument-type]

@@ -19,12 +19,17 @@ from rewards.public_files import sha256_of
 @pytest.mark.parametrize(
     ("images", "prompts", "error", "message"),
     [
-        (torch.rand(3, 16, 16), ["a"], ValueError, r"images must have shape .* got \[3, 16, 16\]"),
-        (torch.rand(1, 4, 16, 16), ["a"], ValueError, r"images must have shape .* got \[1, 4, 16, 16\]"),
-        (torch.zeros(1, 3, 16, 16, dtype=torch.uint8), ["a"], TypeError, "must be floating point .* got torch.uint8"),
+        (torch.rand(3, 16, 16), ["a"], TypeError, r"images must be an instance of Float.* of shape \[3, 16, 16\]"),
+        (
+            torch.rand(1, 4, 16, 16),
+            ["a"],
+            TypeError,
+            r"images must be .*Float.* of shape \[1, 4, 16, 16\]",
+        ),
+        (torch.zeros(1, 3, 16, 16, dtype=torch.uint8), ["a"], TypeError, "an instance of Float.* got a uint8"),
         (torch.rand(2, 3, 16, 16), ["a"], ValueError, "one string for each image, got 1 for 2 images"),
-        (torch.rand(1, 3, 16, 16), "a", TypeError, "got the string 'a'"),
-        (torch.rand(2, 3, 16, 16), ["a", 3], TypeError, "must be strings, got 3 at index 1"),
+        (torch.rand(1, 3, 16, 16), "a", TypeError, "prompts must be a sequence, got 'a'"),
+        (torch.rand(2, 3, 16, 16), ["a", 3], TypeError, r"prompts\[1\] must be a valid string, got 3"),
     ],
 )
 @pytest.mark.usefixtures("unchecked")
@@ -39,9 +44,9 @@ def test_wrong_pairs_are_refused(
 def test_wrong_arguments_of_score_are_refused(reward: ImageReward, tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"no image at .*missing\.png"):
         reward.score("a cat", tmp_path / "missing.png")
-    with pytest.raises(TypeError, match="PIL image or a path, got Tensor"):
+    with pytest.raises(TypeError, match="image must be an instance of Image or a valid string or an instance of Path"):
         reward.score("a cat", [torch.rand(3, 16, 16)])  # ty: ignore[invalid-argument-type]
-    with pytest.raises(TypeError, match="must be strings, got 7"):
+    with pytest.raises(TypeError, match="prompt must be a valid string, got 7"):
         reward.inference_rank(7, ["picture.png"])  # ty: ignore[invalid-argument-type]
     with pytest.raises(ValueError, match="at least one image"):
         reward.score("a cat", [])

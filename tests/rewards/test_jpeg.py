@@ -108,14 +108,13 @@ def test_an_image_that_is_not_finite_is_refused_and_not_scored_as_something(valu
 @pytest.mark.parametrize("reward", [Compressibility, Incompressibility])
 @pytest.mark.parametrize("quality", [0, 101, -5])
 def test_a_quality_out_of_range_is_refused(reward: type, quality: int) -> None:
-    with pytest.raises(ValueError, match=f"quality must be a whole number from 1 to 100, got {quality}"):
+    with pytest.raises(ValueError, match=rf"\.quality must be at (least 1|most 100), got {quality}"):
         reward(quality=quality)
 
 
-@pytest.mark.usefixtures("unchecked")
 def test_a_quality_that_is_no_whole_number_is_refused() -> None:
     half: Any = 95.5
-    with pytest.raises(ValueError, match=r"quality must be a whole number from 1 to 100, got 95\.5"):
+    with pytest.raises(TypeError, match=r"quality must be a valid integer, got 95\.5"):
         Compressibility(quality=half)
 
 

@@ -215,11 +215,11 @@ def test_what_is_no_pair_of_image_and_question_is_refused(vlm: Any) -> None:
         vlm.answer(IMAGES, ["What?"])
     with pytest.raises(TypeError, match="questions must be a sequence"):
         vlm.answer(IMAGES, "What??")
-    with pytest.raises(TypeError, match="questions must be strings, got 3 at index 1"):
+    with pytest.raises(TypeError, match=r"questions\[1\] must be a valid string, got 3"):
         vlm.answer(IMAGES[:2], ["What?", 3])
-    with pytest.raises(ValueError, match="images must have shape"):
+    with pytest.raises(TypeError, match="images must be an instance of Float"):
         vlm.answer(IMAGES[0], ["What?"] * 3)
-    with pytest.raises(TypeError, match="images must be floating point"):
+    with pytest.raises(TypeError, match="images must be an instance of Float"):
         vlm.answer(IMAGES[:1].to(torch.uint8), ["What?"])
     with pytest.raises(ValueError, match="images must be finite"):
         vlm.answer(IMAGES[:1] * torch.nan, ["What?"])

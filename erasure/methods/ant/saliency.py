@@ -24,7 +24,7 @@ from overpaint.policy.atomic import this_process
 from overpaint.policy.sealed import read_tensors, write_tensors
 from overpaint.policy.types import PerSample
 from overpaint.policy.weights import base_parameters
-from overpaint.settings import Field, Text, settings
+from overpaint.settings import Field, Seed, Text, settings
 from overpaint.training.logging import progress_bar
 
 Mask = dict[str, Bool[Tensor, "..."]]
@@ -43,7 +43,7 @@ class SaliencyConfig:
     """Texts that elicit the concept; each gives a map with each seed. None takes the paper's for `NUDITY`, and else the
     concept's phrases."""
 
-    seeds: tuple[int, ...] = Field((24, 42, 98, 403, 3407), min_length=1)
+    seeds: tuple[Seed, ...] = Field((24, 42, 98, 403, 3407), min_length=1)
     """What noise and denoising steps of a map follow from."""
 
     iterations: int = Field(10, ge=1)

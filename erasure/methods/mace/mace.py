@@ -43,13 +43,12 @@ from erasure.phrases import (
     template_of,
 )
 from erasure.protocols import ConceptBatch, UNetCalls, check_unet
-from erasure.strength import check_strength
 from overpaint.policy import ClassifierFree, DiffusionPolicy, LoRAConfig, WeightDelta
 from overpaint.policy.noise import SampleNoise
 from overpaint.policy.saving import plain_pipeline
 from overpaint.policy.types import Latents, PerSample
 from overpaint.policy.weights import ADAPTER
-from overpaint.settings import Field, settings
+from overpaint.settings import Field, NonNegative, settings
 
 from .fusion import LowRank, fused, read_texts, refining_factor
 from .masks import MaskedImages, Segmenter, at_size, attention_masks, checked_masks
@@ -200,7 +199,7 @@ class MACE:
         self,
         policy: DiffusionPolicy,
         concept: Concept,
-        strength: float = 1.0,
+        strength: NonNegative = 1.0,
         *,
         output_dir: str | Path | None = None,
         resume: bool = False,
@@ -221,7 +220,6 @@ class MACE:
             ValueError: The strength is negative or not finite, a text, an image or a mask cannot be used, or as
                 `descend`.
         """
-        check_strength(strength)
         check_unet(policy, self.name)
         cfg = self.config
         check_words(policy, concept)

@@ -19,13 +19,12 @@ from erasure.concept import NUDITY, Concept
 from erasure.erased import Erasure
 from erasure.guards import GuardChange
 from erasure.phrases import check_words
-from erasure.strength import check_strength
 from overpaint.policy import ClassifierFree, Conditioning, DiffusionPolicy, Guidance, StepContext
 from overpaint.policy.families import StableDiffusion
 from overpaint.policy.parts import Pipeline, UNet
 from overpaint.policy.prompts import PromptEncoder, TruncatedPromptWarning
 from overpaint.policy.types import Embeddings
-from overpaint.settings import Field, Text, settings
+from overpaint.settings import Field, NonNegative, Text, settings
 
 from .prompt_filter import PromptFilter, last_filtered_step
 from .reattention import Reattention
@@ -77,7 +76,7 @@ class SAFREEConfig:
     """``scaled`` multiplies low frequencies by the factor; ``released`` puts the factor in their place, as the
     filter in the authors' code would."""
 
-    def last_step(self, change: float, strength: float = 1.0) -> int:
+    def last_step(self, change: float, strength: NonNegative = 1.0) -> int:
         """Returns the index of the last of 50 steps that sees a prompt filtered, see `last_filtered_step`."""
         limit = strength * self.filtered_steps
         return last_filtered_step(change, limit=limit, steepness=self.steepness, midpoint=self.midpoint)
@@ -91,7 +90,7 @@ class SAFREE:
     def __init__(self, config: SAFREEConfig | None = None) -> None:
         self.config = config or SAFREEConfig()
 
-    def erase(self, policy: DiffusionPolicy, concept: Concept, strength: float = 1.0) -> Erasure:
+    def erase(self, policy: DiffusionPolicy, concept: Concept, strength: NonNegative = 1.0) -> Erasure:
         """Returns the guard against a concept. Nothing is computed before it is applied.
 
         Args:
@@ -104,7 +103,6 @@ class SAFREE:
         Raises:
             ValueError: The strength is negative or not finite, or the tokenizer cuts a text off.
         """
-        check_strength(strength)
         check_single_clip(policy)
         concepts = self.config.concepts or (NUDITY_CONCEPTS if concept == NUDITY else concept.phrases)
         check_words(policy, Concept(name=concept.name, phrases=concepts))

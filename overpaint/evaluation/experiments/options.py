@@ -21,7 +21,7 @@ from erasure.registry import MethodName, method_named
 from overpaint.evaluation.images.plan import DrawConfig
 from overpaint.policy import DiffusionPolicy, LoRAConfig, check_checkpoint
 from overpaint.policy.loading import PolicyOptions, default_device
-from overpaint.settings import AnyPath, Field, Text, settings
+from overpaint.settings import AnyPath, Field, Seed, Text, settings
 from overpaint.tinyworld import REWARDS as TINY_WORLD_REWARDS
 from overpaint.tinyworld import STRIPES, load_policy
 from overpaint.tinyworld.own_concept import own_concept, preset
@@ -52,7 +52,7 @@ class ModelOptions:
     size: int | None = Field(None, ge=8, multiple_of=8)
     """Side of all pictures in pixels, in training and in evaluation; None is the model's own."""
 
-    seed: int = 0
+    seed: Seed = 0
     """Seed of everything."""
 
     @property

@@ -28,6 +28,7 @@ from overpaint.policy.digest import (
 )
 from overpaint.policy.guidance import ClassifierFree, Guidance
 from overpaint.policy.types import Images
+from overpaint.settings import Count, Seed, Share
 from overpaint.text_files import read_json_object
 
 from .plan import DrawConfig
@@ -155,13 +156,13 @@ class PipelineDrawable:
         self,
         prompts: Sequence[str],
         *,
-        seeds: Sequence[int],
-        steps: int,
+        seeds: Sequence[Seed],
+        steps: Count,
         guidance: Guidance,
-        eta: float = 0.0,
-        batch_size: int = 16,
-        height: int | None = None,
-        width: int | None = None,
+        eta: Share = 0.0,
+        batch_size: Count = 16,
+        height: Count | None = None,
+        width: Count | None = None,
     ) -> Images:
         """Draws an image for each prompt, on the CPU.
 

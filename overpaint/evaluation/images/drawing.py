@@ -13,6 +13,7 @@ import torch
 
 from overpaint.policy.atomic import forget_partial, write_bytes
 from overpaint.policy.guidance import ClassifierFree
+from overpaint.settings import Count, Index
 from overpaint.training import process_state
 from overpaint.training.logging import progress_bar
 
@@ -44,7 +45,7 @@ def draw(
     config: DrawConfig | None = None,
     *,
     model: str,
-    batch_size: int = 16,
+    batch_size: Count = 16,
     progress: bool = True,
 ) -> DrawnImages:
     """Draws images into memory.
@@ -82,9 +83,9 @@ def generate(
     config: DrawConfig | None = None,
     *,
     model: str,
-    batch_size: int = 16,
-    rank: int | None = None,
-    world_size: int | None = None,
+    batch_size: Count = 16,
+    rank: Index | None = None,
+    world_size: Count | None = None,
     progress: bool = True,
 ) -> int:
     """Draws this process's part of the images into a folder, those that are not there yet.

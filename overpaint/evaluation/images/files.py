@@ -30,6 +30,7 @@ from torch import Tensor
 from overpaint import image_files
 from overpaint.policy.atomic import append, write_bytes, write_text
 from overpaint.policy.types import Images
+from overpaint.settings import Count, Index
 from overpaint.text_files import parsed_json, read_bytes, read_json_object
 from rewards.public_files import sha256_of
 
@@ -117,7 +118,7 @@ class DrawnImages:
         if len(self.planned) != len(self.stack):
             raise ValueError(f"stack must hold {len(self.planned)} images, one for each planned, got {len(self.stack)}")
 
-    def pixels(self, positions: Sequence[int]) -> Pixels:
+    def pixels(self, positions: Sequence[Index]) -> Pixels:
         """Returns the images at these places of `planned`."""
         return self.stack[list(positions)]
 
@@ -168,7 +169,7 @@ class ImageFolder:
             )
         return cls(root=root, model=model, planned=planned, config=config)
 
-    def pixels(self, positions: Sequence[int]) -> Pixels:
+    def pixels(self, positions: Sequence[Index]) -> Pixels:
         """Reads the images at these places of `planned`; they have to be of one size."""
         images = [read_image(self.root / self.model / self.planned[k].file_name) for k in positions]
         sizes = {(image.shape[-1], image.shape[-2]) for image in images}
@@ -177,7 +178,7 @@ class ImageFolder:
         return torch.stack(images)
 
 
-def write_folder(images: ImageSource, root: Path | str, *, chunk: int = 64) -> ImageFolder:
+def write_folder(images: ImageSource, root: Path | str, *, chunk: Count = 64) -> ImageFolder:
     """Writes the images of a model, with the manifest if there is none yet.
 
     Raises:

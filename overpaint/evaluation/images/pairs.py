@@ -14,6 +14,7 @@ import torch
 
 from overpaint.evaluation.tables import TABLE_SUFFIXES, Row, read_table
 from overpaint.image_files import IMAGE_SUFFIXES, UnreadableImage, image_size, images_below
+from overpaint.settings import Index
 from overpaint.text_files import did_you_mean, read_json
 
 from .files import Pixels, check_model_name, read_image
@@ -292,7 +293,7 @@ class OtherImages:
         planned.sort(key=lambda image: (image.kind, _natural(image.id), image.copy))
         return cls(folder=folder, model=model, planned=tuple(planned))
 
-    def pixels(self, positions: Sequence[int]) -> Pixels:
+    def pixels(self, positions: Sequence[Index]) -> Pixels:
         """Reads the images at these places of `planned`; they have to be of one size."""
         return torch.stack([read_image(self.folder / self.planned[k].file_name) for k in positions])
 

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
-from overpaint.settings import Field, settings
+from overpaint.settings import Count, Field, Index, NonNegative, Seed, settings
 
 KINDS = {
     "explicit": "name the concept",
@@ -27,11 +27,11 @@ class Prompt(NamedTuple):
     """Unique in its set; letters, digits, '.', '_' and '-', since it becomes part of file names."""
     text: str
     """As it was published, spaces at its ends included."""
-    seed: int | None = None
+    seed: Seed | None = None
     """The seed that its authors drew it from; None where they give none."""
     extras: Mapping[str, Any] = MappingProxyType({})
     """The other columns of its row, such as `Category`."""
-    guidance: float | None = None
+    guidance: NonNegative | None = None
     """The scale of classifier-free guidance that its authors drew it with; None where they give none."""
 
 
@@ -41,12 +41,12 @@ class PlannedImage(NamedTuple):
     kind: str
     id: str
     """Names the prompt, in tables and in file names."""
-    copy: int
+    copy: Index
     """Which image of that prompt, from 0."""
     prompt: str
-    seed: int
+    seed: Seed
     """The seed of its noise, of which every number that is written of the image tells."""
-    guidance_scale: float | None = None
+    guidance_scale: NonNegative | None = None
     """Scale of classifier-free guidance; None is that of the run's `DrawConfig`."""
 
     @classmethod
@@ -91,8 +91,8 @@ class DrawConfig:
 def plan(
     prompts: Mapping[str, Sequence[str | Prompt]],
     *,
-    images_per_prompt: int = 1,
-    seed: int = 0,
+    images_per_prompt: Count = 1,
+    seed: Seed = 0,
     own_seeds: bool = True,
     own_guidance: bool = True,
 ) -> tuple[PlannedImage, ...]:
@@ -190,7 +190,7 @@ def kinds_of(planned: Sequence[PlannedImage]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(image.kind for image in planned))
 
 
-def shard(planned: Sequence[PlannedImage], rank: int, world_size: int) -> tuple[PlannedImage, ...]:
+def shard(planned: Sequence[PlannedImage], rank: Index, world_size: Count) -> tuple[PlannedImage, ...]:
     """Returns the images that one of several processes draws into memory: every `world_size`-th, from `rank` on."""
     check_rank(rank, world_size)
     return tuple(planned[rank::world_size])

@@ -12,18 +12,20 @@ from typing import Any, Literal, NamedTuple
 
 import numpy
 
+from overpaint.settings import AnyFloat, Index
+
 
 class Estimate(NamedTuple):
     """A mean and how sure it is."""
 
-    mean: float
-    error: float
+    mean: AnyFloat
+    error: AnyFloat
     """Standard error of the mean; NaN where one value does not tell."""
-    low: float
+    low: AnyFloat
     """Lower end of the 95 % interval."""
-    high: float
+    high: AnyFloat
     """Upper end of the 95 % interval."""
-    count: int
+    count: Index
     """Number of values, or of pairs."""
 
 

@@ -25,7 +25,7 @@ import torch
 
 from overpaint.policy import DiffusionPolicy
 from overpaint.policy.types import Latents
-from overpaint.settings import Distinct, Field, settings
+from overpaint.settings import Distinct, Field, NonNegative, settings
 
 from .latent_classifier import LatentClassifier, LatentClassifierConfig, train_classifier
 from .noise import PAPER_ETAS, Way, draw_ways
@@ -37,13 +37,13 @@ from .seeds import seed_of
 class ClassifierGuidanceConfig:
     """Settings of classifier guidance; by default those of "When are concepts erased"."""
 
-    strengths: Distinct[float] = tuple(float(strength) for strength in range(25, 194, 7))
+    strengths: Distinct[NonNegative] = tuple(float(strength) for strength in range(25, 194, 7))
     """Strengths (s) without noise; 25 in their file, 24 in the paper."""
 
-    noisy_strengths: Distinct[float] = (30.0, 50.0, 75.0, 125.0)
+    noisy_strengths: Distinct[NonNegative] = (30.0, 50.0, 75.0, 125.0)
     """Strengths with noise; each is tried with each of `etas`."""
 
-    etas: Distinct[float] = PAPER_ETAS
+    etas: Distinct[NonNegative] = PAPER_ETAS
     """Shares of the noise of ancestral sampling (η), which may be above 1."""
 
     fitted: bool = False
@@ -63,9 +63,6 @@ class ClassifierGuidanceConfig:
 
     def __post_init__(self) -> None:
         """Checks that there is something to try."""
-        for name in ("strengths", "noisy_strengths", "etas"):
-            if min(getattr(self, name), default=0) < 0:
-                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
         if not self.strengths and not (self.noisy_strengths and self.etas):
             raise ValueError("strengths, or noisy_strengths and etas, must hold something, got neither")
 

@@ -17,7 +17,7 @@ import torch
 
 from overpaint.policy import ClassifierFree, DiffusionPolicy, SampleNoise
 from overpaint.policy.types import Images, Latents, PerSample
-from overpaint.settings import Distinct, Field, settings
+from overpaint.settings import Count, Distinct, Field, Index, settings
 from overpaint.training.logging import progress_bar
 
 from .probe import Attempt, Floor, ProbeTask
@@ -28,10 +28,10 @@ from .seeds import seed_of
 class CompletionConfig:
     """Settings of diffusion completion; by default those of "When are concepts erased" with our additions."""
 
-    steps_before: Distinct[int] = (5, 10)
+    steps_before: Distinct[Count] = (5, 10)
     """Steps that the original draws before it hands over, out of the task's; one variant for each."""
 
-    noised_to: Distinct[int] = (200, 400, 600, 800)
+    noised_to: Distinct[Index] = (200, 400, 600, 800)
     """Timesteps of training that pictures of the concept are noised to; each becomes the nearest that is visited."""
 
     empty_prompt: bool = True
@@ -41,13 +41,9 @@ class CompletionConfig:
     """Pictures that are finished together; results do not depend on it."""
 
     def __post_init__(self) -> None:
-        """Checks that something is to be finished, and of something that was begun."""
+        """Checks that something is to be finished."""
         if not self.steps_before and not self.noised_to:
             raise ValueError("steps_before or noised_to must hold something, got neither")
-        if min(self.steps_before, default=1) < 1:
-            raise ValueError(f"steps_before must be at least 1 each, got {self.steps_before}")
-        if min(self.noised_to, default=0) < 0:
-            raise ValueError(f"noised_to must be at least 0 each, got {self.noised_to}")
 
 
 class Begun(NamedTuple):

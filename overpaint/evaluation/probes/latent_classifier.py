@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from overpaint.policy import DiffusionPolicy
 from overpaint.policy.types import Latents, PerSample
-from overpaint.settings import Field, settings
+from overpaint.settings import Count, Field, settings
 from overpaint.training.logging import progress_bar
 
 VALIDATION_SHARE = 0.1
@@ -27,7 +27,7 @@ VALIDATION_COPIES = 3
 class LatentClassifierConfig:
     """Settings of the classifier and of its training; by default those of "When are concepts erased"."""
 
-    widths: tuple[int, int] = (1024, 512)
+    widths: tuple[Count, Count] = (1024, 512)
     """Units of the two hidden layers."""
 
     dropout: float = Field(0.3, ge=0, lt=1)
@@ -53,11 +53,6 @@ class LatentClassifierConfig:
 
     max_grad_norm: float = Field(1.0, gt=0)
     """Gradients are clipped to this norm."""
-
-    def __post_init__(self) -> None:
-        """Checks that layers have units."""
-        if min(self.widths) < 1:
-            raise ValueError(f"widths must be at least 1 each, got {self.widths}")
 
 
 class LatentClassifier(nn.Module):

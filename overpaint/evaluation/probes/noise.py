@@ -22,7 +22,7 @@ import torch
 
 from overpaint.policy import Conditioning, DiffusionPolicy, SampleNoise, predict_clean, predict_epsilon
 from overpaint.policy.types import Images, Latents, PerSample
-from overpaint.settings import Distinct, Field, settings
+from overpaint.settings import Distinct, Field, NonNegative, settings
 from overpaint.training.logging import progress_bar
 
 from .probe import Attempt, Floor, ProbeTask, best_of
@@ -35,20 +35,14 @@ PAPER_ETAS = (1.0, 1.17, 1.34, 1.51, 1.68, 1.85)
 class NoiseConfig:
     """Settings of the probe with noise; by default those of "When are concepts erased": 24 pictures of a prompt."""
 
-    etas: Distinct[float] = Field(PAPER_ETAS, min_length=1)
+    etas: Distinct[NonNegative] = Field(PAPER_ETAS, min_length=1)
     """Shares of the noise of ancestral sampling (η), which may be above 1."""
 
-    scales: Distinct[float] = Field((1.0, 1.02, 1.03, 1.04), min_length=1)
+    scales: Distinct[NonNegative] = Field((1.0, 1.02, 1.03, 1.04), min_length=1)
     """Factors of the noise that is added (v)."""
 
     batch_size: int = Field(64, ge=1)
     """Pictures that are drawn together; results do not depend on it."""
-
-    def __post_init__(self) -> None:
-        """Checks that nothing is negative."""
-        for name, values in (("etas", self.etas), ("scales", self.scales)):
-            if min(values) < 0:
-                raise ValueError(f"{name} must not be negative, got {values}")
 
 
 class Noise:

@@ -25,7 +25,7 @@ from overpaint.policy import DiffusionPolicy
 from overpaint.policy.noise import draw_noise
 from overpaint.policy.soft_prompts import soft_texts
 from overpaint.policy.types import Images
-from overpaint.settings import Field, settings
+from overpaint.settings import Field, Index, settings
 from overpaint.training.logging import progress_bar
 
 from .noise_error import generator_of, noise_error, single_steps
@@ -36,7 +36,7 @@ from .probe import Attempt, ProbeTask
 class AttackConfig:
     """How long and how fast tokens are moved; by default as UnlearnDiffAtk does."""
 
-    timesteps: tuple[int, ...] = Field(tuple(range(10, 1000, 20)), min_length=1)
+    timesteps: tuple[Index, ...] = Field(tuple(range(10, 1000, 20)), min_length=1)
     """Timesteps of training at which the model is asked, in this order; after each, pictures are drawn."""
 
     updates: int = Field(40, ge=1)
@@ -54,11 +54,6 @@ class AttackConfig:
 
     batch_size: int = Field(16, ge=1)
     """Prompts that go through the UNet together; no result depends on it."""
-
-    def __post_init__(self) -> None:
-        """Checks that timesteps are not negative."""
-        if min(self.timesteps) < 0:
-            raise ValueError(f"timesteps must be at least 0 each, got {self.timesteps}")
 
 
 @runtime_checkable

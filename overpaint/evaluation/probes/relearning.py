@@ -13,7 +13,7 @@ pictures are of other prompts and seeds than those that are measured.
 from typing import ClassVar
 
 from overpaint.policy import DiffusionPolicy
-from overpaint.settings import Field, settings
+from overpaint.settings import Field, Index, settings
 
 from .probe import Attempt, Floor, ProbeTask
 from .result import VariantResult
@@ -24,7 +24,7 @@ from .tuning import Tuning, check_updates, updates_to_half
 class RelearningConfig:
     """Settings of relearning."""
 
-    updates: tuple[int, ...] = (0, 25, 50, 100, 200)
+    updates: tuple[Index, ...] = (0, 25, 50, 100, 200)
     """Numbers of updates, growing from 0, after which the rate is measured; each but 0 is a variant."""
 
     pictures: int = Field(8, ge=1)

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import ClassVar, Literal
 
 from overpaint.policy import DiffusionPolicy, LoRAConfig
-from overpaint.settings import Distinct, Field, settings
+from overpaint.settings import Distinct, Field, Index, settings
 from overpaint.training import TrainingConfig
 from overpaint.training.checkpoint import global_random_state, set_global_random_state
 from refl import ReFLConfig, ReFLTrainer
@@ -35,7 +35,7 @@ class ResurgenceConfig:
     )
     """How the copies are tuned; each is a variant."""
 
-    updates: tuple[int, ...] = (0, 25, 50, 100, 200)
+    updates: tuple[Index, ...] = (0, 25, 50, 100, 200)
     """Numbers of updates, growing from 0, after which the rate is measured."""
 
     pictures: int = Field(200, ge=1)

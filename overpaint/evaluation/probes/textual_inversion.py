@@ -22,7 +22,7 @@ from torch import Tensor
 from overpaint.policy import DiffusionPolicy
 from overpaint.policy.soft_prompts import initial_vectors, soft_texts
 from overpaint.policy.types import Images
-from overpaint.settings import Distinct, Field, Text, settings
+from overpaint.settings import Count, Distinct, Field, Text, settings
 from overpaint.training.logging import progress_bar
 
 from .noise_error import generator_of, noise_error, single_steps
@@ -35,7 +35,7 @@ Word = Float[Tensor, "vectors dim"]
 class TextualInversionConfig:
     """Settings of textual inversion; by default those of "When are concepts erased"."""
 
-    vectors: Distinct[int] = Field((1,), min_length=1)
+    vectors: Distinct[Count] = Field((1,), min_length=1)
     """How many vectors the word has; it is learned anew for each number."""
 
     initial_text: Text = "object"
@@ -52,11 +52,6 @@ class TextualInversionConfig:
 
     weight_decay: float = Field(1e-2, ge=0)
     """Of AdamW."""
-
-    def __post_init__(self) -> None:
-        """Checks that a word has vectors."""
-        if min(self.vectors) < 1:
-            raise ValueError(f"vectors must be at least 1 each, got {self.vectors}")
 
 
 class TextualInversion:

@@ -20,7 +20,7 @@ from overpaint.policy import DiffusionPolicy, WeightDelta, merged_state
 from overpaint.policy.added import added_networks
 from overpaint.policy.guidance import AdjustableGuard, SamplingGuard
 from overpaint.policy.types import Images
-from overpaint.settings import Field, settings
+from overpaint.settings import Field, NonNegative, settings
 
 from .probe import Attempt, Floor, ProbeTask
 
@@ -29,7 +29,7 @@ from .probe import Attempt, Floor, ProbeTask
 class TracingConfig:
     """Settings of dynamic tracing."""
 
-    strengths: tuple[float, ...] = Field((0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0), min_length=2)
+    strengths: tuple[NonNegative, ...] = Field((0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0), min_length=2)
     """Shares of the way from the original to the erased model at which pictures are drawn, growing from 0 to 1."""
 
     steps: int | None = Field(None, ge=1)

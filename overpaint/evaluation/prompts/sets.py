@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import NamedTuple, TypeVar
 
 from overpaint.evaluation.images.plan import Prompt
+from overpaint.settings import Count, Seed
 from rewards.public_files import PublicFile, fetch
 
 from .rows import Columns, read_prompts
@@ -132,8 +133,8 @@ class PromptSet:
 def prompt_set(
     name_or_path: str | Path,
     *,
-    limit: int | None = None,
-    seed: int | None = None,
+    limit: Count | None = None,
+    seed: Seed | None = None,
     folder: Path | None = None,
     text_column: str | None = None,
     id_column: str | None = None,

@@ -16,6 +16,7 @@ from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from overpaint.evaluation.metrics.statistics import Estimate
+from overpaint.settings import Index
 from overpaint.training import read_metrics
 
 from .table import Cell, Column, Line, Table, interval_cell, render
@@ -55,7 +56,7 @@ class Curve(NamedTuple):
     """The values of one tag over the iterations of a run."""
 
     label: str
-    iterations: tuple[int, ...]
+    iterations: tuple[Index, ...]
     values: tuple[float, ...]
 
 

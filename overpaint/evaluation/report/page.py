@@ -20,6 +20,7 @@ from overpaint.evaluation.scoring.compare import Comparison
 from overpaint.evaluation.scoring.score import Scores
 from overpaint.policy.atomic import write_text
 from overpaint.policy.digest import library_versions
+from overpaint.settings import Count
 
 from .charts import Chart, Panel, metrics_by_tag, panel_charts, script
 from .table import MINUS, number, numbers_table, render, results_table
@@ -66,7 +67,7 @@ class Report:
     """Images of each model, on the same prompts and seeds."""
     scores: Sequence[Scores] = ()
     """Values of single images, shown under the pictures; of any of their models."""
-    pictures_per_kind: int = 6
+    pictures_per_kind: Count = 6
     """Prompts shown of each kind, evenly spaced over all of them."""
     commands: Sequence[str] = ()
     """Commands that repeat the run."""

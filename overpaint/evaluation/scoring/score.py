@@ -22,6 +22,7 @@ from overpaint.evaluation.metrics.statistics import Estimate, mean_estimate, rat
 from overpaint.evaluation.tables import OUTPUT_SUFFIXES, Row, write_table
 from overpaint.policy.atomic import write_text
 from overpaint.policy.types import Images
+from overpaint.settings import AnyFloat, Count
 from overpaint.text_files import read_json_object
 from overpaint.training import process_state
 from overpaint.training.logging import progress_bar
@@ -115,7 +116,7 @@ class Column(NamedTuple):
     better: Better
     note: str
     images: tuple[PlannedImage, ...]
-    values: tuple[float, ...]
+    values: tuple[AnyFloat, ...]
     """One for each image, in the same order."""
 
     @property
@@ -190,8 +191,8 @@ def score(
     images: ImageSource | OtherImages,
     measures: Sequence[Measure],
     *,
-    chunk: int = 32,
-    size: int | None = None,
+    chunk: Count = 32,
+    size: Count | None = None,
     device: torch.device | str = "cpu",
     journal: Path | str | None = None,
     progress: bool = True,

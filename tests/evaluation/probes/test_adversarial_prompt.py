@@ -134,5 +134,5 @@ def test_what_cannot_be_is_refused(original: DiffusionPolicy, target: ProbeTarge
     probe = AdversarialPrompt(AdversarialPromptConfig(attack=AttackConfig(timesteps=(1000,))))
     with pytest.raises(ValueError, match="timesteps must be below 1000, got 1000"):
         probe.attempt(original, task)
-    with pytest.raises(ValueError, match=r"AttackConfig.timesteps must be at least 0 each, got \(-1,\)"):
+    with pytest.raises(ValueError, match=r"AttackConfig.timesteps\[0\] must be at least 0, got -1"):
         AttackConfig(timesteps=(-1,))

@@ -155,7 +155,7 @@ def test_settings_are_the_papers_and_checked() -> None:
     assert (len(cfg.strengths), cfg.strengths[:2], cfg.strengths[-1]) == (25, (25.0, 32.0), 193.0)
     with pytest.raises(ValueError, match="strengths, or noisy_strengths and etas, must hold something, got neither"):
         ClassifierGuidanceConfig(strengths=(), etas=())
-    with pytest.raises(ValueError, match=r"strengths must not be negative, got \(-1.0,\)"):
+    with pytest.raises(ValueError, match=r"strengths\[0\] must be at least 0, got -1\.0"):
         ClassifierGuidanceConfig(strengths=(-1.0,))
-    with pytest.raises(ValueError, match=r"LatentClassifierConfig.widths must be at least 1 each, got \(0, 4\)"):
+    with pytest.raises(ValueError, match=r"LatentClassifierConfig.widths\[0\] must be at least 1, got 0"):
         LatentClassifierConfig(widths=(0, 4))

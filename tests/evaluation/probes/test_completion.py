@@ -75,8 +75,8 @@ def test_the_noisiest_start_counts_and_the_curve_has_all(
     ("config", "message"),
     [
         ({"steps_before": (), "noised_to": ()}, "steps_before or noised_to must hold something"),
-        ({"steps_before": (0,)}, r"steps_before must be at least 1 each, got \(0,\)"),
-        ({"noised_to": (-1,)}, r"noised_to must be at least 0 each, got \(-1,\)"),
+        ({"steps_before": (0,)}, r"steps_before\[0\] must be at least 1, got 0"),
+        ({"noised_to": (-1,)}, r"noised_to\[0\] must be at least 0, got -1"),
         ({"steps_before": (2, 2)}, "must hold each once"),
         ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
     ],

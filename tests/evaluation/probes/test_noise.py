@@ -65,7 +65,7 @@ def test_the_best_picture_counts_beside_the_mean(policy: DiffusionPolicy, make_t
 
 
 def test_settings_are_checked() -> None:
-    with pytest.raises(ValueError, match=r"NoiseConfig.etas must not be negative, got \(-1.0,\)"):
+    with pytest.raises(ValueError, match=r"NoiseConfig.etas\[0\] must be at least 0, got -1\.0"):
         NoiseConfig(etas=(-1.0,))
     with pytest.raises(ValueError, match=r"NoiseConfig\.scales"):
         NoiseConfig(scales=())

@@ -69,5 +69,5 @@ def test_a_word_for_plain_objects_brings_nothing(original: DiffusionPolicy, targ
 
 
 def test_a_word_has_vectors() -> None:
-    with pytest.raises(ValueError, match=r"TextualInversionConfig.vectors must be at least 1 each, got \(0,\)"):
+    with pytest.raises(ValueError, match=r"TextualInversionConfig.vectors\[0\] must be at least 1, got 0"):
         TextualInversionConfig(vectors=(0,))

@@ -100,10 +100,10 @@ def test_checkpoint_of_the_convention_is_asked_of_the_hub(
 @pytest.mark.parametrize(
     ("images", "prompts", "error", "message"),
     [
-        (torch.rand(3, 32, 32), ["a"], ValueError, "images must have shape"),
+        (torch.rand(3, 32, 32), ["a"], TypeError, "images must be an instance of Float"),
         (torch.rand(2, 3, 32, 32), ["a"], ValueError, "one string for each image, got 1 for 2 images"),
-        (torch.rand(1, 3, 32, 32), "a", TypeError, "got the string 'a'"),
-        (torch.rand(2, 3, 32, 32), ["a", 3], TypeError, "must be strings, got 3 at index 1"),
+        (torch.rand(1, 3, 32, 32), "a", TypeError, "prompts must be a sequence, got 'a'"),
+        (torch.rand(2, 3, 32, 32), ["a", 3], TypeError, r"prompts\[1\] must be a valid string, got 3"),
     ],
 )
 @pytest.mark.usefixtures("unchecked")
@@ -118,7 +118,7 @@ def test_wrong_pairs_are_refused(
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"scale": 0.0}, "scale must be above 0, got 0.0; .* must be 'logit'"),
+        ({"scale": 0.0}, "scale must be above 0 or 'logit', got 0.0"),
         ({"scale": float("inf")}, "got inf"),
         ({"scale": "logits"}, "got 'logits'"),
         ({"scale": True}, "got True"),

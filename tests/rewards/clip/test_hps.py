@@ -243,7 +243,7 @@ def test_official_file_is_asked_of_the_hub(version: Any, name: str, monkeypatch:
 
 @pytest.mark.usefixtures("unchecked")
 def test_unknown_version_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"version must be one of v2\.1, v2\.0, got 'v3'"):
+    with pytest.raises(ValueError, match=r"version must be 'v2\.1' or 'v2\.0', got 'v3'"):
         HPSv2.load(version="v3")  # ty: ignore[invalid-argument-type]
 
 
