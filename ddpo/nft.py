@@ -21,7 +21,7 @@ from overpaint.policy.noise import draw_noise
 from overpaint.policy.process import add_noise
 from overpaint.policy.prompts import check_prompts
 from overpaint.policy.types import Latents, PerSample
-from overpaint.settings import AnyFloat, Field, settings
+from overpaint.settings import AnyFloat, Count, Field, settings
 from overpaint.training import (
     EarlyStopping,
     HeldOut,
@@ -265,7 +265,7 @@ class NFTTrainer:
             seconds_update=time.perf_counter() - start,
         )
 
-    def resize(self, sizes: Mapping[str, int]) -> None:
+    def resize(self, sizes: Mapping[str, Count]) -> None:
         """Takes other sizes of its parts; see `overpaint.training.memory`."""
         self.config = replace(self.config, **sizes)
         self.collector.batch_size = self.config.sampling_batch_size

@@ -18,7 +18,7 @@ from torch import Tensor
 from overpaint.policy import ClassifierFree, Conditioning, DiffusionPolicy
 from overpaint.policy.prompts import check_prompts
 from overpaint.policy.types import Latents, PerSample
-from overpaint.settings import AnyFloat, Field, Index, settings
+from overpaint.settings import AnyFloat, Count, Field, Index, settings
 from overpaint.training import (
     EarlyStopping,
     HeldOut,
@@ -189,7 +189,7 @@ class RWRTrainer:
             seconds_update=time.perf_counter() - start,
         )
 
-    def resize(self, sizes: Mapping[str, int]) -> None:
+    def resize(self, sizes: Mapping[str, Count]) -> None:
         """Takes other sizes of its parts; see `overpaint.training.memory`."""
         self.config = replace(self.config, **sizes)
         self.collector.batch_size = self.config.sampling_batch_size

@@ -21,7 +21,7 @@ from erasure.constraint import check_sharded
 from erasure.floor import ReferenceDivergence
 from overpaint.policy import ClassifierFree, Conditioning, DiffusionPolicy, Trajectory
 from overpaint.policy.prompts import check_prompts
-from overpaint.settings import AnyFloat
+from overpaint.settings import AnyFloat, Count
 from overpaint.training import (
     EarlyStopping,
     HeldOut,
@@ -255,7 +255,7 @@ class DDPOTrainer:
             seconds_update=seconds_update,
         )
 
-    def resize(self, sizes: Mapping[str, int]) -> None:
+    def resize(self, sizes: Mapping[str, Count]) -> None:
         """Takes other sizes of its parts; see `overpaint.training.memory`."""
         self.config = replace(self.config, **sizes)
         self.gradient.config = self.config

@@ -26,7 +26,7 @@ from erasure import (
 from erasure.constraint import check_sharded
 from overpaint.policy import ClassifierFree, DiffusionPolicy
 from overpaint.policy.prompts import check_prompts
-from overpaint.settings import AnyFloat, Index
+from overpaint.settings import AnyFloat, Count, Index
 from overpaint.training import (
     EarlyStopping,
     HeldOut,
@@ -306,7 +306,7 @@ class ReFLTrainer:
         if self.early_stopping is not None and violations:
             self.early_stopping.note_cost(max(violations))
 
-    def resize(self, sizes: Mapping[str, int]) -> None:
+    def resize(self, sizes: Mapping[str, Count]) -> None:
         """Takes other sizes of its parts; see `overpaint.training.memory`."""
         self.config = replace(self.config, **sizes)
 

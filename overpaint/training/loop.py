@@ -65,7 +65,7 @@ class Trainer(Protocol[Metrics]):
         """Does one iteration."""
         ...
 
-    def resize(self, sizes: Mapping[str, int]) -> None:
+    def resize(self, sizes: Mapping[str, Count]) -> None:
         """Takes other sizes of what goes through the networks at a time, by the names of its settings."""
         ...
 

@@ -11,6 +11,8 @@ from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import torch
 
+from overpaint.settings import Count
+
 from .logging import tell
 from .run import TrainingRun
 
@@ -43,7 +45,7 @@ class Resizable(Protocol[Metrics]):
         """Does one iteration."""
         ...
 
-    def resize(self, sizes: Mapping[str, int]) -> None:
+    def resize(self, sizes: Mapping[str, Count]) -> None:
         """Takes other sizes of its parts, by the names of the settings."""
         ...
 
