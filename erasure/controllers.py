@@ -68,6 +68,7 @@ class FixedWeight:
 
     def update(self, violation: float) -> None:
         """Changes nothing. Raises a `ValueError` where the violation is not finite."""
+        check_violation(violation)
 
     def state_dict(self) -> dict[str, Any]:
         """Returns nothing, since nothing moves."""
@@ -116,6 +117,7 @@ class Switch:
 
     def update(self, violation: float) -> None:
         """Notes a violation, and switches where the mean of the last rounds has passed its threshold."""
+        check_violation(violation)
         self._violations.append(violation)
         if len(self._violations) < self.rounds:
             return
@@ -137,6 +139,12 @@ class Switch:
     def description(self) -> dict[str, Any]:
         """Returns the thresholds."""
         return {"controller": "Switch", "rounds": self.rounds, "low": self.low, "high": self.high}
+
+
+def check_violation(violation: float) -> None:
+    """Raises a `ValueError` where a violation, which trainers compute, is not finite."""
+    if not math.isfinite(violation):
+        raise ValueError(f"violation must be finite, got {violation}")
 
 
 def check_keys(state: Mapping[str, Any], keys: tuple[str, ...]) -> None:

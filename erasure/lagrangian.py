@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from overpaint.settings import AnyFloat, Field, settings
 
-from .controllers import check_keys
+from .controllers import check_keys, check_violation
 
 
 @settings
@@ -107,6 +107,7 @@ class Lagrangian:
         Raises:
             ValueError: The violation is not finite. The weight is unchanged.
         """
+        check_violation(violation)
         cfg, first, before = self.config, math.isnan(self._violation), self._seen
         violation = min(max(violation, -cfg.max_violation), cfg.max_violation)
         if first:

@@ -3,8 +3,9 @@
 An argument has the rules of a settings' field: strict types, no bool for an int, no NaN or infinity for a number, and
 what an annotation such as `Annotated[int, Field(ge=1)]` adds. Tensors have the dtype and the shape that jaxtyping's
 annotations say, with axes of one name of one size, and lie on one device. Every item of a list, a tuple or a dictionary
-is looked at. Annotations are read at the first call, so that importing waits for nothing. What the packages call among
-themselves is for the tests to check: a trainer's step has dozens of such calls, and what users give stands at the door.
+is looked at. Annotations are read at the first call, so that importing waits for nothing. A constructor checks whoever
+calls it, since what it keeps may have been computed. Other calls of the packages among themselves are for the tests to
+check: a trainer's step has hundreds of them, and what users give stands at the door.
 """
 
 import inspect
@@ -85,11 +86,12 @@ def _checked(function: FunctionType, home: str, prefix: str, *, bound: bool = Fa
     """
     if hasattr(function, "checks"):
         return function
+    always = function.__name__ == "__init__"
     checks = cache(lambda: Checks(function, vars(sys.modules[home]), prefix, bound))
 
     @wraps(function)
     def call(*args: Any, **values: Any) -> Any:
-        if not _is_ours(sys._getframe(1).f_globals.get("__name__", "")):
+        if always or not _is_ours(sys._getframe(1).f_globals.get("__name__", "")):
             checks()(args, values)
         return function(*args, **values)
 

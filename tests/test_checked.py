@@ -14,6 +14,7 @@ import torch
 
 from benchmarks.argument_checks import timed_checks
 from ddpo import DDPOConfig, PromptStatistics, clipped_surrogate
+from erasure import RewardFloor
 from overpaint.evaluation import Point, mean_estimate
 from overpaint.policy import ClassifierFree, DiffusionPolicy, SampleNoise, check_checkpoint
 from overpaint.tinyworld import captions, load_policy
@@ -88,13 +89,16 @@ def test_a_subclass_answers_for_its_own_arguments() -> None:
         Lenient("101")
 
 
-def test_only_calls_from_outside_are_checked() -> None:
-    inside, outside = ({"__name__": name, "hinge": hinge, "rewards": TWO} for name in ("ddpo.loss", "my_loss"))
+def test_calls_from_outside_are_checked_and_constructors_whoever_calls() -> None:
+    public: dict[str, Any] = {"hinge": hinge, "rewards": TWO, "RewardFloor": RewardFloor}
+    inside, outside = ({"__name__": name, **public} for name in ("ddpo.loss", "my_loss"))
     with timed_checks() as spent:
         exec("hinge(rewards, margin=1.0)", inside)
         assert len(spent) == 0
         exec("hinge(rewards, margin=1.0)", outside)
         assert len(spent) == 1
+    with pytest.raises(ValueError, match=r"RewardFloor\.scale must be above 0, got 0\.0"):
+        exec("RewardFloor(scale=0.0)", inside)
 
 
 def test_checked_functions_can_be_pickled() -> None:
