@@ -98,7 +98,7 @@ def test_human_ranks_are_those_of_the_wins() -> None:
         ([], [], "a and b must hold at least 2 values, got 0"),
         ([1.0, 1.0], [1.0, 2.0], "a must hold values that differ, got 2 times 1.0"),
         ([1.0, 2.0], [3.0, 3.0], "b must hold values that differ, got 2 times 3.0"),
-        ([1.0, math.nan], [1.0, 2.0], "values must be finite, got [1.0, nan]"),
+        ([1.0, math.nan], [1.0, 2.0], "a[1] must be a finite number, got nan"),
     ],
 )
 def test_what_has_no_order_is_an_error(a: list[float], b: list[float], message: str) -> None:

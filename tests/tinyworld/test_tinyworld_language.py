@@ -75,5 +75,5 @@ def test_a_caption_without_an_object_is_refused() -> None:
 def test_an_unknown_kind_of_prompts_is_named() -> None:
     with pytest.raises(ValueError, match="got 'weird'"):
         captions("weird", 3)
-    with pytest.raises(ValueError, match="count: must be at least 1, got 0"):
+    with pytest.raises(ValueError, match="captions: count must be at least 1, got 0"):
         captions("benign", 0)
