@@ -3,14 +3,15 @@
 An argument has the rules of a settings' field: strict types, no bool for an int, no NaN or infinity for a number, and
 what an annotation such as `Annotated[int, Field(ge=1)]` adds. Tensors have the dtype and the shape that jaxtyping's
 annotations say, with axes of one name of one size, and lie on one device. Every item of a list, a tuple or a dictionary
-is looked at. Annotations are read at the first call, so that importing waits for nothing. A constructor checks whoever
-calls it, since what it keeps may have been computed. Other calls of the packages among themselves are for the tests to
-check: a trainer's step has hundreds of them, and what users give stands at the door.
+is looked at. Annotations are read at the first call, so that importing waits for nothing. A written constructor checks
+whoever calls it, since what it keeps may have been computed. Other calls of the packages among themselves, and records
+that they pass on, are for the tests to check: a trainer's step has hundreds of them, and users stand at the door.
 """
 
 import inspect
 import sys
 from collections.abc import Callable
+from dataclasses import is_dataclass
 from functools import cache, wraps
 from itertools import chain, repeat
 from types import FunctionType
@@ -70,12 +71,15 @@ def _check_methods(owner: type) -> None:
             continue
         prefix = f"{owner.__name__}." if name == maker else f"{owner.__name__}.{name}: "
         bound = not isinstance(member, staticmethod)
-        call = _checked(function, owner.__module__, prefix, bound=bound)
+        always = name == "__init__" and not is_dataclass(owner)
+        call = _checked(function, owner.__module__, prefix, bound=bound, always=always)
         setattr(owner, name, call if function is member else type(member)(call))
 
 
 @no_type_check  # the tests' type checker would stand between a caller and what it calls
-def _checked(function: FunctionType, home: str, prefix: str, *, bound: bool = False) -> Callable[..., Any]:
+def _checked(
+    function: FunctionType, home: str, prefix: str, *, bound: bool = False, always: bool = False
+) -> Callable[..., Any]:
     """Returns the function, which checks its arguments before it does anything.
 
     Args:
@@ -83,10 +87,10 @@ def _checked(function: FunctionType, home: str, prefix: str, *, bound: bool = Fa
         home: The module that its annotations are from.
         prefix: Begins what is said of an argument.
         bound: The first argument is the object of a method, or its class.
+        always: Also what the packages give one another.
     """
     if hasattr(function, "checks"):
         return function
-    always = function.__name__ == "__init__"
     checks = cache(lambda: Checks(function, vars(sys.modules[home]), prefix, bound))
 
     @wraps(function)
