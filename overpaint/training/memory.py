@@ -98,7 +98,8 @@ def is_out_of_memory(error: BaseException) -> bool:
 
     if isinstance(error, torch.OutOfMemoryError):
         return True
-    return type(error) is RuntimeError and isinstance(error.args[0], str) and should_reduce_batch_size(error)
+    told = [isinstance(one, str) for one in error.args]  # accelerate reads a message, and there may be none
+    return type(error) is RuntimeError and told == [True] and should_reduce_batch_size(error)
 
 
 def sizes_of(config: Any) -> dict[str, int]:

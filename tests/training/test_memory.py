@@ -12,7 +12,7 @@ from ddpo import DDPOConfig, DDPOTrainer, NFTConfig, NFTTrainer, RWRConfig, RWRT
 from overpaint.policy import DiffusionPolicy, LoRAConfig
 from overpaint.policy.types import Images, PerSample
 from overpaint.training import MemoryExhaustedError, TrainingConfig
-from overpaint.training.memory import halved
+from overpaint.training.memory import halved, is_out_of_memory
 from refl import PretrainingPairs, ReFLConfig, ReFLTrainer
 
 PROMPTS = ["a red circle", "a blue square"]
@@ -149,3 +149,18 @@ def test_other_errors_are_left_alone(
 )
 def test_halves_divide_what_the_sizes_did(sizes: dict[str, int], expected: dict[str, int]) -> None:
     assert halved(sizes) == expected
+
+
+@pytest.mark.parametrize(
+    ("error", "is_memory"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory."), True),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 byte"), True),
+        (RuntimeError("something else"), False),
+        (RuntimeError(), False),
+        (RuntimeError(12, "CUDA out of memory."), False),
+        (ValueError("CUDA out of memory."), False),
+    ],
+)
+def test_what_counts_as_memory_that_ran_out(error: Exception, is_memory: bool) -> None:
+    assert is_out_of_memory(error) == is_memory
