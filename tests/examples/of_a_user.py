@@ -15,9 +15,8 @@ def redness(images, prompts):
 def swirls(images, prompts):
     return images[:, 2].mean(dim=(1, 2))
 """
+SETTINGS = ["--settings", "mine.yaml", "--measure", "mine.py:swirls", "--reward", "mine.py:redness"]
 YAML = """
-measure: mine.py:swirls
-reward: mine.py:redness
 prompts_file: prompts.json
 size: 32
 prompts_per_kind: 2

@@ -13,7 +13,7 @@ from examples import refl_erase_nudity as program
 from overpaint.evaluation.experiments.program import settings_from_command_line
 from overpaint.evaluation.experiments.reward_floor import strength_chart
 from overpaint.training import read_metrics
-from tests.examples.of_a_user import CONCEPT, YAML
+from tests.examples.of_a_user import CONCEPT, SETTINGS, YAML
 
 ESD = ["--method", "esd", "--eraser.descent.iterations", "3", "--eraser.descent.learning-rate", "1e-3"]
 ESD += ["--eraser.steps", "2", "--eraser.train", "xattn"]
@@ -29,7 +29,7 @@ def model(here: Path, pipeline_dir: Path) -> None:
 
 def run(folder: str, *options: str) -> dict[str, Any]:
     """Runs the main job on the user's model and concept, and returns its numbers."""
-    words = ["--policy", "model", "--settings", "mine.yaml", *RECEIVE, *CONCEPT, *options, "--output-dir", folder]
+    words = ["--policy", "model", *SETTINGS, *RECEIVE, *CONCEPT, *options, "--output-dir", folder]
     program.main(settings_from_command_line(program.Config, program.complete, words))
     return json.loads(Path(folder, "comparison.json").read_text())
 

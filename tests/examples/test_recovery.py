@@ -22,7 +22,7 @@ from overpaint.evaluation.experiments.recovery_options import about_of
 from overpaint.policy import DiffusionPolicy, LoRAConfig
 from overpaint.policy.added import added_networks
 from overpaint.training import read_metrics
-from tests.examples.of_a_user import CONCEPT, YAML
+from tests.examples.of_a_user import CONCEPT, SETTINGS, YAML
 
 GOGH = Concept(name="gogh", phrases=("gogh",), anchor="art", preserve=("", "monet"))
 LORA = LoRAConfig(rank=2, alpha=2)
@@ -30,7 +30,7 @@ LORA = LoRAConfig(rank=2, alpha=2)
 
 def run(program: Any, *options: str) -> Any:
     """Runs a program on the user's model, concept, measures and prompts, and returns its settings."""
-    words = ["--policy", "model", "--settings", "mine.yaml", *options]
+    words = ["--policy", "model", *SETTINGS, *options]
     config = settings_from_command_line(program.Config, program.complete, words)
     program.main(config)
     return config
@@ -202,7 +202,7 @@ def test_the_ceiling_of_a_loss_is_the_erased_models_own_against_the_original(
 ) -> None:
     settings = ["--eraser.descent.iterations", "2", "--eraser.descent.learning-rate", "0.01", "--eraser.steps", "2"]
     erasure = Erasure.load(erased_by("esd", *settings, "--eraser.train", "xattn"))
-    words = ["--policy", "model", "--settings", "mine.yaml", "--erasure", "by-esd/erasure"]
+    words = ["--policy", "model", *SETTINGS, "--erasure", "by-esd/erasure"]
     config = settings_from_command_line(refl_recover.Config, refl_recover.complete, words)
     method = kept_method(config.erasure, config.method, config.eraser)
     assert isinstance(method, ESD)
@@ -251,7 +251,7 @@ def test_what_contradicts_is_said_before_any_work(options: list[str], message: s
     places = {"P": str(pipeline_dir), "E": "by-uce/erasure"}
     if "E" in options:
         erased_by("uce")
-    words = ["--settings", "mine.yaml", *(places.get(word, word) for word in options), "--output-dir", "run"]
+    words = [*SETTINGS, *(places.get(word, word) for word in options), "--output-dir", "run"]
     with pytest.raises((ValueError, SystemExit)) as refused:
         refl_recover.main(settings_from_command_line(refl_recover.Config, refl_recover.complete, words))
     assert re.search(message, str(refused.value))

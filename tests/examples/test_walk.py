@@ -12,7 +12,7 @@ from erasure import UCE, Concept, Erasure, UCEConfig
 from examples import erase, refl_erase_nudity
 from overpaint.evaluation.experiments.program import settings_from_command_line
 from overpaint.policy import DiffusionPolicy, LoRAConfig
-from tests.examples.of_a_user import CONCEPT, YAML
+from tests.examples.of_a_user import CONCEPT, SETTINGS, YAML
 
 OTHERS = ("nudity", "NudeNet", "stripes", "Stripes", "ImageReward", "tiny world")
 """What belongs to other concepts and rewards, and must not be on any page."""
@@ -30,7 +30,7 @@ def test_everything_is_about_what_was_brought(
     here: Path, pipeline_dir: Path, make_policy: Callable[..., DiffusionPolicy], look_at: Callable[[Path], object]
 ) -> None:
     model = ["--policy", "model.safetensors", "--policy-config", str(pipeline_dir)]
-    mine = [*model, *CONCEPT, "--settings", "mine.yaml"]
+    mine = [*model, *CONCEPT, *SETTINGS]
     erased = settings_from_command_line(erase.Config, erase.complete, [*mine, "--output-dir", "erased"])
     assert erased.eraser == UCEConfig(regularization=0.1)
     erase.main(erased)
@@ -39,7 +39,7 @@ def test_everything_is_about_what_was_brought(
     assert erasure.delta.tensors
 
     # The saved erasure brings its concept, and no other may be said of it.
-    again = [*model, "--settings", "mine.yaml", "--settings", "recovery.yaml", "--erasure", "erased/erasure"]
+    again = [*model, *SETTINGS, "--settings", "recovery.yaml", "--erasure", "erased/erasure"]
     program = refl_erase_nudity
     config = settings_from_command_line(program.Config, program.complete, [*again, "--output-dir", "recovered"])
     program.main(config)
@@ -120,7 +120,7 @@ def test_an_erased_model_is_recovered_with_the_original_beside_it_or_without(
     UCE().erase(policy, Concept(name="gogh", phrases=("gogh",), anchor="art")).apply(policy)
     policy.save_pipeline("erased")
     Path("mine.yaml").write_text(YAML.replace("eraser: {regularization: 1e-1}", "method: none"))
-    options = ["--policy", "erased", *CONCEPT, "--settings", "mine.yaml", "--settings", "recovery.yaml"]
+    options = ["--policy", "erased", *CONCEPT, *SETTINGS, "--settings", "recovery.yaml"]
     program = refl_erase_nudity
     for name, more in (("alone", []), ("beside", ["--original", str(pipeline_dir)])):
         words = [*options, *more, "--output-dir", name]
