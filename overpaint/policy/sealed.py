@@ -78,7 +78,7 @@ def unsealed(line: bytes, name: str) -> dict[str, Any]:
         DamagedFileError: It is not what `sealed` made.
     """
     try:
-        record = parsed_json(line, name) if line.endswith(b"\n") else None
+        record = parsed_json(line, "it") if line.endswith(b"\n") else None
     except ValueError as error:
         raise DamagedFileError(f"{name} is damaged: {error}") from error
     if not isinstance(record, dict) or record.pop(SEAL, None) != _hash(json.dumps(record, ensure_ascii=False)):

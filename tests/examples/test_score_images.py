@@ -231,7 +231,9 @@ def test_a_torn_last_line_is_scored_again(
 def test_a_line_damaged_in_the_middle_is_refused(config: Config, interrupted: Path) -> None:
     lines = interrupted.read_bytes().splitlines(keepends=True)
     interrupted.write_bytes(b"".join([lines[0], b"{}}\n", *lines[2:]]))
-    with pytest.raises(ValueError, match=r"scores\.csv\.partial is damaged in line 2; delete it"):
+    with pytest.raises(
+        ValueError, match=r"line 2 of .*scores\.csv\.partial is damaged: it must be JSON.*; delete the file"
+    ):
         main(config)
 
 

@@ -1,6 +1,7 @@
 """Rewards by name."""
 
 import sys
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -227,7 +228,7 @@ def test_weights_and_vocabulary_are_given_to_what_takes_them(reward: ImageReward
 def test_the_weights_of_a_short_name_are_its_factorys_first_argument(folder: Path) -> None:
     with pytest.raises(FileNotFoundError, match="a folder of a CLIP checkpoint must hold config"):
         reward_named("clip", weights=folder)
-    assert FACTORIES["clip"] == CLIPScore.load
+    assert signature(FACTORIES["clip"]) == signature(CLIPScore.load)
 
 
 @pytest.mark.parametrize(
