@@ -103,7 +103,7 @@ def refl_config(config: RecoveryOptions) -> ReFLConfig:
         keeping = {
             "reward_from": config.iterations // 2,
             "pretraining_pairs": 256,
-            "pretraining_weight": 4.0,
+            "pretraining_weight": 8.0,
             "pretraining_target": "reference",
             "pretraining_batch_size": 32,
             "caption_dropout": 0.33,
