@@ -43,6 +43,7 @@ def assert_whole(root: Path) -> None:
         assert row.sha256 == hashlib.sha256((root / "m" / row.file).read_bytes()).hexdigest()
 
 
+@pytest.mark.proof("generation killed and gone on with, to the byte")
 def test_a_kill_at_any_file_operation_changes_nothing(drawn: Path) -> None:
     killed = sorted((drawn / "every").glob("killed-*"))
     assert len(killed) > 3 * 4  # each of the four images is opened, renamed and given a row
@@ -51,11 +52,13 @@ def test_a_kill_at_any_file_operation_changes_nothing(drawn: Path) -> None:
         assert contents(root) == contents(drawn / "every" / "whole"), root.name
 
 
+@pytest.mark.proof("generation killed and gone on with, to the byte")
 def test_ten_kills_at_random_moments_leave_a_stable_diffusions_images_to_the_byte(drawn: Path) -> None:
     assert_whole(drawn / "random" / "killed")
     assert contents(drawn / "random" / "killed") == contents(drawn / "random" / "whole")
 
 
+@pytest.mark.proof("generation killed and gone on with, to the byte")
 def test_two_processes_of_which_one_is_killed_leave_what_one_alone_does(drawn: Path) -> None:
     killed = sorted((drawn / "two").glob("killed-*"))
     assert len(killed) == 12

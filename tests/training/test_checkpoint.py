@@ -96,6 +96,7 @@ def test_checkpoint_reads_back_as_it_was(tmp_path: Path) -> None:
     assert checkpoint.state == {"ordered": {"a": 1}}
 
 
+@pytest.mark.proof("damaged checkpoints set aside, completed or refused")
 @pytest.mark.parametrize("file", ["weights.safetensors", "state.pt", "manifest.json"])
 @pytest.mark.parametrize("damage", ["truncated", "flipped", "missing"])
 def test_damaged_newest_checkpoint_is_set_aside_for_the_one_before(file: str, damage: str, tmp_path: Path) -> None:
@@ -122,6 +123,7 @@ def test_damaged_newest_checkpoint_is_set_aside_for_the_one_before(file: str, da
     assert folder.newest() == 2  # without another warning
 
 
+@pytest.mark.proof("damaged checkpoints set aside, completed or refused")
 def test_folder_whose_checkpoints_are_all_damaged_is_an_error_and_left_alone(tmp_path: Path) -> None:
     folder = CheckpointFolder(tmp_path, keep=3)
     assert folder.newest() is None
@@ -131,6 +133,7 @@ def test_folder_whose_checkpoints_are_all_damaged_is_an_error_and_left_alone(tmp
     assert [path.name for path in folder.checkpoints()] == ["iteration-00000001"]
 
 
+@pytest.mark.proof("damaged checkpoints set aside, completed or refused")
 def test_checkpoint_whose_manifest_is_another_ones_is_damaged(tmp_path: Path) -> None:
     folder = CheckpointFolder(tmp_path, keep=3)
     for iteration in (1, 2):
@@ -141,6 +144,7 @@ def test_checkpoint_whose_manifest_is_another_ones_is_damaged(tmp_path: Path) ->
         assert folder.newest() == 1
 
 
+@pytest.mark.proof("damaged checkpoints set aside, completed or refused")
 def test_checkpoint_of_another_format_is_told(tmp_path: Path) -> None:
     path = CheckpointFolder(tmp_path, keep=3).save(_checkpoint(1)) / "manifest.json"
     path.write_text(path.read_text().replace('"format": 3', '"format": 4'))
@@ -157,6 +161,7 @@ def test_saving_over_a_checkpoint_replaces_it_and_removes_leftovers(tmp_path: Pa
     assert folder.load(3).weights["w"].tolist() == [0]
 
 
+@pytest.mark.proof("damaged checkpoints set aside, completed or refused")
 @pytest.mark.parametrize("dies_in", ["rename", "rmtree"])
 def test_a_save_that_was_killed_before_it_dropped_the_oldest_is_completed_when_the_folder_is_opened(
     dies_in: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

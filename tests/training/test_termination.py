@@ -24,6 +24,7 @@ def interruptible() -> Iterator[None]:
     signal.signal(signal.SIGINT, before)
 
 
+@pytest.mark.proof("SIGTERM and Ctrl-C: saved within an iteration")
 @pytest.mark.skipif(sys.platform == "win32", reason="there is no SIGTERM to catch")
 def test_terminated_program_saves_and_resumes_to_the_same_numbers(
     train: Callable, same: Callable, tmp_path: Path
@@ -113,6 +114,7 @@ def start(folder: Path, signals: int) -> subprocess.Popen:
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
+@pytest.mark.proof("SIGTERM and Ctrl-C: saved within an iteration")
 @pytest.mark.skipif(sys.platform == "win32", reason="signals are sent as POSIX has them")
 def test_ctrl_c_saves_says_how_to_go_on_and_the_run_resumes_to_the_same_numbers(
     train: Callable, same: Callable, tmp_path: Path
@@ -146,6 +148,7 @@ def test_second_ctrl_c_aborts_at_once(tmp_path: Path) -> None:
     assert not (tmp_path / "run" / "checkpoints").exists()
 
 
+@pytest.mark.proof("SIGTERM and Ctrl-C: saved within an iteration")
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="signals are sent as POSIX has them")
 def test_ctrl_c_reaches_all_processes_of_a_launcher_once(tmp_path: Path) -> None:
