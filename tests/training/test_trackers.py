@@ -232,11 +232,30 @@ def test_a_tracker_that_hangs_is_left_to_itself_and_holds_no_memory(
     record_property("trackers: hangs that stopped nothing", 2)
 
 
+def ran(folder: Path, *options: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Runs the program to its end."""
+    program, root = Path(__file__).with_name("tracked_program.py"), Path(__file__).resolve().parents[2]
+    done = subprocess.run(
+        [sys.executable, str(program), str(folder), *options], env=os.environ | {"PYTHONPATH": str(root)} | environment,
+        capture_output=True, text=True, timeout=280,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return done
+
+
+@pytest.fixture(scope="module")
+def untracked(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a program without a tracker."""
+    folder = tmp_path_factory.mktemp("untracked") / "run"
+    ran(folder, "--untracked")
+    return folder
+
+
 @pytest.mark.slow
 @pytest.mark.proof
 @pytest.mark.parametrize("trouble", ["none", "killed", "a file for a folder", "read-only", "unreachable"])
 def test_wandb_stops_no_training(
-    trouble: str, undisturbed: Any, request: pytest.FixtureRequest, tmp_path: Path, record_property: Record
+    trouble: str, untracked: Path, request: pytest.FixtureRequest, tmp_path: Path, record_property: Record
 ) -> None:
     pytest.importorskip("wandb")
     folder = tmp_path / "run"
@@ -252,16 +271,11 @@ def test_wandb_stops_no_training(
             stack.enter_context(disk.read_only(folder / "wandb"))
         elif trouble == "unreachable":
             settings |= {"MODE": "online", "BASE_URL": "http://127.0.0.1:9", "INIT_TIMEOUT": "1", "API_KEY": "0" * 40}
-        environment = os.environ | {f"WANDB_{name}": value for name, value in settings.items()}
-        command = [sys.executable, str(Path(__file__).with_name("tracked_program.py")), str(folder)]
-        done = subprocess.run(
-            [*command, *(["--kill"] if trouble == "killed" else [])],
-            env=environment | {"PYTHONPATH": str(Path(__file__).resolve().parents[2])},
-            capture_output=True, text=True, timeout=280,
-        )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    assert ("the tracker wandb failed" in done.stderr) == (trouble in ("killed", "a file for a folder", "unreachable"))
-    assert read_metrics(folder / "metrics.jsonl") == undisturbed.metrics
-    checkpoint = load_checkpoint(folder / "checkpoints" / "iteration-00000007")
-    assert all(torch.equal(checkpoint.weights[name], value) for name, value in undisturbed.weights.items())
+        environment = {f"WANDB_{name}": value for name, value in settings.items()}
+        done = ran(folder, *(["--kill"] if trouble == "killed" else []), **environment)
+    assert ("the tracker wandb failed" in done.stderr) == (trouble != "none")
+    assert read_metrics(folder / "metrics.jsonl") == read_metrics(untracked / "metrics.jsonl")
+    found, expected = (load_checkpoint(one / "checkpoints" / "iteration-00000007") for one in (folder, untracked))
+    assert found.weights.keys() == expected.weights.keys()
+    assert all(torch.equal(found.weights[name], value) for name, value in expected.weights.items())
     record_property("trackers: failures that stopped nothing", int(trouble != "none"))
