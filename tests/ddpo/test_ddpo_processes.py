@@ -29,7 +29,7 @@ from overpaint.policy import DiffusionPolicy, LoRAConfig
 from overpaint.training import HeldOut
 from overpaint.training import TrainingConfig, process_state
 
-HELD_OUT = ["a red circle", "a blue square"]
+HELD_OUT = ["a red circle", "a blue square", "a dog", "two cats"]
 
 
 class Mean:
