@@ -48,6 +48,11 @@ class Mean:
 
 pipeline, folder, kind = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]
 policy = DiffusionPolicy.from_pretrained(pipeline, train="xattn", device="cpu")
+if kind == "divergence":  # at the reference itself its gradient is rounding and nothing else
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in policy.trainable_parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.05)
 config = ReFLConfig(
     batch_size=4,
     micro_batch_size=2,
@@ -68,7 +73,7 @@ if kind == "destruction":  # a word is moved by each micro batch, of which one p
     words = Destruction(DestructionConfig(pictures=4, steps=2, words=1, vectors=2, attack_steps=1, share=1.0))
     concept = Concept(name="circle", phrases=("circle",), anchor="square")
     erasure = ObjectiveConstraint(words, concept, PROMPTS, ceiling=0.1)
-floor = {"floor": RewardFloor(0.1), "divergence": ReferenceDivergence(1e-4)}.get(kind)
+floor = {"floor": RewardFloor(0.1), "divergence": ReferenceDivergence(1.0)}.get(kind)
 held_out = HeldOut(PROMPTS, Mean(0))
 trainer = ReFLTrainer(policy, Mean(0), PROMPTS, config, erasure=erasure, floor=floor, held_out=held_out)
 # Plain gradient steps, as far as AdamW can take them: with a large epsilon its step is proportional to the gradient,
@@ -121,9 +126,7 @@ def test_several_processes_take_the_same_steps_as_one(
         ends.append(load_file(folder / "end.safetensors"))
     one, many = ends
     assert one.keys() == many.keys()
-    # The divergence is next to nothing where the policy is next to its reference, and its gradient mostly rounding.
-    absolute = 2e-4 if kind == "divergence" else 1e-5
     for name, value in one.items():
         torch.testing.assert_close(
-            many[name], value, rtol=1e-3, atol=absolute, msg=lambda text, name=name: f"{name}: {text}"
+            many[name], value, rtol=1e-3, atol=1e-5, msg=lambda text, name=name: f"{name}: {text}"
         )
