@@ -8,6 +8,7 @@ import threading
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -81,7 +82,7 @@ def test_tracker_gets_settings_metrics_and_images(
         assert settings["refl/margin"] == 2.0
         assert (settings["model/weights"], settings["model/lora/rank"], settings["notes/seeds"]) == ("abc", 4, "[1, 2]")
         assert settings["run/precision"] == "no"
-        assert settings["libraries/torch"] == torch.__version__
+        assert settings["libraries/torch"] == version("torch")
         step = int(resume)
         assert logged == [
             ("log", {"reward/mean": 0.5}, step),
