@@ -108,7 +108,6 @@ state.destroy_process_group()
         ("all", 2),
         ("all", 4),
         ("floor", 2),
-        ("floor", 4),
         ("divergence", 2),
         ("reward-alone", 2),
         ("destruction", 2),
@@ -128,5 +127,5 @@ def test_several_processes_take_the_same_steps_as_one(
     assert one.keys() == many.keys()
     for name, value in one.items():
         torch.testing.assert_close(
-            many[name], value, rtol=1e-3, atol=1e-5, msg=lambda text, name=name: f"{name}: {text}"
+            many[name], value, rtol=1e-4, atol=1e-6, msg=lambda text, name=name: f"{name}: {text}"
         )

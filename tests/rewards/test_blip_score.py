@@ -2,9 +2,9 @@
 
 import json
 from collections.abc import Sequence
-from inspect import signature
 from itertools import pairwise
 from pathlib import Path
+from types import MethodType
 from typing import Any
 
 import pytest
@@ -182,7 +182,7 @@ def test_folder_with_an_unknown_field_is_refused(blip: BLIPScore, tmp_path: Path
 def test_it_is_a_differentiable_reward_with_a_short_name(blip: BLIPScore) -> None:
     assert isinstance(blip, Reward)
     assert blip.differentiable
-    assert signature(FACTORIES["blip"]) == signature(BLIPScore.load)
+    assert FACTORIES["blip"] == MethodType(vars(BLIPScore.load.__func__)["__wrapped__"], BLIPScore)  # unchecked
 
 
 def test_score_is_the_cosine_of_the_two_embeddings(blip: BLIPScore, pictures: Tensor, prompts: list[str]) -> None:

@@ -1,8 +1,8 @@
 """Rewards by name."""
 
 import sys
-from inspect import signature
 from pathlib import Path
+from types import MethodType
 from typing import Any
 
 import pytest
@@ -228,7 +228,7 @@ def test_weights_and_vocabulary_are_given_to_what_takes_them(reward: ImageReward
 def test_the_weights_of_a_short_name_are_its_factorys_first_argument(folder: Path) -> None:
     with pytest.raises(FileNotFoundError, match="a folder of a CLIP checkpoint must hold config"):
         reward_named("clip", weights=folder)
-    assert signature(FACTORIES["clip"]) == signature(CLIPScore.load)
+    assert FACTORIES["clip"] == MethodType(vars(CLIPScore.load.__func__)["__wrapped__"], CLIPScore)  # unchecked
 
 
 @pytest.mark.parametrize(
