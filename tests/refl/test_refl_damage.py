@@ -12,37 +12,13 @@ import torch
 from torch import Tensor
 
 from overpaint.policy import DiffusionPolicy, LoRAConfig
-from overpaint.policy.types import Images, PerSample
 from overpaint.training import TrainingConfig
 from refl import ReFLConfig, ReFLTrainer
+from tests.refl.mortal import KilledError, Mortal
 
 ITERATIONS, KILLED_AT = 5, 4
 POSITIONS = 16
 """Places of a file at which a byte is flipped."""
-
-
-class KilledError(Exception):
-    """Stands for a process that dies: the run saves nothing when it sees an exception."""
-
-
-class Colour:
-    """The mean of a colour, which kills the process at its n-th call."""
-
-    differentiable = True
-
-    def __init__(self, channel: int = 0, dies_at: int | None = None) -> None:
-        self.channel = channel
-        self.calls_left = dies_at
-
-    def __repr__(self) -> str:
-        return f"Colour({self.channel})"
-
-    def __call__(self, images: Images, prompts: Sequence[str]) -> PerSample:
-        if self.calls_left is not None:
-            self.calls_left -= 1
-            if self.calls_left < 0:
-                raise KilledError
-        return images[:, self.channel].mean(dim=(1, 2))
 
 
 Train = Callable[..., dict[str, Tensor]]
@@ -73,7 +49,7 @@ def train(
         config = TrainingConfig(output_dir=folder, progress=False, keep_checkpoints=2, **usual | settings)
         quick = {"batch_size": 2, "micro_batch_size": 2, "steps": 3, "first_reward_step": 1, "last_reward_step": 2}
         own = small(**quick, evaluate_every=100, **changes or {})
-        ReFLTrainer(policy, reward or Colour(), list(texts), own).train(config)
+        ReFLTrainer(policy, reward or Mortal(), list(texts), own).train(config)
         return policy.trainable_state()
 
     return run
@@ -83,7 +59,7 @@ def train(
 def killed(train: Train, tmp_path: Path) -> Path:
     """The folder of a run that was killed."""
     with pytest.raises(KilledError):
-        train(tmp_path / "killed", reward=Colour(dies_at=KILLED_AT))
+        train(tmp_path / "killed", reward=Mortal(dies_at=KILLED_AT))
     assert len(list((tmp_path / "killed" / "checkpoints").iterdir())) == 2
     return tmp_path / "killed"
 
@@ -163,14 +139,14 @@ def test_a_checkpoint_of_another_run_is_refused(
         (model, {"path": rewritten("unet", "conv_in.bias")}),
         (model, {"path": rewritten("unet", key)}),
         (model, {"path": rewritten("vae", "post_quant_conv.bias")}),
-        (r"reward\.repr 'Colour\(1\)' instead of 'Colour\(0\)'", {"reward": Colour(1)}),
+        (r"reward\.repr 'Mortal\(1\)' instead of 'Mortal\(0\)'", {"reward": Mortal(1)}),
         (r"prompts\.count 1 instead of 5", {"texts": ["a cat"]}),
         (r"refl\.reward_scale 2\.0 instead of 1\.0", {"changes": {"reward_scale": 2.0}}),
         (r"training\.learning_rate 0\.5 instead of 0\.01", {"learning_rate": 0.5}),
         (r"training\.seed 1 instead of 0", {"seed": 1}),
     ]
     with pytest.raises(KilledError):
-        train(tmp_path / "run", trained=trained, reward=Colour(dies_at=KILLED_AT))
+        train(tmp_path / "run", trained=trained, reward=Mortal(dies_at=KILLED_AT))
     # What a checkpoint says of itself counts, wherever it was copied to.
     (tmp_path / "run" / "run_config.json").unlink()
     for message, other in others:
@@ -182,7 +158,7 @@ def test_a_checkpoint_of_another_run_is_refused(
 
 
 def test_a_served_reward_may_have_moved(train: Train, tmp_path: Path) -> None:
-    class Served(Colour):
+    class Served(Mortal):
         def __repr__(self) -> str:
             return f"Served('http://node{self.channel}:8000/score')"
 

@@ -1,6 +1,6 @@
 """ReFL that was interrupted ends like ReFL that was not: weights, constraint, held-out watch, pairs, averages."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import pytest
@@ -8,30 +8,9 @@ import torch
 from torch import Tensor
 
 from overpaint.policy import DiffusionPolicy
-from overpaint.policy.types import Images, PerSample
 from overpaint.training import HeldOut, TrainingConfig, read_metrics
 from refl import ReFLConfig, ReFLTrainer
-
-
-class KilledError(Exception):
-    """Stands for a process that dies: the run saves nothing when it sees an exception."""
-
-
-class Mortal:
-    """The mean of a colour, which kills the process at its n-th call."""
-
-    differentiable = True
-
-    def __init__(self, channel: int, dies_at: int | None = None) -> None:
-        self.channel = channel
-        self.calls_left = dies_at
-
-    def __call__(self, images: Images, prompts: Sequence[str]) -> PerSample:
-        if self.calls_left is not None:
-            self.calls_left -= 1
-            if self.calls_left < 0:
-                raise KilledError
-        return images[:, self.channel].mean(dim=(1, 2))
+from tests.refl.mortal import KilledError, Mortal
 
 
 class Outcome(NamedTuple):
