@@ -154,6 +154,17 @@ def write_pipeline(folder: Path, *, prediction_type: str = "epsilon", seed: int 
     return folder
 
 
+@pytest.fixture(autouse=True)
+def modules_of_its_own(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Forgets what a test imported of files that it wrote itself, and where it looked: another may use their names."""
+    path, known, temporary = list(sys.path), set(sys.modules), tmp_path_factory.getbasetemp()
+    yield
+    sys.path[:] = path
+    for name in sys.modules.keys() - known:
+        if Path(getattr(sys.modules[name], "__file__", None) or ".").is_relative_to(temporary):
+            del sys.modules[name]
+
+
 @pytest.fixture(scope="session")
 def pipeline_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder of the tiny epsilon-prediction pipeline; read it, do not write to it."""

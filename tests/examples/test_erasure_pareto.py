@@ -89,7 +89,7 @@ def test_each_form_has_a_constraint_of_its_own() -> None:
     assert [one.training.learning_rate for one in found.values()] == [1e-3, 1e-3, 3e-3]
     refl = [one.refl for one in found.values() if one.refl is not None]
     assert [(one.steps, one.first_reward_step, one.last_reward_step) for one in refl] == [(10, 5, 9)] * 3
-    assert [one.pretraining_weight for one in refl] == [1.0, 1.0, 4.0]
+    assert [one.pretraining_weight for one in refl] == [1.0, 1.0, 8.0]
     mine = erasure_pareto.complete(config_of("--methods", "uce", "--learning-rate", "0.1", "--constraint", "reference"))
     one = erasure_pareto.settings_of(erasure_pareto.Cell("uce", "attacked", 3), mine)
     assert (one.constraint, one.training.learning_rate, one.seed) == ("reference", 0.1, 3)

@@ -96,9 +96,7 @@ number = 3
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The working directory, with a module of rewards that imports another; Python's path is put back afterwards."""
-    monkeypatch.setattr(sys, "path", list(sys.path))
-    monkeypatch.setattr(sys, "modules", dict(sys.modules))
+    """The working directory, with a module of rewards that imports another."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "sibling_of_it.py").write_text("")
     (tmp_path / "my_reward.py").write_text(MODULE.format(sibling="sibling_of_it"))
