@@ -1,6 +1,5 @@
 """Rewards by name."""
 
-import sys
 from pathlib import Path
 from types import MethodType
 from typing import Any
