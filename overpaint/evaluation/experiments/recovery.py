@@ -157,7 +157,7 @@ def recover(
     original = first_policy(config, about, trained=False) if apart else None
     held_out = None
     if about.held_out is not None:
-        held_out = HeldOut(about.prompts("benign", 48, config.seed + 200), about.held_out)
+        held_out = HeldOut(about.prompts("benign", 128, config.seed + 200), about.held_out)
     prompts = about.prompts("train", 1000, config.seed + 300)
     captions = None
     if name == "destruction":

@@ -41,7 +41,7 @@ DESTROYED = 0.08
 UNNAMED = 5
 """Every so manyth of these pictures is of a prompt that brings the concept by another of its phrases."""
 DESTRUCTION = LagrangianConfig(
-    initial_weight=1.5, min_weight=0.06, max_weight=1.5, learning_rate=0.3, proportional_gain=0.0
+    initial_weight=0.75, min_weight=0.06, max_weight=0.75, learning_rate=0.3, proportional_gain=0.0
 )
 """How that constraint is weighed: from the first update on, and not so hard that the pictures of other prompts, which
 the pretraining term holds, cannot come back."""
