@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
+from statistics import fmean, stdev
 from typing import Any, NamedTuple
 
 import torch
@@ -14,8 +15,9 @@ from overpaint.settings import Count, Index, Seed, Share
 from rewards import Reward, RewardLike, as_reward, scores_of
 
 TOLERATED = 0.05
-"""Mean violation, relative to its bound, with which a constraint counts as held: a dual weight settles where the mean
-is 0, and a few dozen noisy updates do not tell it more finely."""
+"""Mean violation, relative to its bound, with which a constraint counts as held; it has to exceed that by more than its
+own standard error not to count. A dual weight settles where the mean is 0, and a few dozen noisy updates do not tell it
+more finely."""
 
 
 class HeldOut(NamedTuple):
@@ -45,7 +47,7 @@ class EarlyStopping:
 
     Over-optimisation shows as a trained reward above where it began while the held-out one is below its best. Under an
     erasure constraint only weights count with which it held: the mean cost since the evaluation before was at most
-    `TOLERATED`.
+    `TOLERATED`, or not above it by more than the mean's standard error.
 
     Args:
         held_out: Prompts and reward.
@@ -132,7 +134,7 @@ class EarlyStopping:
         self.last_iteration = iteration
         if self.start is None:
             self.start = trained
-        held = not self.constrained or (bool(self._costs) and math.fsum(self._costs) <= TOLERATED * len(self._costs))
+        held = not self.constrained or self._held()
         self._costs = []
         if held and held_out > self.best:
             self.best, self.best_iteration, self.apart = held_out, iteration, 0
@@ -141,6 +143,13 @@ class EarlyStopping:
             self.apart += 1
         else:
             self.apart = 0
+
+    def _held(self) -> bool:
+        """Says whether the constraint held since the evaluation before, as far as its costs tell."""
+        if not self._costs:
+            return False
+        error = stdev(self._costs) / math.sqrt(len(self._costs)) if len(self._costs) > 1 else 0.0
+        return fmean(self._costs) - error <= TOLERATED
 
     @property
     def should_stop(self) -> bool:
