@@ -13,7 +13,7 @@ import torch
 
 from overpaint.policy import ClassifierFree, DiffusionPolicy
 from overpaint.policy.atomic import this_process
-from overpaint.policy.digest import tensors_hash
+from overpaint.policy.digest import weights_digest
 from overpaint.policy.prompts import check_prompts
 from overpaint.policy.sealed import DamagedFileError, read_tensors, write_tensors
 from overpaint.policy.types import Latents
@@ -26,7 +26,7 @@ SHARD = 32
 """Latents in a file; what an interruption can cost."""
 
 RECORD_FILE = "generated.json"
-RECORD_FORMAT = "overpaint.Generated/2"
+RECORD_FORMAT = "overpaint.Generated/3"
 
 
 @runtime_checkable
@@ -92,8 +92,9 @@ def generated_latents(
     if folder is not None:
         record = {
             "format": RECORD_FORMAT,
-            policy.family.network: tensors_hash(policy.model.state_dict()),
-            "text_encoder": tensors_hash(policy.text_encoder.state_dict()),
+            **{
+                name: weights_digest({name: one}) for name, one in policy.family.named_networks.items() if name != "vae"
+            },
             "guard": None if policy.guard is None else repr(policy.guard),
             "steps": steps,
             "guidance_scale": guidance.scale,

@@ -51,6 +51,8 @@ def policy_record(policy: "DiffusionPolicy", *, untrained: bool = False) -> dict
 def weights_digest(networks: Mapping[str, nn.Module]) -> str:
     """Returns the SHA-256 of all weights of networks, adapters and how strongly they act included.
 
+    The weights of adapters that are switched off, as a LoRA is in the reference, do not count.
+
     A ValueError says that weights are not in memory, as with diffusers' sequential offloading.
     """
     return tensors_hash(*_weights(networks))
@@ -69,14 +71,20 @@ def _untrained_digest(policy: "DiffusionPolicy") -> str:
 def _weights(networks: Mapping[str, nn.Module]) -> tuple[dict[str, Tensor], list[str]]:
     """Returns all weights of networks, and how strongly adapters act."""
     tensors: dict[str, Tensor] = {}
-    adapters: list[str] = []
+    notes: list[str] = []
     for part, network in sorted(networks.items()):
         values = {name: value for name, value in network.state_dict().items() if isinstance(value, Tensor)}
         if absent := sorted(name for name, value in values.items() if value.is_meta):
             raise ValueError(f"the weights of {part} must be in memory to tell models apart, got {absent[0]} on meta")
-        tensors |= {f"{part}.{name}": value for name, value in values.items()}
-        adapters += [f"{part}.{name} {settings}" for name, settings in _adapters(network)]
-    return tensors, adapters
+        adapters = _adapters(network)
+        off = [(name, one) for name, one in adapters if one.disable_adapters]
+        idle = tuple(f"{name}.{kind}." for name, one in off for kind in one.adapter_layer_names)
+        tensors |= {f"{part}.{name}": value for name, value in values.items() if not name.startswith(idle)}
+        notes += [
+            f"{part}.{name} {sorted(one.scaling.items())} {one.active_adapters} {one.disable_adapters}"
+            for name, one in adapters
+        ]
+    return tensors, notes
 
 
 def class_name(thing: object) -> str:
@@ -96,17 +104,14 @@ def guard_of(holder: object) -> str | None:
     return None if guard is None else repr(getattr(guard, "guard", guard))  # what is attached to a pipeline wraps it
 
 
-def _adapters(network: nn.Module) -> list[tuple[str, str]]:
-    """Returns what decides how adapters of peft act, besides their weights."""
+def _adapters(network: nn.Module) -> list[tuple[str, Any]]:
+    """Returns the layers of a network that peft has given adapters, with their names."""
     if not getattr(network, "peft_config", None):
         return []
     from peft.tuners.tuners_utils import BaseTunerLayer
 
-    return [
-        (name, f"{sorted(layer.scaling.items())} {layer.active_adapters} {layer.disable_adapters}")
-        for name, layer in network.named_modules()
-        if isinstance(layer, BaseTunerLayer) and isinstance(layer.scaling, dict)
-    ]
+    modules = network.named_modules()
+    return [(name, one) for name, one in modules if isinstance(one, BaseTunerLayer) and isinstance(one.scaling, dict)]
 
 
 def library_versions(libraries: Sequence[str]) -> dict[str, str]:

@@ -161,6 +161,18 @@ def test_a_folder_of_another_model_or_negative_prompt_is_refused(bare: Diffusion
             drawn(bare, tmp_path)
 
 
+def test_a_lora_that_is_off_does_not_make_another_model(policy: DiffusionPolicy, tmp_path: Path) -> None:
+    with policy.reference():
+        before = drawn(policy, tmp_path)
+    with torch.no_grad():
+        for weight in policy.trainable_parameters():
+            weight.add_(0.1)
+    with policy.reference():
+        assert torch.equal(drawn(policy, tmp_path), before)
+    with pytest.raises(ValueError, match=r"has another unet$"):
+        drawn(policy, tmp_path)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

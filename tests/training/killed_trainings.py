@@ -20,7 +20,16 @@ import torch
 from safetensors.torch import save_file
 
 from ddpo import CriticConfig, DDPOConfig, DDPOTrainer, NFTConfig, NFTTrainer, RWRConfig, RWRTrainer
-from erasure import ESD, ESDConfig, ImageConstraint, Lagrangian, ObjectiveConstraint
+from erasure import (
+    ESD,
+    Destruction,
+    DestructionConfig,
+    ESDConfig,
+    ImageConstraint,
+    Lagrangian,
+    ObjectiveConstraint,
+)
+from erasure.generated import for_run
 from erasure.registry import erase
 from overpaint.policy import DiffusionPolicy, LoRAConfig
 from overpaint.policy.types import Images, PerSample
@@ -46,6 +55,12 @@ class Colour:
 
 def images_constraint() -> ImageConstraint:
     return ImageConstraint(Colour(1), ["a striped circle"], Lagrangian(), ceiling=0.3)
+
+
+def destruction(folder: Path) -> ObjectiveConstraint:
+    """The constraint that pictures, which the reference draws and the folder keeps, are seen as something else."""
+    objective = Destruction(DestructionConfig(pictures=2, steps=2, words=2, vectors=1, attack_steps=1))
+    return ObjectiveConstraint(for_run(objective, folder / "constraint", progress=False), STRIPED, ceiling=0.1)
 
 
 def run_config(folder: Path, **settings: Any) -> TrainingConfig:
@@ -111,6 +126,10 @@ KINDS: Mapping[str, tuple[dict[str, Any], Callable[[DiffusionPolicy, Path], None
         lambda policy, folder: refl(
             policy, folder, ObjectiveConstraint(ESD(ESDConfig(train="xattn", steps=2)), STRIPED, ceiling=0.1)
         ),
+    ),
+    "refl-destruction": (
+        {"lora": LoRAConfig(rank=2)},
+        lambda policy, folder: refl(policy, folder, destruction(folder)),
     ),
     "refl-bf16": ({"lora": LoRAConfig(rank=2)}, lambda policy, folder: refl(policy, folder, mixed_precision="bf16")),
     "ddpo": ({"lora": LoRAConfig(rank=2)}, lambda policy, folder: ddpo(policy, folder, images_constraint())),
