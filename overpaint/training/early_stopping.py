@@ -15,9 +15,9 @@ from overpaint.settings import Count, Index, Seed, Share
 from rewards import Reward, RewardLike, as_reward, scores_of
 
 TOLERATED = 0.05
-"""Mean violation, relative to its bound, with which a constraint counts as held; it has to exceed that by more than its
-own standard error not to count. A dual weight settles where the mean is 0, and a few dozen noisy updates do not tell it
-more finely."""
+"""Mean violation, relative to its bound, with which a constraint counts as held: a dual weight settles where the mean
+is 0, and a few dozen noisy updates do not tell it more finely. Up to twice that counts where the excess is less than
+the mean's standard error; however noisy the updates are, no more does."""
 
 
 class HeldOut(NamedTuple):
@@ -47,7 +47,7 @@ class EarlyStopping:
 
     Over-optimisation shows as a trained reward above where it began while the held-out one is below its best. Under an
     erasure constraint only weights count with which it held: the mean cost since the evaluation before was at most
-    `TOLERATED`, or not above it by more than the mean's standard error.
+    `TOLERATED`, or above it by no more than the mean's standard error and no more than `TOLERATED` again.
 
     Args:
         held_out: Prompts and reward.
@@ -149,7 +149,7 @@ class EarlyStopping:
         if not self._costs:
             return False
         error = stdev(self._costs) / math.sqrt(len(self._costs)) if len(self._costs) > 1 else 0.0
-        return fmean(self._costs) - error <= TOLERATED
+        return fmean(self._costs) - min(error, TOLERATED) <= TOLERATED
 
     @property
     def should_stop(self) -> bool:

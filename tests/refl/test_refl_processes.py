@@ -108,6 +108,7 @@ state.destroy_process_group()
         ("all", 2),
         ("all", 4),
         ("floor", 2),
+        ("floor", 4),
         ("divergence", 2),
         ("reward-alone", 2),
         ("destruction", 2),

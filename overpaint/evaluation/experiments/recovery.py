@@ -30,6 +30,8 @@ from .recovery_options import DECIDING, RecoveryOptions, completed
 
 UNKNOWN = "its eraser"
 """What erased a model that does not say."""
+HELD_OUT_PROMPTS = 128
+"""Prompts that weights are chosen by; of 48, a difference of 0.3 in the tiny world's utility was noise."""
 Options = TypeVar("Options", bound=RecoveryOptions)
 
 
@@ -157,7 +159,7 @@ def recover(
     original = first_policy(config, about, trained=False) if apart else None
     held_out = None
     if about.held_out is not None:
-        held_out = HeldOut(about.prompts("benign", 128, config.seed + 200), about.held_out)
+        held_out = HeldOut(about.prompts("benign", HELD_OUT_PROMPTS, config.seed + 200), about.held_out)
     prompts = about.prompts("train", 1000, config.seed + 300)
     captions = None
     if name == "destruction":
