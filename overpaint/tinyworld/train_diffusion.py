@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from overpaint.settings import AnyPath, Count, Field, Index, Positive, Seed, Share, settings
+from overpaint.settings import AnyPath, Count, Field, Positive, Share, settings
 
 from . import components, workers
 from .caption import EXPLICIT_ROUTES, IMPLICIT_ROUTES, NEIGHBOUR_ROUTES, parse, training_scene
@@ -28,7 +28,30 @@ from .workers import cosine
 
 
 @settings
-class DiffusionTrainingConfig:
+class LatentTrainingConfig(workers.WorkersConfig):
+    """How a network that denoises captioned latents is trained."""
+
+    batch_size: int = Field(32, ge=1)
+    """Latents per step and worker."""
+
+    pictures: Count = 40000
+    """Pictures whose latents are cached, split among the workers."""
+
+    reading_steps: Count = 1200
+    """Steps of the text encoder on captions alone."""
+
+    caption_dropout: Share = 0.2
+    """How often a caption without a texture, which is every other one, is replaced by the empty one."""
+
+    ema_decay: Share = 0.998
+    """Decay per step of the averaged weights that are saved."""
+
+    save_every: Count = 1000
+    """Steps between two saved pipelines."""
+
+
+@settings
+class DiffusionTrainingConfig(LatentTrainingConfig):
     """How the noise predictor is trained."""
 
     vae: AnyPath = Path("tinyworld-training/vae/final")
@@ -40,38 +63,8 @@ class DiffusionTrainingConfig:
     steps: int = Field(4500, ge=1)
     """Optimizer steps of each worker."""
 
-    batch_size: int = Field(32, ge=1)
-    """Latents per step and worker."""
-
-    learning_rate: Positive = 1.5e-3
-    """Peak of a cosine schedule with a short warm-up."""
-
-    pictures: Count = 40000
-    """Pictures whose latents are cached, split among the workers."""
-
-    reading_steps: Count = 1200
-    """Steps of the text encoder on captions alone."""
-
-    caption_dropout: Share = 0.2
-    """How often a caption without a texture, which is every other one, is replaced by the empty one."""
-
     weight_cap: Positive = 6.0
     """Upper bound of the loss weight (SNR + 1) / SNR."""
-
-    ema_decay: Share = 0.998
-    """Decay per step of the averaged weights that are saved."""
-
-    workers: Index = 2
-    """Processes, one thread each."""
-
-    average_every: Count = 8
-    """Steps between two averagings of the weights."""
-
-    save_every: Count = 1000
-    """Steps between two saved pipelines."""
-
-    seed: Seed = 0
-    """Seed of data and initial weights."""
 
 
 def tokenize(tokenizer, prompts: list[str]) -> Tensor:

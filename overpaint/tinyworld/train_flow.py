@@ -16,15 +16,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from overpaint.settings import AnyPath, Count, Field, Index, Positive, Seed, Share, settings
+from overpaint.settings import AnyPath, Field, settings
 
 from . import components, workers
 from .loading import pipeline_dir
-from .train_diffusion import ROUTES, DiffusionTrainingConfig, encode_world, read_captions, tokenize
+from .train_diffusion import (
+    ROUTES,
+    DiffusionTrainingConfig,
+    LatentTrainingConfig,
+    encode_world,
+    read_captions,
+    tokenize,
+)
 
 
 @settings
-class FlowTrainingConfig:
+class FlowTrainingConfig(LatentTrainingConfig):
     """How the velocity predictor is trained."""
 
     pipeline: AnyPath = pipeline_dir()
@@ -35,36 +42,6 @@ class FlowTrainingConfig:
 
     steps: int = Field(6000, ge=1)
     """Optimizer steps of each worker."""
-
-    batch_size: int = Field(32, ge=1)
-    """Latents per step and worker."""
-
-    learning_rate: Positive = 1.5e-3
-    """Peak of a cosine schedule with a short warm-up."""
-
-    pictures: Count = 40000
-    """Pictures whose latents are cached, split among the workers."""
-
-    reading_steps: Count = 1200
-    """Steps of the second text encoder on captions alone."""
-
-    caption_dropout: Share = 0.2
-    """How often a caption without a texture, which is every other one, is replaced by the empty one."""
-
-    ema_decay: Share = 0.998
-    """Decay per step of the averaged weights that are saved."""
-
-    workers: Index = 2
-    """Processes, one thread each."""
-
-    average_every: Count = 8
-    """Steps between two averagings of the weights."""
-
-    save_every: Count = 1000
-    """Steps between two saved pipelines."""
-
-    seed: Seed = 0
-    """Seed of data and initial weights."""
 
 
 @torch.no_grad()

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from overpaint.settings import AnyPath, Count, Field, Positive, Seed, Share, settings
+from overpaint.settings import AnyPath, Field, Positive, Share, settings
 from rewards.image_reward import ImageReward, ImageRewardConfig
 
 from . import workers
@@ -32,7 +32,7 @@ ANNOTATOR_SHARPNESS = 3.0
 
 
 @settings
-class RewardTrainingConfig:
+class RewardTrainingConfig(workers.WorkersConfig):
     """How the reward model is trained."""
 
     output_dir: AnyPath = Path("tinyworld-training/reward")
@@ -55,12 +55,6 @@ class RewardTrainingConfig:
 
     workers: int = Field(1, ge=1)
     """Processes, one thread each."""
-
-    average_every: Count = 8
-    """Steps between two averagings of the weights."""
-
-    seed: Seed = 0
-    """Seed of data and initial weights."""
 
 
 def build_reward() -> ImageReward:

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from overpaint.settings import AnyPath, Count, Field, Index, NonNegative, Positive, Seed, settings
+from overpaint.settings import AnyPath, Field, NonNegative, settings
 
 from . import components, workers
 from .caption import training_scene
@@ -24,7 +24,7 @@ from .scene import to_tensors
 
 
 @settings
-class VAETrainingConfig:
+class VAETrainingConfig(workers.WorkersConfig):
     """How the autoencoder is trained."""
 
     output_dir: AnyPath = Path("tinyworld-training/vae")
@@ -36,20 +36,8 @@ class VAETrainingConfig:
     batch_size: int = Field(8, ge=1)
     """Pictures per step and worker; small batches learn faster per picture here."""
 
-    learning_rate: Positive = 1.5e-3
-    """Peak of a cosine schedule with a short warm-up."""
-
     kl_weight: NonNegative = 5e-5
     """Weight of the mean KL divergence per latent entry."""
-
-    workers: Index = 2
-    """Processes, one thread each."""
-
-    average_every: Count = 8
-    """Steps between two averagings of the weights."""
-
-    seed: Seed = 0
-    """Seed of data and initial weights."""
 
 
 def reconstruction_loss(drawn: Tensor, target: Tensor) -> Tensor:

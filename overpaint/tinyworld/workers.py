@@ -13,6 +13,25 @@ from typing import Any
 import torch
 from torch import Tensor, distributed, nn
 
+from overpaint.settings import Count, Field, Positive, Seed, settings
+
+
+@settings
+class WorkersConfig:
+    """What every training program of the tiny world asks for."""
+
+    learning_rate: Positive = 1.5e-3
+    """Peak of a cosine schedule with a short warm-up."""
+
+    workers: int = Field(2, ge=1)
+    """Processes, one thread each."""
+
+    average_every: Count = 8
+    """Steps between two averagings of the weights."""
+
+    seed: Seed = 0
+    """Seed of data and initial weights."""
+
 
 def run_workers(train: Callable[[int, int, Any], None], config: Any, *, count: int) -> None:
     """Runs ``train(rank, count, config)`` in ``count`` processes that can talk to each other."""
