@@ -28,11 +28,12 @@ def load(models: Path, name: str) -> DiffusionPolicy:
     return DiffusionPolicy.from_pretrained(models / f"tiny-{name}", device="cpu", lora=LoRAConfig(), **options)
 
 
-def run_of(folder: Path) -> TrainingConfig:
+def run_of(folder: Path, iterations: int = 2) -> TrainingConfig:
     # With a large epsilon a step is proportional to the gradient, so that rounding stays as small as it is.
     return TrainingConfig(
-        output_dir=folder, iterations=2, learning_rate=1e-2, adam_epsilon=1e-2, progress=False, shard=True
-    )
+        output_dir=folder, iterations=iterations, learning_rate=1e-2, adam_epsilon=1e-2, checkpoint_every=1,
+        resume=True, progress=False, shard=True,
+    )  # fmt: skip
 
 
 def shares(policy: DiffusionPolicy) -> tuple[int, int]:
@@ -53,13 +54,13 @@ def check(policy: DiffusionPolicy, folder: Path) -> None:
         policy.save_lora(folder / "lora")
 
 
-def ddpo(models: Path, folder: Path) -> None:
+def ddpo(models: Path, folder: Path, iterations: int = 2) -> None:
     policy = load(models, "flux")
     config = DDPOConfig(
         samples_per_round=4, updates_per_round=2, sampling_batch_size=2, minibatch_size=2, steps=3, guidance_scale=2.0,
         eta=0.7, baseline="round", height=64, width=64, kl_weight=0.1, pictures_every=1, clip_range=0.1,
     )  # fmt: skip
-    DDPOTrainer(policy, redness, PROMPTS, config).train(run_of(folder))
+    DDPOTrainer(policy, redness, PROMPTS, config).train(run_of(folder, iterations))
     check(policy, folder)
 
 
@@ -91,6 +92,8 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     output, given = Path(sys.argv[1]), Path(sys.argv[2])
     ddpo(given, output / "ddpo")
+    for stop in (1, 2):
+        ddpo(given, output / "resumed", stop)
     refl(given, output / "refl")
     if process_state().num_processes == 2:
         refused(given, output / "refused")

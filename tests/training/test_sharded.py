@@ -49,6 +49,18 @@ def test_two_processes_with_half_the_network_give_the_lora_of_one(
     assert list((outputs[1] / trainer / "images").iterdir())
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_a_sharded_run_goes_on_where_it_stopped(outputs: tuple[Path, Path]) -> None:
+    for folder in outputs:
+        whole, resumed = (load_file(folder / name / "lora" / LORA_FILE) for name in ("ddpo", "resumed"))
+        assert whole.keys() == resumed.keys()
+        for name, tensor in whole.items():
+            torch.testing.assert_close(resumed[name], tensor, rtol=0, atol=0)
+        iterations = [entry["iteration"] for entry in read_metrics(folder / "resumed" / "metrics.jsonl")]
+        assert {0, 1} <= set(iterations)
+
+
 def test_launchers_sharding_is_taken_and_its_first_version_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not launcher.launched_sharding()
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
