@@ -164,12 +164,12 @@ def test_every_package_is_typed(wheel: dict[str, int]) -> None:
     assert {f"{package}/py.typed" for package in PACKAGES} <= set(wheel)
 
 
-def test_wheel_holds_the_tiny_worlds_weights_within_their_budget(wheel: dict[str, int]) -> None:
-    weights = [
-        size
-        for name, size in wheel.items()
-        if name.startswith("overpaint/tinyworld/") and name.endswith(".safetensors")
-    ]
+@pytest.mark.parametrize("folders", [("pipeline", "image-reward"), ("flow",)])
+def test_wheel_holds_the_weights_of_each_tiny_world_within_their_budget(
+    wheel: dict[str, int], folders: tuple[str, ...]
+) -> None:
+    places = tuple(f"overpaint/tinyworld/weights/{folder}/" for folder in folders)
+    weights = [size for name, size in wheel.items() if name.startswith(places) and name.endswith(".safetensors")]
     assert weights
     assert sum(weights) <= MAX_WEIGHT_BYTES
 

@@ -11,8 +11,8 @@ from overpaint.checked import check_calls
 
 from .caption import EXPLICIT_ROUTES, IMPLICIT_ROUTES, NEIGHBOUR_ROUTES, CaptionRequest, Request, captions, parse
 from .detector import Detection, detect
-from .loading import load_policy, load_reward, pipeline_dir, reward_dir
-from .presets import PRESETS, STRIPES
+from .loading import flow_dir, load_flow_policy, load_policy, load_reward, pipeline_dir, reward_dir
+from .presets import FLOW_PRESETS, PRESETS, STRIPES
 from .render import render
 from .scene import IMAGE_SIZE, Scene, SceneTensors, Thing, to_tensors
 from .texture import StripeScore, dot_response, stripe_response
@@ -20,6 +20,7 @@ from .utility import Utility, concept_shown, matches, neighbour_shown, objects_s
 
 __all__ = [
     "EXPLICIT_ROUTES",
+    "FLOW_PRESETS",
     "IMAGE_SIZE",
     "IMPLICIT_ROUTES",
     "NEIGHBOUR_ROUTES",
@@ -38,6 +39,8 @@ __all__ = [
     "concept_shown",
     "detect",
     "dot_response",
+    "flow_dir",
+    "load_flow_policy",
     "load_policy",
     "load_reward",
     "matches",

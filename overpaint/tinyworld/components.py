@@ -191,6 +191,7 @@ def save_flow_pipeline(folder: Path, vae, text_encoders, tokenizer, transformer)
     }
     for network in networks.values():
         network.to(torch.float16)
-    vae.register_to_config(shift_factor=0.0)  # which diffusers' pipeline adds
+    # Which diffusers' pipeline adds; and where the autoencoder was loaded from is nobody's business.
+    vae.register_to_config(shift_factor=0.0, _name_or_path="")
     tokenizers = [tokenizer, tokenizer, None]
     write_pipeline(build(StableDiffusion3, networks, tokenizers, flow_scheduler(), {}), folder)

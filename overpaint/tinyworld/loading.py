@@ -25,6 +25,19 @@ def load_policy(**options: Unpack[PolicyOptions]) -> DiffusionPolicy:
     return DiffusionPolicy.from_pretrained(pipeline_dir(), **options)
 
 
+def flow_dir() -> Path:
+    """Returns the folder of the trained flow pipeline, which ``StableDiffusion3Pipeline.from_pretrained`` takes."""
+    return WEIGHTS / "flow"
+
+
+def load_flow_policy(**options: Unpack[PolicyOptions]) -> DiffusionPolicy:
+    """Loads the tiny world's rectified-flow transformer as a policy; options as in ``DiffusionPolicy.from_pretrained``.
+
+    It has no T5, and was trained with one token of zeros in its place: that is `max_sequence_length` by default.
+    """
+    return DiffusionPolicy.from_pretrained(flow_dir(), **PolicyOptions(max_sequence_length=1) | options)
+
+
 def load_reward() -> ImageReward:
     """Loads the tiny world's ImageReward, with frozen weights."""
     return ImageReward.from_pretrained(reward_dir())

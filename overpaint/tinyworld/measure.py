@@ -1,4 +1,4 @@
-"""Measures the tiny world's model against its targets: ``python -m overpaint.tinyworld.measure``.
+"""Measures the tiny world's models against their targets: ``python -m overpaint.tinyworld.measure``.
 
 Everything is read by the programmatic detector, from pictures of captions that are drawn anew from a seed of their own.
 """
@@ -29,6 +29,9 @@ class MeasureConfig:
 
     pipeline: Path = field(default_factory=pipeline_dir)
     """The trained pipeline."""
+
+    max_sequence_length: int | None = None
+    """Tokens of zeros in T5's place, of which the flow was trained with 1; None for a pipeline without."""
 
     reward: Path | None = field(default_factory=reward_dir)
     """The trained reward model; None leaves it out."""
@@ -181,7 +184,7 @@ def main() -> None:
     import tyro
 
     config = tyro.cli(MeasureConfig)
-    policy = DiffusionPolicy.from_pretrained(config.pipeline)
+    policy = DiffusionPolicy.from_pretrained(config.pipeline, max_sequence_length=config.max_sequence_length)
     measurements = (measure_contents, measure_routes, measure_vae, measure_cost, measure_reward)
     results = [result for measure in measurements for result in measure(policy, config)]
     width = max(len(r.name) for r in results)

@@ -16,19 +16,20 @@ from erasure.methods.sld import SLDConfig
 from erasure.phrases import holds
 
 from .caption import ROUTE_TEXTURES, captions, single
-from .presets import PRESETS, STRIPES
+from .presets import FLOW_PRESETS, PRESETS, STRIPES
 
 TRIES = 1000
 """How many captions are drawn in search of one that holds a phrase."""
 
 
-def preset(method: str, concept: Concept = STRIPES) -> Any:
+def preset(method: str, concept: Concept = STRIPES, *, flow: bool = False) -> Any:
     """Returns a method's settings for a concept of the tiny world.
 
     They were found for stripes. For another concept the words of stripes are left out of them, and so are the captions
-    that hold a phrase of the concept; what else is in them was not found for it.
+    that hold a phrase of the concept; what else is in them was not found for it. With `flow` they are those for the
+    rectified-flow transformer, where there are any.
     """
-    config = PRESETS[method]
+    config = FLOW_PRESETS.get(method, PRESETS[method]) if flow else PRESETS[method]
     if concept == STRIPES:
         return config
     if isinstance(config, SLDConfig):

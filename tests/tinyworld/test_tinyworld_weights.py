@@ -1,6 +1,8 @@
 """The trained parts that the package carries do what docs/tinyworld.md says, measured on a few pictures."""
 
 import random
+from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,10 +13,12 @@ from overpaint.tinyworld.caption import training_scene
 from overpaint.tinyworld.train_reward import accuracy
 from rewards import ImageReward
 
+LOADED = {"diffusion": tinyworld.load_policy, "flow": tinyworld.load_flow_policy}
 
-@pytest.fixture(scope="module")
-def policy() -> DiffusionPolicy:
-    return tinyworld.load_policy()
+
+@pytest.fixture(scope="module", params=LOADED)
+def policy(request: pytest.FixtureRequest) -> DiffusionPolicy:
+    return LOADED[request.param]()
 
 
 @pytest.fixture(scope="module")
@@ -26,9 +30,9 @@ def drawn(policy: DiffusionPolicy, prompts: list[str]) -> torch.Tensor:
     return policy.draw(prompts, seeds=range(len(prompts)), steps=20, guidance=ClassifierFree(3.0))
 
 
-def test_all_weights_together_take_at_most_12_mb() -> None:
-    folders = (tinyworld.pipeline_dir(), tinyworld.reward_dir())
-    assert sum(f.stat().st_size for folder in folders for f in folder.rglob("*") if f.is_file()) <= 12e6
+@pytest.mark.parametrize("folders", [(tinyworld.pipeline_dir, tinyworld.reward_dir), (tinyworld.flow_dir,)])
+def test_all_weights_of_a_world_take_at_most_12_mb(folders: Sequence[Callable[[], Path]]) -> None:
+    assert 1e6 < sum(f.stat().st_size for folder in folders for f in folder().rglob("*") if f.is_file()) <= 12e6
 
 
 def test_it_draws_what_captions_ask_for(policy: DiffusionPolicy) -> None:
@@ -59,9 +63,9 @@ def test_the_autoencoder_keeps_what_the_detector_reads(policy: DiffusionPolicy) 
     assert (before.striped == after.striped).float().mean() >= 0.95
 
 
-def test_the_reward_prefers_what_people_prefer(reward: ImageReward, policy: DiffusionPolicy) -> None:
+def test_the_reward_prefers_what_people_prefer(reward: ImageReward) -> None:
     # 0.80 is the target; with 400 pairs three standard errors are 0.06.
-    assert accuracy(reward, policy.vae, count=400, seed=3)["accuracy_clear"] >= 0.74
+    assert accuracy(reward, tinyworld.load_policy().vae, count=400, seed=3)["accuracy_clear"] >= 0.74
 
 
 def test_the_reward_is_differentiable_and_standardised(reward: ImageReward) -> None:
