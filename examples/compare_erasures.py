@@ -157,7 +157,7 @@ def work(cell: Cell, config: Config) -> None:
         recovery = replace(recovery_of(config), output_dir=folder, seed=cell.seed, refl=config.refl, resume=True)
         recover(recovery, policy, task, erasure, progress=False)
     elif cell.method != BEFORE:
-        eraser = usual_eraser(cell.method, config.own_concept(tiny=config.tiny), tiny=config.tiny, seed=cell.seed)
+        eraser = usual_eraser(cell.method, config.own_concept(tiny=config.tiny), policy=config.policy, seed=cell.seed)
         method = method_named(cell.method, eraser)
         training = folder / "training"
         erasure = erase(method, policy, task.concept, output_dir=training, resume=training.exists(), progress=False)

@@ -20,7 +20,13 @@ from ddpo import DDPOConfig, DDPOTrainer, NFTConfig, NFTTrainer, RWRConfig, RWRT
 from erasure import UCE, ImageConstraint, Lagrangian, LagrangianConfig
 from overpaint.evaluation import DrawConfig, Measure, Panel
 from overpaint.evaluation.experiments.experiment import draw_and_score, write_results
-from overpaint.evaluation.experiments.options import ModelOptions, RewardOptions, SharingOptions, TunedOptions
+from overpaint.evaluation.experiments.options import (
+    TINY_FLOW,
+    ModelOptions,
+    RewardOptions,
+    SharingOptions,
+    TunedOptions,
+)
 from overpaint.evaluation.experiments.program import check_same, given, settings_from_command_line, usual_beside
 from overpaint.evaluation.experiments.tasks import Task, TaskName, animal_task, own_task, task_reward, tiny_task
 from overpaint.policy import DiffusionPolicy, LoRAConfig
@@ -123,7 +129,21 @@ def pictures(config: Config) -> dict[str, Any]:
 
 def ddpo_config(config: Config) -> DDPOConfig:
     """Returns DDPO's settings: quick ones for the tiny world, the authors' for others; GRPO's are Flow-GRPO's."""
-    if config.tiny:
+    if config.policy == TINY_FLOW:
+        settings = DDPOConfig(
+            samples_per_round=64,
+            sampling_batch_size=64,
+            minibatch_size=32,
+            steps=10,
+            guidance_scale=config.usual_guidance,
+            eta=0.7,
+            clip_range=5e-3,
+            baseline="group",
+            images_per_prompt=4,
+            window=4,
+            evaluate_every=5,
+        )
+    elif config.tiny:
         settings = DDPOConfig(
             samples_per_round=64,
             sampling_batch_size=64,

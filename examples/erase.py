@@ -66,7 +66,7 @@ class Config(SharingOptions, RewardOptions, ConceptOptions, ModelOptions):
 
 def complete(config: Config) -> Config:
     """Fills in what depends on the model, the method and the concept."""
-    usual = usual_eraser(config.method, config.own_concept(tiny=config.tiny), tiny=config.tiny, seed=config.seed)
+    usual = usual_eraser(config.method, config.own_concept(tiny=config.tiny), policy=config.policy, seed=config.seed)
     return replace(config, guidance_scale=config.usual_guidance, eraser=config.eraser or usual)
 
 

@@ -237,7 +237,7 @@ def make(cell: Cell, config: Config, about: Experiment) -> DiffusionPolicy:
         return config.load()
     if cell.method == DEAF:
         return without_cross_attention(config.load())
-    eraser = usual_eraser(cell.method, own.own_concept(tiny=own.tiny), tiny=own.tiny, seed=cell.seed)
+    eraser = usual_eraser(cell.method, own.own_concept(tiny=own.tiny), policy=own.policy, seed=cell.seed)
     method = method_named(cell.method, eraser)
     if cell.form in ("plain", "floor"):
         policy = config.load()

@@ -36,7 +36,8 @@ from overpaint.evaluation import (
     generate,
     score,
 )
-from overpaint.evaluation.experiments.experiment import TINY_WORLD, command_line
+from overpaint.evaluation.experiments.experiment import command_line
+from overpaint.evaluation.experiments.options import TINY_WORLD
 from overpaint.evaluation.experiments.published import (
     CLIP,
     GUIDANCE_SCALES,
@@ -92,7 +93,8 @@ class Config:
     """captions: every size and guidance scale, one image each; prompts: several images each, models ranked."""
 
     models: tuple[str, ...] = Field((TINY_WORLD,), min_length=1)
-    """tinyworld, sd1.4, sd2.1, openjourney, a folder, a hub id, or name=FOLDER of images that are there."""
+    """tinyworld, tinyworld-flow, sd1.4, sd2.1, openjourney, a folder, a hub id, or name=FOLDER of images that are
+    there."""
 
     prompts: str | None = None
     """A set (coco-30k, imagereward-100, diffusiondb, ...) or a file; None is coco-30k, imagereward-100, or captions of

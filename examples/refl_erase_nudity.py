@@ -23,7 +23,7 @@ from typing import Literal
 from erasure import Erasure, ErasureMethod, StrengthSearch, erase, method_named
 from erasure.registry import MethodName
 from overpaint.evaluation.experiments.experiment import Experiment
-from overpaint.evaluation.experiments.options import EraserSettings, usual_eraser
+from overpaint.evaluation.experiments.options import TINY_WORLD, EraserSettings, usual_eraser
 from overpaint.evaluation.experiments.program import settings_from_command_line
 from overpaint.evaluation.experiments.recovery import UNKNOWN, Made, compare_states, first_policy, given_erasure, write
 from overpaint.evaluation.experiments.recovery_constraint import check_constraint, kept_method
@@ -57,7 +57,7 @@ class Config(RecoveryOptions):
     floor; "B", the reward subject to the erasure, after a plain one; "A+B", one after the other."""
 
     iterations: int = Field(200, ge=1)
-    """ReFL iterations of the recovery; under the constraint destruction the reward joins for the last fifth of them."""
+    """ReFL iterations of the recovery; under the constraint destruction the reward joins after a third of them."""
 
     floor: float = Field(0.05, ge=0)
     """How much mean reward the form A may lose against the original model, in units of the reward."""
@@ -82,8 +82,10 @@ def complete(config: Config) -> Config:
     """Fills in what depends on the model, the method and the concept."""
     eraser = config.eraser
     if eraser is None and config.method != "none":
-        eraser = usual_eraser(config.method, config.own_concept(tiny=config.tiny), tiny=config.tiny, seed=config.seed)
-    if config.constraint is None and config.tiny and config.recovers and config.method != "none":
+        eraser = usual_eraser(
+            config.method, config.own_concept(tiny=config.tiny), policy=config.policy, seed=config.seed
+        )
+    if config.constraint is None and config.policy == TINY_WORLD and config.recovers and config.method != "none":
         config = replace(config, constraint="destruction")
     return replace(completed(config), eraser=eraser)
 

@@ -46,7 +46,9 @@ def complete(config: Config) -> Config:
     """Fills in what depends on the model, the method and the concept."""
     eraser = config.eraser
     if eraser is None and config.method is not None:
-        eraser = usual_eraser(config.method, config.own_concept(tiny=config.tiny), tiny=config.tiny, seed=config.seed)
+        eraser = usual_eraser(
+            config.method, config.own_concept(tiny=config.tiny), policy=config.policy, seed=config.seed
+        )
     return replace(completed(config), eraser=eraser)
 
 

@@ -30,7 +30,7 @@ from overpaint.training.record import RECORD
 from rewards import DETECTOR_CONCEPTS, SHOWN_FROM, ImageReward, Reward, as_reward, concept_measure
 from rewards.measures import NUDENET
 
-from .options import OWNED, TINY_WORLD
+from .options import OWNED, TINY_WORLDS
 from .program import command_line, settings_yaml
 
 IMAGE_REWARD = "ImageReward"
@@ -109,7 +109,7 @@ def experiment(
             world, NudeNet for nudity, and CLIP's zero-shot classification for any other concept.
         prompts_file: JSON with a list of prompts for each kind, in place of the project's own.
     """
-    if policy == TINY_WORLD:
+    if policy in TINY_WORLDS:
         chosen = tiny_world(concept, reward=reward, reward_name=reward_name, measure=measure)
     else:
         chosen = stable_diffusion(policy, concept, reward=reward, reward_name=reward_name, measure=measure)

@@ -1,6 +1,8 @@
 """Options that programs share, so that they have the same names everywhere."""
 
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Unpack
 
 from erasure import (
@@ -20,10 +22,11 @@ from erasure import (
 from erasure.registry import MethodName, method_named
 from overpaint.evaluation.images.plan import DrawConfig
 from overpaint.policy import DiffusionPolicy, LoRAConfig, check_checkpoint
+from overpaint.policy.flow import Chain
 from overpaint.policy.loading import PolicyOptions, default_device
 from overpaint.settings import AnyPath, Field, Seed, Text, settings
 from overpaint.tinyworld import REWARDS as TINY_WORLD_REWARDS
-from overpaint.tinyworld import STRIPES, load_policy
+from overpaint.tinyworld import STRIPES, load_flow_policy, load_policy
 from overpaint.tinyworld.own_concept import own_concept, preset
 from overpaint.training import TrainingConfig, default_precision
 from overpaint.training.config import Precision, Schedule
@@ -31,7 +34,12 @@ from rewards import Reward, reward_named
 
 from .program import check_same
 
-TINY_WORLD = "tinyworld"
+TINY_WORLD, TINY_FLOW = "tinyworld", "tinyworld-flow"
+TINY_WORLDS: Mapping[str, Callable[..., DiffusionPolicy]] = MappingProxyType(
+    {TINY_WORLD: load_policy, TINY_FLOW: load_flow_policy}
+)
+"""The models of the tiny world by name: a Stable Diffusion, and a rectified-flow transformer."""
+
 TINY_GUIDANCE, USUAL_GUIDANCE = 3.0, 7.5
 """Guidance of the tiny world, and diffusers' default for Stable Diffusion."""
 
@@ -41,7 +49,8 @@ class ModelOptions:
     """Which model draws, and how."""
 
     policy: str = TINY_WORLD
-    """The tiny world, or a Stable Diffusion: a folder, a hub id, or a checkpoint in one file."""
+    """The tiny world ("tinyworld", or "tinyworld-flow" for its rectified flow), or a checkpoint of a known family: a
+    folder, a hub id, or a single file."""
 
     policy_config: str | None = None
     """For a checkpoint in one file: the folder or hub id whose configuration and tokenizer it takes; None finds it."""
@@ -52,13 +61,16 @@ class ModelOptions:
     size: int | None = Field(None, ge=8, multiple_of=8)
     """Side of all pictures in pixels, in training and in evaluation; None is the model's own."""
 
+    chain: Chain | None = None
+    """Which noise a flow's stochastic steps add; None is "sde", Flow-GRPO's. EraseFlow takes "ancestral"."""
+
     seed: Seed = 0
     """Seed of everything."""
 
     @property
     def tiny(self) -> bool:
         """Whether this is about the tiny world."""
-        return self.policy == TINY_WORLD
+        return self.policy in TINY_WORLDS
 
     @property
     def usual_guidance(self) -> float:
@@ -88,9 +100,10 @@ class ModelOptions:
 
     def load(self, **trained: Unpack[PolicyOptions]) -> DiffusionPolicy:
         """Loads the model; what of it is trained is an option of the policy."""
+        chain = PolicyOptions() if self.chain is None else PolicyOptions(chain=self.chain)
         if self.tiny:
-            return load_policy(**trained)
-        options = PolicyOptions(gradient_checkpointing=True) | trained
+            return TINY_WORLDS[self.policy](**chain | trained)
+        options = PolicyOptions(gradient_checkpointing=True) | chain | trained
         return DiffusionPolicy.from_pretrained(self.policy, config=self.policy_config, **options)
 
 
@@ -258,16 +271,16 @@ EraserSettings = (
 """Settings of any of the ten methods."""
 
 
-def usual_eraser(method: MethodName, concept: Concept | None, *, tiny: bool, seed: int) -> EraserSettings:
-    """Returns a method's settings: those found for the tiny world, or its authors'.
+def usual_eraser(method: MethodName, concept: Concept | None, *, policy: str, seed: int) -> EraserSettings:
+    """Returns a method's settings: those found for a model of the tiny world, or its authors'.
 
     Args:
         method: Which.
         concept: What is erased; None is the model's usual one.
-        tiny: Whether the model is the tiny world's.
+        policy: The model's name.
         seed: Of everything random in its training, where it trains.
     """
-    settings = preset(method, concept or STRIPES) if tiny else None
+    settings = preset(method, concept or STRIPES, flow=policy == TINY_FLOW) if policy in TINY_WORLDS else None
     return method_named(method, settings, seed=seed).config
 
 

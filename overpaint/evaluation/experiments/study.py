@@ -19,7 +19,7 @@ from overpaint.evaluation.report.page import Section, chart_section
 from overpaint.evaluation.scoring.score import Scores
 from overpaint.policy import DiffusionPolicy, check_checkpoint
 
-from .experiment import TINY_WORLD
+from .options import TINY_WORLDS
 from .published import COGVIEW2, DALLE2, GUIDANCE_SCALES, OPENJOURNEY, OWN_SIZE, SD14, SD21, VERSATILE, Measured
 
 
@@ -49,8 +49,8 @@ def checkpoint_of(name: str) -> str:
 
 def published_as(name: str) -> str:
     """Returns a model's name among published numbers; one that is not published keeps its own."""
-    if name == TINY_WORLD:
-        return "tiny world"
+    if name in TINY_WORLDS:
+        return name.replace("tinyworld", "tiny world").replace("-", ", ")
     return CHECKPOINTS[name].published_as if name in CHECKPOINTS else GIVEN.get(name, name)
 
 
@@ -64,7 +64,7 @@ def load_drawable(
     """Loads what draws.
 
     Args:
-        name: `tinyworld`, a short name, a folder in diffusers' layout or a hub id.
+        name: `tinyworld` or `tinyworld-flow`, a short name, a folder in diffusers' layout or a hub id.
         own_scheduler: Whether a Stable Diffusion, too, is drawn with by its pipeline, with the scheduler of its files.
         dtype: Precision of the weights.
         device: Where to put the networks; None is this process's GPU, or the CPU where there is none.
@@ -72,10 +72,8 @@ def load_drawable(
     Raises:
         ValueError: There is no such checkpoint.
     """
-    if name == TINY_WORLD:
-        from overpaint import tinyworld
-
-        policy = tinyworld.load_policy(device=device)
+    if name in TINY_WORLDS:
+        policy = TINY_WORLDS[name](device=device)
         return PipelineDrawable(policy.to_pipeline().to(policy.device)) if own_scheduler else policy
     path = checkpoint_of(name)
     if not own_scheduler:
