@@ -26,7 +26,10 @@ def load_policy(**options: Unpack[PolicyOptions]) -> DiffusionPolicy:
 
 
 def flow_dir() -> Path:
-    """Returns the folder of the trained flow pipeline, which ``StableDiffusion3Pipeline.from_pretrained`` takes."""
+    """Returns the folder of the trained flow pipeline.
+
+    ``StableDiffusion3Pipeline.from_pretrained`` takes it with ``text_encoder_3=None, tokenizer_3=None``.
+    """
     return WEIGHTS / "flow"
 
 

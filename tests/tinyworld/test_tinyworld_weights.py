@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from diffusers import StableDiffusion3Pipeline
 
 from overpaint import tinyworld
 from overpaint.policy import ClassifierFree, DiffusionPolicy
@@ -51,6 +52,18 @@ def test_it_draws_stripes_when_they_are_asked_for_and_when_they_come_unasked(pol
 
 def test_it_draws_dots(policy: DiffusionPolicy) -> None:
     assert tinyworld.neighbour_shown(drawn(policy, tinyworld.captions("neighbour", 16, 5))).float().mean() >= 0.65
+
+
+def test_plain_diffusers_draws_the_flows_pictures() -> None:
+    policy = tinyworld.load_flow_policy()
+    pipeline = StableDiffusion3Pipeline.from_pretrained(tinyworld.flow_dir(), text_encoder_3=None, tokenizer_3=None)
+    pipeline.set_progress_bar_config(disable=True)
+    prompts = tinyworld.captions("benign", 2, 5)
+    settings = {"num_inference_steps": 10, "guidance_scale": 3.0, "height": 64, "width": 64, "output_type": "pt"}
+    noise = torch.cat([torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(seed)) for seed in (0, 1)])
+    theirs = pipeline(prompts, latents=noise, max_sequence_length=1, **settings).images
+    ours = policy.draw(prompts, seeds=range(2), steps=10, guidance=ClassifierFree(3.0))
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-4)
 
 
 def test_the_autoencoder_keeps_what_the_detector_reads(policy: DiffusionPolicy) -> None:
