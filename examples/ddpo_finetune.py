@@ -129,34 +129,20 @@ def pictures(config: Config) -> dict[str, Any]:
 
 def ddpo_config(config: Config) -> DDPOConfig:
     """Returns DDPO's settings: quick ones for the tiny world, the authors' for others; GRPO's are Flow-GRPO's."""
+    quick: dict[str, Any] = {
+        "samples_per_round": 64,
+        "sampling_batch_size": 64,
+        "minibatch_size": 32,
+        "guidance_scale": config.usual_guidance,
+        "clip_range": 5e-3,
+        "baseline": "group",
+        "images_per_prompt": 4,
+        "evaluate_every": 5,
+    }
     if config.policy == TINY_FLOW:
-        settings = DDPOConfig(
-            samples_per_round=64,
-            sampling_batch_size=64,
-            minibatch_size=32,
-            steps=10,
-            guidance_scale=config.usual_guidance,
-            eta=0.7,
-            clip_range=5e-3,
-            baseline="group",
-            images_per_prompt=4,
-            window=4,
-            evaluate_every=5,
-        )
+        settings = DDPOConfig(**quick, steps=10, eta=0.7, window=4)
     elif config.tiny:
-        settings = DDPOConfig(
-            samples_per_round=64,
-            sampling_batch_size=64,
-            minibatch_size=32,
-            steps=4,
-            guidance_scale=config.usual_guidance,
-            clip_range=5e-3,
-            baseline="group",
-            images_per_prompt=4,
-            step_weights="signal",
-            timestep_fraction=0.5,
-            evaluate_every=5,
-        )
+        settings = DDPOConfig(**quick, steps=4, step_weights="signal", timestep_fraction=0.5)
     elif config.algorithm == "grpo":
         settings = DDPOConfig(
             samples_per_round=48 * 24,

@@ -3,7 +3,9 @@
 from dataclasses import replace
 
 import pytest
+import torch
 
+from erasure import erase, method_named
 from examples import ddpo_finetune, refl_erase_nudity
 from overpaint import tinyworld
 from overpaint.evaluation.experiments.options import TINY_FLOW, TINY_WORLD, ModelOptions
@@ -20,6 +22,20 @@ def test_the_erasers_settings_and_the_constraint_are_those_for_the_flow() -> Non
         assert config.constraint == constraint
     config = refl_erase_nudity.complete(refl_erase_nudity.Config(policy=TINY_FLOW, method="uce"))
     assert config.eraser == tinyworld.PRESETS["uce"]
+
+
+@pytest.mark.parametrize("name", tinyworld.FLOW_PRESETS)
+def test_an_update_with_the_settings_for_the_flow_moves_the_layers_that_they_name(name: str) -> None:
+    config = tinyworld.FLOW_PRESETS[name]
+    quick = replace(config.descent, iterations=2, batch_size=2)
+    policy = ModelOptions(policy=TINY_FLOW, chain="ancestral").load()
+    before = {layer: weight.clone() for layer, weight in policy.model.state_dict().items()}
+    method = method_named(name, replace(config, descent=quick, steps=2))
+    erase(method, policy, tinyworld.STRIPES, progress=False).apply(policy)
+    moved = {layer for layer, weight in policy.model.state_dict().items() if not torch.equal(weight, before[layer])}
+    assert {"attn" in layer for layer in moved} == ({True, False} if name == "eraseflow" else {True})
+    for part in ("norm1.linear", "norm1_context.linear", "time_text_embed.text_embedder"):
+        assert any(part in layer for layer in moved) == (name == "eraseflow"), part
 
 
 def test_grpo_draws_windows_of_stochastic_steps() -> None:
