@@ -1,16 +1,16 @@
-"""A round of DDPO made by hand, twice: its model calls alone, and the loop of the authors' code."""
+"""Rounds made by hand: the model calls of DDPO's and DiffusionNFT's alone, and the loop of the DDPO authors' code."""
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from itertools import cycle, islice
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from benchmarks.timing import IdleOptimizer, call_unet, unet_inputs
-from ddpo import DDPOConfig, PromptStatistics, clipped_surrogate
+from ddpo import DDPOConfig, NFTConfig, PromptStatistics, clipped_surrogate
 from overpaint.policy import ClassifierFree, Conditioning, DiffusionPolicy, Plan, PredictionType, Trajectory
 from overpaint.policy.autoencoder import CHUNK
 from overpaint.policy.ddim import ddim_mean_and_std, gaussian_log_prob, schedule
@@ -21,11 +21,30 @@ Autocast = Callable[[], AbstractContextManager[Any]]
 """Returns the block in which networks compute in the run's precision."""
 
 
+class UpdateCalls(NamedTuple):
+    """What an update calls the network for."""
+
+    steps: int
+    """Of each sample that are trained on."""
+    guided: bool
+    """Whether guidance is trained too, which calls for both branches."""
+    undifferentiated: int
+    """Calls without gradient beside each that has one."""
+
+
+def update_calls(config: DDPOConfig | NFTConfig, policy: DiffusionPolicy) -> UpdateCalls:
+    """Returns the calls of an update: DDPO's ratio needs the trained prediction, NFT's loss the old policy's too."""
+    if isinstance(config, NFTConfig):
+        return UpdateCalls(config.levels_per_sample, guided=False, undifferentiated=1 + (config.kl_weight > 0))
+    steps = len(policy.process.trained_steps(config.steps, config.eta))
+    return UpdateCalls(config.trained_of(steps), guided=config.guidance_scale != 1, undifferentiated=0)
+
+
 class BareRound:
     """The model calls of a round, and nothing else.
 
     The arithmetic between the calls is left out, and so is everything random: what a call reads is the same each time.
-    Left out too is what the trainer calls only to measure the divergence from the reference policy. The optimizer's
+    Left out too is what DDPO's trainer calls only to measure the divergence from the reference policy. The optimizer's
     step size is zero, so that the weights stay.
 
     Args:
@@ -37,20 +56,25 @@ class BareRound:
     """
 
     def __init__(
-        self, policy: DiffusionPolicy, reward: Reward, prompts: Sequence[str], config: DDPOConfig, autocast: Autocast
+        self,
+        policy: DiffusionPolicy,
+        reward: Reward,
+        prompts: Sequence[str],
+        config: DDPOConfig | NFTConfig,
+        autocast: Autocast,
     ) -> None:
         self.policy = policy
         self.reward = reward
         self.config = config
         self.autocast = autocast
         self.timesteps = policy.plan(config.steps, config.height, config.width).timesteps.tolist()
-        self.trained_steps = config.trained_of(len(policy.process.trained_steps(config.steps, config.eta)))
+        self.update_calls = calls = update_calls(config, policy)
         drawn = config.sampling_batch_size
         self.prompts = list(islice(cycle(prompts), drawn))
-        self.drawn = self._inputs(drawn)
+        self.drawn = self._inputs(drawn, guided=config.guidance_scale != 1)
         height, width = (side or policy.image_size for side in (config.height, config.width))
         self.images = torch.rand(drawn, 3, height, width, device=policy.device)
-        self.trained = self._inputs(config.minibatch_size)
+        self.trained = self._inputs(config.minibatch_size, guided=calls.guided)
         self.optimizer = IdleOptimizer(policy.trainable_parameters())
 
     def __call__(self) -> None:
@@ -65,18 +89,23 @@ class BareRound:
                         scaled = part / vae.config["scaling_factor"] + (vae.config.get("shift_factor") or 0)
                         vae.decode(scaled.to(vae.dtype), return_dict=False)
                 self.reward(self.images, self.prompts)
-        pairs = cfg.samples_per_round // cfg.updates_per_round * self.trained_steps
+        pairs = cfg.samples_per_round // cfg.updates_per_round * self.update_calls.steps
         for _ in range(cfg.updates_per_round):
             for index in range(pairs // cfg.minibatch_size):
+                timestep = self.timesteps[index % cfg.steps]
                 with self.autocast():
-                    prediction = call_unet(self.policy, self.timesteps[index % cfg.steps], *self.trained)
+                    with torch.no_grad():
+                        for _ in range(self.update_calls.undifferentiated):
+                            call_unet(self.policy, timestep, *self.trained)
+                    prediction = call_unet(self.policy, timestep, *self.trained)
                 prediction.float().square().mean().backward()
             self.optimizer.step()
 
-    def _inputs(self, count: int) -> tuple[Tensor, Conditioning]:
-        """Returns latents and embeddings for a call on that many samples with guidance."""
+    def _inputs(self, count: int, *, guided: bool) -> tuple[Tensor, Conditioning]:
+        """Returns latents and embeddings for a call on that many samples, with both branches where it is guided."""
         policy, prompts = self.policy, list(islice(cycle(self.prompts), count))
-        empty = [""] * count if isinstance(policy.family.guided(ClassifierFree(2.0)), ClassifierFree) else []
+        branches = guided and isinstance(policy.family.guided(ClassifierFree(2.0)), ClassifierFree)
+        empty = [""] * count if branches else []
         return unet_inputs(policy, empty + prompts, self.config.height)
 
 

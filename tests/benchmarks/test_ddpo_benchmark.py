@@ -1,4 +1,4 @@
-"""The benchmark of DDPO compares like with like."""
+"""The benchmarks of DDPO and DiffusionNFT compare like with like."""
 
 import json
 from collections.abc import Callable, Sequence
@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from benchmarks import ddpo_speed as speed
+from benchmarks import nft_overhead
 from benchmarks.ddpo_by_hand import BareRound, PlainRound
-from ddpo import DDPOConfig, DDPOTrainer
+from ddpo import DDPOConfig, DDPOTrainer, NFTConfig, NFTTrainer
 from ddpo.gradient import KL_PAIRS, PROBED_PAIRS, Term
 from ddpo.requests import Pairs
 from overpaint.policy import ClassifierFree, DiffusionPolicy, LoRAConfig
@@ -54,8 +55,12 @@ def noting_policy(make_policy: Callable[..., DiffusionPolicy], seen: list[Any]) 
     return policy
 
 
-def trainers_round(policy: DiffusionPolicy, reward: Redness, config: DDPOConfig, folder: Path) -> None:
-    trainer = DDPOTrainer(policy, reward, PROMPTS, config)
+def trainers_round(policy: DiffusionPolicy, reward: Redness, config: DDPOConfig | NFTConfig, folder: Path) -> None:
+    trainer: DDPOTrainer | NFTTrainer
+    if isinstance(config, NFTConfig):
+        trainer = NFTTrainer(policy, reward, PROMPTS, config)
+    else:
+        trainer = DDPOTrainer(policy, reward, PROMPTS, config)
     with TrainingRun(policy, TrainingConfig(output_dir=folder, iterations=1, progress=False)) as run:
         trainer.prepare(run)
         trainer.step(run)
@@ -86,6 +91,44 @@ def test_bare_round_makes_the_calls_of_the_trainers_round(
     # The reward has a thread of its own, so that its place in the order is a matter of chance.
     assert sorted(map(repr, of_the_trainer)) == sorted(map(repr, seen + extra))
     assert [call for call in of_the_trainer if call[2]] == [call for call in seen if call[2]]
+
+
+NFT = NFTConfig(samples_per_round=8, images_per_prompt=4, sampling_batch_size=4, minibatch_size=2, steps=3)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [NFT, replace(NFT, kl_weight=0.0, updates_per_round=2), replace(NFT, guidance_scale=3.0, trained_levels=1)],
+)
+def test_bare_round_makes_the_calls_of_diffusion_nfts_round(
+    make_policy: Callable[..., DiffusionPolicy], tmp_path: Path, config: NFTConfig
+) -> None:
+    seen: list[Any] = []
+    policy = noting_policy(make_policy, seen)
+    trainers_round(policy, Redness(seen), config, tmp_path)
+    of_the_trainer = seen.copy()
+    seen.clear()
+
+    BareRound(policy, Redness(seen), PROMPTS, config, nullcontext)()
+
+    # The reward has a thread of its own, so that its place in the order is a matter of chance.
+    unet = [[call for call in calls if call[0] == "unet"] for calls in (of_the_trainer, seen)]
+    assert unet[0] == unet[1]
+    assert sorted(map(repr, of_the_trainer)) == sorted(map(repr, seen))
+
+
+def test_diffusion_nfts_overhead_has_the_repeats_that_were_asked_for(
+    make_policy: Callable[..., DiffusionPolicy],
+) -> None:
+    config = nft_overhead.Config(
+        samples_per_round=4, images_per_prompt=2, sampling_batch_size=2, minibatch_size=2, steps=2, repeats=2
+    )
+    policy = make_policy(lora=LoRAConfig())
+    before = policy.trainable_state()
+    times = nft_overhead.measure(policy, Redness([]), PROMPTS, config)
+    assert [len(seconds) for seconds in times.values()] == [2, 2]
+    assert min(*times["trainer"], *times["bare"]) > 0
+    assert all(torch.allclose(value, before[name], atol=1e-10) for name, value in policy.trainable_state().items())
 
 
 def test_plain_round_puts_as_many_samples_through_the_unet_as_the_bare_one(
