@@ -13,7 +13,7 @@ import torch
 
 from overpaint.policy import ClassifierFree, DiffusionPolicy
 from overpaint.policy.atomic import this_process
-from overpaint.policy.digest import weights_digest
+from overpaint.policy.digest import network_digests
 from overpaint.policy.prompts import check_prompts
 from overpaint.policy.sealed import DamagedFileError, read_tensors, write_tensors
 from overpaint.policy.types import Latents
@@ -92,9 +92,7 @@ def generated_latents(
     if folder is not None:
         record = {
             "format": RECORD_FORMAT,
-            **{
-                name: weights_digest({name: one}) for name, one in policy.family.named_networks.items() if name != "vae"
-            },
+            **{name: digest for name, digest in network_digests(policy).items() if name != "vae"},
             "guard": None if policy.guard is None else repr(policy.guard),
             "steps": steps,
             "guidance_scale": guidance.scale,

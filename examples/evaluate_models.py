@@ -37,7 +37,7 @@ from overpaint.evaluation import (
     score,
 )
 from overpaint.evaluation.experiments.experiment import command_line
-from overpaint.evaluation.experiments.options import TINY_WORLD
+from overpaint.evaluation.experiments.options import TINY_WORLD, Dtype
 from overpaint.evaluation.experiments.published import (
     CLIP,
     GUIDANCE_SCALES,
@@ -133,7 +133,7 @@ class Config:
     own_scheduler: bool = False
     """Draw with the pipeline of diffusers and the scheduler of its files, in place of DDIM."""
 
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    dtype: Dtype = "float32"
     """Precision of the weights."""
 
     batch_size: int = Field(16, ge=1)

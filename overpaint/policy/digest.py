@@ -3,7 +3,7 @@
 import hashlib
 import platform
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
@@ -39,52 +39,71 @@ def policy_record(policy: "DiffusionPolicy", *, untrained: bool = False) -> dict
         untrained: Whether it is about what training starts from, which it does not change: of the trained weights
             those of the reference count, and of a LoRA none.
     """
-    networks = policy.family.named_networks
+    weights = _together(network_digests(policy))
+    if untrained:
+        with policy.reference():
+            reference = {} if policy.lora is not None else policy.trainable_state()
+        weights = _together(network_digests(policy, without=policy.trainable_state()), [tensors_hash(reference)])
     return {
         "class": class_name(policy),
-        "weights": _untrained_digest(policy) if untrained else weights_digest(networks),
+        "weights": weights,
         "scheduler": {"class": "DDIM", **scheduler_settings(policy.scheduler)},
         "guard": guard_of(policy),
     }
 
 
 def weights_digest(networks: Mapping[str, nn.Module]) -> str:
-    """Returns the SHA-256 of all weights of networks, adapters and how strongly they act included.
+    """Returns the SHA-256 of all weights of networks by their names; see `network_digest`."""
+    return _together({name: network_digest(network, name) for name, network in networks.items()})
+
+
+def network_digests(policy: "DiffusionPolicy", *, without: Collection[str] = ()) -> dict[str, str]:
+    """Returns the SHA-256 of each network of a policy by its name, of released text encoders as they were.
+
+    Args:
+        policy: The policy.
+        without: Weights of the denoising network that do not count.
+    """
+    family = policy.family
+    left_out = {family.network: without}
+    here = {
+        name: network_digest(one, name, without=left_out.get(name, ())) for name, one in family.named_networks.items()
+    }
+    return family.released | here
+
+
+def network_digest(network: nn.Module, name: str, *, without: Collection[str] = ()) -> str:
+    """Returns the SHA-256 of a network's weights, adapters and how strongly they act included.
 
     The weights of adapters that are switched off, as a LoRA is in the reference, do not count.
 
-    A ValueError says that weights are not in memory, as with diffusers' sequential offloading.
+    Args:
+        network: The network.
+        name: What messages call it.
+        without: Further weights that do not count.
+
+    Raises:
+        ValueError: Weights are not in memory, as with diffusers' sequential offloading.
     """
-    return tensors_hash(*_weights(networks))
+    values = {name: value for name, value in network.state_dict().items() if isinstance(value, Tensor)}
+    if absent := sorted(key for key, value in values.items() if value.is_meta):
+        raise ValueError(f"the weights of {name} must be in memory to tell models apart, got {absent[0]} on meta")
+    adapters = _adapters(network)
+    off = [(layer, one) for layer, one in adapters if one.disable_adapters]
+    idle = tuple(f"{layer}.{kind}." for layer, one in off for kind in one.adapter_layer_names)
+    counted = {key: value for key, value in values.items() if key not in without and not key.startswith(idle)}
+    return tensors_hash(
+        counted,
+        [
+            f"{layer} {sorted(one.scaling.items())} {one.active_adapters} {one.disable_adapters}"
+            for layer, one in adapters
+        ],
+    )
 
 
-def _untrained_digest(policy: "DiffusionPolicy") -> str:
-    """Returns the SHA-256 of all weights that training leaves alone, and of the others as they are in the reference."""
-    tensors, notes = _weights(policy.family.named_networks)
-    trained = {f"{policy.family.network}.{name}" for name in policy.trainable_state()}
-    others = {name: value for name, value in tensors.items() if name not in trained}
-    with policy.reference():
-        reference = {} if policy.lora is not None else policy.trainable_state()
-    return tensors_hash(others, [*notes, tensors_hash(reference)])
-
-
-def _weights(networks: Mapping[str, nn.Module]) -> tuple[dict[str, Tensor], list[str]]:
-    """Returns all weights of networks, and how strongly adapters act."""
-    tensors: dict[str, Tensor] = {}
-    notes: list[str] = []
-    for part, network in sorted(networks.items()):
-        values = {name: value for name, value in network.state_dict().items() if isinstance(value, Tensor)}
-        if absent := sorted(name for name, value in values.items() if value.is_meta):
-            raise ValueError(f"the weights of {part} must be in memory to tell models apart, got {absent[0]} on meta")
-        adapters = _adapters(network)
-        off = [(name, one) for name, one in adapters if one.disable_adapters]
-        idle = tuple(f"{name}.{kind}." for name, one in off for kind in one.adapter_layer_names)
-        tensors |= {f"{part}.{name}": value for name, value in values.items() if not name.startswith(idle)}
-        notes += [
-            f"{part}.{name} {sorted(one.scaling.items())} {one.active_adapters} {one.disable_adapters}"
-            for name, one in adapters
-        ]
-    return tensors, notes
+def _together(digests: Mapping[str, str], notes: Sequence[str] = ()) -> str:
+    """Returns one SHA-256 of those of several networks, and of what else decides."""
+    return tensors_hash({}, [*(f"{name} {digest}" for name, digest in sorted(digests.items())), *notes])
 
 
 def class_name(thing: object) -> str:

@@ -224,7 +224,8 @@ class PromptEncoder:
         Raises:
             ValueError: A prompt is no string, or there are none.
         """
-        device, self._bounded = self.text_encoder.device, False
+        device = self._device or self.text_encoder.device
+        self._bounded = False
         for prompt in ("", *check_prompts(prompts)):
             self._row(prompt)
         self._device = device

@@ -12,8 +12,11 @@ import torch
 from golden_case import GOLDEN
 from torch import Tensor
 
+from ddpo import NFTConfig, NFTTrainer
 from overpaint.policy import ClassifierFree, DiffusionPolicy, LoRAConfig, check_checkpoint
+from overpaint.policy.digest import policy_record
 from overpaint.policy.families import FAMILIES, family_named
+from overpaint.training import TrainingConfig
 
 FOLDER = GOLDEN / "flow"
 NAMES = ("sdxl", "sd3", "flux")
@@ -214,3 +217,19 @@ def test_released_text_encoders_take_no_memory_and_known_prompts_draw_the_same(n
     with pytest.raises(ValueError, match="text encoders must be there to copy or save the model, and were released"):
         policy.save_pipeline(tmp_path)
     policy.save_lora(tmp_path)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_policy_is_known_and_trained_as_before_when_its_text_encoders_are_released(name: str, tmp_path: Path) -> None:
+    policy = load(name, lora=LoRAConfig(rank=2))
+    records = [policy_record(policy), policy_record(policy, untrained=True)]
+    policy.release_encoders(PROMPTS)
+    policy.release_encoders(PROMPTS)
+    assert [policy_record(policy), policy_record(policy, untrained=True)] == records
+    before = policy.trainable_state()
+    config = NFTConfig(
+        samples_per_round=2, images_per_prompt=2, sampling_batch_size=2, minibatch_size=2, steps=2, **SMALL
+    )
+    trainer = NFTTrainer(policy, lambda images, prompts: images.mean(dim=(1, 2, 3)), PROMPTS, config)
+    trainer.train(TrainingConfig(output_dir=tmp_path, iterations=1, learning_rate=1e-3, progress=False))
+    assert any(not torch.equal(value, before[key]) for key, value in policy.trainable_state().items())

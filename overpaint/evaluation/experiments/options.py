@@ -3,7 +3,9 @@
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Unpack
+from typing import Any, Literal, Unpack
+
+import torch
 
 from erasure import (
     NUDITY,
@@ -40,6 +42,8 @@ TINY_WORLDS: Mapping[str, Callable[..., DiffusionPolicy]] = MappingProxyType(
 )
 """The models of the tiny world by name: a Stable Diffusion, and a rectified-flow transformer."""
 
+Dtype = Literal["float32", "bfloat16", "float16"]
+
 TINY_GUIDANCE, USUAL_GUIDANCE = 3.0, 7.5
 """Guidance of the tiny world, and diffusers' default for Stable Diffusion."""
 
@@ -60,6 +64,12 @@ class ModelOptions:
 
     size: int | None = Field(None, ge=8, multiple_of=8)
     """Side of all pictures in pixels, in training and in evaluation; None is the model's own."""
+
+    dtype: Dtype = "float32"
+    """Precision of all frozen weights; a LoRA stays float32, and a named set of weights to train needs it."""
+
+    tiling: bool = False
+    """Whether the VAE goes over large pictures in tiles."""
 
     chain: Chain | None = None
     """Which noise a flow's stochastic steps add; None is "sde", Flow-GRPO's. EraseFlow takes "ancestral"."""
@@ -100,11 +110,13 @@ class ModelOptions:
 
     def load(self, **trained: Unpack[PolicyOptions]) -> DiffusionPolicy:
         """Loads the model; what of it is trained is an option of the policy."""
-        chain = PolicyOptions() if self.chain is None else PolicyOptions(chain=self.chain)
+        options = PolicyOptions(dtype=getattr(torch, self.dtype), tiling=self.tiling)
+        if self.chain is not None:
+            options["chain"] = self.chain
         if self.tiny:
-            return TINY_WORLDS[self.policy](**chain | trained)
-        options = PolicyOptions(gradient_checkpointing=True) | chain | trained
-        return DiffusionPolicy.from_pretrained(self.policy, config=self.policy_config, **options)
+            return TINY_WORLDS[self.policy](**options | trained)
+        options["gradient_checkpointing"] = True
+        return DiffusionPolicy.from_pretrained(self.policy, config=self.policy_config, **options | trained)
 
 
 @settings

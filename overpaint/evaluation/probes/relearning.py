@@ -96,13 +96,14 @@ HALF = "updates to one half"
 
 
 def relearning_ratio(last: VariantResult) -> float | None:
-    """Returns the updates to one half over those of the foreign texture; None where one of the two was not learned.
+    """Returns the updates to one half over those of something foreign; None where one of the two was not learned.
 
     Args:
         last: The variant with the most updates.
     """
-    found, foreign = last.found.numbers.get(HALF), last.floors["foreign"].numbers.get(HALF)
-    return None if found is None or not foreign else found / foreign
+    foreign = last.floors.get("foreign")
+    found, other = last.found.numbers.get(HALF), None if foreign is None else foreign.numbers.get(HALF)
+    return None if found is None or not other else found / other
 
 
 TINY = RelearningConfig(updates=(0, 5, 20), learning_rate=3e-4, steps=10)

@@ -37,7 +37,7 @@ def run_probe(
     pictures: Path | None = None,
     progress: bool = True,
 ) -> ProbeResult:
-    """Tries to bring a concept back, and tells how much of it came.
+    """Tries to bring a concept back, and tells how much of it came; of the probe's floors, those that the target has.
 
     Args:
         probe: How.
@@ -51,9 +51,9 @@ def run_probe(
         pictures: Folder for a PNG of each variant's attempts; None writes none.
         progress: Whether progress bars are shown.
     """
+    there = [floor for floor in probe.floors if floor in target.floors]
     tasks: dict[Floor | None, ProbeTask] = {
-        floor: target.task(original, count=count, seed=seed, floor=floor, progress=progress)
-        for floor in (None, *probe.floors)
+        floor: target.task(original, count=count, seed=seed, floor=floor, progress=progress) for floor in (None, *there)
     }
     if isinstance(probe, PreparedProbe):
         probe.prepare(tasks[None])
@@ -68,7 +68,7 @@ def run_probe(
     found = outcomes_of(attempts, tasks[None])
     own = found if policy is original else None
     ceiling = _kept(kept, key, "ceiling", probe, original, tasks[None], own)
-    floors = {floor: _kept(kept, key, floor, probe, original, tasks[floor]) for floor in probe.floors}
+    floors = {floor: _kept(kept, key, floor, probe, original, tasks[floor]) for floor in there}
     return ProbeResult(
         probe=probe.name,
         config=asdict(probe.config),

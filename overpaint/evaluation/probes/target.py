@@ -64,6 +64,11 @@ class ProbeTarget:
     """Classifier-free guidance."""
     _tasks: dict[Any, ProbeTask] = field(default_factory=dict, repr=False, compare=False)
 
+    @property
+    def floors(self) -> tuple[Floor, ...]:
+        """What can stand in the concept's place: something foreign only where there is something of the kind."""
+        return ("benign",) if self.foreign is None else ("benign", "foreign")
+
     def task(
         self, original: DiffusionPolicy, *, count: int, seed: int, floor: Floor | None = None, progress: bool = True
     ) -> ProbeTask:
@@ -79,7 +84,7 @@ class ProbeTarget:
             progress: Whether progress bars are shown.
 
         Raises:
-            ValueError: There is nothing foreign for a floor that wants it.
+            ValueError: There is nothing foreign for a floor that wants it; see `floors`.
         """
         key = id(original), count, seed, floor, progress  # a task that is kept keeps its original, and so the id
         if key not in self._tasks:

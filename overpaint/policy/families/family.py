@@ -11,6 +11,7 @@ from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 
 from overpaint.policy.conditioning import Conditioning
+from overpaint.policy.digest import network_digest
 from overpaint.policy.flow import Chain
 from overpaint.policy.guidance import ClassifierFree, Guidance
 from overpaint.policy.parts import VAE, Pipeline
@@ -68,8 +69,8 @@ class Family(ABC):
         self.tokenizers: tuple[Any, ...] = tuple(getattr(parts, tokenizer_of(name)) for name in names)
         self.scheduler: Any = parts.scheduler
         self.max_sequence_length = self._checked_length(max_sequence_length)
-        self.released = False
-        """Whether the text encoders have given back their memory."""
+        self.released: dict[str, str] = {}
+        """SHA-256 of the weights of each text encoder that has given back its memory, by its name in the pipeline."""
 
     @classmethod
     def encoder_names(cls) -> tuple[str, ...]:
@@ -117,21 +118,18 @@ class Family(ABC):
         return (self.model, self.vae, *(encoder for encoder in there if encoder is not None))
 
     def release_encoders(self) -> None:
-        """Gives back the memory of the text encoders, for good."""
-        for encoder in self.encoders:
-            if encoder is not None:
+        """Gives back the memory of the text encoders, for good; that they were there, records go on telling."""
+        for name, encoder in zip(self.encoder_names(), self.encoders, strict=True):
+            if encoder is not None and name not in self.released:
+                self.released[name] = network_digest(encoder, name)
                 encoder.to("meta")
-        self.released = True
 
     @property
     def named_networks(self) -> dict[str, nn.Module]:
         """The same by their names in the pipeline."""
-        named = {
-            self.network: self.model,
-            "vae": self.vae,
-            **dict(zip(self.encoder_names(), self.encoders, strict=True)),
-        }
-        return {name: part for name, part in named.items() if part is not None}
+        encoders = dict(zip(self.encoder_names(), self.encoders, strict=True))
+        named = {self.network: self.model, "vae": self.vae, **encoders}
+        return {name: part for name, part in named.items() if part is not None and name not in self.released}
 
     def vae_precision(self, dtype: torch.dtype | None) -> torch.dtype | None:
         """Returns the precision that the VAE is brought to: float32 in place of float16 where its settings say so.

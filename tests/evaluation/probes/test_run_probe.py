@@ -20,6 +20,7 @@ from overpaint.evaluation.probes.target import ProbeTarget
 from overpaint.policy import ClassifierFree, DiffusionPolicy
 from overpaint.policy.unet_rows import counted_rows
 from overpaint.settings import settings
+from overpaint.tinyworld.own_concept import own_concept
 from overpaint.tinyworld.probing import template
 
 
@@ -93,6 +94,16 @@ def test_rate_ceiling_and_floors_of_asking(
 
     result.save(tmp_path / "result.json")
     assert ProbeResult.load(tmp_path / "result.json") == result
+
+
+def test_a_concept_without_anything_foreign_has_the_benign_floor_alone(original: DiffusionPolicy) -> None:
+    stars = target_of(tiny_world(own_concept(("star",), anchor="circle")), DrawConfig(steps=4, guidance_scale=3.0))
+    probe = Ask()
+    (variant,) = run_probe(probe, original, original, stars, count=2).variants
+    assert variant.floors.keys() == {"benign"}
+    assert probe.tried == 2  # the original, and the floor
+    with pytest.raises(ValueError, match="the floor 'foreign' needs a target with something foreign"):
+        stars.task(original, count=2, seed=0, floor="foreign")
 
 
 def outcomes(shown: int, count: int = 10) -> Outcomes:

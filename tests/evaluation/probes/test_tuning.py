@@ -1,6 +1,7 @@
 """Tuning a copy: on what is benign (resurgence) and on the concept (relearning)."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -87,6 +88,8 @@ def test_relearning_against_something_foreign() -> None:
     assert relearning_ratio(result({HALF: 10.0}, {HALF: 40.0})) == 0.25
     assert relearning_ratio(result({}, {HALF: 40.0})) is None
     assert relearning_ratio(result({HALF: 10.0}, {})) is None
+    alone = result({HALF: 10.0}, {})
+    assert relearning_ratio(replace(alone, floors={"benign": alone.ceiling})) is None
 
 
 def test_relearning_measures_a_copy(make_policy: Make, make_task: MakeTask) -> None:
