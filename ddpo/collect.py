@@ -1,7 +1,7 @@
 """A round's samples: drawn, decoded and scored, the scoring beside the drawing."""
 
 import time
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -112,6 +112,8 @@ class Collector:
         folder = Path(run.config.output_dir)
         cache = SampleCache(folder, round=run.iteration, process=run.process_index, kind=self.kind)
         batches = cache.load(self.policy, prompts, seeds)
+        if run.config.shard and run.in_any(_count(batches) < len(prompts)):
+            batches.clear()  # all processes have to call a sharded network equally often
         scored, failure = None, None
         try:
             scored = self._scored(run, batches, prompts, seeds, first_of_concept=len(requests[0].mine))
@@ -134,25 +136,26 @@ class Collector:
         first_of_concept: int,
     ) -> ScoredSamples:
         """Draws the batches that are missing from a list, adds them to it, and scores all of them."""
-        sampling, pictures = 0.0, []
+        sampling, pictures, first = 0.0, [], 0
+        drawn = self._drawn(run, batches, prompts, seeds)
         with ExitStack() as stack:
             pools = [stack.enter_context(RewardPool("reward", self.reward, self.scoring))]
             if self.cost is not None:
                 pools.append(stack.enter_context(RewardPool("erasure cost", self.cost, self.scoring)))
-            for index, first in enumerate(range(0, len(prompts), self.batch_size)):
-                texts = prompts[first : first + self.batch_size]
-                start = time.perf_counter()
+            start = time.perf_counter()
+            for batch in list(drawn) if run.config.shard else drawn:  # where no failing reward may come between
                 with run.autocast():
-                    if index == len(batches):
-                        batches.append(self.draw(self.policy.encode(texts), seeds[first : first + self.batch_size]))
-                    images = self.policy.decode(batches[index].latents[:, -1])
+                    images = self.policy.decode(batch.latents[:, -1])
                 sampling += time.perf_counter() - start
+                texts = prompts[first : first + len(images)]
                 pools[0].submit(images, texts)
                 if self.cost is not None and first + len(texts) > first_of_concept:
                     skipped = max(0, first_of_concept - first)
                     pools[1].submit(images[skipped:], texts[skipped:])
                 if first < PICTURES:
                     pictures.append(images.cpu())
+                first += len(images)
+                start = time.perf_counter()
             scores = [pool.results() for pool in pools]
             seconds_reward = sum(pool.busy_seconds for pool in pools)
         means = [batch.means for batch in batches if batch.means is not None]
@@ -172,6 +175,22 @@ class Collector:
             seconds_reward=seconds_reward,
             retries=sum(pool.retries for pool in pools),
         )
+
+    def _drawn(
+        self, run: TrainingRun, batches: list[Trajectory], prompts: Sequence[str], seeds: Sequence[int]
+    ) -> Iterator[Trajectory]:
+        """Yields the batches of a list, of whatever size they were kept, and then those that are missing from it."""
+        yield from tuple(batches)
+        while (first := _count(batches)) < len(prompts):
+            part = slice(first, first + self.batch_size)
+            with run.autocast():
+                batches.append(self.draw(self.policy.encode(prompts[part]), seeds[part]))
+            yield batches[-1]
+
+
+def _count(batches: Sequence[Trajectory]) -> int:
+    """Returns how many samples there are."""
+    return sum(len(batch.latents) for batch in batches)
 
 
 def tagged(metrics: Any, samples: int) -> dict[str, float]:

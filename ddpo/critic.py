@@ -82,18 +82,19 @@ class CriticNetwork(nn.Module):
     """A small convolutional network, which noise level and prompt scale and shift; in the first round it says zero.
 
     Args:
+        channels: Of the latents.
         prompt_dim: Width of the encoded prompts.
-        width: Channels.
+        width: Channels of the network.
         scores: Numbers that it guesses.
     """
 
-    def __init__(self, prompt_dim: int, width: int, scores: int) -> None:
+    def __init__(self, channels: int, prompt_dim: int, width: int, scores: int) -> None:
         super().__init__()
         self.condition = nn.Sequential(
             nn.Linear(prompt_dim + 2, 2 * width), nn.SiLU(), nn.Linear(2 * width, (STAGES + 1) * 2 * width)
         )
         halving = [nn.Conv2d(width, width, 3, stride=2, padding=1) for _ in range(STAGES)]
-        self.convolutions = nn.ModuleList([nn.Conv2d(4, width, 3, padding=1), *halving])
+        self.convolutions = nn.ModuleList([nn.Conv2d(channels, width, 3, padding=1), *halving])
         self.last = nn.Linear(width, scores)
         nn.init.zeros_(self.last.weight)
         nn.init.zeros_(self.last.bias)
@@ -135,7 +136,7 @@ class Critic:
         width = self.policy.encode([""]).tokens.shape[-1]
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(run.config.seed)
-            network = CriticNetwork(width, self.config.width, self.scores)
+            network = CriticNetwork(self.policy.latent_shape()[0], width, self.config.width, self.scores)
         self.network = network.to(run.device)
         self.optimizer = torch.optim.Adam(self.network.parameters(), lr=self.config.learning_rate)
         # Count, mean and variance of each score so far: what the network says is in standard deviations from the mean.

@@ -183,6 +183,14 @@ class PolicyGradient:
             )
         return Update(tally.means(total), tally.ratio_max, run.update(), cosine)
 
+    @torch.no_grad()
+    def divergence(self, run: TrainingRun, pairs: Pairs, trajectory: Trajectory) -> Float[Tensor, ""]:
+        """Returns how far a few pairs are from the reference policy's on the mean, where no loss takes it."""
+        part = Pairs(*(values[:KL_PAIRS] for values in pairs)).minibatches(self.config.minibatch_size)[0]
+        reference_mean = self._reference_mean(run, trajectory, part, all_pairs=False)
+        _, mean, std = self._stored_steps(run, trajectory, part)
+        return self._divergence(mean, reference_mean, std, part.steps).mean()
+
     def _accumulate(
         self,
         run: TrainingRun,

@@ -359,6 +359,9 @@ class DDPOTrainer:
                 weight=weights.violation,
                 size=cfg.minibatch_size,
             )
+        unweighed = None
+        if isinstance(self.floor, ReferenceDivergence) and not weights.divergence:
+            unweighed = self.gradient.divergence(run, kinds[0], trajectory)
         prompts = concept = None
         if weights.reward or weights.divergence:
             prompts = Term(kinds[0], weights.reward, cfg.kl_weight + weights.divergence)
@@ -378,7 +381,7 @@ class DDPOTrainer:
             self.erasure.learn(run)
         floor_violation = 0.0
         if isinstance(self.floor, ReferenceDivergence):
-            floor_violation = run.mean(self.floor.violation(update.means[4:]))
+            floor_violation = run.mean(self.floor.violation(update.means[4:] if unweighed is None else unweighed[None]))
             if math.isfinite(floor_violation):
                 self.floor.lagrangian.update(floor_violation)
         return Taken(update, violation, floor_violation)

@@ -177,10 +177,14 @@ def check_sharded(run: TrainingRun, erasure: ErasureConstraint | None) -> None:
     """Checks that all processes call a sharded network equally often.
 
     Raises:
-        ValueError: The network is sharded, and an objective denoises each sample to a step of its own.
+        ValueError: The network is sharded, and an objective denoises each sample to a step of its own, or an attack is
+            made on some prompts.
     """
-    if run.config.shard and run.num_processes > 1 and isinstance(erasure, ObjectiveConstraint):
+    if not run.config.shard or run.num_processes == 1 or erasure is None:
+        return
+    objective = isinstance(erasure, ObjectiveConstraint)
+    if objective or erasure.attack is not None:
         raise ValueError(
-            "TrainingConfig.shard must be False with an ObjectiveConstraint, for which the processes call the network "
-            "a different number of times, got True"
+            f"TrainingConfig.shard must be False with {'an ObjectiveConstraint' if objective else 'an attack'}, for "
+            "which the processes call the network a different number of times, got True"
         )

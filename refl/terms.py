@@ -83,9 +83,11 @@ def floor_term(
 def divergence_term(policy: DiffusionPolicy, config: ReFLConfig, bound: ReferenceDivergence) -> Term[str]:
     """Returns how far a denoising step of each sample diverges from the reference policy's.
 
-    The states are the policy's own, and each of the steps is as likely to be compared as any other.
+    The states are the policy's own, and each step that a policy gradient learns from is as likely to be compared as any
+    other.
     """
     guidance = ClassifierFree(config.guidance_scale)
+    steps = torch.tensor(policy.process.trained_steps(config.steps, config.eta))  # the last of a flow has no deviation
 
     def term(prompts: list[str], seeds: list[int]) -> Measured:
         trajectory = policy.rollout(
@@ -97,7 +99,7 @@ def divergence_term(policy: DiffusionPolicy, config: ReFLConfig, bound: Referenc
             height=config.height,
             width=config.width,
         )
-        chosen = torch.arange(len(seeds)), random_stops(seeds, 0, config.steps - 1)
+        chosen = torch.arange(len(seeds)), steps[random_stops(seeds, 0, len(steps) - 1)]
         with policy.reference():
             _, reference, _ = policy.stored_steps(trajectory, *chosen, guidance=guidance, eta=config.eta)
         _, mean, std = policy.stored_steps(trajectory, *chosen, guidance=guidance, eta=config.eta)

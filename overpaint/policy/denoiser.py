@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .conditioning import Conditioning
 from .families import Family
-from .guidance import ClassifierFree, Guidance, SamplingGuard, StepContext
+from .guidance import ClassifierFree, Guidance, SamplingGuard, StepContext, TrueGuidance
 from .noise import SampleNoise
 from .process import Process
 from .prompts import PromptEncoder
@@ -43,7 +43,7 @@ def predict(
     """Returns the guided prediction, of the network's own kind; all branches go through it in one call."""
     if isinstance(guidance, ClassifierFree):
         guidance = parts.family.guided(guidance) if parts.guard is None else parts.guard.guided(guidance)
-    if isinstance(guidance, ClassifierFree) and guidance.scale == 1.0:
+    if isinstance(guidance, ClassifierFree) and guidance.scale == 1.0 and not isinstance(guidance, TrueGuidance):
         guidance = None  # the same, without an encoded empty prompt
     branches = (conditioning,)
     if guidance is not None:

@@ -177,7 +177,7 @@ class TextToImageModel:
 
     def encode(self, prompts: Sequence[str]) -> Conditioning:
         """Encodes prompts, at least one; each goes through the text encoder once, and without gradient."""
-        return self.prompts(prompts)
+        return self.prompts(prompts).to(self.device)
 
     def release_encoders(self, prompts: Sequence[str]) -> None:
         """Encodes prompts and the empty one, and gives back the memory of the text encoders, 9.5 GB for a T5-XXL.

@@ -73,8 +73,8 @@ class PromptEncoder:
         self._coined: CoinedWords | None = None
         self._empty: Conditioning | None = None
         self._told: set[str] = set()
-        self._device: torch.device | None = None
-        """Where encodings go once the text encoder is released; None until then."""
+        self._closed = False
+        """Whether the text encoder is released, and what was kept is all that there is."""
 
     @classmethod
     def of(cls, family: Family) -> "PromptEncoder":
@@ -95,8 +95,11 @@ class PromptEncoder:
         return min(self.tokenizer.model_max_length, self.text_encoder.config.max_position_embeddings)
 
     def __call__(self, prompts: Sequence[str]) -> Conditioning:
-        """Returns the prompts encoded, on the text encoder's device; gradients reach what is `replaced` or `coined`."""
-        texts, device = check_prompts(prompts), self._device or self.text_encoder.device
+        """Returns the prompts encoded, on the text encoder's device, or on the CPU once that is released.
+
+        Gradients reach what is `replaced` or `coined`.
+        """
+        texts, device = check_prompts(prompts), torch.device("cpu") if self._closed else self.text_encoder.device
         free = [text for text in dict.fromkeys(texts) if self._coined is not None and text in self._coined]
         known = {**(dict(zip(free, self._encode_free(free), strict=True)) if free else {}), **self._replaced}
         rows = [self._with(text, known[text]) if text in known else self._row(text) for text in texts]
@@ -111,7 +114,7 @@ class PromptEncoder:
         if prompt in self._cache:
             self._cache.move_to_end(prompt)
             return self._cache[prompt]
-        if self._device is not None:
+        if self._closed:
             raise ValueError(
                 f"prompts must be among those that were encoded before the text encoder was released, got {prompt!r}"
             )
@@ -224,11 +227,10 @@ class PromptEncoder:
         Raises:
             ValueError: A prompt is no string, or there are none.
         """
-        device = self._device or self.text_encoder.device
         self._bounded = False
         for prompt in ("", *check_prompts(prompts)):
             self._row(prompt)
-        self._device = device
+        self._closed = True
 
     def clear(self) -> None:
         """Empties the cache; needed after the text encoder's weights have changed."""

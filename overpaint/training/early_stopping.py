@@ -11,7 +11,7 @@ from torch import Tensor
 from overpaint.policy import DiffusionPolicy, Guidance
 from overpaint.policy.prompts import check_prompts
 from overpaint.policy.types import Images, PerSample
-from overpaint.settings import Count, Index, Seed, Share
+from overpaint.settings import AnyFloat, Count, Index, Seed, Share
 from rewards import Reward, RewardLike, as_reward, scores_of
 
 TOLERATED = 0.05
@@ -120,9 +120,10 @@ class EarlyStopping:
 
         return HeldOutScores(images, scores(reward), scores(self.reward))
 
-    def note_cost(self, cost: float) -> None:
-        """Takes notice of the mean cost of an iteration."""
-        self._costs.append(cost)
+    def note_cost(self, cost: AnyFloat) -> None:
+        """Takes notice of the mean cost of an iteration; one that is not finite has skipped its update."""
+        if math.isfinite(cost):
+            self._costs.append(cost)
 
     def note(self, policy: DiffusionPolicy, *, iteration: Index, trained: float, held_out: float) -> None:
         """Takes notice of an evaluation's means; keeps the weights if the constraint held and none was better.
@@ -177,4 +178,5 @@ class EarlyStopping:
         """Takes back what `state_dict` returned."""
         self.best, self.best_iteration, self.start = state["best"], state["best_iteration"], state["start"]
         self.apart, self.last_iteration = state["apart"], state["last_iteration"]
-        self._costs, self._weights = list(state["costs"]), dict(state["weights"])
+        self._costs = [cost for cost in state["costs"] if math.isfinite(cost)]
+        self._weights = dict(state["weights"])

@@ -262,6 +262,24 @@ def test_divergence_takes_the_place_of_the_reward(policy: DiffusionPolicy, round
     assert done.log["policy/kl"] == pytest.approx(mean_divergence, rel=1e-4)
 
 
+@pytest.mark.parametrize("kind", ["image", "objective"])
+def test_divergence_is_measured_while_it_has_no_weight(
+    kind: str, policy: DiffusionPolicy, round_of: Callable[..., Done]
+) -> None:
+    stir(policy)
+    erasure = objective_constraint(FixedWeight(2.0)) if kind == "objective" else image_constraint(FixedWeight(2.0))[0]
+    done = round_of(erasure, ReferenceDivergence(0.05, FixedWeight(0.0)), kl_every=100)
+    pairs = torch.arange(SAMPLES).repeat_interleave(STEPS), torch.arange(STEPS).repeat(SAMPLES)
+    with policy.reference(), torch.no_grad():
+        _, reference, _ = policy.stored_steps(done.trajectory, *pairs, guidance=PLAIN)
+    with torch.no_grad():
+        _, mean, std = policy.stored_steps(done.trajectory, *pairs, guidance=PLAIN)
+    divergence = gaussian_kl(mean, reference, std)
+    lowest, highest = float(divergence.min()), float(divergence.max())  # on a few of the pairs
+    assert lowest / 0.05 - 1 <= done.log["floor/violation"] <= highest / 0.05 - 1
+    assert done.log["floor/violation"] > -1
+
+
 def test_floor_follows_its_violation(
     policy: DiffusionPolicy, redness: Any, prompts: list[str], run_config: Callable[..., TrainingConfig]
 ) -> None:

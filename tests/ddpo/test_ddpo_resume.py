@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,10 +12,13 @@ import torch
 from torch import Tensor
 
 from ddpo import DDPOConfig, DDPOTrainer, RewardError, ScoringConfig
+from ddpo.collect import Collector
+from ddpo.requests import SampleRequest
 from erasure import ImageConstraint, Lagrangian, LagrangianConfig, RewardFloor
 from overpaint.policy import Conditioning, DiffusionPolicy, Trajectory
 from overpaint.policy.types import Images, PerSample
-from overpaint.training import HeldOut, TrainingConfig, read_metrics
+from overpaint.training import HeldOut, TrainingConfig, TrainingRun, read_metrics
+from rewards import as_reward
 
 
 class KilledError(Exception):
@@ -82,9 +86,10 @@ def train(
         dies_at: int | None = None,
         iterations: int = 2,
         resume: bool = False,
+        drawn_at_a_time: int | None = None,
         **changes: Any,
     ) -> Outcome:
-        """Trains; the process dies when it draws a certain batch."""
+        """Trains; the process dies when it draws a certain batch, and draws smaller ones where memory ran out."""
         drawn.clear()
 
         def draw(conditioning: Conditioning, **options: Any) -> Trajectory:
@@ -128,6 +133,8 @@ def train(
             held_out=HeldOut(prompts[:2], Colour(2)),
             scoring=ScoringConfig(attempts=2, backoff=0.0),
         )
+        if drawn_at_a_time is not None:
+            trainer.collector.batch_size = drawn_at_a_time
         trainer.train(config)
         assert trainer.early_stopping is not None
         lines = read_metrics(config.output_dir / "metrics.jsonl")
@@ -203,6 +210,51 @@ def test_samples_outlive_a_failing_reward_and_are_graded_again(train: Callable[.
     assert_same(resumed, whole)
     assert resumed.drawn == [4] * 4  # of the second round: nothing is drawn again
     assert kept_files(tmp_path / "cost") == []
+
+
+def test_samples_that_were_drawn_in_other_batches_are_graded_too(train: Callable[..., Outcome], tmp_path: Path) -> None:
+    whole = train("whole", iterations=1)
+    for name, first, second in (("halved", 2, None), ("whole again", None, 2)):
+        with pytest.raises(RewardError):
+            train(name, iterations=1, reward=Colour(0, 1 + 2, raising), drawn_at_a_time=first)
+        assert kept_files(tmp_path / name) == ["round-000000-process-0.safetensors"]
+        resumed = train(name, iterations=1, resume=True, drawn_at_a_time=second)
+        assert set(resumed.drawn) <= {1, 2, second or 4}
+        assert sum(resumed.drawn) < 16
+        for key, value in resumed.weights.items():
+            torch.testing.assert_close(value, whole.weights[key], rtol=0, atol=1e-5)
+
+
+def test_a_sharded_round_is_drawn_before_any_reward_can_fail(
+    policy: DiffusionPolicy, run_config: Callable[..., TrainingConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All processes have to call a sharded network equally often, whichever of them has a reward that fails."""
+    order: list[str] = []
+
+    def draw(conditioning: Conditioning, seeds: Sequence[int]) -> Trajectory:
+        order.append("drawn")
+        return policy.rollout(conditioning, steps=2, seeds=seeds)
+
+    def failing(images: Images, prompts: Sequence[str]) -> PerSample:
+        order.append("scored")
+        raise ConnectionError("the server is away")
+
+    scoring = ScoringConfig(attempts=1, backoff=0.0)
+    collector = Collector(policy, draw, as_reward(failing), None, batch_size=1, scoring=scoring)
+    request = SampleRequest(["a", "b", "c"], [1, 2, 3], torch.arange(3))
+
+    def collect() -> list[str]:
+        order.clear()
+        with pytest.raises(RewardError):
+            collector.collect(run, [request])
+        return order
+
+    with TrainingRun(policy, run_config(iterations=1)) as run:
+        run.config = replace(run.config, shard=True)
+        assert collect()[:4] == ["drawn"] * 3 + ["scored"]
+        assert collect()[0] == "scored"  # what was drawn is kept
+        monkeypatch.setattr(run, "in_any", lambda flag: True)  # another process lacks some: all draw
+        assert collect()[:3] == ["drawn"] * 3
 
 
 def test_samples_of_the_reference_wait_for_their_reward_too(train: Callable[..., Outcome], tmp_path: Path) -> None:

@@ -196,3 +196,9 @@ def test_divergence_of_velocities_is_that_of_the_networks_predictions(name: str)
     expected = (prediction - reference).square().flatten(1).mean(dim=1)
     assert expected.min() > 0
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=0)
+
+
+@pytest.mark.parametrize("name", ["sd3", "flux"])
+def test_the_critic_reads_latents_of_any_width(name: str, tmp_path: Path) -> None:
+    _, measured = train(load(name), tmp_path, config(baseline="critic"), iterations=2)
+    assert measured.grad_norm > 0

@@ -93,6 +93,14 @@ def test_of_a_method_with_a_loss_it_is_trained_with_the_reward_above_its_floor()
     assert Path("both/lora").is_dir()
 
 
+def test_a_reward_that_joins_a_recovery_late_counts_from_the_first_update_above_the_floor() -> None:
+    late = ["--constraint", "destruction", "--destruction.pictures", "4", "--refl.reward-from", "1"]
+    found = run("late", "--form", "A+B", "--floor", "0.125", *ESD, *late)
+    assert found["models"] == ["before", "erased", "recovered"]
+    logged = list(read_metrics(Path("late/erasing/metrics.jsonl")))
+    assert len([entry for entry in logged if "floor/violation" in entry]) == 3
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

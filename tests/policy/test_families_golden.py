@@ -102,6 +102,17 @@ def test_flux_reads_the_scale_of_guidance_and_schnell_refuses_one(policies: dict
     schnell.sample(conditioning, guidance=TrueGuidance(4.0), **few)
 
 
+def test_flux_is_told_the_embedded_scale_with_one_branch_too_and_takes_no_negative_prompt_with_it() -> None:
+    policy = load("flux")
+    conditioning = policy.encode(["a cat"])
+    few: dict[str, Any] = {"steps": 2, "seeds": [0], "height": 64, "width": 64}
+    embedded = policy.sample(conditioning, guidance=ClassifierFree(3.5), **few)
+    assert torch.equal(policy.sample(conditioning, guidance=TrueGuidance(1.0, embedded=3.5), **few), embedded)
+    negative = policy.encode(["a dog"])
+    with pytest.raises(ValueError, match=r"no negative prompt for a model with one branch, .* TrueGuidance\(3\.5, neg"):
+        policy.sample(conditioning, guidance=ClassifierFree(3.5, negative), **few)
+
+
 def test_flux_packs_channel_slowest() -> None:
     from overpaint.policy.families.flux import packed, places, unpacked
 

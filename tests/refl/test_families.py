@@ -9,9 +9,11 @@ import torch
 from golden_case import GOLDEN
 from torch import Tensor
 
+from erasure import ReferenceDivergence
 from overpaint.policy import ClassifierFree, DiffusionPolicy, LoRAConfig
 from overpaint.training import TrainingConfig
 from refl import ReFLConfig, ReFLTrainer, one_step_images
+from refl.terms import divergence_term
 
 PROMPTS = ["a red circle", "a cat"]
 
@@ -20,8 +22,9 @@ def redness(images: Tensor, prompts: Sequence[str]) -> Tensor:
     return images[:, 0].mean(dim=(1, 2)) - images[:, 1:].mean(dim=(1, 2, 3))
 
 
-def load(name: str) -> DiffusionPolicy:
-    options: dict[str, Any] = {} if name == "sdxl" else {"max_sequence_length": 16}
+def load(name: str, **options: Any) -> DiffusionPolicy:
+    if name != "sdxl":
+        options["max_sequence_length"] = 16
     folder = GOLDEN / "flow" / f"tiny-{name}"
     return DiffusionPolicy.from_pretrained(folder, device="cpu", lora=LoRAConfig(), **options)
 
@@ -61,3 +64,15 @@ def test_one_step_images_are_sampling_then_one_shot_prediction(name: str) -> Non
     images = one_step_images(policy, PROMPTS, seeds, cfg, reward_step=2)
     assert torch.equal(images, expected)
     assert images.requires_grad
+
+
+@pytest.mark.parametrize("chain", ["sde", "cps", "dance", "ancestral"])
+def test_divergence_from_the_reference_leaves_out_a_flows_last_step(chain: Any) -> None:
+    policy = load("sd3", chain=chain)
+    with torch.no_grad():
+        for parameter in policy.trainable_parameters():
+            parameter.normal_(std=0.1, generator=torch.Generator().manual_seed(parameter.numel()))
+    settings = config(eta=1.0 if chain == "ancestral" else 0.7)
+    found = divergence_term(policy, settings, ReferenceDivergence(1.0))(["a cat"] * 8, [*range(8)]).losses
+    assert found.isfinite().all()
+    assert (found > -1).all()

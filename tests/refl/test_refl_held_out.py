@@ -1,5 +1,6 @@
 """The held-out reward: the best weights are kept, and training stops when the two rewards part ways."""
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -115,6 +116,22 @@ def test_a_constraint_holds_to_a_twentieth_or_to_its_standard_error(
         watch.note_cost(cost)
     watch.note(policy, iteration=3, trained=0.0, held_out=0.5)
     assert (watch.best_iteration == 3) == held
+
+
+def test_a_cost_that_is_not_finite_says_nothing(redness: Any, policy: DiffusionPolicy) -> None:
+    def watching() -> EarlyStopping:
+        return EarlyStopping(HeldOut(HELD_OUT, redness), patience=0, constrained=True)
+
+    watch = watching()
+    for cost in (0.04, math.nan, math.inf, 0.03):
+        watch.note_cost(cost)
+    old = watch.state_dict() | {"costs": [0.04, math.nan]}  # of a run that took notice of it
+    watch.note(policy, iteration=3, trained=0.0, held_out=0.5)
+    assert watch.best_iteration == 3
+    resumed = watching()
+    resumed.load_state_dict(old)
+    resumed.note(policy, iteration=4, trained=0.0, held_out=0.5)
+    assert resumed.best_iteration == 4
 
 
 def test_without_any_weights_that_count_the_last_ones_stay(redness: Any, policy: DiffusionPolicy) -> None:

@@ -111,7 +111,8 @@ def _trained(
     term: what it would keep, the floor does, and it would hold back the erasure.
     """
     folder, concept = config.output_dir / FOLDER, about.concept
-    refl, descent = replace(config.refl or refl_config(config), pretraining_weight=0.0), method.config.descent
+    refl = replace(config.refl or refl_config(config), pretraining_weight=0.0, reward_from=0)
+    descent = method.config.descent
     run = descent.run_config(folder, resume=config.resume)
     check_output_dir(run)  # before long work
     objective = for_run(method, folder, progress=True)

@@ -91,6 +91,11 @@ class Flux(Family):
         """See `Family`; the network reads the scale, and there is one branch."""
         if isinstance(guidance, TrueGuidance):
             return guidance
+        if guidance.negative is not None:
+            raise ValueError(
+                "guidance must have no negative prompt for a model with one branch, got one; pass "
+                f"TrueGuidance({guidance.scale}, negative)"
+            )
         if self.guidance_embeds:
             return Embedded(guidance.scale)
         if guidance.scale != 1:
