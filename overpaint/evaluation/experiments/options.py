@@ -60,7 +60,8 @@ class ModelOptions:
     """For a checkpoint in one file: the folder or hub id whose configuration and tokenizer it takes; None finds it."""
 
     guidance_scale: float | None = Field(None, ge=0)
-    """Classifier-free guidance, in training and in evaluation; None is 3 for the tiny world, and else 7.5."""
+    """Classifier-free guidance, in training and in evaluation; None is 3 for the tiny world, and else 7.5. In
+    `ddpo_finetune.py` None is what its algorithm takes. FLUX.1-dev wants 3.5, and schnell takes 1 only."""
 
     size: int | None = Field(None, ge=8, multiple_of=8)
     """Side of all pictures in pixels, in training and in evaluation; None is the model's own."""

@@ -81,7 +81,8 @@ class DrawConfig:
     steps: int = Field(50, ge=1)
     """Denoising steps."""
     guidance_scale: float = Field(5.0, ge=0)
-    """Scale of classifier-free guidance; 1 is none. By default that of diffusers for Stable Diffusion."""
+    """Scale of classifier-free guidance; 1 is none. The default is ours; that of diffusers for Stable Diffusion is
+    7.5."""
     eta: float = Field(0.0, ge=0, le=1)
     """Share of the noise of ancestral sampling in each step, in [0, 1]; 0 is deterministic."""
     size: int | None = Field(None, ge=8, multiple_of=8)
