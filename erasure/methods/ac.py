@@ -142,7 +142,8 @@ class AC:
         """Draws the anchor's pictures with the policy's reference.
 
         Raises:
-            ValueError: The tokenizer cuts a prompt off, or a phrase of the concept is in an anchor prompt.
+            ValueError: The tokenizer cuts a prompt off, a phrase of the concept is in an anchor prompt, or the start
+                token cannot be detached in this model.
         """
         cfg = self.config
         self._anchors = anchors = cfg.anchors or ((concept.anchor,) if concept.anchor.strip() else PEOPLE)
@@ -152,6 +153,11 @@ class AC:
         phrase, anchor = longest(policy, concept.phrases), longest(policy, anchors)
         texts = (template.format(concept=phrase, anchor=anchor) for template in cfg.templates)
         check_length(policy, (negative, *texts), "AC's prompts")
+        if cfg.detach_start and policy.family.network != "unet":
+            raise ValueError(
+                "detach_start must be False for a model without a UNet's cross-attention, got True for a "
+                f"{policy.family.pipelines[0]}"
+            )
         if cfg.detach_start and policy.model.is_gradient_checkpointing:
             raise ValueError(
                 "detach_start must be False for a policy with gradient checkpointing, which would compute keys and "

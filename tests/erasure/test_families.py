@@ -152,3 +152,12 @@ def test_a_set_that_a_transformer_lacks_is_refused_with_those_that_it_has(
     changed = erase(ESD(text), policies["flux"], STRIPED, progress=False).delta.tensors
     assert changed
     assert all(".add_" in name or ".to_add_out." in name for name in changed)
+
+
+@pytest.mark.parametrize("family", ["sd3", "flux"])
+def test_detaching_the_start_token_is_refused_for_a_transformer_before_a_picture_is_drawn(
+    family: str, policies: dict[str, DiffusionPolicy], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(DiffusionPolicy, "sample", lambda *arguments, **options: pytest.fail("a picture was drawn"))
+    with pytest.raises(ValueError, match="detach_start must be False for a model without a UNet's cross-attention"):
+        AC(ACConfig(anchors=PICTURES, train="attn", descent=DESCENT)).erase(policies[family], STRIPED, progress=False)
