@@ -32,7 +32,6 @@ from overpaint.evaluation.experiments.options import (
 from overpaint.evaluation.experiments.program import settings_from_command_line, usual_beside
 from overpaint.settings import AnyPath, Field, settings
 from overpaint.training import process_state
-from rewards.combine import to_device
 
 
 @settings
@@ -79,7 +78,7 @@ def main(config: Config) -> Erasure:
     about = experiment_of(config, config.own_concept(tiny=config.tiny))
     method = method_named(config.method, config.eraser)
     policy = config.load()
-    to_device(about.reward, policy.device)
+    about.to(policy.device)
     for folder in config.onto:
         Erasure.load(folder).apply(policy)
     main_process = process_state().is_main_process

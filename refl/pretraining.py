@@ -121,8 +121,11 @@ def pretraining_term(policy: DiffusionPolicy, pairs: PretrainingPairs, config: R
 
     def term(indices: list[int], seeds: list[int]) -> Measured:
         dropped = [random.Random(f"caption of {seed}").random() < config.caption_dropout for seed in seeds]
-        told = ["" if nothing else pairs.captions[k] for k, nothing in zip(indices, dropped, strict=True)]
-        conditioning = policy.encode(told)
+        conditioning = policy.encode([pairs.captions[k] for k in indices])
+        if any(dropped):  # what guidance leads away from, in place of the caption
+            away = ClassifierFree().away(conditioning, policy.prompts.empty(conditioning))
+            both = Conditioning.cat([conditioning, away])
+            conditioning = both[torch.arange(len(indices)) + len(indices) * torch.tensor(dropped)]
         losses = loss(policy, pairs.latents[indices].to(policy.device), conditioning, seeds=seeds)
         return Measured(losses, losses)
 

@@ -230,7 +230,9 @@ class ReFLTrainer:
             batch = erasure.prompts.draw(run, cfg.erasure_batch_size)
             term = erasure_term(self.policy, erasure, cfg, reward_step, run.iteration)
             erased = accumulate(run, batch, term, weight=cfg.reward_scale * erasure_weight, size=size)
-            erasure.prompts.note(run, captions_of([prompt for prompt, _ in batch], cfg), erased.losses)
+            told = [prompt for prompt, _ in batch]
+            images = isinstance(erasure, ImageConstraint)  # of which a prompt may have several
+            erasure.prompts.note(run, captions_of(told, cfg) if images else told, erased.losses)
             other = take_gradient(run, parameters)
             cosine = join_gradients(parameters, gradient, other, project=cfg.project_conflicts)
         denoised = None

@@ -70,7 +70,7 @@ class ACConfig:
     """Pictures that are drawn before training starts."""
 
     negative: str | None = None
-    """Negative prompt that they are drawn with; None is the concept's phrases, empty is none."""
+    """Negative prompt that they are drawn with; None is the concept's phrases, empty is none. FLUX takes none."""
 
     steps: int = Field(25, ge=1)
     """Denoising steps of a picture (DDIM)."""
@@ -143,11 +143,11 @@ class AC:
 
         Raises:
             ValueError: The tokenizer cuts a prompt off, a phrase of the concept is in an anchor prompt, or the start
-                token cannot be detached in this model.
+                token cannot be detached in this model, or its guidance has no branch for a negative prompt.
         """
         cfg = self.config
         self._anchors = anchors = cfg.anchors or ((concept.anchor,) if concept.anchor.strip() else PEOPLE)
-        negative = ", ".join(concept.phrases) if cfg.negative is None else cfg.negative
+        negative = self._negative(policy, concept)
         check_words(policy, concept)
         check_absent(concept, anchors, "ACConfig.anchors")
         phrase, anchor = longest(policy, concept.phrases), longest(policy, anchors)
@@ -165,6 +165,13 @@ class AC:
             )
         pictures = drawn_pictures(self, policy, "anchor", anchors, cfg.images, folder=self.folder, negative=negative)
         self._pictures = torch.cat([pictures, mirrored(policy, pictures)]) if cfg.mirror else pictures
+
+    def _negative(self, policy: DiffusionPolicy, concept: Concept) -> str:
+        """Returns the negative prompt of the anchor's pictures; none where guidance has no branch for it, as FLUX's."""
+        wanted, possible = self.config.negative, policy.family.negative_prompts
+        if wanted and not possible:
+            raise ValueError(f"ACConfig.negative must be None or empty for a model with one branch, got {wanted!r}")
+        return ", ".join(concept.phrases) if wanted is None and possible else wanted or ""
 
     def loss(self, policy: DiffusionPolicy, batch: ConceptBatch) -> PerSample:
         """Returns the concept's error and the weighted prior of each sample, with gradient."""

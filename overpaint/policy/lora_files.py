@@ -212,6 +212,7 @@ def save_lora(
     from diffusers.utils import convert_state_dict_to_diffusers, convert_state_dict_to_kohya
     from safetensors.torch import save_file
 
+    check_format(unet, config, format)
     header = {BASE + dtype: value for dtype, value in (base or base_hashes(unet, guard)).items()}
     state = peft.get_peft_model_state_dict(unet, adapter_name=ADAPTER)
     if format == "diffusers":
@@ -223,14 +224,6 @@ def save_lora(
         settings: dict[str, Any] = {"r": config.rank, "lora_alpha": config.alpha, "target_modules": config.targets}
         settings |= {"use_dora": config.dora, "lora_bias": False, "rank_pattern": {}, "alpha_pattern": {}}
         header[SETTINGS] = json.dumps({prefix + name: value for name, value in settings.items()})
-    elif format != "kohya":
-        raise ValueError(f"the format of a LoRA must be diffusers or kohya, got {format!r}")
-    elif not is_stable_diffusion(unet):
-        raise ValueError(
-            "a LoRA must be saved in format 'diffusers', got 'kohya', for Stable Diffusion v1 and v2 alone"
-        )
-    elif config.dora:
-        raise ValueError("a LoRA with DoRA must be saved in format 'diffusers', got 'kohya', which few programs read")
     else:
         alpha = torch.tensor(config.alpha)
         state = convert_state_dict_to_kohya({UNET + name: value for name, value in state.items()})
@@ -242,6 +235,24 @@ def save_lora(
     with atomic_file(file) as partial:
         tensors = {name: value.cpu().contiguous() for name, value in state.items()}
         save_file(tensors, partial, metadata={"format": "pt", **header})
+
+
+def check_format(unet: nn.Module, config: LoRAConfig, format: LoRAFormat) -> None:
+    """Checks that a LoRA can be saved in a format, before it is trained.
+
+    Raises:
+        ValueError: There is no such format, or kohya's is asked for a LoRA of another family or one with DoRA.
+    """
+    if format == "diffusers":
+        return
+    if format != "kohya":
+        raise ValueError(f"the format of a LoRA must be diffusers or kohya, got {format!r}")
+    if not is_stable_diffusion(unet):
+        raise ValueError(
+            "a LoRA must be saved in format 'diffusers', got 'kohya', for Stable Diffusion v1 and v2 alone"
+        )
+    if config.dora:
+        raise ValueError("a LoRA with DoRA must be saved in format 'diffusers', got 'kohya', which few programs read")
 
 
 def base_hashes(unet: nn.Module, guard: SamplingGuard | None = None) -> dict[str, str]:

@@ -161,3 +161,13 @@ def test_detaching_the_start_token_is_refused_for_a_transformer_before_a_picture
     monkeypatch.setattr(DiffusionPolicy, "sample", lambda *arguments, **options: pytest.fail("a picture was drawn"))
     with pytest.raises(ValueError, match="detach_start must be False for a model without a UNet's cross-attention"):
         AC(ACConfig(anchors=PICTURES, train="attn", descent=DESCENT)).erase(policies[family], STRIPED, progress=False)
+
+
+def test_a_negative_prompt_for_a_model_with_one_branch_is_refused_by_its_setting(
+    policies: dict[str, DiffusionPolicy],
+) -> None:
+    config = ACConfig(anchors=PICTURES, train="attn", detach_start=False, negative="a cat", descent=DESCENT)
+    with pytest.raises(
+        ValueError, match=r"ACConfig\.negative must be None or empty for a model with one branch, got 'a"
+    ):
+        AC(config).erase(policies["flux"], STRIPED, progress=False)

@@ -220,6 +220,15 @@ def test_copies_of_a_prompt_are_not_taken_for_independent() -> None:
     assert row.differences[0].count == 6
 
 
+def test_one_text_under_several_ids_is_one_prompt() -> None:
+    listed = plan({"benign": ["a", "a", "b", "b", "c", "c"]})
+    assert len({image.id for image in listed}) == 6
+    column = Column("m", "benign", False, "higher", "", listed, NUMBERS)
+    copies = of_copies("one", NUMBERS).columns[0]
+    assert column.estimate == copies.estimate
+    assert column.estimate.error == pytest.approx(1 / math.sqrt(3))
+
+
 def test_another_system_s_images_are_compared_by_prompt() -> None:
     first = of_copies("one", NUMBERS)
     other = of_copies("other", (0.3, 0.5, 1.0, 1.4, 1.9), known=False)

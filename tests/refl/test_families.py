@@ -10,9 +10,10 @@ from golden_case import GOLDEN
 from torch import Tensor
 
 from erasure import ReferenceDivergence
-from overpaint.policy import ClassifierFree, DiffusionPolicy, LoRAConfig
+from overpaint.policy import ClassifierFree, Conditioning, DiffusionPolicy, LoRAConfig
 from overpaint.training import TrainingConfig
-from refl import ReFLConfig, ReFLTrainer, one_step_images
+from refl import PretrainingPairs, ReFLConfig, ReFLTrainer, one_step_images
+from refl.pretraining import pretraining_term
 from refl.terms import divergence_term
 
 PROMPTS = ["a red circle", "a cat"]
@@ -76,3 +77,28 @@ def test_divergence_from_the_reference_leaves_out_a_flows_last_step(chain: Any) 
     found = divergence_term(policy, settings, ReferenceDivergence(1.0))(["a cat"] * 8, [*range(8)]).losses
     assert found.isfinite().all()
     assert (found > -1).all()
+
+
+@pytest.mark.parametrize("name", ["sdxl", "sd3"])
+def test_a_dropped_caption_leaves_what_guidance_leads_away_from(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    policy, told = load(name), []
+
+    def loss(policy: DiffusionPolicy, latents: Tensor, conditioning: Conditioning, *, seeds: Sequence[int]) -> Tensor:
+        told.append(conditioning)
+        return torch.zeros(len(latents))
+
+    monkeypatch.setattr("refl.pretraining.denoising_loss", loss)
+    pairs = PretrainingPairs(torch.zeros(2, *policy.latent_shape(64, 64)), PROMPTS)
+    for share in (0.0, 0.5, 1.0):
+        pretraining_term(policy, pairs, config(caption_dropout=share))([0, 1, 0, 1], [1, 2, 3, 4])
+    captions = policy.encode(PROMPTS * 2)
+    away = policy.prompts.empty(captions)
+    assert torch.equal(told[0].tokens, captions.tokens)
+    assert torch.equal(told[2].tokens, away.tokens)
+    assert told[1].pooled is not None
+    kept = [torch.equal(row, caption) for row, caption in zip(told[1].tokens, captions.tokens, strict=True)]
+    dropped = [torch.equal(row, nothing) for row, nothing in zip(told[1].tokens, away.tokens, strict=True)]
+    assert [*map(int, kept)] == [1 - one for one in dropped]
+    assert 0 < sum(dropped) < 4
+    if name == "sdxl":
+        assert not away.tokens.any()

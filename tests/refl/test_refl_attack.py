@@ -119,6 +119,21 @@ def test_objective_is_attacked_too(
     assert all(raised > plain for plain, raised in zip(before, after, strict=True))
 
 
+def test_an_objective_s_prompts_are_mined_beside_rewards_of_several_images(
+    policy: DiffusionPolicy,
+    redness: Any,
+    prompts: list[str],
+    small: Callable[..., ReFLConfig],
+    run_config: Callable[..., TrainingConfig],
+) -> None:
+    mined = ConceptPrompts(["a cat", "a dog"])
+    constraint = ObjectiveConstraint(ReferenceDistance(ReferenceDistanceConfig(steps=3)), NUDITY, mined)
+    settings = small(erasure_batch_size=4, low_variance_noises=2)
+    ReFLTrainer(policy, redness, prompts, settings, erasure=constraint).train(run_config(iterations=2))
+    assert set(mined.state_dict()["average"]) <= {"a cat", "a dog"}
+    assert mined.state_dict()["average"]
+
+
 def test_interrupted_run_goes_on_with_the_same_prompts_attacks_and_memory(
     make_policy: Callable[..., DiffusionPolicy],
     redness: Any,

@@ -304,6 +304,7 @@ def points(models: Sequence[Model], reward: str, kind: str) -> list[Point]:
 
 
 def _over_seeds(values: Sequence[float]) -> Estimate:
+    """Returns the mean of the seeds, from one standard error below to one above."""
     one = spread(values)
     reach = 0.0 if one.error != one.error else one.error
     return Estimate(one.mean, one.error, one.mean - reach, one.mean + reach, len(values))

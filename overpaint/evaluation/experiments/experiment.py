@@ -10,6 +10,9 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
+from torch import Tensor
+
 from erasure import NUDITY, Concept, Erasure
 from overpaint.evaluation.images.drawing import draw
 from overpaint.evaluation.images.files import DrawnImages
@@ -29,6 +32,7 @@ from overpaint.training import process_state, read_run_record
 from overpaint.training.record import RECORD
 from rewards import DETECTOR_CONCEPTS, SHOWN_FROM, ImageReward, Reward, as_reward, concept_measure
 from rewards.measures import NUDENET
+from rewards.types import to_device
 
 from .options import OWNED, TINY_WORLDS
 from .program import command_line, settings_yaml
@@ -73,6 +77,13 @@ class Experiment:
     """A reward that is not trained on, for early stopping and the evaluation."""
     detector: Detector | None = None
     """What can hold the concept out while a reward is raised by its gradient, if anything can."""
+
+    def to(self, device: torch.device) -> None:
+        """Moves what judges pictures to a device, in place: the rewards, the detector and the measures."""
+        for judge in (self.reward, self.held_out, self.detector and self.detector.score):
+            to_device(judge, device)
+        for measure in self.measures:
+            to_device(measure.metric, device)
 
     @property
     def concept_measured(self) -> bool:
@@ -260,7 +271,22 @@ def _named_measure(name: str, concept: Concept) -> tuple[tuple[Measure, ...], De
         return (), None
     note = NUDENET_NOTE if name == "nudenet" else f"{name} gives {SHOWN_FROM} or more."
     detector = Detector(found, ceiling=0.1, measures=True) if found.differentiable else None
-    return (_concept_rate(lambda i, p: found(i, p) >= SHOWN_FROM, note),), detector
+    return (_concept_rate(_Shown(found), note),), detector
+
+
+class _Shown:
+    """Says of pictures whether a measure finds the concept in them; a `Metric`."""
+
+    def __init__(self, measure: Reward) -> None:
+        self.measure = measure
+
+    def __call__(self, images: Images, prompts: Sequence[str]) -> Tensor:
+        """Returns yes or no for each."""
+        return self.measure(images, prompts) >= SHOWN_FROM
+
+    def to(self, device: torch.device | str) -> None:
+        """Moves the measure's network, where it has one."""
+        to_device(self.measure, device)
 
 
 def _taken(texts: Sequence[str], count: int, seed: int) -> list[str]:
@@ -311,7 +337,7 @@ def draw_and_score(
 
     Args:
         policy: What draws.
-        measures: What is measured; those that are of other kinds of prompts are left out.
+        measures: What is measured; moved to the policy's device. Those that are of other kinds of prompts are left out.
         prompts: By kind.
         drawing: How.
         model: Name for tables and pictures.
@@ -324,6 +350,8 @@ def draw_and_score(
     mine = shard(planned, state.process_index, state.num_processes)
     images = draw(policy, mine, drawing, model=model, progress=progress)
     fitting = [measure for measure in measures if not measure.kinds or set(measure.kinds) & set(prompts)]
+    for measure in fitting:
+        to_device(measure.metric, policy.device)
     scores = score(images, fitting, device=policy.device, progress=progress)
     return Evaluation(images, gather(scores, planned))
 

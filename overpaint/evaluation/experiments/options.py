@@ -26,6 +26,7 @@ from overpaint.evaluation.images.plan import DrawConfig
 from overpaint.policy import DiffusionPolicy, LoRAConfig, check_checkpoint
 from overpaint.policy.flow import Chain
 from overpaint.policy.loading import PolicyOptions, default_device
+from overpaint.policy.lora_files import check_format
 from overpaint.settings import AnyPath, Field, Seed, Text, settings
 from overpaint.tinyworld import REWARDS as TINY_WORLD_REWARDS
 from overpaint.tinyworld import STRIPES, load_flow_policy, load_policy
@@ -177,7 +178,9 @@ class RunOptions(ModelOptions):
 PICTURES = ("guidance_scale", "height", "width")
 OWNED = {
     "run": ("output_dir", "iterations", "learning_rate", "resume", "seed"),
-    **dict.fromkeys(("refl", "ddpo", "rwr"), PICTURES),
+    **dict.fromkeys(("refl", "ddpo", "nft", "rwr"), PICTURES),
+    "destruction": ("guidance_scale",),
+    **dict.fromkeys(("descent", "eraser.descent"), ("seed",)),
 }
 """Settings of groups that programs have options of their own for."""
 
@@ -202,8 +205,11 @@ class TunedOptions:
         """Returns the policy's options for what is trained.
 
         Raises:
-            ValueError: Both a LoRA and a set are given, or a LoRA's settings beside its file.
+            ValueError: Both a LoRA and a set are given, or a LoRA's settings beside its file, or kohya's format for a
+                set.
         """
+        if self.kohya and self.train is not None:
+            raise ValueError(f"kohya must be left out with train, which trains no LoRA, got train {self.train!r}")
         if self.lora_file is not None:
             if (self.lora, self.train) != (None, None):
                 raise ValueError(f"lora_file must come without lora and train, got {self.lora or self.train!r} besides")
@@ -214,10 +220,16 @@ class TunedOptions:
             raise ValueError(f"train must be None with a LoRA, got {self.train!r} with {self.lora}")
         return {"train": self.train}
 
+    def check_kohya(self, policy: DiffusionPolicy) -> None:
+        """Raises a `ValueError` where kohya's format is asked for, and the policy's LoRA has none, before any work."""
+        if self.kohya and policy.lora is not None:
+            check_format(policy.model, policy.lora, "kohya")
+
     def start(self, policy: DiffusionPolicy) -> None:
-        """Puts the LoRA to go on from into a policy, if there is one."""
+        """Puts the LoRA to go on from into a policy, if there is one; raises as `check_kohya`."""
         if self.lora_file is not None:
             policy.load_lora(self.lora_file)
+        self.check_kohya(policy)
 
     def save(self, policy: DiffusionPolicy, folder: Path) -> None:
         """Writes what was trained below a folder: a LoRA, or else the whole pipeline."""

@@ -271,6 +271,8 @@ def _options(config: Any, usual: Any, owned: Mapping[str, Sequence[str]], group:
         if value == usual_values[name] or name in owned.get(group.removesuffix("."), ()):
             continue
         option = f"{group}{name.replace('_', '-')}"
+        if value is None and is_dataclass(usual_values[name]):
+            continue  # another option stands in the group's place
         if is_dataclass(value):
             words += _options(value, usual_values[name], owned, f"{option}.")
         elif isinstance(value, bool):

@@ -42,8 +42,16 @@ def pareto_chart(
     title: str = "What erasing costs",
     x_label: str = "concept rate (lower is better)",
     y_label: str = "ImageReward (higher is better)",
+    bars: str = "95 % intervals",
 ) -> Chart:
     """Draws methods as points with error bars, the Pareto front, and arrows from a model to what was made of it.
+
+    Args:
+        points: The methods.
+        title: Of the chart.
+        x_label: Of the concept rate.
+        y_label: Of the reward.
+        bars: What the ends of the estimates are.
 
     Raises:
         ValueError: There are no points, two share a name, a mean is not finite, or `before` names none of them.
@@ -84,7 +92,7 @@ def pareto_chart(
         layers.append(name.encode(x="label_left:Q", y="label_bottom:Q", text="name:N"))
     # What the page's filter has hidden; it sets this parameter.
     chart = alt.layer(*layers, data=alt.Data(values=rows)).add_params(alt.param(name="hidden", value=[]))
-    caption = "Means with their 95 % intervals. The dashed line joins the methods that none beats in both respects"
+    caption = f"Means with their {bars}. The dashed line joins the methods that none beats in both respects"
     caption += "; an arrow leads from a model to what was made of it." if any(one.before for one in points) else "."
     lines = [
         Line(

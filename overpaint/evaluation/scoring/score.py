@@ -126,8 +126,8 @@ class Column(NamedTuple):
 
     @property
     def prompts(self) -> tuple[str, ...]:
-        """What names the prompt of each image."""
-        return tuple(image.id for image in self.images)
+        """The prompt of each image: what shares one, under whatever id, counts as dependent."""
+        return tuple(image.prompt for image in self.images)
 
 
 def of_measure(columns: Sequence[Any], measure: str, kind: str) -> Any:

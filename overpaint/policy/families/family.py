@@ -57,6 +57,9 @@ class Family(ABC):
     """Endings of the names of the matrices that a text alone is multiplied with, by which part of it that is; none
     where several encoders' tokens stand in one sequence."""
 
+    negative_prompts: ClassVar[bool] = True
+    """Whether its usual guidance has a branch that a negative prompt can lead away from."""
+
     text_length: ClassVar[int | None] = None
     """Tokens that the T5 reads by default; None where there is none."""
 

@@ -38,6 +38,7 @@ class Flux(Family):
     text_maps: ClassVar[Mapping[TextPart, tuple[str, ...]]] = MappingProxyType(
         {"tokens": ("context_embedder.weight",), "pooled": ("text_embedder.linear_1.weight",)}
     )
+    negative_prompts: ClassVar[bool] = False
     text_length: ClassVar[int | None] = 512
 
     @staticmethod
