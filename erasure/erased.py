@@ -1,7 +1,8 @@
 """What an erasure method gives: a change that can be kept, carried and applied."""
 
 import json
-from collections.abc import Generator
+import math
+from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,12 +17,37 @@ from .changes import KINDS, Change, WeightChange
 from .concept import Concept
 
 RECORD_FILE = "erasure.json"
-RECORD_FORMAT = "overpaint.Erasure/2"
+RECORD_FORMAT = "overpaint.Erasure/3"
+READ_FORMATS = (RECORD_FORMAT, "overpaint.Erasure/2")
+"""The older one has infinity as Python's `json` writes it, which is no JSON."""
+
+FLOAT = "float"
+"""Key of the object that stands for a number which JSON has no word for."""
 
 
 def is_saved(path: str | Path) -> bool:
     """Returns whether `Erasure.save` wrote a folder."""
     return (Path(path).expanduser() / RECORD_FILE).is_file()
+
+
+def as_json(value: Any) -> Any:
+    """Returns settings as JSON has them: infinity becomes an object, `{"float": "inf"}`, and arrays become lists."""
+    if isinstance(value, Mapping):
+        return {name: as_json(one) for name, one in value.items()}
+    if hasattr(value, "tolist"):  # NumPy's and torch's
+        value = value.tolist()
+    if isinstance(value, list | tuple):
+        return [as_json(one) for one in value]
+    return {FLOAT: str(value)} if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def from_json(value: Any) -> Any:
+    """Returns the settings that `as_json` made JSON of."""
+    if isinstance(value, dict):
+        if value.keys() == {FLOAT} and value[FLOAT] in ("inf", "-inf", "nan"):
+            return float(value[FLOAT])
+        return {name: from_json(one) for name, one in value.items()}
+    return [from_json(one) for one in value] if isinstance(value, list) else value
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,11 +153,11 @@ class Erasure:
             "format": RECORD_FORMAT,
             "method": self.method,
             "kind": self.change.kind,
-            "config": self.config,
+            "config": as_json(self.config),
             "concept": self.concept.to_json(),
             "base": self.base,
         }
-        write_text(folder / RECORD_FILE, json.dumps(record, indent=1) + "\n")
+        write_text(folder / RECORD_FILE, json.dumps(record, indent=1, allow_nan=False) + "\n")
 
     @classmethod
     def load(cls, folder: str | Path) -> "Erasure":
@@ -144,7 +170,7 @@ class Erasure:
         if not path.is_file():
             raise ValueError(f"an erasure's folder must hold {RECORD_FILE}, and {folder} does not")
         record = read_json_object(path)
-        if record.get("format") != RECORD_FORMAT:
+        if record.get("format") not in READ_FORMATS:
             raise ValueError(f"{path} must be of format {RECORD_FORMAT!r}, got {record.get('format')!r}")
         kinds = {"method": str, "kind": str, "config": dict, "concept": dict, "base": str | None}
         for name, kind in kinds.items():
@@ -158,9 +184,13 @@ class Erasure:
             concept = Concept.from_json(record["concept"])
         except ValueError as error:
             raise ValueError(f"{path} must hold a concept: {error}") from error
+        try:
+            config = from_json(record["config"])
+        except RecursionError as error:
+            raise ValueError(f"{path} must hold settings of few levels, got more than Python follows") from error
         return cls(
             method=record["method"],
-            config=record["config"],
+            config=config,
             concept=concept,
             change=KINDS[record["kind"]].load(Path(folder)),
             base=record["base"],

@@ -13,7 +13,7 @@ import torch
 
 from overpaint.policy import ClassifierFree, DiffusionPolicy
 from overpaint.policy.atomic import this_process
-from overpaint.policy.digest import network_digests
+from overpaint.policy.digest import network_digests, scheduler_settings
 from overpaint.policy.prompts import check_prompts
 from overpaint.policy.sealed import DamagedFileError, read_tensors, write_tensors
 from overpaint.policy.types import Latents
@@ -21,12 +21,13 @@ from overpaint.training import process_state
 from overpaint.training.logging import progress_bar
 
 from .cache import claim
+from .erased import as_json
 
 SHARD = 32
 """Latents in a file; what an interruption can cost."""
 
 RECORD_FILE = "generated.json"
-RECORD_FORMAT = "overpaint.Generated/3"
+RECORD_FORMAT = "overpaint.Generated/4"
 
 
 @runtime_checkable
@@ -93,6 +94,8 @@ def generated_latents(
         record = {
             "format": RECORD_FORMAT,
             **{name: digest for name, digest in network_digests(policy).items() if name != "vae"},
+            "max_sequence_length": policy.family.max_sequence_length,
+            "scheduler": as_json(scheduler_settings(policy.scheduler)),
             "guard": None if policy.guard is None else repr(policy.guard),
             "steps": steps,
             "guidance_scale": guidance.scale,

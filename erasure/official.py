@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from overpaint.policy import DiffusionPolicy, WeightDelta
 from overpaint.policy.added import added_networks
 from overpaint.policy.lora_files import read_lora
 from overpaint.policy.parts import Pipeline, UNet
-from overpaint.policy.takeover import take_over
+from overpaint.policy.takeover import TITLES, take_over
 from overpaint.policy.tensor_names import is_lora_file
 from overpaint.policy.weights import base_parameters, merged_state
 from rewards.public_files import sha256_of
@@ -57,7 +57,7 @@ def official_erasure(
 
     Raises:
         ValueError: There is nothing, or it cannot be read, is damaged, does not fit the base, changes nothing in it, or
-            changes its text encoder or VAE as well.
+            changes a text encoder or the VAE as well.
     """
     path = Path(path).expanduser()
     if not isinstance(base, DiffusionPolicy):
@@ -248,8 +248,12 @@ def _erasers(tensors: Mapping[str, Tensor], unet: UNet, source: Path) -> AddedNe
 # What it must not change.
 
 
-def _other_parts(model: DiffusionPolicy | Pipeline) -> dict[str, Any]:
-    return {"text_encoder": model.text_encoder, "vae": model.vae}
+def _other_parts(model: DiffusionPolicy | Pipeline) -> dict[str, nn.Module]:
+    """Returns the VAE and the text encoders by their names; a `ValueError` where these have been released."""
+    family = model.family if isinstance(model, DiffusionPolicy) else take_over(model)
+    if family.released:
+        raise ValueError("the text encoders must be there to be compared with another model's, and were released")
+    return {name: part for name, part in family.named_networks.items() if name != family.network}
 
 
 def _check_other_parts(release: Release, base: DiffusionPolicy | Pipeline, source: Path) -> None:
@@ -259,13 +263,16 @@ def _check_other_parts(release: Release, base: DiffusionPolicy | Pipeline, sourc
         raise ValueError(
             f"{source} must predict what the base does, prediction_type={predicted!r}, got {release.prediction_type!r}"
         )
+    others = _other_parts(base) if release.parts else {}
     for part, tensors in release.parts.items():
-        expected = {_part_name(name): value for name, value in _other_parts(base)[part].state_dict().items()}
+        words = TITLES.get(part, part)
+        if part not in others:
+            raise ValueError(f"{source} must have the base's networks, and has a {words}, which the base lacks")
+        expected = {_part_name(name): value for name, value in others[part].state_dict().items()}
         theirs = {_part_name(name): name for name in tensors}
         shared = [name for name in expected if name in theirs and expected[name].is_floating_point()]
         differing = [name for name in shared if not _is_same(expected[name], tensors[theirs[name]])]
         if differing or not shared:
-            words = {"text_encoder": "text encoder", "vae": "VAE"}[part]
             where = f"{len(differing)} of {len(shared)} weights, such as {differing[0]!r}" if shared else "every name"
             raise ValueError(
                 f"{source} must have the base's {words}, as an erasure changes the UNet alone, and differs in {where}; "

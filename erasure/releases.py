@@ -1,5 +1,6 @@
 """What an official release is: its layout and its tensors, told apart by what a file holds and never by its ending."""
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,9 +24,11 @@ from overpaint.text_files import read_json
 
 from .erased import RECORD_FILE
 
-TEXT_ENCODER, VAE = "text_encoder.", "vae."
+OTHER_PART = re.compile(r"text_encoder(_\d+)?|vae")
+"""Names of the networks beside the UNet in diffusers' layout."""
+
 LDM_CLIP, LDM_OPEN_CLIP = f"{LDM_TEXT_ENCODER}transformer.", f"{LDM_TEXT_ENCODER}model."
-"""What the names of the other parts begin with, in diffusers' layout and in that of the original Stable Diffusion."""
+"""What the names of a text encoder's weights begin with in the layout of the original Stable Diffusion."""
 
 (UNET_WEIGHTS,) = weight_stems("unet")
 
@@ -40,7 +43,7 @@ class Release(NamedTuple):
     """Those of the UNet, by whatever names the release has for them."""
 
     parts: Mapping[str, Mapping[str, Tensor]]
-    """Those of `text_encoder` and `vae`, by the names of transformers and diffusers."""
+    """Those of each text encoder and of `vae`, by the names of transformers and diffusers."""
 
     files: list[Path]
     """What was read."""
@@ -89,7 +92,7 @@ def _of_folder(path: Path, files: list[Path]) -> Release:
     pipeline = files[0].parent != path
     read, predicted = [*files], None
     if pipeline:
-        for part in ("text_encoder", "vae"):
+        for part in sorted(folder.name for folder in path.iterdir() if OTHER_PART.fullmatch(folder.name)):
             if found := next((each for stem in weight_stems(part) if (each := weight_files(path / part, stem))), []):
                 parts[part] = flat_tensors(read_weights(found), path)
                 read += found
@@ -109,16 +112,20 @@ def _of_content(content: Any, files: list[Path], base: DiffusionPolicy | Pipelin
         layout = "concept ablation's delta"
         if content.get("modifier_token"):
             raise ValueError(f"{path} must change the UNet alone, as an erasure does, and it has new tokens")
-        if "text_encoder" in content:
-            parts["text_encoder"] = flat_tensors(content["text_encoder"], path)
+        others = [name for name in content if isinstance(name, str) and OTHER_PART.fullmatch(name)]
+        parts = {name: flat_tensors(content[name], path) for name in others}
         content = content["unet"]
     tensors = flat_tensors(content, path)
     if any(name.startswith(LDM_UNET) for name in tensors):
         return _of_ldm(tensors, files, base, path)
-    for part, prefix in (("text_encoder", TEXT_ENCODER), ("vae", VAE)):
-        if not is_lora_file(tensors) and (names := [name for name in tensors if name.startswith(prefix)]):
-            parts[part] = Renamed(tensors, {name.removeprefix(prefix): name for name in names})
-            tensors = Renamed(tensors, {name: name for name in tensors if not name.startswith(prefix)})
+    if not is_lora_file(tensors):
+        named: dict[str, dict[str, str]] = {}
+        for name in tensors:
+            part, _, own = name.partition(".")
+            if OTHER_PART.fullmatch(part):
+                named.setdefault(part, {})[own] = name
+        parts |= {part: Renamed(tensors, names) for part, names in named.items()}
+        tensors = Renamed(tensors, {name: name for name in tensors if name.partition(".")[0] not in named})
     return Release(layout, tensors, parts, files)
 
 

@@ -19,8 +19,8 @@ class ReFLConfig:
     """Prompts per iteration, over all processes."""
 
     micro_batch_size: int = Field(4, ge=1)
-    """Samples of a term that a process holds in memory at a time. The gradient is the same for any, but for an erasure
-    objective that draws one denoising step for each batch that it is given."""
+    """Samples of a term that a process holds in memory at a time. The gradient is the same for any, but for what is
+    learned against the policy on all of them together: the word of `Destruction` and the vectors of `SoftAttack`."""
 
     steps: int = Field(40, ge=1)
     """Denoising steps of a whole image."""

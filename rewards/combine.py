@@ -94,8 +94,8 @@ class Clipped(_OfOneReward):
         return f"Clipped({_named(self.reward)}, low={self.low!r}, high={self.high!r})"
 
     def __call__(self, images: Images, prompts: Sequence[str]) -> PerSample:
-        """Returns the clipped score of each image."""
-        return self.reward(images, prompts).clamp(self.low, self.high)
+        """Returns the clipped score of each image; a `ScoresError` where the reward gives not one number for each."""
+        return scores_of("reward", self.reward, images, prompts).clamp(self.low, self.high)
 
 
 class Standardised(_OfOneReward):
@@ -157,8 +157,8 @@ class Standardised(_OfOneReward):
         return f"Standardised({_named(self.reward)}, mean={self.mean!r}, std={self.std!r})"
 
     def __call__(self, images: Images, prompts: Sequence[str]) -> PerSample:
-        """Returns the standardised score of each image."""
-        return (self.reward(images, prompts) - self.mean) / self.std
+        """Returns the standardised score of each image; a `ScoresError` as `Clipped`."""
+        return (scores_of("reward", self.reward, images, prompts) - self.mean) / self.std
 
 
 def _named(reward: Reward) -> str:

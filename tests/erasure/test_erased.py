@@ -1,5 +1,8 @@
 import json
+import math
 from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -128,8 +131,35 @@ def test_erasure_of_another_format_is_refused(tmp_path: Path, erasure: Erasure) 
     erasure.save(tmp_path)
     record = tmp_path / "erasure.json"
     record.write_text(json.dumps(json.loads(record.read_text(encoding="utf-8")) | {"format": "2"}), encoding="utf-8")
-    with pytest.raises(ValueError, match=r"must be of format 'overpaint\.Erasure/2', got '2'"):
+    with pytest.raises(ValueError, match=r"must be of format 'overpaint\.Erasure/3', got '2'"):
         Erasure.load(tmp_path)
+
+
+def test_record_is_json_and_gives_back_infinite_settings(tmp_path: Path, erasure: Erasure) -> None:
+    def refused(word: str) -> None:
+        raise ValueError(f"{word} is no JSON")
+
+    config = {"descent": {"max_grad_norm": math.inf, "rates": [1.0, -math.inf]}, "anchor": "inf", "train": None}
+    kept = replace(erasure, config=config)
+    kept.save(tmp_path)
+    text = (tmp_path / "erasure.json").read_text(encoding="utf-8")
+    record = json.loads(text, parse_constant=refused)
+    assert record["config"]["descent"] == {"max_grad_norm": {"float": "inf"}, "rates": [1.0, {"float": "-inf"}]}
+    assert Erasure.load(tmp_path).config == config
+    older = record | {"format": "overpaint.Erasure/2", "config": config}
+    (tmp_path / "erasure.json").write_text(json.dumps(older), encoding="utf-8")
+    assert "Infinity" in (tmp_path / "erasure.json").read_text(encoding="utf-8")
+    assert Erasure.load(tmp_path).config == config
+
+
+@pytest.mark.parametrize("depth", [600, 990])
+def test_settings_that_nest_deeply_are_refused_in_words_or_read(tmp_path: Path, erasure: Erasure, depth: int) -> None:
+    erasure.save(tmp_path)
+    text = (tmp_path / "erasure.json").read_text(encoding="utf-8")
+    deep = text.replace('"config": {', '"config": {"a": ' + '{"a": ' * depth + "1" + "}" * depth + ",")
+    (tmp_path / "erasure.json").write_text(deep, encoding="utf-8")
+    with suppress(ValueError):  # how deep Python follows depends on its version
+        assert "a" in Erasure.load(tmp_path).config
 
 
 def test_a_saved_erasure_can_name_one_of_four_kinds_and_nothing_else(tmp_path: Path, erasure: Erasure) -> None:

@@ -9,9 +9,19 @@ from typing import Any
 
 import pytest
 import torch
+from golden_case import GOLDEN
 from torch import Tensor
 
-from erasure import NUDITY, Concept, DescentConfig, EraseFlow, EraseFlowConfig, Lagrangian, RewardFloor
+from erasure import (
+    NUDITY,
+    Concept,
+    DescentConfig,
+    EraseFlow,
+    EraseFlowConfig,
+    Lagrangian,
+    ObjectiveConstraint,
+    RewardFloor,
+)
 from erasure.controllers import FixedWeight
 from erasure.methods.eraseflow.balance import (
     ConstantUnconditional,
@@ -20,15 +30,16 @@ from erasure.methods.eraseflow.balance import (
     noising_log_probs,
     step_weights,
 )
+from erasure.methods.eraseflow.eraseflow import Drawn, EraseFlowTraining
 from erasure.methods.eraseflow.log_partition import LogPartition
 from erasure.methods.eraseflow.pairs import Pair, pair_of
-from erasure.protocols import ConceptBatch, Learner
+from erasure.protocols import ConceptBatch
 from overpaint import tinyworld
 from overpaint.policy import ClassifierFree, DiffusionPolicy, LoRAConfig, StepContext
 from overpaint.policy.ddim import ddim_mean_and_std, gaussian_log_prob
 from overpaint.policy.weights import base_parameters
 from overpaint.tinyworld import PRESETS, STRIPES, captions
-from overpaint.training import read_metrics
+from overpaint.training import TrainingConfig, TrainingRun, read_metrics
 
 CONCEPT = Concept(name="stripes", phrases=("striped", "with stripes", "a striped red circle"), preserve=("", "a cat"))
 DESCENT = DescentConfig(iterations=4, learning_rate=1e-2, weight_decay=1e-2, batch_size=2, max_grad_norm=1.0)
@@ -42,6 +53,13 @@ def prepared(policy: DiffusionPolicy, config: EraseFlowConfig = CONFIG, **option
     method = EraseFlow(config, **options)
     method.prepare(policy, CONCEPT)
     return method
+
+
+def tiny_flow() -> DiffusionPolicy:
+    """A Stable Diffusion 3 whose steps reverse noising."""
+    return DiffusionPolicy.from_pretrained(
+        GOLDEN / "flow" / "tiny-sd3", device="cpu", lora=LoRAConfig(), chain="ancestral"
+    )
 
 
 def move(policy: DiffusionPolicy, by: float = 0.05) -> None:
@@ -122,6 +140,27 @@ def test_no_step_counts_twice(late: float) -> None:
         early, last = EraseFlowConfig(steps=steps, early_share=1 - late, late_share=late).counts()
         assert 1 <= last <= steps
         assert 0 <= early <= steps - last
+
+
+@pytest.mark.parametrize(("early", "late", "counts"), [(0.0, 1.0, (0, 4)), (0.4, 0.6, (1, 3)), (0.4, 0.2, (2, 1))])
+def test_step_of_a_flow_without_a_density_is_none_of_those_that_count(
+    early: float, late: float, counts: tuple[int, int]
+) -> None:
+    policy = tiny_flow()
+    method = EraseFlow(replace(ERASING, early_share=early, late_share=late))
+    assert sum(method.config.counts()) == round(5 * (early + late))
+    method.prepare(policy, CONCEPT)
+    assert method.config.counts(4) == counts
+    chosen = method.steps(policy, BATCH)
+    assert chosen.shape == (4, sum(counts))
+    assert chosen.max() == 3
+    assert method.unet_calls() == (10.0, 2 * sum(counts))
+    assert method.loss(policy, BATCH).isfinite().all()
+
+
+def test_flow_of_one_step_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"steps must be at least 2 for a flow, whose last step .*, got 1"):
+        EraseFlow(replace(ERASING, steps=1)).prepare(tiny_flow(), CONCEPT)
 
 
 def test_steps_are_drawn_for_each_seed_and_the_last_ones_are_always_among_them() -> None:
@@ -339,7 +378,6 @@ def test_log_z_takes_clipped_steps_of_its_own_adamw() -> None:
 def test_released_form_learns_log_z_and_starts_it_anew_every_time(
     make_policy: Callable[..., DiffusionPolicy], tmp_path: Path
 ) -> None:
-    assert isinstance(EraseFlow(), Learner)
     released = EraseFlowConfig.released()
     assert (released.rollout, released.retain_share, released.level) == ("policy", 0.0, "paper")
     method = EraseFlow(replace(released, steps=4, descent=replace(DESCENT, learning_rate=1e-3)))
@@ -365,11 +403,40 @@ def test_trajectories_are_used_again_after_the_last_update_that_draws(
 
     monkeypatch.setattr(EraseFlow, "drawn", counted)
     method = EraseFlow(replace(CONFIG, rollout=rollout, resample_until=2))
+    used, residuals = [], EraseFlow.residuals
+
+    def noted(self: EraseFlow, policy: DiffusionPolicy, trajectories: Drawn, chosen: Tensor) -> Tensor:
+        used.append(trajectories.latents)
+        return residuals(self, policy, trajectories, chosen)
+
+    monkeypatch.setattr(EraseFlow, "residuals", noted)
     method.erase(make_policy(), CONCEPT, progress=False)
     assert len(drawn) == 2
     assert method.unet_calls() == (2 * 5 * 2 / 4, 2 * 3)
-    assert method._mine is not None
-    assert torch.equal(method._mine.latents, drawn[1].latents)
+    for latents, expected in zip(used, (drawn[0], *[drawn[1]] * 3), strict=True):
+        assert torch.equal(latents, expected.latents)
+
+
+@pytest.mark.parametrize("rollout", ["reference", "policy"])
+def test_constraint_of_a_trainer_learns_nothing_and_draws_for_every_loss(
+    rollout: Any, make_policy: Callable[..., DiffusionPolicy], tmp_path: Path
+) -> None:
+    policy, weight = make_policy(lora=LoRAConfig()), Lagrangian()
+    config = replace(ERASING, rollout=rollout, level="paper", resample_until=1)
+    method = EraseFlow(config, reward=brightness, floor=RewardFloor(floor=5.0, lagrangian=weight))
+    constraint = ObjectiveConstraint(method, CONCEPT, ceiling=10.0)
+    constraint.prepare(policy)
+    before, other = weight.weight, ConceptBatch(BATCH.prompts[1:3], BATCH.seeds[1:3])
+    with TrainingRun(policy, TrainingConfig(output_dir=tmp_path, iterations=1, progress=False)) as run:
+        for batch in (BATCH, other):
+            found = constraint.violation(policy, batch)
+            drawn = method.drawn(policy, batch)
+            expected = method.residuals(policy, drawn, method.steps(policy, batch)).square() / 10.0 - 1
+            torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+            constraint.learn(run)
+        assert constraint.measured(run) == {}
+    assert constraint.state().keys() == {"erasure"}
+    assert (method.log_z, weight.weight) == (config.log_z, before)
 
 
 def test_interrupted_training_goes_on_as_if_it_had_not_been(
@@ -383,20 +450,20 @@ def test_interrupted_training_goes_on_as_if_it_had_not_been(
         return EraseFlow(config, reward=brightness, floor=RewardFloor(floor=0.2, lagrangian=Lagrangian()))
 
     whole = made().erase(make_policy(), CONCEPT, output_dir=tmp_path / "whole", progress=False)
-    stopped = made()
-    loss, calls = stopped.loss, 0
+    loss, calls = EraseFlowTraining.loss, 0
 
-    def failing(policy: DiffusionPolicy, batch: ConceptBatch) -> Tensor:
+    def failing(self: EraseFlowTraining, policy: DiffusionPolicy, batch: ConceptBatch) -> Tensor:
         nonlocal calls
         calls += 1
         if calls == 4:
             raise KeyboardInterrupt
-        return loss(policy, batch)
+        return loss(self, policy, batch)
 
-    monkeypatch.setattr(stopped, "loss", failing)
+    monkeypatch.setattr(EraseFlowTraining, "loss", failing)
     with pytest.raises(KeyboardInterrupt):
-        stopped.erase(make_policy(), CONCEPT, output_dir=tmp_path / "parts", progress=False)
+        made().erase(make_policy(), CONCEPT, output_dir=tmp_path / "parts", progress=False)
     parts = made().erase(make_policy(), CONCEPT, output_dir=tmp_path / "parts", resume=True, progress=False)
+    assert calls == 5
     assert all(torch.equal(parts.delta.tensors[name], value) for name, value in whole.delta.tensors.items())
     first, second = (read_metrics(tmp_path / name / "metrics.jsonl") for name in ("whole", "parts"))
     for one, other in zip(first, second, strict=True):

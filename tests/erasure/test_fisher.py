@@ -231,7 +231,9 @@ def test_damaged_information_is_computed_anew(trained: DiffusionPolicy, tmp_path
         assert equal(information(trained, FEW, folder=tmp_path), whole)
 
 
-def test_a_folder_of_other_information_is_refused(trained: DiffusionPolicy, tmp_path: Path) -> None:
+def test_a_folder_of_other_information_is_refused(
+    trained: DiffusionPolicy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     information(trained, FEW, folder=tmp_path)
     with pytest.raises(ValueError, match=r"folder must be new or .* has another timesteps$"):
         information(trained, FisherConfig(timesteps=5, chunk=3), folder=tmp_path)
@@ -239,9 +241,16 @@ def test_a_folder_of_other_information_is_refused(trained: DiffusionPolicy, tmp_
         information(trained, FEW, folder=tmp_path, seed=1)
     with pytest.raises(ValueError, match=r"has another pictures$"):
         information(trained, FEW, folder=tmp_path, pictures=latents() + 1e-3)
+    monkeypatch.setattr(trained.family, "max_sequence_length", 77)
+    with pytest.raises(ValueError, match=r"has another max_sequence_length$"):
+        information(trained, FEW, folder=tmp_path)
+    monkeypatch.undo()
     with torch.no_grad():
         trained.unet.conv_in.bias[0] += 1e-3
     with pytest.raises(ValueError, match=r"has another model$"):
+        information(trained, FEW, folder=tmp_path)
+    trained.scheduler.register_to_config(beta_end=0.013)
+    with pytest.raises(ValueError, match=r"has another model and another scheduler$"):
         information(trained, FEW, folder=tmp_path)
 
 

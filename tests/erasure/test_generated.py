@@ -1,5 +1,6 @@
 """Latents drawn before training: from the seed alone, and kept so that an interrupted drawing goes on."""
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -159,6 +160,22 @@ def test_a_folder_of_another_model_or_negative_prompt_is_refused(bare: Diffusion
             bias[0] += 1e-3
         with pytest.raises(ValueError, match=rf"has another {changed}$"):
             drawn(bare, tmp_path)
+
+
+def test_a_folder_of_another_schedule_or_of_texts_of_another_length_is_refused(
+    bare: DiffusionPolicy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bare.scheduler.register_to_config(lambda_min_clipped=-math.inf)
+    whole = drawn(bare, tmp_path)
+    assert "Infinity" not in (tmp_path / generated.RECORD_FILE).read_text(encoding="utf-8")
+    assert torch.equal(drawn(bare, tmp_path), whole)
+    monkeypatch.setattr(bare.family, "max_sequence_length", 77)
+    with pytest.raises(ValueError, match=r"has another max_sequence_length$"):
+        drawn(bare, tmp_path)
+    monkeypatch.undo()
+    bare.scheduler.register_to_config(beta_end=0.013)
+    with pytest.raises(ValueError, match=r"has another scheduler$"):
+        drawn(bare, tmp_path)
 
 
 def test_a_lora_that_is_off_does_not_make_another_model(policy: DiffusionPolicy, tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from golden_case import GOLDEN
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -337,6 +338,77 @@ def test_pipeline_of_another_prediction_is_refused(base: DiffusionPolicy, tmp_pa
     save_file(trained(weights_of(base)), tmp_path / "unet/diffusion_pytorch_model.safetensors")
     with pytest.raises(ValueError, match="prediction_type='epsilon', got 'v_prediction'"):
         Erasure.from_official(tmp_path, base=base, concept=NUDITY)
+
+
+# Several text encoders.
+
+
+@pytest.fixture(scope="module")
+def two_encoders() -> DiffusionPolicy:
+    return DiffusionPolicy.from_pretrained(GOLDEN / "flow" / "tiny-sdxl", device="cpu")
+
+
+def whole_folder(weights: Mapping[str, Mapping[str, Tensor]], folder: Path) -> Path:
+    for part, tensors in weights.items():
+        (folder / part).mkdir(parents=True, exist_ok=True)
+        stem = "diffusion_pytorch_model" if part in ("unet", "vae") else "model"
+        save_file({name: value.contiguous() for name, value in tensors.items()}, folder / part / f"{stem}.safetensors")
+    return folder
+
+
+def whole_file(weights: Mapping[str, Mapping[str, Tensor]], folder: Path) -> Path:
+    state = {f"{part}.{name}": value for part, tensors in weights.items() for name, value in tensors.items()}
+    torch.save(state, folder / "whole.pt")
+    return folder / "whole.pt"
+
+
+def whole_delta(weights: Mapping[str, Mapping[str, Tensor]], folder: Path) -> Path:
+    torch.save({part: dict(tensors) for part, tensors in weights.items()}, folder / "delta.bin")
+    return folder / "delta.bin"
+
+
+@pytest.mark.parametrize("write", [whole_folder, whole_file, whole_delta])
+def test_every_text_encoder_is_compared(
+    two_encoders: DiffusionPolicy, tmp_path: Path, write: Callable[..., Path]
+) -> None:
+    base = two_encoders
+    whole = {name: dict(network.state_dict()) for name, network in base.family.named_networks.items()}
+    erased = trained(weights_of(base, *KEYS))
+    whole["unet"] |= erased
+    path = write(whole, tmp_path)
+    assert Erasure.from_official(path, base=base, concept=NUDITY).delta.tensors.keys() == erased.keys()
+    for part, title in (("text_encoder", "text encoder"), ("text_encoder_2", "second text encoder")):
+        name = next(name for name in whole[part] if name.endswith("final_layer_norm.weight"))
+        write(whole | {part: whole[part] | {name: whole[part][name] + 1}}, tmp_path)
+        for one in (base, base.to_pipeline()):
+            with pytest.raises(
+                ValueError, match=rf"the base's {title}, .* differs in 1 of \d+ weights, .*final_layer_"
+            ):
+                Erasure.from_official(path, base=one, concept=NUDITY)
+
+
+def test_model_in_memory_with_another_second_text_encoder_is_refused(two_encoders: DiffusionPolicy) -> None:
+    erased = DiffusionPolicy.from_pretrained(GOLDEN / "flow" / "tiny-sdxl", device="cpu")
+    UCE().erase(erased, NUDITY).apply(erased)
+    assert Erasure.between(two_encoders, erased, NUDITY).delta.tensors
+    with torch.no_grad():
+        erased.family.named_networks["text_encoder_2"].get_parameter("text_projection.weight")[0] += 1
+    with pytest.raises(ValueError, match=r"base's second text encoder, .* differs in 1 of"):
+        Erasure.between(two_encoders, erased, NUDITY)
+    erased.release_encoders(["a cat"])
+    with pytest.raises(ValueError, match="text encoders must be there to be compared with another model's, and were"):
+        Erasure.between(two_encoders, erased, NUDITY)
+
+
+def test_text_encoder_that_the_base_lacks_is_refused(base: DiffusionPolicy, tmp_path: Path) -> None:
+    networks = {"unet": weights_of(base), "text_encoder": base.text_encoder.state_dict()}
+    networks["unet"] |= trained(weights_of(base, *KEYS))
+    whole_folder(networks | {"text_encoder_2": networks["text_encoder"]}, tmp_path)
+    with pytest.raises(ValueError, match="has a second text encoder, which the base lacks"):
+        Erasure.from_official(tmp_path, base=base, concept=NUDITY)
+
+
+# Other folders.
 
 
 def test_folder_with_one_file_of_weights_is_that_file(base: DiffusionPolicy, tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """Rewards made of other rewards."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -199,6 +200,32 @@ def test_a_combination_reads_prompts_if_a_part_does() -> None:
     assert not reads_prompts(Clipped(reward=Standardised(reward=PromptFree(0), mean=0.0, std=1.0), high=1.0))
 
 
+@pytest.mark.parametrize(
+    "given",
+    [lambda scores: scores.tolist(), lambda scores: scores.numpy(), lambda scores: scores[:, None]],
+    ids=["list", "array", "column"],
+)
+def test_scores_of_any_kind_are_combined(given: Callable[[Tensor], Any]) -> None:
+    class Other(Brightness):
+        def __call__(self, images: Tensor, prompts: Sequence[str]) -> Any:
+            return given(super().__call__(images, prompts))
+
+    for make in (lambda reward: Clipped(reward=reward, low=0.4, high=0.5),
+                 lambda reward: Standardised(reward=reward, mean=0.5, std=0.1)):  # fmt: skip
+        torch.testing.assert_close(make(Other(0))(IMAGES, PROMPTS), make(Brightness(0))(IMAGES, PROMPTS))
+
+
+def test_gradients_of_a_list_of_tensors_are_kept() -> None:
+    class Listed(Brightness):
+        def __call__(self, images: Tensor, prompts: Sequence[str]) -> Any:
+            return list(super().__call__(images, prompts))
+
+    images = IMAGES.clone().requires_grad_()
+    Clipped(reward=Standardised(reward=Listed(0), mean=0.5, std=0.1), high=99.0)(images, PROMPTS).sum().backward()
+    assert images.grad is not None
+    assert images.grad[0, :, 0, 0].tolist() == pytest.approx([2.5, 0, 0])
+
+
 def test_a_part_that_gives_no_number_for_each_image_is_named() -> None:
     class Column(Brightness):
         def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
@@ -206,3 +233,6 @@ def test_a_part_that_gives_no_number_for_each_image_is_named() -> None:
 
     with pytest.raises(ValueError, match=r"rewards\[1\] must give one number for each of 4 images, got \(4, 2\)"):
         WeightedSum([Brightness(0), Column(0)], [1.0, 1.0])(IMAGES, PROMPTS)
+    for combined in (Clipped(reward=Column(0)), Standardised(reward=Column(0), mean=0.0, std=1.0)):
+        with pytest.raises(ValueError, match=r"reward must give one number for each of 4 images, got \(4, 2\)"):
+            combined(IMAGES, PROMPTS)

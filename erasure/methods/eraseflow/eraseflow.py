@@ -134,10 +134,11 @@ class EraseFlowConfig:
         """Returns the settings of the authors' code: its own trajectories, nothing retained, and a learned log Z."""
         return cls(rollout="policy", retain_share=0.0, level="paper")
 
-    def counts(self) -> tuple[int, int]:
-        """Returns how many early and how many late steps count."""
-        late = max(1, round(self.late_share * self.steps))
-        return min(round(self.early_share * self.steps), self.steps - late), late
+    def counts(self, balanced: int | None = None) -> tuple[int, int]:
+        """Returns how many early and how many late steps count, of those that have a density; None is all."""
+        there = self.steps if balanced is None else balanced
+        late = min(max(1, round(self.late_share * self.steps)), there)
+        return min(round(self.early_share * self.steps), there - late), late
 
 
 class Drawn(NamedTuple):
@@ -156,13 +157,15 @@ class Drawn(NamedTuple):
 class EraseFlow:
     """Erases a concept by making the anchor's trajectories likely under its prompts.
 
-    As an objective in a trainer log Z stays where it starts, and every loss draws its own trajectories.
+    As an objective in a trainer log Z stays where it starts, and every loss draws its own trajectories: what is learned
+    or kept from one update to the next is a training's own, see `EraseFlowTraining`.
 
     Args:
         config: Settings.
         reward: Raises the level of a trajectory whose picture it likes, by weight · (reward - floor) / scale; ours.
         floor: Floor, a number, and its weight in units of log-density per element. Its weight follows the rewards of
-            the trajectories where the policy that is trained draws them, and otherwise stays what its owner makes it.
+            the trajectories where `erase` trains a policy that draws them itself, and otherwise stays what its owner
+            makes it.
 
     Raises:
         ValueError: A reward comes without a floor, or a floor without a number or a reward.
@@ -186,16 +189,7 @@ class EraseFlow:
         self.reward = None if reward is None else as_reward(reward, "EraseFlow.reward")
         self.floor = floor
         self._concept: Concept | None = None
-        self._restart()
-
-    def _restart(self) -> None:
-        cfg = self.config
-        self._log_z = LogPartition(cfg.log_z, cfg.descent.learning_rate, cfg.descent.weight_decay)
-        self._updates = 0
-        self._drawn: Drawn | None = None
-        self._kept: Drawn | None = None
-        self._mine: Drawn | None = None
-        self._residuals: PerSample = torch.zeros(0)
+        self._balanced: int | None = None
 
     def erase(
         self,
@@ -211,7 +205,8 @@ class EraseFlow:
         Raises:
             ValueError: As `prepare` and `descend`.
         """
-        erasure = erase_by_descent(self, policy, concept, output_dir=output_dir, resume=resume, progress=progress)
+        training = EraseFlowTraining(self)
+        erasure = erase_by_descent(training, policy, concept, output_dir=output_dir, resume=resume, progress=progress)
         if self.floor is None:
             return erasure
         return replace(
@@ -219,18 +214,21 @@ class EraseFlow:
         )
 
     def unet_calls(self) -> UNetCalls:
-        """Returns the calls for a sample: the way to its picture, where one is drawn, and the steps that count."""
+        """Returns the calls for a sample: the way to its picture, where one is drawn, and the steps that count.
+
+        Before `prepare` every step counts as one with a density, which a flow's last step is not.
+        """
         cfg = self.config
         branches = 1 if cfg.guidance_scale == 1 else 2
         drawing = min(cfg.resample_until or math.inf, cfg.descent.iterations) / cfg.descent.iterations
-        return UNetCalls(forward=branches * cfg.steps * drawing, backward=branches * sum(cfg.counts()))
+        return UNetCalls(forward=branches * cfg.steps * drawing, backward=branches * sum(cfg.counts(self._balanced)))
 
     def prepare(self, policy: DiffusionPolicy, concept: Concept) -> None:
-        """Starts log Z anew, and looks at the texts.
+        """Looks at the steps and at the texts.
 
         Raises:
-            ValueError: Nothing is trainable, a step has no density, the text encoder would cut a text off, or an anchor
-                or what is retained holds a phrase of the concept.
+            ValueError: Nothing is trainable, a step has no density that must have one, no step has one, the text
+                encoder would cut a text off, or an anchor or what is retained holds a phrase of the concept.
         """
         cfg = self.config
         check_trainable(policy, f"erasing {concept.name!r} by EraseFlow")
@@ -239,7 +237,11 @@ class EraseFlow:
                 "EraseFlow must be given a policy whose steps reverse noising, which of a flow are those of "
                 "chain='ancestral', got another"
             )
-        policy.process.stochastic_steps(cfg.steps, 1.0)
+        balanced = len(policy.process.stochastic_steps(cfg.steps, 1.0))
+        if not balanced:
+            raise ValueError(
+                f"EraseFlowConfig.steps must be at least 2 for a flow, whose last step has no density, got {cfg.steps}"
+            )
         check_words(policy, concept)
         check_absent(concept, [self.anchor(concept)], "the anchor")
         if cfg.retain_share:
@@ -249,8 +251,12 @@ class EraseFlow:
             phrase, anchor = longest(policy, concept.phrases), longest(policy, cfg.anchors)
             texts = (template.format(concept=phrase, anchor=anchor) for template in cfg.templates)
             check_length(policy, texts, "EraseFlow's prompts")
-        self._concept = concept
-        self._restart()
+        self._concept, self._balanced = concept, balanced
+
+    @property
+    def log_z(self) -> float:
+        """The present log Z: where it starts."""
+        return self.config.log_z
 
     def anchor(self, concept: Concept) -> str:
         """Returns what takes the place of a concept's words."""
@@ -260,14 +266,14 @@ class EraseFlow:
 
     def loss(self, policy: DiffusionPolicy, batch: ConceptBatch) -> PerSample:
         """Returns the squared residual of each sample's trajectory, with gradient."""
-        cfg = self.config
-        early, late = cfg.counts()
-        self._drawn = self._mine or self.drawn(policy, batch)
-        balanced = len(policy.process.stochastic_steps(cfg.steps, 1.0))
-        chosen = chosen_steps(batch.seeds, steps=balanced, early=min(early, balanced - late), late=late)
-        found = self.residuals(policy, self._drawn, chosen)
-        self._residuals = found.detach()
-        return found.square()
+        drawn = self.drawn(policy, batch)
+        return self.residuals(policy, drawn, self.steps(policy, batch)).square()
+
+    def steps(self, policy: DiffusionPolicy, batch: ConceptBatch) -> Int[Tensor, "batch chosen"]:
+        """Returns the steps of each sample that count."""
+        balanced = len(policy.process.stochastic_steps(self.config.steps, 1.0))
+        early, late = self.config.counts(balanced)
+        return chosen_steps(batch.seeds, steps=balanced, early=early, late=late)
 
     def pairs(self, batch: ConceptBatch) -> list[Pair]:
         """Returns the prompts of each sample, which follow from the batch's prompts and seeds."""
@@ -343,12 +349,42 @@ class EraseFlow:
         if self.config.level == "matched":
             level = (weights * (own - backward)).sum(dim=1)
         else:
-            level = torch.full_like(scores, self.config.log_beta - self._log_z.value)
+            level = torch.full_like(scores, self.config.log_beta - self.log_z)
         if self.floor is None:
             return level
         return level - self.floor.lagrangian.weight * self.floor.violation(scores)
 
-    # What it learns besides the policy, once an update: see `erasure.protocols.Learner`.
+
+class EraseFlowTraining(EraseFlow):
+    """EraseFlow in a training of its own, which learns besides the policy, once an update: a `Learner`.
+
+    One is of one training; `EraseFlow.erase` makes it.
+
+    Args:
+        method: What is trained.
+    """
+
+    def __init__(self, method: EraseFlow) -> None:
+        super().__init__(method.config, reward=method.reward, floor=method.floor)
+        descent = self.config.descent
+        self._log_z = LogPartition(self.config.log_z, descent.learning_rate, descent.weight_decay)
+        self._updates = 0
+        self._drawn: Drawn | None = None
+        self._kept: Drawn | None = None
+        self._mine: Drawn | None = None
+        self._residuals: PerSample = torch.zeros(0)
+
+    @property
+    def log_z(self) -> float:
+        """The present log Z."""
+        return self._log_z.value
+
+    def loss(self, policy: DiffusionPolicy, batch: ConceptBatch) -> PerSample:
+        """Returns the squared residual of each sample's trajectory, or of the one that is kept, with gradient."""
+        self._drawn = self._mine or self.drawn(policy, batch)
+        found = self.residuals(policy, self._drawn, self.steps(policy, batch))
+        self._residuals = found.detach()
+        return found.square()
 
     def learn(self, run: TrainingRun) -> dict[str, float]:
         """Takes a step of log Z and of the reward's weight, and keeps trajectories once no more are drawn."""
@@ -357,7 +393,7 @@ class EraseFlow:
         logged = {"erasure/residual": run.mean(self._residuals)}
         if cfg.level == "paper":
             self._log_z.step(gradient=2 * logged["erasure/residual"])
-            logged["erasure/log_z"] = self._log_z.value
+            logged["erasure/log_z"] = self.log_z
         if drawn is None:
             return logged
         if self.floor is not None:

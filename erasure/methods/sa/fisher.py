@@ -19,10 +19,11 @@ from jaxtyping import Float, Int, Shaped
 from torch import Tensor, nn
 
 from erasure.cache import claim
+from erasure.erased import as_json
 from erasure.rollout import squared_error
 from overpaint.policy import Conditioning, DiffusionPolicy
 from overpaint.policy.atomic import this_process
-from overpaint.policy.digest import tensors_hash
+from overpaint.policy.digest import scheduler_settings, tensors_hash
 from overpaint.policy.noise import draw_noise
 from overpaint.policy.sealed import DamagedFileError, read_tensors, write_tensors
 from overpaint.policy.types import Latents
@@ -35,7 +36,7 @@ SAVE_EVERY = 25
 
 TENSOR_FILE = "fisher.safetensors"
 RECORD_FILE = "fisher.json"
-RECORD_FORMAT = "overpaint.Fisher/2"
+RECORD_FORMAT = "overpaint.Fisher/3"
 
 
 @settings
@@ -237,13 +238,15 @@ def at_reference(policy: DiffusionPolicy, weights: Sequence[nn.Parameter]) -> Ge
 def _record(
     policy: DiffusionPolicy, latents: Latents, prompts: Sequence[str], config: FisherConfig, seed: int
 ) -> dict[str, Any]:
-    """Returns what the information is of: the model, what of it is watched, the pictures, and the settings."""
+    """Returns what the information is of: the model and how it is asked, what is watched, pictures, and settings."""
     with policy.reference():
         values = dict(base_parameters(policy.model)) | watched_weights(policy)
         model = tensors_hash(values)
     return {
         "format": RECORD_FORMAT,
         "model": model,
+        "max_sequence_length": policy.family.max_sequence_length,
+        "scheduler": as_json(scheduler_settings(policy.scheduler)),
         "weights": sorted(watched_weights(policy)),
         "pictures": tensors_hash({"latents": latents}),
         "prompts": list(prompts),
