@@ -57,7 +57,7 @@ class Config(RecoveryOptions):
     floor; "B", the reward subject to the erasure, after a plain one; "A+B", one after the other."""
 
     iterations: int = Field(200, ge=1)
-    """ReFL iterations of the recovery; under the constraint destruction the reward joins after half of them."""
+    """ReFL iterations of the recovery; under the constraint destruction the reward joins after a third of them."""
 
     floor: float = Field(0.05, ge=0)
     """How much mean reward the form A may lose against the original model, in units of the reward."""

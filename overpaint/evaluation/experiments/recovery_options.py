@@ -101,7 +101,7 @@ def refl_config(config: RecoveryOptions) -> ReFLConfig:
     keeping: dict[str, Any] = {"pretraining_batch_size": 16}
     if config.constraint == "destruction":  # which moves the model far, and what is not to move with it has to be held
         keeping = {
-            "reward_from": config.iterations // 2,
+            "reward_from": config.iterations // 3,
             "pretraining_pairs": 256,
             "pretraining_weight": 8.0,
             "pretraining_target": "reference",
