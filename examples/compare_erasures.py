@@ -20,9 +20,16 @@ from typing import Literal, NamedTuple, get_args
 from erasure import Erasure
 from erasure.cache import claim
 from erasure.registry import METHODS, MethodName, erase, method_named
-from overpaint.evaluation import ImageFolder, Report, Scores, compare, write_folder
+from overpaint.evaluation import Report, Scores, compare, write_folder
 from overpaint.evaluation.experiments.experiment import CONCEPT_RATE, Experiment, evaluate, experiment_of
-from overpaint.evaluation.experiments.options import OWNED, ConceptOptions, ModelOptions, RewardOptions, usual_eraser
+from overpaint.evaluation.experiments.options import (
+    OWNED,
+    USUAL_GUIDANCE,
+    ConceptOptions,
+    ModelOptions,
+    RewardOptions,
+    usual_eraser,
+)
 from overpaint.evaluation.experiments.program import command_line, settings_from_command_line, usual_beside
 from overpaint.evaluation.experiments.published import (
     IMAGE_REWARD,
@@ -33,7 +40,7 @@ from overpaint.evaluation.experiments.published import (
 )
 from overpaint.evaluation.experiments.recovery import recover
 from overpaint.evaluation.experiments.recovery_options import RecoveryOptions, refl_config
-from overpaint.evaluation.experiments.study import CHECKPOINTS, MethodLine, line_of, methods_table
+from overpaint.evaluation.experiments.study import CHECKPOINTS, MethodLine, line_of, methods_table, pictured
 from overpaint.evaluation.experiments.work import work_through
 from overpaint.evaluation.prompts import prompt_set
 from overpaint.evaluation.report.page import Section, chart_section
@@ -47,6 +54,8 @@ from refl import ReFLConfig
 BEFORE: Literal["before"] = "before"
 COCO = "coco-30k"
 """What the published values of Stable Diffusion v1.4 are of."""
+OWN_SIZES = (None, 512)
+"""Sizes by which its own is asked for."""
 
 
 @settings
@@ -110,6 +119,11 @@ class Cell(NamedTuple):
         """What the progress bar calls it."""
         return f"{self.method} {self.seed}{' recovered' if self.recovered else ''}"
 
+    @property
+    def name(self) -> str:
+        """What tables and pictures call it."""
+        return f"{self.method}-recovered" if self.recovered else self.method
+
     def folder(self, config: Config) -> Path:
         """Returns where it is kept."""
         folder = config.output_dir / self.method / f"seed-{self.seed}"
@@ -140,7 +154,13 @@ def recovery_of(config: Config) -> RecoveryOptions:
 
 
 def complete(config: Config) -> Config:
-    """Fills in what depends on the model."""
+    """Fills in what depends on the model.
+
+    Raises:
+        ValueError: An option is given that the program has another for.
+    """
+    if config.seed != Config().seed:
+        raise ValueError(f"seed must be left out, since each model is made once for each of --seeds; got {config.seed}")
     refl = config.refl or refl_config(recovery_of(config))
     return replace(config, guidance_scale=config.usual_guidance, refl=refl)
 
@@ -150,6 +170,7 @@ def work(cell: Cell, config: Config) -> None:
     folder = cell.folder(config)
     task = about(config)
     policy = config.load(lora=LoRAConfig(rank=8, alpha=8) if cell.recovered else None)
+    task.to(policy.device)
     begin = time.process_time()
     if cell.recovered:
         erasure = Erasure.load(folder.parent / "erasure")
@@ -168,11 +189,15 @@ def work(cell: Cell, config: Config) -> None:
     write_text(folder / "minutes.json", json.dumps(minutes))
     drawing = config.drawing(config.evaluation_steps)
     numbers = {"prompts_per_kind": config.prompts_per_kind, "seed": cell.seed}
-    name = f"{cell.method}-recovered" if cell.recovered else cell.method
-    images, scores = evaluate(policy, task, drawing, model=name, progress=False, **numbers)
+    images, scores = evaluate(policy, task, drawing, model=cell.name, progress=False, **numbers)
     if cell.seed == config.seeds[0]:
-        write_folder(images, config.output_dir / "pictures")
+        write_folder(images, pictures_of(config))
     scores.save(folder / "scores.json")
+
+
+def pictures_of(config: Config) -> Path:
+    """Returns the folder of the first seed's pictures."""
+    return config.output_dir / "pictures" / f"seed-{config.seeds[0]}"
 
 
 def lines_of(config: Config) -> list[MethodLine]:
@@ -193,7 +218,7 @@ def lines_of(config: Config) -> list[MethodLine]:
                 ):
                     if (measure, kind) in measured(after):
                         others[title] = [after.column(measure, kind).estimate.mean]
-        lines.append(line_of(name, scores, others))
+        lines.append(line_of(name, scores, others, reward=config.reward_name))
     return lines
 
 
@@ -208,17 +233,15 @@ def report(config: Config) -> None:
     models += [(name, True) for name in config.methods if config.recover]
     cells = [Cell(name, config.seeds[0], recovered) for name, recovered in models]
     scores = [found for cell in cells if (found := cell.scores(config)) is not None]
-    pictures = [ImageFolder.open(config.output_dir / "pictures", one.model) for one in scores]
     usual = usual_beside(config, complete, ["policy"])
     Report(
         title="Ways to erase a concept",
         lead="Each model draws the same prompts with the same seeds; the first is the model as it came.",
         comparison=compare(scores),
         sections=sections(config, scores),
-        pictures=pictures,
-        scores=scores,
         commands=[command_line("python examples/compare_erasures.py", config, usual, OWNED)],
         settings=asdict(config),
+        **pictured(pictures_of(config), scores),
     ).save(config.output_dir / "report.html")
 
 
@@ -237,10 +260,9 @@ def sections(config: Config, scores: Sequence[Scores]) -> list[Section]:
         for one in scores
         if one.model != BEFORE  # so far from all of them that they would lie on one another
     ]
-    as_published = (config.policy, config.captions) == (CHECKPOINTS["sd1.4"].hub_id, COCO)
-    setting = "" if as_published else "other model or captions"
+    setting = setting_of(config)
     of_ours = [
-        Measured("erasures", published_name(one.model), IMAGE_REWARD, setting, column.estimate)
+        Measured("erasures", published_name(one.model), config.reward_name, setting, column.estimate)
         for one in scores
         if not config.tiny and not one.model.endswith("-recovered")
         for column in [one.column(config.reward_name, "benign")]
@@ -255,6 +277,19 @@ def sections(config: Config, scores: Sequence[Scores]) -> list[Section]:
         ),
         Section("published", "What others published of Stable Diffusion", others),
     ]
+
+
+def setting_of(config: Config) -> str:
+    """Says what is other than under the published values, as "other captions, size"; nothing where all is the same."""
+    same = {
+        "model": config.policy == CHECKPOINTS["sd1.4"].hub_id,
+        "captions": config.captions == COCO,
+        "reward": config.reward_name == IMAGE_REWARD,
+        "guidance": config.usual_guidance == USUAL_GUIDANCE,
+        "size": config.size in OWN_SIZES,
+    }
+    others = [name for name, holds in same.items() if not holds]
+    return f"other {', '.join(others)}" if others else ""
 
 
 def published_name(model: str) -> str:

@@ -4,7 +4,8 @@
     python examples/ddpo_compare.py --task compressibility --seeds 0 1 2
 
 Every run is one of ``examples/ddpo_finetune.py`` in a folder of its own; those that are there and whole are not run
-again. The curves, mean and standard deviation over the seeds on held-out prompts, are written beside them.
+again. The curves, mean and standard deviation over the seeds on held-out prompts, are written beside them. A folder
+holds runs of one policy and one number of queries; seeds and algorithms can be added.
 """
 
 import json
@@ -14,9 +15,10 @@ from pathlib import Path
 import ddpo_finetune
 import tyro
 
+from erasure.cache import claim
 from overpaint.evaluation import Estimate
-from overpaint.evaluation.experiments.options import TINY_WORLD
-from overpaint.evaluation.experiments.tasks import TaskName
+from overpaint.evaluation.experiments.options import TINY_WORLD, TINY_WORLDS
+from overpaint.evaluation.experiments.tasks import TaskName, tiny_task
 from overpaint.evaluation.report.charts import band_of, series_chart, svg
 from overpaint.policy.atomic import write_text
 from overpaint.settings import AnyPath, Distinct, Field, Seed, settings
@@ -42,7 +44,7 @@ class Config:
     """One run of each algorithm for each."""
 
     queries: int = Field(1920, ge=1)
-    """Images that each run may score for training."""
+    """Images that each run may score for training, in whole rounds; RWR on a checkpoint scores 10,240 in a round."""
 
     prompts_per_split: int = Field(200, ge=1)
     """Prompts of each split in a run's evaluation."""
@@ -51,7 +53,11 @@ class Config:
     """Folder of the folders of the runs."""
 
     def run(self, algorithm: ddpo_finetune.Algorithm, seed: int) -> ddpo_finetune.Config:
-        """Returns the settings of one run."""
+        """Returns the settings of one run.
+
+        Raises:
+            ValueError: The queries do not suffice for one round.
+        """
         whole = ddpo_finetune.Config(
             policy=self.policy,
             task=self.task,
@@ -62,7 +68,11 @@ class Config:
             resume=True,
         )
         per_round = ddpo_finetune.settings_of(whole).samples_per_round
-        return replace(whole, rounds=max(1, self.queries // per_round))
+        if self.queries < per_round:
+            raise ValueError(
+                f"queries must be at least the {per_round} of one round of {algorithm}, got {self.queries}"
+            )
+        return replace(whole, rounds=self.queries // per_round)
 
 
 def points(folder: Path, tag: str, queries_per_round: int) -> list[tuple[float, float]]:
@@ -81,18 +91,37 @@ def columns(band: list[tuple[float, Estimate]]) -> dict[str, list[float]]:
     return {"x": [x for x, _ in band], "mean": means, "spread": [one.high - one.mean for _, one in band]}
 
 
+def deciding(config: Config) -> dict[str, str]:
+    """Returns the settings that decide the numbers of a run."""
+    others = ("algorithms", "seeds", "output_dir")
+    return {name: str(value) for name, value in vars(config).items() if name not in others}
+
+
+def check(config: Config) -> None:
+    """Raises a `ValueError` where there is no such model, or the tiny world has no such task."""
+    ddpo_finetune.Config(policy=config.policy).check()
+    if config.policy in TINY_WORLDS:
+        tiny_task(config.task, count=1)
+
+
 def main(config: Config) -> Bands:
-    """Makes the runs that are missing, prints the table, and draws the curves."""
+    """Makes the runs that are missing, prints the table, and draws the curves.
+
+    Raises:
+        ValueError: The folder holds runs of other settings, or these cannot be run; before any run.
+    """
     bands: Bands = {REWARD: {}, HELD_OUT: {}}
-    for algorithm in config.algorithms:
-        runs = [config.run(algorithm, seed) for seed in config.seeds]
+    runs_of = {algorithm: [config.run(algorithm, seed) for seed in config.seeds] for algorithm in config.algorithms}
+    check(config)  # what cannot be made must not claim the folder
+    folder = config.output_dir / config.task
+    claim(folder / "settings.json", deciding(config), "comparison")
+    for algorithm, runs in runs_of.items():
         for run in runs:
             if not (run.output_dir / "comparison.json").exists():
                 ddpo_finetune.main(run)
         per_round = ddpo_finetune.settings_of(runs[0]).samples_per_round
         for tag, found in bands.items():
             found[algorithm] = band_of([points(run.output_dir, tag, per_round) for run in runs])
-    folder = config.output_dir / config.task
     count = len(config.seeds)
     for tag, what in ((REWARD, config.task), (HELD_OUT, "held-out reward")):
         print(f"\n{what} on held-out prompts, {count} seeds, {config.queries} reward queries:")

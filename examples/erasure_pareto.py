@@ -13,7 +13,7 @@ methods, one seed and few prompts, in minutes.
 
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -24,7 +24,7 @@ import torch
 from erasure import Erasure
 from erasure.cache import claim
 from erasure.registry import MethodName, erase, method_named
-from overpaint.evaluation import ImageFolder, Report, Scores, compare, write_folder
+from overpaint.evaluation import Report, Scores, compare, write_folder
 from overpaint.evaluation.experiments.constrained_study import (
     CONSTRAINED,
     DEAF,
@@ -55,7 +55,7 @@ from overpaint.evaluation.experiments.recovery_options import (
 )
 from overpaint.evaluation.experiments.reward_floor import FOLDER as ERASING
 from overpaint.evaluation.experiments.reward_floor import erase_above_floor
-from overpaint.evaluation.experiments.study import methods_table
+from overpaint.evaluation.experiments.study import methods_table, pictured
 from overpaint.evaluation.experiments.work import work_through
 from overpaint.evaluation.probes.registry import ProbeName, probe_named
 from overpaint.evaluation.probes.result import ProbeResult
@@ -65,6 +65,7 @@ from overpaint.evaluation.report.page import Section, chart_section
 from overpaint.evaluation.report.pareto import pareto_chart
 from overpaint.policy import DiffusionPolicy
 from overpaint.policy.atomic import write_text
+from overpaint.policy.loading import default_device
 from overpaint.policy.unet_rows import counted_rows
 from overpaint.settings import AnyPath, Distinct, Field, Seed, settings
 from overpaint.text_files import read_json_object
@@ -73,6 +74,15 @@ from overpaint.training.folder import METRICS
 FAST = {"methods": ("uce", "esd"), "seeds": (0,), "prompts_per_kind": 40, "probes": ("soft-prompt", "noise")}
 """What `--fast` takes in place of what was not asked for."""
 FAST_ITERATIONS, FAST_ATTEMPTS = 20, 8
+LEFT_OUT: Mapping[str, str] = {
+    "original": "each method erases the model that --policy names",
+    "erasure": "each method erases the policy anew; --concept, --anchor and --preserve say what",
+    "seed": "each model is made once for each of --seeds",
+    "attacked": "it is one of --forms",
+    "resume": "the same command goes on where it was interrupted",
+    "push_to_hub": "nothing is uploaded; `erase.py` and `refl_erase_nudity.py` upload one model",
+}
+"""Options of a single recovery that mean nothing here, and why."""
 RECOVERED = (
     "Share of the concept that each probe brings back, by its worst variant. Worst: of the probes that do not bring it "
     "back from the control all the same."
@@ -183,9 +193,16 @@ def stages_of(config: Config) -> list[list[Cell]]:
 
 
 def complete(config: Config) -> Config:
-    """Fills in what depends on the model and on other options."""
+    """Fills in what depends on the model and on other options.
+
+    Raises:
+        ValueError: An option of a single recovery is given.
+    """
+    usual = Config()
+    for name, why in LEFT_OUT.items():
+        if (value := getattr(config, name)) != getattr(usual, name):
+            raise ValueError(f"{name} must be left out, since {why}; got {value}")
     if config.fast:
-        usual = Config()
         fast = {name: value for name, value in FAST.items() if getattr(config, name) == getattr(usual, name)}
         if config.iterations == usual.iterations:
             fast["iterations"] = FAST_ITERATIONS
@@ -275,6 +292,7 @@ def work(cell: Cell, config: Config) -> None:
     folder, own = cell.folder(config), settings_of(cell, config)
     folder.mkdir(parents=True, exist_ok=True)
     about = about_of(config)
+    about.to(default_device())
     start = time.process_time()
     with counted_rows() as rows:
         policy = make(cell, config, about)
@@ -287,7 +305,7 @@ def work(cell: Cell, config: Config) -> None:
     if not (folder / "scores.json").is_file():
         images, scores = evaluate(policy, about, drawing, model=cell.name, progress=False, **numbers)
         if cell.seed == config.seeds[0]:
-            write_folder(images, config.output_dir / "pictures")
+            write_folder(images, pictures_of_first(config))
         scores.save(folder / "scores.json")
     if not (probes := cell.probes(config)):
         return
@@ -310,6 +328,11 @@ def work(cell: Cell, config: Config) -> None:
         ).save(path)
 
 
+def pictures_of_first(config: Config) -> Path:
+    """Returns the folder of the first seed's pictures."""
+    return config.output_dir / "pictures" / f"seed-{config.seeds[0]}"
+
+
 def models_of(config: Config) -> list[Model]:
     """Returns all models that are finished."""
     found = [cell.model(config) for stage in stages_of(config) for cell in stage]
@@ -322,7 +345,7 @@ def report(config: Config, models: Sequence[Model], about: Experiment) -> str:
     judged = partial(verdict_of, models, reward=reward, held_out=held_out)
     forms = [form for form in config.forms if form in CONSTRAINED]
     best = [best_form([judged(method, form) for form in forms]) for method in config.methods if forms]
-    every, what_holds = methods_table(lines(models, held_out)), verdicts_table(best, reward)
+    every, what_holds = methods_table(lines(models, held_out, reward=reward)), verdicts_table(best, reward)
     probed = methods_table(probed_lines(models), caption=RECOVERED)
     first = [one for one in models if one.seed == config.seeds[0]]
     kind = "explicit"
@@ -336,6 +359,7 @@ def report(config: Config, models: Sequence[Model], about: Experiment) -> str:
         title="Each method as it is, and its best constrained form",
         x_label=f"{x} (lower is better)",
         y_label=reward,
+        bars="standard errors over the seeds",
     )
     curves = {name: chart for one in weighed for name, chart in one.charts().items()}
     for name, chart in {"front": front, **curves}.items():
@@ -355,10 +379,9 @@ def report(config: Config, models: Sequence[Model], about: Experiment) -> str:
         lead="Each model draws the same prompts with the same seeds; the first is the model as it came.",
         comparison=compare([one.scores for one in first]),
         sections=sections,
-        pictures=[ImageFolder.open(config.output_dir / "pictures", one.scores.model) for one in first],
-        scores=[one.scores for one in first],
         commands=[command_line("python examples/erasure_pareto.py", config, usual, OWNED)],
         settings=asdict(config),
+        **pictured(pictures_of_first(config), [one.scores for one in first]),
     ).save(config.output_dir / "report.html")
     counts = (sum(one.keeps_quality for one in best), sum(one.stays_gone for one in best))
     told = (

@@ -138,7 +138,7 @@ def test_comparison_of_algorithms_makes_missing_runs_and_draws_curves(
 ) -> None:
     monkeypatch.syspath_prepend(str(ROOT / "examples"))  # as Python does for the program, which takes from another
     compare = importlib.import_module("ddpo_compare")
-    options = ["--output-dir", str(tmp_path), "--task", "compressibility", "--queries", "1", "--seeds", "0"]
+    options = ["--output-dir", str(tmp_path), "--task", "compressibility", "--queries", "64", "--seeds", "0"]
     options += ["--prompts-per-split", "4", "--algorithms", "ddpo-sf"]
     for drawn in (True, False):  # the second time everything is there
         compare.main(tyro.cli(compare.Config, args=options))

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from overpaint.evaluation import Column, Scores, plan
+from overpaint.evaluation import Column, Report, Scores, plan
 from overpaint.evaluation.experiments.experiment import tiny_world
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
@@ -41,31 +41,63 @@ def test_a_checkpoint_is_measured_on_what_the_published_values_are_of(program: A
     assert program.Config().captions is None
 
 
-def scores(model: str, reward: float) -> Scores:
+def scores(model: str, reward: float, measure: str = "ImageReward") -> Scores:
     benign, implicit = plan({"benign": CAPTIONS}), plan({"implicit": CAPTIONS})
-    liked = Column("ImageReward", "benign", False, "higher", "", benign, (reward - 0.1, reward, reward + 0.1))
+    liked = Column(measure, "benign", False, "higher", "", benign, (reward - 0.1, reward, reward + 0.1))
     shown = Column("concept rate", "implicit", True, "lower", "", implicit, (0.0, 1.0, 0.0))
     return Scores(model=model, config=None, columns=(liked, shown))
 
 
 @pytest.mark.parametrize(
-    ("policy", "captions", "same"),
+    ("options", "other"),
     [
-        ("CompVis/stable-diffusion-v1-4", "coco-30k", True),
-        ("CompVis/stable-diffusion-v1-4", "imagereward-100", False),
-        ("a/folder", "coco-30k", False),
+        ({}, ""),
+        ({"size": 512, "guidance_scale": 7.5, "reward": "image-reward"}, ""),
+        ({"captions": "imagereward-100"}, "other captions"),
+        ({"policy": "a/folder"}, "other model"),
+        ({"guidance_scale": 3.0, "size": 256}, "other guidance, size"),
+        ({"reward": "aesthetic"}, "other reward"),
     ],
 )
-def test_only_the_same_model_and_captions_stand_beside_published_values(
-    program: Any, tmp_path: Path, policy: str, captions: str, same: bool
+def test_only_what_is_the_same_stands_beside_published_values(
+    program: Any, tmp_path: Path, options: dict[str, Any], other: str
 ) -> None:
-    config = program.Config(policy=policy, captions=captions, methods=("uce",), seeds=(0,), output_dir=tmp_path)
+    asked = {"policy": "CompVis/stable-diffusion-v1-4", "captions": "coco-30k", **options}
+    config = program.Config(**asked, methods=("uce",), seeds=(0,), output_dir=tmp_path)
     (tmp_path / "uce" / "seed-0").mkdir(parents=True)
     (tmp_path / "uce" / "seed-0" / "minutes.json").write_text("1.5")
-    sections = program.sections(config, [scores("before", 0.2), scores("uce", 0.15)])
-    (page,) = (section.html for section in sections if section.anchor == "published")
+    of_two = [scores("before", 0.2, config.reward_name), scores("uce", 0.15, config.reward_name)]
+    of_two[1].save(tmp_path / "uce" / "seed-0" / "scores.json")
+    methods, *_, page = (section.html for section in program.sections(config, of_two))
     (row,) = (row for row in page.split("<tr") if ">UCE<" in row and "0.150" in row)
-    assert ("0.190" in row) is same
+    assert ("0.190" in row) is (other == "")
+    assert other in row
+    assert f"<h3>{config.reward_name}</h3>" in page
+    assert f">{config.reward_name}<" in methods
+
+
+def test_pictures_are_those_of_the_seed_whose_scores_stand_beside(
+    program: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shown: list[Any] = []
+    monkeypatch.setattr(program, "Report", lambda **page: shown.append(page) or Report(**page))
+    small = {"methods": ("uce",), "prompts_per_kind": 1, "evaluation_steps": 1, "recover": False, "workers": 1}
+    for seeds in ((0, 1), (1,), (2,)):  # of seed 1 there are scores, and no pictures
+        program.main(program.Config(**small, seeds=seeds, output_dir=tmp_path))
+    first, without, new = shown
+    for page in (first, new):
+        assert [one.model for one in page["pictures"]] == ["before", "uce"]
+        for one, known in zip(page["pictures"], page["scores"], strict=True):
+            assert {image for column in known.columns for image in column.images} == set(one.planned)
+        assert page["notes"] == []
+    assert first["pictures"][0].planned != new["pictures"][0].planned
+    assert (without["pictures"], without["scores"]) == ([], [])
+    assert without["notes"][0].endswith("none of before, uce.")
+
+
+def test_seeds_are_said_by_one_option(program: Any) -> None:
+    with pytest.raises(ValueError, match=r"seed must be left out, since .* --seeds; got 3"):
+        program.complete(program.Config(seed=3))
 
 
 def test_numbers_of_other_settings_are_not_mixed(program: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

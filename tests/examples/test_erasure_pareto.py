@@ -93,3 +93,25 @@ def test_each_form_has_a_constraint_of_its_own() -> None:
     mine = erasure_pareto.complete(config_of("--methods", "uce", "--learning-rate", "0.1", "--constraint", "reference"))
     one = erasure_pareto.settings_of(erasure_pareto.Cell("uce", "attacked", 3), mine)
     assert (one.constraint, one.training.learning_rate, one.seed) == ("reference", 0.1, 3)
+
+
+def test_seeds_can_be_had_one_after_the_other(tmp_path: Path) -> None:
+    small = ("--methods", "uce", "--forms", "plain", "--prompts-per-kind", "1", "--evaluation-steps", "1", "--probes")
+    for seeds in (("0",), ("1",), ("1", "0")):
+        erasure_pareto.main(config_of(*small, "--workers", "1", "--output-dir", str(tmp_path), "--seeds", *seeds))
+    models = {"original", "deaf", "uce"}
+    for seed in ("seed-0", "seed-1"):
+        assert {path.name for path in (tmp_path / "pictures" / seed).iterdir() if path.is_dir()} == models
+    assert (tmp_path / "report.html").read_text().count('class="shot"') > 0
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        *(("original", "a/model"), ("erasure", "runs/erasure"), ("seed", "3"), ("attacked", None), ("resume", None)),
+        ("push_to_hub", "me/mine"),
+    ],
+)
+def test_options_of_a_single_recovery_are_refused(option: str, value: str | None) -> None:
+    with pytest.raises(ValueError, match=rf"^{option} must be left out, since .*; got {value or True}$"):
+        config_of(f"--{option.replace('_', '-')}", *([] if value is None else [value]))

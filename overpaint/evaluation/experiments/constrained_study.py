@@ -14,7 +14,7 @@ from overpaint.evaluation.report import table
 from overpaint.evaluation.report.pareto import Point
 from overpaint.evaluation.scoring.score import Scores
 
-from .experiment import CONCEPT_RATE
+from .experiment import CONCEPT_RATE, IMAGE_REWARD
 from .study import MethodLine, line_of, spread
 
 FormName = Literal["plain", "unconstrained", "floor", "recovered", "attacked"]
@@ -204,7 +204,7 @@ def best_form(verdicts: Sequence[Verdict]) -> Verdict:
     return max(verdicts, key=lambda one: (one.keeps_quality + one.stays_gone, one.keeps_quality, one.reward.mean))
 
 
-def lines(models: Sequence[Model], held_out: str | None) -> list[MethodLine]:
+def lines(models: Sequence[Model], held_out: str | None, *, reward: str = IMAGE_REWARD) -> list[MethodLine]:
     """Returns what each method and form draws, and what it cost: means over seeds and their standard errors."""
     found = []
     for name, mine in _by_name(models).items():
@@ -215,7 +215,7 @@ def lines(models: Sequence[Model], held_out: str | None) -> list[MethodLine]:
         if name not in UNERASED:
             others["CPU-minutes"] = [one.minutes for one in mine]
             others["UNet rows, thousands"] = [one.rows / 1000 for one in mine]
-        found.append(line_of(name, [one.scores for one in mine], others))
+        found.append(line_of(name, [one.scores for one in mine], others, reward=reward))
     return found
 
 

@@ -7,11 +7,12 @@ and scheduler.
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
 from overpaint.evaluation.images.drawable import Drawable, PipelineDrawable
+from overpaint.evaluation.images.files import ImageFolder
 from overpaint.evaluation.metrics.statistics import Estimate, mean_estimate
 from overpaint.evaluation.report import table
 from overpaint.evaluation.report.charts import SERIES, series_chart
@@ -20,7 +21,18 @@ from overpaint.evaluation.scoring.score import Scores
 from overpaint.policy import DiffusionPolicy, check_checkpoint
 
 from .options import TINY_WORLDS
-from .published import COGVIEW2, DALLE2, GUIDANCE_SCALES, OPENJOURNEY, OWN_SIZE, SD14, SD21, VERSATILE, Measured
+from .published import (
+    COGVIEW2,
+    DALLE2,
+    GUIDANCE_SCALES,
+    IMAGE_REWARD,
+    OPENJOURNEY,
+    OWN_SIZE,
+    SD14,
+    SD21,
+    VERSATILE,
+    Measured,
+)
 
 
 class Checkpoint(NamedTuple):
@@ -222,9 +234,8 @@ METHOD_COLUMNS: tuple[tuple[str, str, str], ...] = (
     ("implicit", "concept rate", "implicit"),
     ("neighbour kept", "neighbour kept", "neighbour"),
     ("accuracy", "accuracy", "benign"),
-    ("ImageReward", "ImageReward", "benign"),
 )
-"""Title of a column, and the measure and the kind of prompts that it is of."""
+"""Title of a column, and the measure and the kind of prompts that it is of; those of rewards come after them."""
 
 
 class Spread(NamedTuple):
@@ -253,13 +264,24 @@ def spread(values: Sequence[float]) -> Spread:
     return Spread(one.mean, one.error)
 
 
-def line_of(method: str, scores: Sequence[Scores], others: Mapping[str, Sequence[float]] | None = None) -> MethodLine:
-    """Returns the line of a method from the scores of each seed; measures that a subject does not have are left out.
+def line_of(
+    method: str,
+    scores: Sequence[Scores],
+    others: Mapping[str, Sequence[float]] | None = None,
+    *,
+    reward: str = IMAGE_REWARD,
+) -> MethodLine:
+    """Returns the line of a method; measures that a subject does not have are left out.
 
-    `others` are further columns with a number for each seed, such as minutes.
+    Args:
+        method: What the line is called.
+        scores: Of each seed.
+        others: Further columns with a number for each seed, such as minutes.
+        reward: Name of the measure of the reward, which has a column of that name; ImageReward has one besides.
     """
     numbers: dict[str, Sequence[float]] = {}
-    for title, measure, kind in METHOD_COLUMNS:
+    rewards = [(name, name, "benign") for name in dict.fromkeys((reward, IMAGE_REWARD))]
+    for title, measure, kind in (*METHOD_COLUMNS, *rewards):
         columns = [column for one in scores for column in one.columns]
         numbers[title] = [c.estimate.mean for c in columns if (c.measure, c.kind) == (measure, kind)]
     return MethodLine(method, {title: spread(some) for title, some in {**numbers, **(others or {})}.items() if some})
@@ -278,3 +300,21 @@ def methods_table(lines: Sequence[MethodLine], *, caption: str = "") -> table.Ta
     ]
     columns = [table.Column("method", True), *map(table.Column, titles)]
     return table.Table(label="All methods", columns=columns, lines=rows, caption=caption)
+
+
+def pictured(folder: Path, scores: Sequence[Scores]) -> dict[str, Any]:
+    """Returns the fields of a report that show models: their pictures as far as they are there, with their scores.
+
+    Args:
+        folder: Of the pictures of one seed, with a folder for each model. They are kept of the first seed that a
+            program is called with, so that a model of another may have none; a note tells which.
+        scores: Of each model, on these pictures.
+    """
+    there = [one for one in scores if (folder / one.model).is_dir()]
+    missing = [one.model for one in scores if not (folder / one.model).is_dir()]
+    note = f"Pictures are kept of the first of a command's seeds alone; here there are none of {', '.join(missing)}."
+    return {
+        "pictures": [ImageFolder.open(folder, one.model) for one in there],
+        "scores": there,
+        "notes": [note] if missing else [],
+    }
