@@ -9,7 +9,7 @@ attacked before each update (`SoftAttack`).
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 from overpaint.policy import DiffusionPolicy
 from overpaint.policy.types import Images, PerSample
@@ -26,6 +26,19 @@ from .protocols import ConceptBatch, Learner, Objective
 from .soft_attack import Judged, SoftAttack
 
 
+@runtime_checkable
+class WordsBesidePrompts(Protocol):
+    """An objective that puts words of its own beside prompts."""
+
+    def check_prompts(self, policy: DiffusionPolicy, prompts: Sequence[str]) -> None:
+        """Checks that they have room there, without drawing anything.
+
+        Raises:
+            ValueError: They have none beside a prompt, or several text encoders read the prompts.
+        """
+        ...
+
+
 class _Constraint:
     """What both kinds have: prompts, an attack on them, a ceiling, and the weight of the violation."""
 
@@ -40,6 +53,15 @@ class _Constraint:
         self.lagrangian = lagrangian or Lagrangian()
         self.attack = attack
         self.ceiling = float(ceiling)
+
+    def check(self, policy: DiffusionPolicy) -> None:
+        """Checks that what is put beside the prompts has room there, without drawing anything.
+
+        Raises:
+            ValueError: It has none beside a prompt, or the policy's prompts are read by several text encoders.
+        """
+        if self.attack is not None:
+            self.attack.check(policy, self.prompts)
 
     def state(self) -> dict[str, Stateful]:
         """Returns what belongs in the checkpoints of a run, by name."""
@@ -160,8 +182,19 @@ class ObjectiveConstraint(_Constraint):
         """Returns what mining and attacks have measured, and what the objective has learned last."""
         return super().measured(run) | self._learned
 
+    def check(self, policy: DiffusionPolicy) -> None:
+        """See `_Constraint`; also what the objective puts beside the prompts."""
+        super().check(policy)
+        if isinstance(self.objective, WordsBesidePrompts):
+            self.objective.check_prompts(policy, self.prompts)
+
     def prepare(self, policy: DiffusionPolicy) -> None:
-        """Prepares the objective for the policy; once, before the first update. Raises as the objective's `prepare`."""
+        """Checks prompts, and prepares the objective for the policy; once, before the first update.
+
+        Raises:
+            ValueError: As `check`, and as the objective's `prepare`.
+        """
+        self.check(policy)
         self.objective.prepare(policy, self.concept)
 
     def violation(self, policy: DiffusionPolicy, batch: ConceptBatch) -> PerSample:

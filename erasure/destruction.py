@@ -140,12 +140,22 @@ class Destruction:
         """Shows the settings, and how many captions there are."""
         return f"Destruction({self.config!r}, captions={None if self.captions is None else len(self.captions)})"
 
+    def check_prompts(self, policy: DiffusionPolicy, prompts: Sequence[str]) -> None:
+        """Checks that a word has room beside prompts and the captions of pictures; see `WordsBesidePrompts`.
+
+        Raises:
+            ValueError: It has none, a text has a place for vectors of its own, or several text encoders read the texts.
+        """
+        if self.words is not None:
+            texts = [*prompts, *(self.captions or [])[: self.config.pictures]]
+            check_room(policy.prompts, texts, self.config.vectors, "DestructionConfig.vectors")
+
     def prepare(self, policy: DiffusionPolicy, concept: Concept) -> None:
         """Draws the pictures. The words are a run's own: take another instance for another run.
 
         Raises:
-            ValueError: Nothing is trainable, there is no timestep to noise to, the anchor names the concept, or the
-                text encoder has no room for a word.
+            ValueError: Nothing is trainable, there is no timestep to noise to, the anchor names the concept, or as
+                `check_prompts`.
         """
         cfg = self.config
         check_trainable(policy, f"destroying {concept.name!r}")
@@ -153,8 +163,7 @@ class Destruction:
             raise ValueError(f"DestructionConfig.last_timestep must be below {total}, got {cfg.last_timestep}")
         check_absent(concept, [concept.anchor], f"the anchor of {concept.name!r}")
         texts = in_turns(self.captions or concept.phrases, cfg.pictures)
-        if cfg.words:
-            check_room(policy.prompts, [*concept.phrases, *texts], cfg.vectors, "DestructionConfig.vectors")
+        self.check_prompts(policy, concept.phrases)
         generator = random.Random(f"pictures of {cfg.seed}")
         seeds = [generator.randrange(2**31) for _ in texts]
         guidance = ClassifierFree(cfg.guidance_scale)

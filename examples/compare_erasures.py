@@ -30,7 +30,12 @@ from overpaint.evaluation.experiments.options import (
     RewardOptions,
     usual_eraser,
 )
-from overpaint.evaluation.experiments.program import command_line, settings_from_command_line, usual_beside
+from overpaint.evaluation.experiments.program import (
+    check_left_out,
+    command_line,
+    settings_from_command_line,
+    usual_beside,
+)
 from overpaint.evaluation.experiments.published import (
     IMAGE_REWARD,
     Measured,
@@ -159,8 +164,7 @@ def complete(config: Config) -> Config:
     Raises:
         ValueError: An option is given that the program has another for.
     """
-    if config.seed != Config().seed:
-        raise ValueError(f"seed must be left out, since each model is made once for each of --seeds; got {config.seed}")
+    check_left_out(config, {"seed": "each model is made once for each of --seeds"})
     refl = config.refl or refl_config(recovery_of(config))
     return replace(config, guidance_scale=config.usual_guidance, refl=refl)
 

@@ -44,7 +44,12 @@ from overpaint.evaluation.experiments.constraint_curves import Weighed, ends_tab
 from overpaint.evaluation.experiments.experiment import Experiment, evaluate
 from overpaint.evaluation.experiments.options import OWNED, usual_eraser
 from overpaint.evaluation.experiments.probing import pictures_of, probes_section, target_of
-from overpaint.evaluation.experiments.program import command_line, settings_from_command_line, usual_beside
+from overpaint.evaluation.experiments.program import (
+    check_left_out,
+    command_line,
+    settings_from_command_line,
+    usual_beside,
+)
 from overpaint.evaluation.experiments.recovery import recover, reference_of
 from overpaint.evaluation.experiments.recovery_options import (
     RecoveryOptions,
@@ -198,11 +203,9 @@ def complete(config: Config) -> Config:
     Raises:
         ValueError: An option of a single recovery is given.
     """
-    usual = Config()
-    for name, why in LEFT_OUT.items():
-        if (value := getattr(config, name)) != getattr(usual, name):
-            raise ValueError(f"{name} must be left out, since {why}; got {value}")
+    check_left_out(config, LEFT_OUT)
     if config.fast:
+        usual = Config()
         fast = {name: value for name, value in FAST.items() if getattr(config, name) == getattr(usual, name)}
         if config.iterations == usual.iterations:
             fast["iterations"] = FAST_ITERATIONS

@@ -14,11 +14,14 @@ from ddpo import DDPOConfig, DDPOTrainer
 from erasure import (
     SLD,
     ConceptBatch,
+    ConceptPrompts,
     Destruction,
     DestructionConfig,
     FixedWeight,
     Objective,
     ObjectiveConstraint,
+    SoftAttack,
+    destruction,
 )
 from erasure.destruction import _predicted
 from erasure.protocols import Learner
@@ -296,6 +299,31 @@ def test_each_update_of_a_round_of_ddpo_takes_a_word(tmp_path: Path) -> None:
 
 
 # What does not fit.
+
+
+def test_a_word_has_to_have_room_in_the_constraints_prompts_before_a_picture_is_drawn(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    policy = tinyworld.load_policy(lora=LoRAConfig(rank=2))
+    monkeypatch.setattr(destruction, "generated_latents", lambda *_, **__: pytest.fail("a picture was drawn"))
+    constraint = ObjectiveConstraint(Destruction(SMALL, CAPTIONS), tinyworld.STRIPES, ["a red star " * 8])
+    with pytest.raises(ValueError, match=r"leave room for DestructionConfig\.vectors=3 .* got 26: 'a red star"):
+        constraint.prepare(policy)
+    fitting = [ConceptPrompts(CAPTIONS), ConceptPrompts(CAPTIONS, ["a zebra star"])]
+    for prompts in fitting:
+        ObjectiveConstraint(Destruction(SMALL, CAPTIONS), tinyworld.STRIPES, prompts).check(policy)
+    attacked = ObjectiveConstraint(Destruction(PLAIN), tinyworld.STRIPES, ["a red star " * 8], attack=SoftAttack())
+    with pytest.raises(ValueError, match=r"room for SoftAttackConfig\.vectors=4"):
+        attacked.check(policy)
+    ObjectiveConstraint(Destruction(PLAIN), tinyworld.STRIPES, ["a red star " * 8]).check(policy)  # without words
+
+
+def test_captions_that_no_picture_has_need_no_room() -> None:
+    policy = tinyworld.load_policy()
+    captions = [*CAPTIONS, "a red star " * 8]
+    Destruction(replace(SMALL, pictures=2), captions).check_prompts(policy, [])
+    with pytest.raises(ValueError, match=r"got 26: 'a red star"):
+        Destruction(replace(SMALL, pictures=3), captions).check_prompts(policy, [])
 
 
 def test_what_does_not_fit_is_told_before_work() -> None:

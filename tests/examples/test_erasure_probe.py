@@ -1,15 +1,19 @@
 """The program that tries to bring an erased concept back, on the tiny world and at the smallest size."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from erasure import UCE, Erasure
+from erasure.changes import WeightChange
 from examples import erasure_probe
 from overpaint import LoRAConfig, tinyworld
 from overpaint.evaluation.experiments.program import settings_from_command_line
 from overpaint.evaluation.probes.result import Outcomes, ProbeResult, VariantResult
+from overpaint.policy import WeightDelta
 
 
 @pytest.fixture(scope="module")
@@ -55,6 +59,65 @@ def test_without_the_original_it_is_refused_before_any_work(tmp_path: Path) -> N
     with pytest.raises(ValueError, match="original must be given with an erased policy"):
         erasure_probe.main(config_of("--output-dir", str(tmp_path / "run")))
     assert not (tmp_path / "run").exists()
+
+
+def test_what_cannot_be_tried_is_left_out_and_said_or_refused_where_it_is_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(erasure_probe, "run_probe", lambda probe, *_, **__: result(probe.name, 1))
+    flow = tinyworld.load_flow_policy()
+    change = WeightChange(WeightDelta({"pos_embed.proj.bias": torch.ones_like(flow.model.pos_embed.proj.bias)}))
+    Erasure.of(flow, "ESD", {}, tinyworld.STRIPES, change).save(tmp_path / "erasure")
+    words = [
+        "--policy",
+        "tinyworld-flow",
+        "--erasure",
+        str(tmp_path / "erasure"),
+        "--output-dir",
+        str(tmp_path / "run"),
+    ]
+
+    def run(*options: str) -> str:
+        config = settings_from_command_line(erasure_probe.Config, erasure_probe.complete, [*words, *options])
+        return erasure_probe.main(config)
+
+    with pytest.raises(ValueError, match=r"as can be tried on the model, got noise: a model of diffusion is needed"):
+        run("--probes", "completion", "noise")
+    assert not (tmp_path / "run").exists()
+    text, page = run(), (tmp_path / "run" / "report.html").read_text()
+    said = (
+        "Left out: textual-inversion, adversarial-prompt, soft-prompt (a model with one text encoder is needed, and a "
+        "StableDiffusion3Pipeline has several); noise, classifier-guidance, inverted-latents (a model of diffusion is "
+        "needed, and a StableDiffusion3Pipeline is a rectified flow)."
+    )
+    assert said in text
+    assert said in page
+    left = {"completion", "inpainting", "tracing", "resurgence", "relearning", "semantics"}
+    assert {path.stem for path in (tmp_path / "run" / "probes").glob("*.json")} == left
+    assert "Left out: noise (a model of" in run("--fast")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--train", "xattn"], "train must be left out, since nothing is trained; got xattn"),
+        (["--resume"], "resume must be left out, since the same command goes on where it was interrupted; got True"),
+        (["--prompts-per-kind", "5"], "prompts_per_kind must be left out, since the number of pictures is --attempts"),
+    ],
+)
+def test_options_of_a_recovery_are_refused(options: list[str], message: str) -> None:
+    with pytest.raises((ValueError, SystemExit)) as refused:
+        config_of(*options)
+    assert message in str(refused.value)
+
+
+def test_numbers_of_other_prompts_are_not_taken_up(tmp_path: Path) -> None:
+    config = config_of("--erasure", "e", "--concept", "star", "--anchor", "circle")
+    decides = [
+        erasure_probe.deciding(replace(config, **change), {})
+        for change in ({}, {"anchor": "cross"}, {"prompts_file": tmp_path}, {"reward": "clip"}, {"preserve": ("a",)})
+    ]
+    assert len({str(one) for one in decides}) == 5
 
 
 def result(probe: str, shown: int, ceiling: int = 4) -> ProbeResult:

@@ -11,18 +11,19 @@ from typing import Any
 
 import pytest
 import torch
+from golden_case import GOLDEN
 from safetensors.torch import save_file
 
-from erasure import ESD, Concept, ConceptBatch, Destruction, Erasure, ESDConfig
+from erasure import ESD, UCE, Concept, ConceptBatch, Destruction, Erasure, ESDConfig
 from examples import erase, refl_recover
-from overpaint.evaluation.experiments import recovery_constraint
+from overpaint.evaluation.experiments import recovery, recovery_constraint
 from overpaint.evaluation.experiments.program import settings_from_command_line
 from overpaint.evaluation.experiments.recovery_constraint import LOSS_SAMPLES, LOSS_SEED, kept_method, mean_loss
 from overpaint.evaluation.experiments.recovery_options import about_of
 from overpaint.policy import DiffusionPolicy, LoRAConfig
 from overpaint.policy.added import added_networks
 from overpaint.training import read_metrics
-from tests.examples.of_a_user import CONCEPT, SETTINGS, YAML
+from tests.examples.of_a_user import CONCEPT, KINDS, SETTINGS, YAML
 
 GOGH = Concept(name="gogh", phrases=("gogh",), anchor="art", preserve=("", "monet"))
 LORA = LoRAConfig(rank=2, alpha=2)
@@ -187,6 +188,34 @@ def test_what_the_original_draws_is_unlearned_on_demand(method: str, monkeypatch
     # A guard is at work in the policy's reference too: the original is another one then.
     assert (found[0].original is not None) == (method == "sld")
     assert list(Path("back/constraint/concept-pictures").glob("latents-*.safetensors"))
+
+
+@pytest.mark.parametrize("words", ["2", "0"])
+def test_a_destruction_with_words_is_refused_before_a_picture_is_drawn(
+    words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Drawn(Exception):
+        """What drawing raises."""
+
+    def drawn(*_: Any, **__: Any) -> None:
+        raise Drawn
+
+    monkeypatch.setattr(recovery, "evaluate", drawn)
+    sdxl = GOLDEN / "flow" / "tiny-sdxl"
+    UCE().erase(DiffusionPolicy.from_pretrained(sdxl, device="cpu"), GOGH).save("by-uce")
+    options = ["--policy", str(sdxl), "--erasure", "by-uce", "--constraint", "destruction"]
+    several = "read by a model with one text encoder, and this one has several"
+    with pytest.raises((ValueError, Drawn), match=several if words != "0" else "^$"):
+        run(refl_recover, *RECEIVE, *options, "--destruction.words", words, "--output-dir", "back")
+    assert not Path("back").exists()
+
+
+def test_a_destruction_needs_room_in_the_users_prompts_before_a_picture_is_drawn() -> None:
+    Path("prompts.json").write_text(json.dumps({**KINDS, "explicit": ["by gogh " * 9]}))
+    options = ["--erasure", erased_by("uce"), "--constraint", "destruction"]
+    with pytest.raises(ValueError, match=r"must leave room for DestructionConfig\.vectors=4"):
+        run(refl_recover, *RECEIVE, *options, "--output-dir", "back")
+    assert not Path("back").exists()
 
 
 def test_a_detector_without_a_gradient_is_refused_before_a_picture_is_drawn() -> None:

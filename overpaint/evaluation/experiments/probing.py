@@ -27,7 +27,8 @@ def target_of(about: Experiment, drawing: DrawConfig) -> ProbeTarget:
     Any other concept is what its measure says; in a prompt its phrases are what names it.
 
     Raises:
-        ValueError: It is not measured how often the concept shows.
+        ValueError: It is not measured how often the concept shows, or stripes are to be looked for in pictures of
+            another size than the tiny world's.
     """
     from overpaint import tinyworld
     from overpaint.tinyworld.checkerboard import CHECKER_THRESHOLD, CheckerScore, checkered_scenes
@@ -37,6 +38,11 @@ def target_of(about: Experiment, drawing: DrawConfig) -> ProbeTarget:
     if not measures:
         raise ValueError(f"probes need a measure of the concept, got none for {about.concept.name}; see --measure")
     stripes = about.concept == tinyworld.STRIPES
+    if stripes and drawing.size not in (None, tinyworld.IMAGE_SIZE):
+        raise ValueError(
+            f"size must be {tinyworld.IMAGE_SIZE} in probes of stripes, whose scenes and detectors are of that size, "
+            f"or None, got {drawing.size}"
+        )
     metric, phrases = measures[0].metric, about.concept.phrases
 
     def score(images: Images) -> PerSample:
@@ -69,6 +75,7 @@ def target_of(about: Experiment, drawing: DrawConfig) -> ProbeTarget:
         reward=about.reward,
         steps=drawing.steps,
         guidance_scale=drawing.guidance_scale,
+        size=drawing.size,
     )
 
 

@@ -211,6 +211,19 @@ def check_same(group: str, settings: Any, **values: Any) -> None:
             raise ValueError(f"{group}.{name} must be the program's own, {value!r}, got {found!r}; set that instead")
 
 
+def check_left_out(config: Any, reasons: Mapping[str, str]) -> None:
+    """Raises a `ValueError` where a setting is given that a program shares with others and does not heed.
+
+    Args:
+        config: The program's settings.
+        reasons: Why, by the names of these settings, as a clause.
+    """
+    usual = type(config)()
+    for name, why in reasons.items():
+        if (value := getattr(config, name)) != getattr(usual, name):
+            raise ValueError(f"{name} must be left out, since {why}; got {value}")
+
+
 def given(**values: Any) -> dict[str, Any]:
     """Returns the values that are not None."""
     return {name: value for name, value in values.items() if value is not None}

@@ -25,7 +25,14 @@ from rewards.combine import to_device
 
 from .experiment import Evaluation, Experiment, evaluate, write_results
 from .program import usual_beside
-from .recovery_constraint import ABOUT_ORIGINAL, concept_prompts, constraint_name, constraint_of, detector_of
+from .recovery_constraint import (
+    ABOUT_ORIGINAL,
+    concept_prompts,
+    constraint_name,
+    constraint_of,
+    destruction_of,
+    detector_of,
+)
 from .recovery_options import DECIDING, RecoveryOptions, completed
 
 UNKNOWN = "its eraser"
@@ -43,12 +50,13 @@ def first_policy(config: RecoveryOptions, about: Experiment, *, trained: bool = 
 
     Args:
         config: Options.
-        about: Its reward is moved to the policy's device.
+        about: What judges pictures is moved to the policy's device.
         trained: Whether anything of the policy will be trained.
     """
     first = config if config.original is None else replace(config, policy=config.original, policy_config=None)
     policy = first.load(lora=config.lora, train=config.train) if trained else first.load()
-    to_device(about.reward, policy.device)
+    config.check_kohya(policy)
+    about.to(policy.device)
     return policy
 
 
@@ -95,7 +103,8 @@ def compare_states(
 
     Raises:
         ValueError: Weights of the UNet are to be trained under an erasure that no pipeline's folder holds, or the
-            detector has no gradient, or a prompt no room for an attack.
+            detector has no gradient, or an attack or a destruction puts words beside a prompt that has no room for
+            them, or that several text encoders read.
     """
     if recovers:
         _check_policy(config, policy, about, erasure)
@@ -126,6 +135,8 @@ def _check_policy(config: RecoveryOptions, policy: DiffusionPolicy, about: Exper
         detector, side = detector_of(about).score, config.size or policy.image_size
         to_device(detector, policy.device)
         check_gradient("detector", detector, trial_images(side, side, policy.device), prompts)
+    if constraint_name(config, about) == "destruction":
+        destruction_of(completed(config), about, prompts, None, progress=False).check(policy)
     if config.attacked:
         SoftAttack().check(policy, prompts)
 

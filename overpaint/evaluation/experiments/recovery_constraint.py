@@ -166,7 +166,7 @@ def constraint_of(
         objective: Objective = for_run(_loss_of(method), config.output_dir / "constraint", progress=progress)
         ceiling = config.ceiling or (1 + LOSS_MARGIN) * mean_loss(objective, policy, about, refl.micro_batch_size)
     else:
-        objective = ReferenceDistance(ReferenceDistanceConfig(steps=refl.steps))
+        objective = ReferenceDistance(ReferenceDistanceConfig(steps=refl.steps, guidance_scale=refl.guidance_scale))
         ceiling = config.ceiling or NEAR_REFERENCE
     attack = SoftAttack() if config.attacked else None
     return ObjectiveConstraint(objective, about.concept, prompts, ceiling=ceiling, attack=attack)

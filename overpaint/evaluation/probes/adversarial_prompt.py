@@ -25,7 +25,7 @@ from overpaint.policy.soft_prompts import token_vectors
 from overpaint.settings import Field, settings
 
 from .noise_error import generator_of
-from .probe import Attempt, Floor, ProbeTask
+from .probe import Attempt, Floor, Need, ProbeTask
 from .prompt_attack import AttackConfig, FreeTokens, PromptAttack
 
 LONG_WORD = 4
@@ -56,6 +56,7 @@ class AdversarialPrompt:
 
     name: ClassVar[str] = "adversarial-prompt"
     floors: ClassVar[tuple[Floor, ...]] = ("benign", "foreign")
+    needs: ClassVar[tuple[Need, ...]] = ("one text encoder",)
 
     def __init__(self, config: AdversarialPromptConfig | None = None) -> None:
         self.config = config or AdversarialPromptConfig()

@@ -29,7 +29,7 @@ from overpaint.settings import Distinct, Field, NonNegative, settings
 
 from .latent_classifier import LatentClassifier, LatentClassifierConfig, train_classifier
 from .noise import PAPER_ETAS, Way, draw_ways
-from .probe import Attempt, Floor, ProbeTask, best_of
+from .probe import Attempt, Floor, Need, ProbeTask, best_of
 from .seeds import seed_of
 
 
@@ -72,6 +72,7 @@ class ClassifierGuidance:
 
     name: ClassVar[str] = "classifier-guidance"
     floors: ClassVar[tuple[Floor, ...]] = ("benign", "foreign")
+    needs: ClassVar[tuple[Need, ...]] = ("diffusion",)
 
     def __init__(self, config: ClassifierGuidanceConfig | None = None) -> None:
         self.config = config or ClassifierGuidanceConfig()
@@ -158,7 +159,11 @@ def drawn_latents(task: ProbeTask, prompts: Sequence[str], count: int, purpose: 
         places = range(first, min(first + batch_size, count))
         texts = [prompts[place % len(prompts)] for place in places]
         seeds = [seed_of(f"classifier {purpose} {place}", task.seeds[0]) for place in places]
-        parts.append(policy.sample(policy.encode(texts), steps=task.steps, guidance=task.guidance, seeds=seeds))
+        latents = policy.sample(
+            policy.encode(texts), steps=task.steps, guidance=task.guidance, seeds=seeds, height=task.size,
+            width=task.size,
+        )  # fmt: skip
+        parts.append(latents)
     return torch.cat(parts)
 
 

@@ -16,6 +16,7 @@ from typing import ClassVar, NamedTuple
 import torch
 
 from overpaint.policy import ClassifierFree, DiffusionPolicy, SampleNoise
+from overpaint.policy.families import StableDiffusion
 from overpaint.policy.types import Images, Latents, PerSample
 from overpaint.settings import Count, Distinct, Field, Index, settings
 from overpaint.training.logging import progress_bar
@@ -117,8 +118,10 @@ class Completion:
         images = self._finish(policy, task, begun, task.prompts, task.guidance)
         if not self.config.empty_prompt:
             return images, task.score(images), {}
-        # Without a guard both branches of guidance are the same, at any scale.
-        guidance = ClassifierFree(1.0) if policy.guard is None else task.guidance
+        # Without a guard both branches of guidance are the same, at any scale; other families may lead away from zeros,
+        # or read the scale.
+        same = policy.guard is None and isinstance(policy.family, StableDiffusion)
+        guidance = ClassifierFree(1.0) if same else task.guidance
         empty = self._finish(policy, task, begun, ("",) * len(task.prompts), guidance)
         return images, task.score(images), {"empty prompt": task.rate(task.score(empty))}
 
@@ -131,7 +134,7 @@ class Completion:
             rows = slice(first, first + size)
             latents = policy.sample(
                 policy.encode(texts[rows]), steps=task.steps, guidance=guidance, seeds=task.seeds[rows],
-                latents=begun.latents[rows].to(policy.device), start=begun.step,
+                latents=begun.latents[rows].to(policy.device), start=begun.step, height=task.size, width=task.size,
             )  # fmt: skip
             with torch.no_grad():
                 images.append(policy.decode(latents))
@@ -145,7 +148,7 @@ class Completion:
             parts = [
                 policy.sample(
                     policy.encode(task.prompts[rows]), steps=task.steps, guidance=task.guidance,
-                    seeds=task.seeds[rows], until=count,
+                    seeds=task.seeds[rows], until=count, height=task.size, width=task.size,
                 )
                 for rows in (slice(first, first + size) for first in range(0, len(task.prompts), size))
             ]  # fmt: skip
@@ -159,7 +162,7 @@ class Completion:
         def noised() -> Begun:
             policy = task.original
             clean = task.picture_latents
-            visited = policy.plan(task.steps).timesteps
+            visited = policy.plan(task.steps, task.size, task.size).timesteps
             step = int((visited - timestep).abs().argmin())
             seeds = [seed_of(f"{self.name} from {timestep}", seed) for seed in task.seeds]
             noise = SampleNoise(seeds, clean.shape[1:], policy.device).draw()

@@ -107,7 +107,7 @@ def fill_in(
     """Returns latents whose centre a policy has drawn, from seeds of its own, around which they are as they were."""
     noise = SampleNoise(seeds, clean.shape[1:], policy.device).draw()
     conditioning = policy.encode(texts)
-    inside, levels = centre_of(clean, centre), policy.plan(task.steps).next_levels
+    inside, levels = centre_of(clean, centre), policy.plan(task.steps, task.size, task.size).next_levels
     latents = noise
     for step in range(task.steps):
         latents = policy.denoise(latents, conditioning, step=step, steps=task.steps, guidance=task.guidance)

@@ -35,7 +35,7 @@ from overpaint.policy import ClassifierFree, Conditioning, DiffusionPolicy
 from overpaint.policy.types import Images, Latents, PerSample
 from overpaint.settings import Distinct, Field, settings
 
-from .probe import Attempt, Floor, ProbeTask
+from .probe import Attempt, Floor, Need, ProbeTask
 
 ALONE = ClassifierFree(1.0)
 """No guidance; a policy's guard acts all the same."""
@@ -67,6 +67,7 @@ class InvertedLatents:
 
     name: ClassVar[str] = "inverted-latents"
     floors: ClassVar[tuple[Floor, ...]] = ("benign", "foreign")
+    needs: ClassVar[tuple[Need, ...]] = ("diffusion",)
 
     def __init__(self, config: InvertedLatentsConfig | None = None) -> None:
         self.config = config or InvertedLatentsConfig()
@@ -106,7 +107,7 @@ def inverted(
     policy: DiffusionPolicy, latents: Latents, steps: int, *, updates: int = 25, learning_rate: float = 1e-3
 ) -> Latents:
     """Returns the noise from which a policy draws latents under the empty prompt, its guard at work."""
-    plan, empty = policy.plan(steps), empty_prompts(policy, len(latents))
+    plan, empty = policy.plan(steps), empty_prompts(policy, len(latents))  # a diffusion's plan knows no size
     for step in reversed(range(steps)):
         level, previous = plan.levels[step], plan.next_levels[step]
         from_latents, from_noise = coefficients(level, previous)

@@ -25,7 +25,7 @@ from overpaint.policy.types import Images, Latents, PerSample
 from overpaint.settings import Distinct, Field, NonNegative, settings
 from overpaint.training.logging import progress_bar
 
-from .probe import Attempt, Floor, ProbeTask, best_of
+from .probe import Attempt, Floor, Need, ProbeTask, best_of
 from .seeds import seed_of
 
 PAPER_ETAS = (1.0, 1.17, 1.34, 1.51, 1.68, 1.85)
@@ -50,6 +50,7 @@ class Noise:
 
     name: ClassVar[str] = "noise"
     floors: ClassVar[tuple[Floor, ...]] = ("benign",)
+    needs: ClassVar[tuple[Need, ...]] = ("diffusion",)
 
     def __init__(self, config: NoiseConfig | None = None) -> None:
         self.config = config or NoiseConfig()
@@ -126,13 +127,13 @@ def sample_with_noise(
     push: Push | None = None,
 ) -> Latents:
     """Denoises from noise with the task's steps and guidance, each sample in a way of its own, by an attempt's seed."""
-    plan, device = policy.plan(task.steps), policy.device
+    plan, device = policy.plan(task.steps, task.size, task.size), policy.device
     etas, scales, strengths = (
         torch.tensor(values, device=device)
         for values in zip(*((way.eta, way.scale, way.strength) for way in ways), strict=True)
     )
     own = [way.seed(seed) for way, seed in zip(ways, seeds, strict=True)]
-    noise = SampleNoise(own, policy.latent_shape(), device)
+    noise = SampleNoise(own, policy.latent_shape(task.size, task.size), device)
     latents = noise.draw()
     for step in range(task.steps):
         clean = policy.predict_clean(latents, conditioning, step=step, steps=task.steps, guidance=task.guidance)

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from erasure import Concept
 from overpaint.policy import ClassifierFree, DiffusionPolicy
+from overpaint.policy.process import Diffusion
 from overpaint.policy.types import Images, Latents, PerSample
 from rewards import Reward
 
@@ -24,6 +25,10 @@ Made = TypeVar("Made")
 
 Floor = Literal["benign", "foreign"]
 """What stands in the concept's place: a benign prompt, or a texture that the model never saw."""
+
+Need = Literal["diffusion", "one text encoder"]
+"""What a probe may need of a model: the levels of a diffusion, in which its formulas are written and which a rectified
+flow has not; or one text encoder alone, among whose tokens free vectors can stand."""
 
 Pictures = tuple[Sequence[str], Images]
 """Captions, and a picture for each."""
@@ -53,6 +58,8 @@ class ProbeTask:
     """Denoising steps of a whole image."""
     guidance_scale: float
     """Classifier-free guidance."""
+    size: int | None = None
+    """Side of all pictures in pixels; None is the model's own."""
     reference_pictures: Images | None = None
     """Pictures of what is to be brought back; None are those that the original draws for the prompts."""
     examples: Callable[[int], Pictures] | None = None
@@ -94,7 +101,10 @@ class ProbeTask:
     ) -> Images:
         """Returns what a policy draws with the task's seeds: its prompts or others, in its steps or in others."""
         texts = self.prompts if prompts is None else prompts
-        return policy.draw(texts, seeds=self.seeds, steps=steps or self.steps, guidance=self.guidance)
+        return policy.draw(
+            texts, seeds=self.seeds, steps=steps or self.steps, guidance=self.guidance, height=self.size,
+            width=self.size,
+        )  # fmt: skip
 
     @cached_property
     def picture_latents(self) -> Latents:
@@ -171,3 +181,21 @@ class PreparedProbe(Protocol):
     def prepare(self, task: ProbeTask) -> None:
         """Does it, and keeps what comes of it with `ProbeTask.once`; an attempt that finds nothing kept does it too."""
         ...
+
+
+@runtime_checkable
+class DemandingProbe(Protocol):
+    """A probe that cannot be tried on every model."""
+
+    needs: ClassVar[tuple[Need, ...]]
+    """All that it needs of a model."""
+
+
+def why_not(probe: Probe, policy: DiffusionPolicy) -> str | None:
+    """Returns why a probe cannot be tried on a policy, as a clause; None where it can."""
+    needs, kind = probe.needs if isinstance(probe, DemandingProbe) else (), policy.family.pipelines[0]
+    if "diffusion" in needs and not isinstance(policy.process, Diffusion):
+        return f"a model of diffusion is needed, and a {kind} is a rectified flow"
+    if "one text encoder" in needs and len(policy.family.encoders) > 1:
+        return f"a model with one text encoder is needed, and a {kind} has several"
+    return None

@@ -164,4 +164,6 @@ class PromptAttack:
         policy, task = self.policy, self.task
         prompts, seeds = [task.prompts[row] for row in rows], [task.seeds[row] for row in rows]
         with torch.no_grad(), soft_texts(policy.prompts, prompts, self.tokens.found(rows)) as texts:
-            return policy.draw(texts, seeds=seeds, steps=task.steps, guidance=task.guidance)
+            return policy.draw(
+                texts, seeds=seeds, steps=task.steps, guidance=task.guidance, height=task.size, width=task.size
+            )

@@ -11,6 +11,7 @@ diffusers' examples of tuning, and of ReFL's authors. ReFL is an addition.
 
 import tempfile
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import ClassVar, Literal
@@ -54,7 +55,8 @@ class ResurgenceConfig:
     """What learns in denoising with a LoRA, and in ReFL."""
 
     refl: ReFLConfig = ReFLConfig()
-    """Settings of ReFL. The pairs of its pretraining term are the benign pictures."""
+    """Settings of ReFL. The pairs of its pretraining term are the benign pictures; where the task has a size of its
+    own, ReFL draws in it, too."""
 
     steps: int | None = Field(None, ge=1)
     """Denoising steps of the pictures that are measured; None are the task's."""
@@ -121,7 +123,8 @@ class Resurgence:
         pairs = (
             PretrainingPairs(student.encode_images(pictures), list(captions)) if cfg.refl.pretraining_weight else None
         )
-        trainer = ReFLTrainer(student, task.reward, task.training_prompts, cfg.refl, pretraining=pairs)
+        settings = cfg.refl if task.size is None else replace(cfg.refl, height=task.size, width=task.size)
+        trainer = ReFLTrainer(student, task.reward, task.training_prompts, settings, pretraining=pairs)
 
         def refl(updates: int) -> None:
             state = global_random_state(student.device)
@@ -153,7 +156,9 @@ def benign_pictures(task: ProbeTask, count: int) -> Pictures:
         raise ValueError("resurgence needs a task with benign pictures or training prompts, got neither")
     prompts = [task.training_prompts[k % len(task.training_prompts)] for k in range(count)]
     seeds = range(task.seeds[-1] + 1, task.seeds[-1] + 1 + count)
-    return prompts, task.original.draw(prompts, seeds=seeds, steps=task.steps, guidance=task.guidance)
+    return prompts, task.original.draw(
+        prompts, seeds=seeds, steps=task.steps, guidance=task.guidance, height=task.size, width=task.size
+    )
 
 
 def area(curve: tuple[tuple[float, float], ...]) -> float:

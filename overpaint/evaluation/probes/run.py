@@ -17,7 +17,7 @@ from overpaint.policy.digest import policy_record
 from overpaint.policy.sealed import DamagedFileError
 from overpaint.policy.unet_rows import counted_rows
 
-from .probe import Attempt, Floor, PreparedProbe, Probe, ProbeTask
+from .probe import Attempt, Floor, PreparedProbe, Probe, ProbeTask, why_not
 from .result import Outcomes, ProbeResult, VariantResult, load_outcomes, save_outcomes
 from .target import ProbeTarget
 
@@ -50,7 +50,13 @@ def run_probe(
             and the target's name; None measures them anew.
         pictures: Folder for a PNG of each variant's attempts; None writes none.
         progress: Whether progress bars are shown.
+
+    Raises:
+        ValueError: The probe cannot be tried on one of the models, see `why_not`; nothing is drawn then.
     """
+    for model in (policy, original):
+        if (reason := why_not(probe, model)) is not None:
+            raise ValueError(f"{probe.name} cannot be tried: {reason}")
     there = [floor for floor in probe.floors if floor in target.floors]
     tasks: dict[Floor | None, ProbeTask] = {
         floor: target.task(original, count=count, seed=seed, floor=floor, progress=progress) for floor in (None, *there)
@@ -117,6 +123,7 @@ def key_of(probe: Probe, original: DiffusionPolicy, target: ProbeTarget, count: 
         "config": asdict(probe.config),
         "original": policy_record(original),
         "target": [target.name, target.concept.to_json(), target.shown_from, target.steps, target.guidance_scale],
+        **({} if target.size is None else {"size": target.size}),
         "attempts": [count, seed],
     }
     return hashlib.sha256(json.dumps(about, sort_keys=True, default=str).encode()).hexdigest()[:16]

@@ -15,7 +15,7 @@ from overpaint.policy import DiffusionPolicy
 from overpaint.policy.soft_prompts import initial_vectors
 from overpaint.settings import Field, Text, settings
 
-from .probe import Attempt, Floor, ProbeTask
+from .probe import Attempt, Floor, Need, ProbeTask
 from .prompt_attack import AttackConfig, PromptAttack
 
 
@@ -38,6 +38,7 @@ class SoftPrompt:
 
     name: ClassVar[str] = "soft-prompt"
     floors: ClassVar[tuple[Floor, ...]] = ("benign", "foreign")
+    needs: ClassVar[tuple[Need, ...]] = ("one text encoder",)
 
     def __init__(self, config: SoftPromptConfig | None = None) -> None:
         self.config = config or SoftPromptConfig()

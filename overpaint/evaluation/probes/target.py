@@ -62,6 +62,8 @@ class ProbeTarget:
     """Denoising steps of a whole image."""
     guidance_scale: float = 7.5
     """Classifier-free guidance."""
+    size: int | None = None
+    """Side of all pictures in pixels; None is the model's own."""
     _tasks: dict[Any, ProbeTask] = field(default_factory=dict, repr=False, compare=False)
 
     @property
@@ -116,6 +118,7 @@ class ProbeTarget:
             shown_from=shown_from,
             steps=self.steps,
             guidance_scale=self.guidance_scale,
+            size=self.size,
             reference_pictures=pictures,
             examples=partial(self._examples, original, seed + EXAMPLES, floor),
             benign_pictures=None if benign_of is None else lambda wanted: benign_of(wanted, seed),
@@ -137,8 +140,9 @@ class ProbeTarget:
             prompts = [without_place(self.template(prompt)) for prompt in prompts]
         guidance = ClassifierFree(self.guidance_scale)
         return prompts, original.draw(
-            prompts, seeds=range(1000 * seed, 1000 * seed + count), steps=self.steps, guidance=guidance
-        )
+            prompts, seeds=range(1000 * seed, 1000 * seed + count), steps=self.steps, guidance=guidance,
+            height=self.size, width=self.size,
+        )  # fmt: skip
 
 
 def without_place(template: str) -> str:

@@ -26,7 +26,7 @@ from overpaint.settings import Count, Distinct, Field, Text, settings
 from overpaint.training.logging import progress_bar
 
 from .noise_error import generator_of, noise_error, single_steps
-from .probe import Attempt, Floor, ProbeTask
+from .probe import Attempt, Floor, Need, ProbeTask
 
 Word = Float[Tensor, "vectors dim"]
 
@@ -59,6 +59,7 @@ class TextualInversion:
 
     name: ClassVar[str] = "textual-inversion"
     floors: ClassVar[tuple[Floor, ...]] = ("benign", "foreign")
+    needs: ClassVar[tuple[Need, ...]] = ("one text encoder",)
 
     def __init__(self, config: TextualInversionConfig | None = None) -> None:
         self.config = config or TextualInversionConfig()

@@ -87,7 +87,7 @@ class Way:
 
     def at(self, strength: float) -> DiffusionPolicy:
         """Returns the policy, brought to a strength."""
-        self.delta.apply(self.traced.unet, strength - self.strength)
+        self.delta.apply(self.traced.model, strength - self.strength)
         self.strength = strength
         self.traced.guard = _weakened(self.guard, strength)
         return self.traced
@@ -100,7 +100,7 @@ class Way:
 @contextmanager
 def between(original: DiffusionPolicy, policy: DiffusionPolicy) -> Generator[Way]:
     """Gives the way from an original to a policy, for the length of a `with` block; both are left as they were."""
-    before, after = merged_state(original.unet), merged_state(policy.unet)
+    before, after = merged_state(original.model), merged_state(policy.model)
     shapes = {name: (tuple(value.shape), tuple(after[name].shape)) for name, value in before.items() if name in after}
     differing = sorted({*(before.keys() ^ after.keys()), *(name for name, (a, b) in shapes.items() if a != b)})
     if differing:
@@ -108,8 +108,8 @@ def between(original: DiffusionPolicy, policy: DiffusionPolicy) -> Generator[Way
             f"the policy must have the original's parameters to be traced, and differs in {differing[0]!r}"
         )
     _weakened(policy.guard, 1.0)
-    way = Way(policy.student_copy(), WeightDelta.between(before, policy.unet))
-    handles = [network.register_forward_hook(way.scale) for network in added_networks(way.traced.unet).values()]
+    way = Way(policy.student_copy(), WeightDelta.between(before, policy.model))
+    handles = [network.register_forward_hook(way.scale) for network in added_networks(way.traced.model).values()]
     try:
         yield way
     finally:
