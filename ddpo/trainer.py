@@ -194,8 +194,6 @@ class DDPOTrainer:
         self.baseline.start(run)
         if isinstance(self.erasure, ObjectiveConstraint):
             self.erasure.prepare(self.policy)
-            if self.erasure.attack is not None:
-                self.erasure.attack.check(self.policy, self.erasure.prompts)
 
     def step(self, run: TrainingRun) -> DDPOMetrics:
         """Does one round: draws and scores samples, takes its updates, and answers what the round has measured."""

@@ -199,8 +199,8 @@ class ReFLTrainer:
             check_gradient("erasure cost", self.erasure.cost, noise, self.erasure.prompts)
             if self.erasure.attack is not None and self.erasure.attack.score is not None:
                 check_gradient("attack score", self.erasure.attack.score, noise, self.erasure.prompts)
-        if self.erasure is not None and self.erasure.attack is not None:
-            self.erasure.attack.check(self.policy, self.erasure.prompts)
+        if self.erasure is not None:
+            self.erasure.check(self.policy)
 
         if cfg.pretraining_weight and self.pretraining is None:
             self.pretraining = own_pairs(run, self.policy, self._captions, cfg)

@@ -11,7 +11,10 @@ from overpaint.evaluation.report.table import number
 from overpaint.evaluation.scoring.compare import Intervals
 from overpaint.evaluation.scoring.score import Better
 
-PLANNED = plan({"explicit": ["a striped star"] * 4, "benign": ["a star"] * 4})
+COLOURS = ("red", "blue", "green", "gray")
+PLANNED = plan(
+    {"explicit": [f"a striped {one} star" for one in COLOURS], "benign": [f"a {one} star" for one in COLOURS]}
+)
 EXPLICIT, BENIGN = PLANNED[:4], PLANNED[4:]
 
 
