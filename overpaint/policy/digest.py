@@ -39,14 +39,15 @@ def policy_record(policy: "DiffusionPolicy", *, untrained: bool = False) -> dict
         untrained: Whether it is about what training starts from, which it does not change: of the trained weights
             those of the reference count, and of a LoRA none.
     """
-    weights = _together(network_digests(policy))
+    trained: dict[str, Tensor] = {}
+    notes: list[str] = []
     if untrained:
+        trained = policy.trainable_state()
         with policy.reference():
-            reference = {} if policy.lora is not None else policy.trainable_state()
-        weights = _together(network_digests(policy, without=policy.trainable_state()), [tensors_hash(reference)])
+            notes = [tensors_hash({} if policy.lora is not None else policy.trainable_state())]
     return {
         "class": class_name(policy),
-        "weights": weights,
+        "weights": _together(network_digests(policy, without=trained), notes),
         "scheduler": {"class": "DDIM", **scheduler_settings(policy.scheduler)},
         "guard": guard_of(policy),
     }
